@@ -1,0 +1,14 @@
+// One function per domain; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace inferlab {
+
+void bind_system(pybind11::module_& m);    // build facts, instruction set, threads, bandwidth
+void bind_tree(pybind11::module_& m);      // build_tree
+void bind_sampling(pybind11::module_& m);  // sample, verify_tree_match / _rejection / _lossy
+void bind_kv(pybind11::module_& m);        // kv_append, kv_compact, kv_gather, kv_copy_pages
+void bind_attention(pybind11::module_& m);  // paged_tree_attention
+
+}  // namespace inferlab

@@ -1,0 +1,81 @@
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "bind.h"
+#include "inferlab/bandwidth.h"
+#include "inferlab/noise.h"
+#include "isa.h"
+#include "parallel.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace inferlab {
+
+void bind_system(py::module_& m) {
+  m.def("build_info", [] {
+    py::dict d;
+    d["version"] = INFERLAB_VERSION;
+    d["compiler"] = INFERLAB_COMPILER;
+#if defined(INFERLAB_WITH_CUDA)
+    d["cuda"] = INFERLAB_CUDA_VERSION;
+    d["cuda_architectures"] = INFERLAB_CUDA_ARCHS;
+#else
+    d["cuda"] = py::none();
+    d["cuda_architectures"] = py::none();
+#endif
+#if defined(INFERLAB_X86)
+    d["isas"] = std::vector<std::string>{"avx2", "avx512"};
+#else
+    d["isas"] = std::vector<std::string>{"generic"};
+#endif
+    return d;
+  });
+  m.def("active_isa", [] { return cpu::isa_name(cpu::active_isa()); });
+  m.def("force_isa", [](const std::string& name) {
+    require(cpu::force_isa(name.c_str()),
+            "isa is '" + name + "'; this build and processor do not offer it");
+  });
+  m.def("num_threads", &cpu::num_threads);
+  m.def("set_num_threads", [](int n) {
+    require(n >= 0, "num_threads is " + std::to_string(n) + "; it must be >= 0 (0: all cores)");
+    cpu::set_num_threads(n);
+  });
+  m.def("threading_backend", &cpu::threading_backend);
+
+  // Reads a float32 array once, with all threads: time it to get the read bandwidth.
+  m.def("read_memory", [](py::handle data) {
+    Tensor t(data, "data");
+    t.dims(1).f32().contiguous().cpu();
+    require(t.size(0) % 64 == 0, "data has " + std::to_string(t.size(0)) +
+                                     " elements; it must be a multiple of 64");
+    ReadParams params{t.ptr<const float>(), t.size(0), 0.0f};
+    {
+      py::gil_scoped_release release;
+      check_status(cpu::read_memory(params), "read_memory");
+    }
+    return params.sum;
+  });
+
+  // The noise itself, for known-answer tests and for the reference.
+  m.def("philox4x32_10", [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
+    require(counter.size() == 4, "counter must have 4 words");
+    require(key.size() == 2, "key must have 2 words");
+    const PhiloxBlock b =
+        philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+    return std::vector<uint32_t>(b.w, b.w + 4);
+  });
+  m.def("gumbel_row", [](int64_t seed, uint32_t position, uint32_t purpose, py::handle out) {
+    Tensor t(out, "out");
+    t.dims(1).f32().contiguous().cpu();
+    for (int64_t v = 0; v < t.size(0); ++v) {
+      t.ptr<float>()[v] =
+          gumbel(static_cast<uint64_t>(seed), position, static_cast<uint32_t>(v), purpose);
+    }
+  });
+}
+
+}  // namespace inferlab

@@ -1,0 +1,6 @@
+#include "bind.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled ops of inferlab. Arguments are positional; see inferlab.kernels.";
+  inferlab::bind_system(m);
+}

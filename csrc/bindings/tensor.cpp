@@ -1,0 +1,244 @@
+#include "tensor.h"
+
+#include <cstring>
+
+namespace inferlab {
+namespace {
+
+// The exchange API of an exporter's type, read once per type. Types are never freed here: a program
+// has a handful of tensor classes.
+const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  struct Entry {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  static Entry cache[8];
+  static int used = 0;
+  for (int i = 0; i < used; ++i) {
+    if (cache[i].type == type) return cache[i].api;
+  }
+  const dlpack::ExchangeApi* api = nullptr;
+  PyObject* attr =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+  if (attr == nullptr) {
+    PyErr_Clear();
+  } else {
+    if (PyCapsule_IsValid(attr, "dlpack_exchange_api")) {
+      auto* header = static_cast<dlpack::ExchangeApiHeader*>(
+          PyCapsule_GetPointer(attr, "dlpack_exchange_api"));
+      while (header != nullptr && header->version.major != 1) header = header->prev_api;
+      api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+      if (api != nullptr && api->dltensor_from_py_object_no_sync == nullptr) api = nullptr;
+    }
+    Py_DECREF(attr);
+  }
+  if (used < 8) {
+    Py_INCREF(type);
+    cache[used++] = Entry{type, api};
+  }
+  return api;
+}
+
+dlpack::DataType from_buffer_format(const Py_buffer& view, const char* name) {
+  const char* f = view.format == nullptr ? "B" : view.format;
+  if (*f == '@' || *f == '=' || *f == '<') ++f;
+  const auto bits = static_cast<uint8_t>(8 * view.itemsize);
+  if (std::strlen(f) == 1) {
+    if (std::strchr("bhilqn", *f)) return {dlpack::kInt, bits, 1};
+    if (std::strchr("BHILQN", *f)) return {dlpack::kUInt, bits, 1};
+    if (std::strchr("efd", *f)) return {dlpack::kFloat, bits, 1};
+    if (*f == '?') return {dlpack::kBool, bits, 1};
+  }
+  throw py::type_error(std::string(name) + ": arrays of format '" + f + "' are not supported");
+}
+
+}  // namespace
+
+Tensor::Tensor(py::handle object, const char* name) : name_(name) {
+  PyObject* o = object.ptr();
+  bool done = false;
+  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(o))) {
+    if (api->dltensor_from_py_object_no_sync(o, &tensor_) != 0) throw py::error_already_set();
+    done = true;
+  } else if (PyObject_CheckBuffer(o)) {
+    if (PyObject_GetBuffer(o, &buffer_, PyBUF_RECORDS_RO) == 0) {
+      has_buffer_ = true;
+      tensor_.data = buffer_.buf;
+      tensor_.device = {dlpack::kDLCPU, 0};
+      tensor_.ndim = buffer_.ndim;
+      done = buffer_.ndim <= kMaxDims;
+      for (int i = 0; done && i < buffer_.ndim; ++i) {
+        shape_[i] = buffer_.shape[i];
+        strides_[i] = buffer_.strides[i] / buffer_.itemsize;
+      }
+      try {
+        tensor_.dtype = from_buffer_format(buffer_, name);
+      } catch (...) {
+        PyBuffer_Release(&buffer_);
+        throw;
+      }
+    } else {
+      PyErr_Clear();  // e.g. a bfloat16 array: it may still speak DLPack
+    }
+  }
+  if (!done && !has_buffer_ && PyObject_HasAttrString(o, "__dlpack__")) {
+    owner_ = object.attr("__dlpack__")();
+    auto* managed = static_cast<dlpack::DLManagedTensor*>(
+        PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
+    if (managed == nullptr) throw py::error_already_set();
+    tensor_ = managed->dl_tensor;
+    done = true;
+  }
+  if (!done && !has_buffer_) {
+    throw py::type_error(std::string(name) + " must be a tensor or an array (DLPack or NumPy), not " +
+                         Py_TYPE(o)->tp_name);
+  }
+  if (tensor_.ndim > kMaxDims) {
+    const std::string message = std::string(name) + " has " + std::to_string(tensor_.ndim) +
+                                " dimensions; at most 6 are supported";
+    if (has_buffer_) PyBuffer_Release(&buffer_);
+    throw py::value_error(message);
+  }
+  if (!has_buffer_) {
+    int64_t expected = 1;
+    for (int i = tensor_.ndim - 1; i >= 0; --i) {
+      shape_[i] = tensor_.shape[i];
+      strides_[i] = tensor_.strides != nullptr ? tensor_.strides[i] : expected;
+      expected *= shape_[i];
+    }
+  }
+  tensor_.shape = shape_;
+}
+
+Tensor::~Tensor() {
+  if (has_buffer_) PyBuffer_Release(&buffer_);
+}
+
+int64_t Tensor::numel() const {
+  int64_t n = 1;
+  for (int i = 0; i < tensor_.ndim; ++i) n *= shape_[i];
+  return n;
+}
+
+bool Tensor::is_cuda() const {
+  return tensor_.device.device_type == dlpack::kDLCUDA ||
+         tensor_.device.device_type == dlpack::kDLCUDAManaged;
+}
+
+std::string Tensor::shape_str() const {
+  std::string s = "[";
+  for (int i = 0; i < tensor_.ndim; ++i) s += (i ? ", " : "") + std::to_string(shape_[i]);
+  return s + "]";
+}
+
+std::string Tensor::dtype_str() const {
+  const char* kind = "unknown";
+  switch (tensor_.dtype.code) {
+    case dlpack::kInt:
+      kind = "int";
+      break;
+    case dlpack::kUInt:
+      kind = "uint";
+      break;
+    case dlpack::kFloat:
+      kind = "float";
+      break;
+    case dlpack::kBfloat:
+      kind = "bfloat";
+      break;
+    case dlpack::kBool:
+      return "bool";
+    default:
+      break;
+  }
+  return kind + std::to_string(tensor_.dtype.bits);
+}
+
+const Tensor& Tensor::shape(std::initializer_list<int64_t> expected) const {
+  bool ok = tensor_.ndim == static_cast<int>(expected.size());
+  int i = 0;
+  for (const int64_t want : expected) {
+    if (!ok) break;
+    ok = want == kAny || shape_[i] == want;
+    ++i;
+  }
+  if (!ok) {
+    std::string want = "[";
+    for (const int64_t n : expected) {
+      want += (want.size() > 1 ? ", " : "") + (n == kAny ? std::string("*") : std::to_string(n));
+    }
+    throw py::value_error(std::string(name_) + " has shape " + shape_str() + "; it must be " +
+                          want + "]");
+  }
+  return *this;
+}
+
+const Tensor& Tensor::dims(int ndim) const {
+  require(tensor_.ndim == ndim, std::string(name_) + " has shape " + shape_str() + "; it must have " +
+                                    std::to_string(ndim) + " dimensions");
+  return *this;
+}
+
+const Tensor& Tensor::contiguous() const {
+  int64_t expected = 1;
+  for (int i = tensor_.ndim - 1; i >= 0; --i) {
+    if (shape_[i] != 1 && strides_[i] != expected && numel() != 0) {
+      throw py::value_error(std::string(name_) + " must be contiguous");
+    }
+    expected *= shape_[i];
+  }
+  return *this;
+}
+
+const Tensor& Tensor::last_dim_contiguous() const {
+  const int last = tensor_.ndim - 1;
+  require(last >= 0 && (strides_[last] == 1 || shape_[last] <= 1),
+          std::string(name_) + " must be contiguous in its last dimension");
+  return *this;
+}
+
+const Tensor& Tensor::cpu() const {
+  const int32_t type = tensor_.device.device_type;
+  require(type == dlpack::kDLCPU || type == dlpack::kDLCUDAHost,
+          std::string(name_) + " must be on the CPU, like the other arguments");
+  return *this;
+}
+
+void Tensor::fail_type(const std::string& expected) const {
+  throw py::type_error(std::string(name_) + " has dtype " + dtype_str() + "; it must be " + expected);
+}
+
+const Tensor& Tensor::i32() const {
+  if (tensor_.dtype.code != dlpack::kInt || tensor_.dtype.bits != 32) fail_type("int32");
+  return *this;
+}
+
+const Tensor& Tensor::i64() const {
+  const bool integer = tensor_.dtype.code == dlpack::kInt || tensor_.dtype.code == dlpack::kUInt;
+  if (!integer || tensor_.dtype.bits != 64) fail_type("int64 or uint64");
+  return *this;
+}
+
+const Tensor& Tensor::f32() const {
+  if (tensor_.dtype.code != dlpack::kFloat || tensor_.dtype.bits != 32) fail_type("float32");
+  return *this;
+}
+
+DType Tensor::float_dtype() const {
+  if (tensor_.dtype.code == dlpack::kFloat && tensor_.dtype.bits == 32) return DType::kF32;
+  if (tensor_.dtype.code == dlpack::kFloat && tensor_.dtype.bits == 16) return DType::kF16;
+  if (tensor_.dtype.code == dlpack::kBfloat && tensor_.dtype.bits == 16) return DType::kBF16;
+  fail_type("float32, float16 or bfloat16");
+  return DType::kF32;
+}
+
+void check_status(Status status, const char* op) {
+  if (status == Status::kOk) return;
+  const char* what = "failed";
+  if (status == Status::kBadArgument) what = "was called with arguments it does not support";
+  if (status == Status::kOutOfMemory) what = "ran out of memory";
+  if (status == Status::kDeviceError) what = "failed on the device";
+  throw std::runtime_error(std::string("inferlab: ") + op + " " + what);
+}
+
+}  // namespace inferlab

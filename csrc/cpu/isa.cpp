@@ -1,0 +1,60 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+#include <initializer_list>
+
+namespace inferlab::cpu {
+namespace {
+
+Isa detect() {
+#if defined(INFERLAB_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx512;
+  }
+  return Isa::kAvx2;
+#else
+  return Isa::kGeneric;
+#endif
+}
+
+std::atomic<int> g_forced{-1};
+
+}  // namespace
+
+Isa active_isa() {
+  static const Isa best = detect();
+  const int forced = g_forced.load(std::memory_order_relaxed);
+  return forced < 0 ? best : static_cast<Isa>(forced);
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    default:
+      return "generic";
+  }
+}
+
+bool force_isa(const char* name) {
+  if (std::strcmp(name, "auto") == 0) {
+    g_forced.store(-1);
+    return true;
+  }
+  const Isa best = detect();
+  for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::strcmp(name, isa_name(isa)) != 0) continue;
+    const bool built = (isa == Isa::kGeneric) == (best == Isa::kGeneric);
+    if (!built || static_cast<int>(isa) > static_cast<int>(best)) return false;
+    g_forced.store(static_cast<int>(isa));
+    return true;
+  }
+  return false;
+}
+
+}  // namespace inferlab::cpu
