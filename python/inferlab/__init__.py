@@ -1,3 +1,3 @@
-"""LLM Inference Lab: speculative decoding that is faster than plain decoding and exactly as good."""
+"""LLM Inference Lab: speculative decoding, faster than plain decoding and exactly as good."""
 
 __version__ = "0.1.0"

@@ -1,0 +1,354 @@
+"""Configuration: what each kind of YAML file may say, its defaults and its ranges.
+
+There are three kinds: BaselineConfig (plain Hugging Face decoding), SpecdecConfig (speculative
+decoding) and VllmConfig (an OpenAI-compatible server). load_config reads one: a value given by the
+caller (a flag or a keyword) beats the file, the file beats the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from .config_file import ConfigError, build, find_config, packaged_configs, read_yaml
+
+__all__ = [
+    "BaselineConfig",
+    "ConfigError",
+    "EagleConfig",
+    "FakeConfig",
+    "MedusaConfig",
+    "NgramConfig",
+    "SpecdecConfig",
+    "VllmConfig",
+    "find_config",
+    "load_config",
+    "packaged_configs",
+]
+
+MAX_DRAFT = 64
+"""Most draft tokens of one step, along one path."""
+
+MAX_TREE_NODES = 256
+"""Most nodes of a draft tree, its root included."""
+
+_DTYPE_NAMES = {
+    "fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16",
+    "half": "float16",
+}  # fmt: skip
+
+
+def _long_dtype_name(value: object) -> object:
+    return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+def _as_tuple(value: object) -> object:
+    """YAML has lists, frozen configurations hold tuples; a single text is a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _allowed(text: str) -> Any:
+    """A field whose error message says ``must be <text>``."""
+    return Field(json_schema_extra={"allowed": text})
+
+
+ModelName = Annotated[str, StringConstraints(min_length=1), _allowed("a hub id or a directory")]
+Device = Annotated[
+    str,
+    StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
+    _allowed("auto, cpu, mps, cuda or cuda:N"),
+]
+DeviceKind = Literal["mps", "cuda", "cpu"]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype_name)
+]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Temperature = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+PositiveCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+DraftCount = Annotated[int, Field(ge=0, le=MAX_DRAFT)]
+DevicePriority = Annotated[
+    tuple[DeviceKind, ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1),
+    _allowed("a list of mps, cuda and cpu, in the order to try"),
+]
+Texts = Annotated[
+    tuple[Annotated[str, StringConstraints(min_length=1)], ...],
+    BeforeValidator(_as_tuple),
+    _allowed("a list of texts, none of them empty"),
+]
+TreeWidths = Annotated[
+    tuple[Annotated[int, Field(ge=1)], ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1, max_length=MAX_DRAFT),
+    _allowed(f"a list of 1 to {MAX_DRAFT} widths by depth, each >= 1, such as [4, 2, 1]"),
+]
+
+
+class Section(BaseModel):
+    """Frozen, without unknown keys, and without silent conversions ("4" is not 4)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names under which files and callers may give a key."""
+
+
+class MedusaConfig(Section):
+    """The ``medusa`` block of the file; Medusa itself comes with a later release."""
+
+    enabled: bool = False
+    num_heads: Annotated[int, Field(ge=1, le=MAX_DRAFT)] = 2
+    head_init: Literal["tie", "copy", "random"] = "tie"
+    temperature: Temperature = 0.7
+    top_p: TopP = 1.0
+
+
+class EagleConfig(Section):
+    """The ``eagle`` block of the file; EAGLE itself comes with a later release."""
+
+    enabled: bool = False
+    alpha: Fraction = 0.7
+    max_draft: DraftCount = 2
+
+
+class NgramConfig(Section):
+    """Prompt lookup: the longest suffix of min_match..max_match tokens that occurred before."""
+
+    min_match: Annotated[int, Field(ge=1, le=64)] = 1
+    max_match: Annotated[int, Field(ge=1, le=64)] = 4
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NgramConfig:
+        if self.min_match > self.max_match:
+            raise ValueError(
+                f"min_match: {self.min_match} is not allowed; "
+                f"must be at most max_match ({self.max_match})"
+            )
+        return self
+
+
+class FakeConfig(Section):
+    """FakeLM: how often its draft proposes what its target would have chosen."""
+
+    agreement: Fraction = 0.8
+
+
+class Sampled(Section):
+    """What all kinds of files that decode here have in common."""
+
+    do_sample: bool = True
+    log_level: LogLevel = "INFO"
+    seed: Seed = 1234
+    max_memory_mb: Positive | None = None
+    device_priority: DevicePriority = ("mps", "cuda", "cpu")
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    iterations: PositiveCount = 5
+    warmup_iterations: Count = 1
+
+
+class BaselineConfig(Sampled):
+    """Plain decoding by Hugging Face ``generate`` (``configs/baseline.yaml``).
+
+    ``top_k`` and ``top_p`` left out are those of the model's own generation configuration.
+    """
+
+    model: ModelName = "inferlab/tiny"
+    torch_dtype: Dtype = "float32"
+    device: Device = "auto"
+    max_new_tokens: PositiveCount = 48
+    temperature: Temperature = 0.7
+    top_p: TopP | None = None
+    top_k: Count | None = None
+
+    @property
+    def effective_temperature(self) -> float:
+        """The temperature to decode with: ``do_sample: false`` means 0 (greedy)."""
+        return self.temperature if self.do_sample else 0.0
+
+
+class SpecdecConfig(Sampled):
+    """Speculative decoding (``configs/specdec.yaml``, ``configs/specdec_hf.yaml``).
+
+    Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
+    of ``max_draft``. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins;
+    without both it is sized for the batch.
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft"}
+
+    implementation: Literal["hf", "fake"] = "hf"
+    base_model: ModelName = "inferlab/tiny"
+    draft_model: ModelName = "inferlab/tiny-draft"
+
+    draft_mode: Literal["vanilla", "ngram", "none", "medusa", "eagle"] = "vanilla"
+    max_draft: DraftCount = 4
+    tree: TreeWidths | None = None
+    ngram: NgramConfig = NgramConfig()
+    medusa: MedusaConfig = MedusaConfig()
+    eagle: EagleConfig = EagleConfig()
+    fake: FakeConfig = FakeConfig()
+
+    policy: Literal["longest_prefix", "rejection", "conf_threshold", "topk_agree", "typical"] = (
+        "longest_prefix"
+    )
+    tau: Fraction = 0.5
+    k: PositiveCount = 5
+    p: Fraction = 0.9
+
+    controller: Literal["fixed", "adaptive", "cost"] = "fixed"
+    min_k: DraftCount = 1
+    max_k: DraftCount = 8
+    target_acceptance: Fraction = 0.7
+
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: Count = 0
+    min_p: Fraction = 0.0
+    repetition_penalty: Positive = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    max_new_tokens: PositiveCount = 64
+    min_new_tokens: Count = 0
+    stop: Texts = ()
+
+    device: Device = "auto"
+    force_device: Literal["cpu", "mps", "cuda"] | None = None
+    dtype: Dtype = "auto"
+    page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    kv_memory_mb: Positive | None = None
+    num_pages: PositiveCount | None = None
+    verbose: bool = False
+
+    @property
+    def effective_temperature(self) -> float:
+        """The temperature to decode with: ``do_sample: false`` means 0 (greedy)."""
+        return self.temperature if self.do_sample else 0.0
+
+    @property
+    def requested_device(self) -> str:
+        """``force_device`` where it is set, else ``device`` (which may be "auto")."""
+        return self.force_device or self.device
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SpecdecConfig:
+        for mode, block in (("medusa", self.medusa), ("eagle", self.eagle)):
+            if self.draft_mode == mode or block.enabled:
+                key = (
+                    f"draft_mode: {mode!r}" if self.draft_mode == mode else f"{mode}.enabled: true"
+                )
+                raise ValueError(
+                    f"{key} is not available yet: {mode.upper() if mode == 'eagle' else 'Medusa'} "
+                    "drafts come with a later release; use 'vanilla' (a draft model) or 'ngram' "
+                    "(prompt lookup, no second model)"
+                )
+        if self.min_k > self.max_k:
+            raise ValueError(
+                f"min_k: {self.min_k} is not allowed; must be at most max_k ({self.max_k})"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: {self.min_new_tokens} is not allowed; "
+                f"must be at most max_new_tokens ({self.max_new_tokens})"
+            )
+        if self.tree is not None and sum(self.tree) >= MAX_TREE_NODES:
+            raise ValueError(
+                f"tree: {list(self.tree)} is not allowed; must hold at most "
+                f"{MAX_TREE_NODES - 1} nodes below the root"
+            )
+        return self
+
+
+class VllmConfig(Section):
+    """An OpenAI-compatible server (``configs/vllm.yaml``).
+
+    ``base_url`` beats ``host`` and ``port``. ``timeout`` and ``retry_delay`` are
+    seconds; ``retry_attempts`` counts the first try.
+    """
+
+    host: Annotated[str, StringConstraints(min_length=1), _allowed("a host name")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    base_url: Annotated[
+        str, StringConstraints(pattern=r"^https?://.+"), _allowed("an http:// or https:// address")
+    ] | None = None  # fmt: skip
+    api_key: Annotated[str | None, Field(repr=False), _allowed("a text")] = None
+    model: ModelName = "llama-2-7b"
+    endpoint: Literal["chat", "completions"] = "chat"
+    max_tokens: PositiveCount = 50
+    temperature: Temperature = 0.7
+    seed: Seed | None = None
+    timeout: Positive = 30.0
+    retry_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    retry_delay: Annotated[float, Field(ge=0.0, le=3600.0, allow_inf_nan=False)] = 1.0
+    log_level: LogLevel = "INFO"
+    iterations: PositiveCount = 5
+    warmup_iterations: Count = 1
+
+    @property
+    def url(self) -> str:
+        """The server's address without a trailing slash."""
+        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+
+KINDS: dict[str, type[Section]] = {
+    "baseline": BaselineConfig,
+    "specdec": SpecdecConfig,
+    "vllm": VllmConfig,
+}
+
+ConfigT = TypeVar("ConfigT", BaselineConfig, SpecdecConfig, VllmConfig)
+
+
+def load_config(
+    kind: type[ConfigT],
+    path: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+) -> ConfigT:
+    """Reads, merges and validates one configuration.
+
+    Args:
+        kind: BaselineConfig, SpecdecConfig or VllmConfig.
+        path: a YAML file, or None for the defaults alone. ``configs/NAME.yaml`` is found from any
+            directory: a file at that path wins, else the packaged one is read.
+        overrides: values that beat the file. Those that are None count as not given. A
+            ``temperature`` here also beats a ``do_sample: false`` of the file.
+        names: how the caller's user wrote each override (``{"max_draft": "--K"}``), for messages.
+
+    Raises:
+        ConfigError: naming file (or flag), key, value and what is allowed.
+    """
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    values = read_yaml(path) if path is not None else {}
+    if "temperature" in given and "do_sample" not in given and "do_sample" in kind.model_fields:
+        values.pop("do_sample", None)
+    return build(kind, path, values, given, names or {}, KINDS, kind.aliases)
+
+
+def choices(config: type[Section], key: str) -> tuple[str, ...]:
+    """The values of a key that has a fixed set of them, for ``choices=`` of its flag."""
+    annotation = config.model_fields[key].annotation
+    parts = [annotation, *get_args(annotation)]
+    return tuple(
+        choice for part in parts if get_origin(part) is Literal for choice in get_args(part)
+    )
