@@ -1,0 +1,203 @@
+"""Drafts of a smaller model: a chain, or a tree of fixed widths, drafted level by level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from inferlab import kernels
+from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.scheduler import Sequence
+from inferlab.specdec.batch import Batch
+from inferlab.specdec.tree import DraftTree, TreeShape
+
+PURPOSE_TOKEN = 0  # the target's own noise: coupled draws agree most often
+PURPOSE_DRAFT = 1  # noise of its own, for the ratio test of the `rejection` policy
+CATCH_UP_CHUNK = 256
+
+
+class ModelDrafter:
+    """A draft model with its own K/V pool, addressed by the target's page tables.
+
+    A node's children are the draft's best perturbed scores there, so siblings are a sample without
+    replacement. With the target's noise (the default) the first child is the draft's guess of the
+    very token that the target will choose, at any temperature.
+
+    Args:
+        model: the draft model; same vocabulary as the target.
+        cache: its K/V pool, with as many pages as the target's.
+        shape: the tree; truncated to K levels in each step.
+        keep_logits: hand the draft's logits on and draw with noise of its own, as the
+            ``rejection`` policy needs.
+    """
+
+    name = "vanilla"
+
+    def __init__(
+        self, model: TargetModel, cache: KVCache, shape: TreeShape, *, keep_logits: bool = False
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.shape = shape
+        self.keep_logits = keep_logits
+        self.max_nodes = shape.num_nodes
+        self.max_depth = shape.depth
+
+    def propose(self, batch: Batch, k: int) -> DraftTree:
+        longest = max(len(s.tokens) for s in batch.sequences)
+        if self.model.context_length is not None:
+            k = min(k, self.model.context_length - longest)
+        if k < 1:
+            return DraftTree.root_only(batch.roots)
+        shape = self.shape.truncated(k)
+        links = shape.links(len(batch), batch.device)
+        tokens = torch.empty((len(batch), shape.num_nodes), dtype=torch.int32, device=batch.device)
+        tokens[:, 0] = batch.roots
+        logits = self._catch_up(batch)
+        kept: list[torch.Tensor] = []
+        start = 0  # first node of the level whose logits we hold
+        positions = batch.seq_lens.to(torch.int64)[:, None]
+        purpose = PURPOSE_DRAFT if self.keep_logits else PURPOSE_TOKEN
+        for depth, width in enumerate(shape.widths):
+            size = shape.level_sizes[depth]
+            positions = positions + 1
+            if self.keep_logits:
+                kept.append(logits)
+            drawn = kernels.sample(
+                logits,
+                positions.expand(-1, size).contiguous() if size > 1 else positions,
+                batch.sampling,
+                purpose=purpose,
+                num_samples=width,
+            )
+            children = start + size
+            level = drawn.view(len(batch), size * width)
+            if width > 1:
+                # Fewer tokens than children survive the filters: repeat the first, a harmless try.
+                first = drawn[:, :, :1]
+                level = torch.where(drawn < 0, first, drawn).view(len(batch), size * width)
+            level = level.clamp_min(0)  # an invalid row drafts token 0; the target decides anyway
+            tokens[:, children : children + size * width] = level
+            if depth + 1 < shape.depth:
+                logits = self._forward_level(batch, shape, links, level, positions, children)
+            start = children
+        draft_logits = None
+        if self.keep_logits:
+            draft_logits = torch.cat(kept, dim=1)
+            missing = shape.num_nodes - draft_logits.shape[1]  # leaves have no children
+            draft_logits = torch.nn.functional.pad(draft_logits, (0, 0, 0, missing))
+        return DraftTree(
+            tokens,
+            links,
+            shape.is_chain,
+            [shape.depth] * len(batch),
+            [shape.num_nodes] * len(batch),
+            draft_logits,
+        )
+
+    def _forward_level(
+        self,
+        batch: Batch,
+        shape: TreeShape,
+        links: kernels.TreeLinks,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        first_node: int,
+    ) -> torch.Tensor:
+        """Logits of one level's nodes, [B, M, V]. ``positions``: [B, 1], those of the level."""
+        count = tokens.shape[1]
+        ancestors = None
+        seq_lens = batch.seq_lens
+        node_offset = first_node
+        if shape.is_chain:
+            # Causal over everything before: no ancestor bits to read.
+            seq_lens = seq_lens + first_node
+            node_offset = 0
+        else:
+            ancestors = links.ancestors[:, first_node : first_node + count].contiguous()
+        return self.model.forward(
+            ForwardBatch(
+                tokens=tokens.to(torch.int64),
+                positions=positions.expand(-1, count),
+                seq_lens=seq_lens,
+                block_table=batch.block_table,
+                ancestors=ancestors,
+                node_offset=node_offset,
+            ),
+            self.cache,
+        )
+
+    def _catch_up(self, batch: Batch) -> torch.Tensor:
+        """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V]."""
+        pending = [len(s.tokens) - s.draft_cached for s in batch.sequences]
+        for i, sequence in enumerate(batch.sequences):
+            while pending[i] > CATCH_UP_CHUNK:
+                self._forward_tokens(batch, [i], [CATCH_UP_CHUNK])
+                pending[i] = len(sequence.tokens) - sequence.draft_cached
+        shortest, longest = min(pending), max(pending)
+        if longest > 4 * shortest:
+            # Very uneven (a new prompt beside running ones): the long ones go alone.
+            for i in range(len(pending)):
+                if pending[i] > 4 * shortest:
+                    self._forward_tokens(batch, [i], [pending[i] - 1])
+                    pending[i] = 1
+        return self._forward_tokens(batch, list(range(len(pending))), pending)
+
+    def _forward_tokens(self, batch: Batch, rows: list[int], counts: list[int]) -> torch.Tensor:
+        """Forwards the next ``counts`` uncached tokens of some sequences: last logits [R, 1, V]."""
+        device = batch.device
+        sequences = [batch.sequences[i] for i in rows]
+        longest = max(counts)
+        padded = [
+            s.tokens[s.draft_cached : s.draft_cached + n] + [0] * (longest - n)
+            for s, n in zip(sequences, counts, strict=True)
+        ]
+        cached = torch.tensor([s.draft_cached for s in sequences], dtype=torch.int32).to(device)
+        positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=device)
+        everyone = len(rows) == len(batch)
+        even = min(counts) == longest
+        logits = self.model.forward(
+            ForwardBatch(
+                tokens=torch.tensor(padded, dtype=torch.int64).to(device),
+                positions=positions,
+                seq_lens=cached,
+                block_table=batch.block_table if everyone else batch.block_table[rows],
+                num_nodes=None if even else torch.tensor(counts, dtype=torch.int32).to(device),
+                last_only=even,
+            ),
+            self.cache,
+        )
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.draft_cached += count
+        if even:
+            return logits
+        last = torch.tensor(counts, device=device) - 1
+        return logits[torch.arange(len(rows), device=device), last][:, None]
+
+    def commit(
+        self, batch: Batch, tree: DraftTree, nodes: torch.Tensor, kept: torch.Tensor
+    ) -> None:
+        # The deepest level was drafted but not forwarded, so its K/V is missing.
+        forwarded = max(tree.depths)
+        if not forwarded:
+            return
+        if not tree.is_chain:
+            count = kept.clamp_max(forwarded)
+            self.cache.compact(batch.block_table, batch.seq_lens, nodes, count)
+        for sequence, num in zip(batch.sequences, kept.tolist(), strict=True):
+            sequence.draft_cached = sequence.num_cached + min(num, forwarded)
+
+    def is_lagging(self, batch: Batch) -> bool:
+        return any(len(s.tokens) - s.draft_cached > 2 for s in batch.sequences)
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "drafter": self.name,
+            "model": self.model.name,
+            "tree": list(self.shape.widths),
+            "coupled_noise": not self.keep_logits,
+        }

@@ -1,0 +1,296 @@
+"""The engine: schedule -> step -> emit, until every request is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from itertools import count
+
+import torch
+
+from inferlab import kernels
+from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.scheduler import PageAllocator, Scheduler, Sequence
+from inferlab.specdec import step
+from inferlab.specdec.batch import Batch
+from inferlab.specdec.controllers import Controller, StepObservation
+from inferlab.specdec.drafters import Drafter
+from inferlab.specdec.policies import Policy
+from inferlab.types import GenerationResult, SamplingParams
+
+PREFILL_CHUNK = 512
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a generation. ``results`` holds what every request had produced by then."""
+
+    def __init__(self, results: list[GenerationResult]) -> None:
+        super().__init__("generation interrupted")
+        self.results = results
+
+
+class Engine:
+    """Decodes requests in a batch, with or without speculation: plain decoding is a tree of N = 1.
+
+    Args:
+        target: the model that decides.
+        cache: its K/V pages.
+        policy: which draft tokens are kept.
+        controller: how many levels are drafted per step.
+        drafter: who drafts; None decodes plainly.
+        max_batch: sequences that run together at most.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        cache: KVCache,
+        policy: Policy,
+        controller: Controller,
+        drafter: Drafter | None = None,
+        max_batch: int = 32,
+    ) -> None:
+        self.target = target
+        self.cache = cache
+        self.policy = policy
+        self.controller = controller
+        self.drafter = drafter
+        self.clock = step.Clock()
+        tree_slots = drafter.max_nodes if drafter is not None else 1
+        self.scheduler = Scheduler(
+            PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
+        )
+        self._ids = count()
+        self._batch: Batch | None = None
+        self._clock_at_start: dict[int, dict[str, float]] = {}
+
+    def submit(self, prompt: SequenceOf[int], params: SamplingParams) -> Sequence:
+        """Queues a request.
+
+        Raises:
+            ValueError: empty prompt, token ids outside the vocabulary, more tokens than the
+                model's context or the K/V cache can hold.
+        """
+        if not prompt:
+            raise ValueError("prompt is empty; it must have at least one token")
+        worst = max(prompt, key=lambda t: abs(t - self.target.vocab_size // 2))
+        if not 0 <= worst < self.target.vocab_size:
+            raise ValueError(
+                f"prompt contains token id {worst}; ids must be in [0, {self.target.vocab_size})"
+            )
+        limit = self.target.context_length
+        if limit is not None and len(prompt) + params.max_tokens > limit:
+            raise ValueError(
+                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the "
+                f"context of {self.target.name} ({limit} tokens); shorten the prompt or ask for at "
+                f"most {max(limit - len(prompt), 0)} new tokens"
+            )
+        sequence = Sequence(next(self._ids), prompt, params, time.perf_counter())
+        self.scheduler.add(sequence)
+        return sequence
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Admits, decodes one step, emits. Returns the sequences that finished in it."""
+        admitted = self.scheduler.admit()
+        self.clock.start()
+        for sequence in admitted:
+            self._clock_at_start[sequence.request_id] = dict(self.clock.totals)
+            self._prefill(sequence)
+        if admitted:
+            self._batch = None
+        done = self._retire()
+        if self.scheduler.running:
+            self._decode()
+            done += self._retire()
+        return done
+
+    def generate(
+        self,
+        requests: Iterable[tuple[SequenceOf[int], SamplingParams]],
+        on_finish: Callable[[int, GenerationResult], None] | None = None,
+    ) -> list[GenerationResult]:
+        """Runs requests to their end; results in the order of the requests.
+
+        Args:
+            requests: prompt token ids and parameters of each.
+            on_finish: called with index and result as requests finish.
+
+        Raises:
+            Interrupted: on Ctrl-C, with the partial results.
+        """
+        sequences: list[Sequence] = []
+        results: dict[int, GenerationResult] = {}
+        try:
+            for prompt, params in requests:
+                sequences.append(self.submit(prompt, params))
+            index_of = {s.request_id: i for i, s in enumerate(sequences)}
+            while self.scheduler.has_work:
+                for sequence in self.step():
+                    index = index_of[sequence.request_id]
+                    results[index] = self._result(sequence)
+                    if on_finish is not None:
+                        on_finish(index, results[index])
+        except KeyboardInterrupt as interrupt:
+            self.abort("interrupted")
+            for i, sequence in enumerate(sequences):
+                results.setdefault(i, self._result(sequence))
+            raise Interrupted([results[i] for i in range(len(sequences))]) from interrupt
+        except BaseException:
+            self.abort("error")
+            raise
+        return [results[i] for i in range(len(sequences))]
+
+    def abort(self, reason: str) -> None:
+        """Ends everything that waits or runs and frees its pages."""
+        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            sequence.finish_reason = sequence.finish_reason or reason
+        self.scheduler.waiting.clear()
+        self._retire()
+        self._batch = None
+
+    def _prefill(self, sequence: Sequence) -> None:
+        """The prompt, in chunks; the last chunk's logits give the first token."""
+        batch = Batch([sequence], self.target.device, self.target.eos_token_ids)
+        prompt = sequence.prompt
+        logits = None
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            chunk = prompt[start : start + PREFILL_CHUNK]
+            batch.refresh()
+            positions = torch.arange(start, start + len(chunk), device=batch.device)
+            logits = self.target.forward(
+                ForwardBatch(
+                    tokens=torch.tensor([chunk], dtype=torch.int64).to(batch.device),
+                    positions=positions[None],
+                    seq_lens=batch.seq_lens,
+                    block_table=batch.block_table,
+                    last_only=True,
+                ),
+                self.cache,
+            )
+            sequence.num_cached += len(chunk)
+            sequence.stats.prefill_forwards += 1
+        position = torch.tensor([[len(prompt)]], dtype=torch.int64).to(batch.device)
+        token = int(kernels.sample(logits, position, batch.sampling)[0, 0, 0])
+        self._emit(sequence, [token])
+        self.clock.lap("prefill")
+
+    def _decode(self) -> None:
+        """One step for the running batch."""
+        batch = self._batch
+        if batch is None:
+            batch = self._batch = Batch(
+                list(self.scheduler.running), self.target.device, self.target.eos_token_ids
+            )
+        k = self._choose_k(batch)
+        lagging = k > 0 and self.drafter is not None and self.drafter.is_lagging(batch)
+        spent = self.clock.lap("commit")
+        tree = step.propose(self.drafter, batch, k)
+        spent += self.clock.lap("draft")
+        logits = step.forward(self.target, self.cache, batch, tree)
+        spent += self.clock.lap("verify")
+        walk = step.verify(self.policy, logits, tree, batch)
+        spent += self.clock.lap("accept")
+        accepted = [len(tokens) - 1 for tokens in walk.tokens]
+        kept = []
+        for i, sequence in enumerate(batch.sequences):
+            tokens = walk.tokens[i]
+            missing = sequence.params.min_tokens - sequence.num_output
+            if missing > 0:
+                # What follows was chosen with the end tokens forbidden: only while they are.
+                tokens = tokens[:missing]
+            emitted = self._emit(sequence, tokens)
+            kept.append(emitted)
+            sequence.stats.record(
+                tree.depths[i], tree.node_counts[i] - 1, min(accepted[i], emitted), emitted
+            )
+        step.commit(self.cache, self.drafter, batch, tree, walk, kept)
+        for sequence in batch.sequences:
+            sequence.num_cached = len(sequence.tokens) - 1
+        if not any(s.finished for s in batch.sequences):
+            batch.refresh()
+        spent += self.clock.lap("commit")
+        self.controller.observe(
+            StepObservation(len(batch), k, spent, list(tree.depths), accepted, lagging)
+        )
+
+    def _choose_k(self, batch: Batch) -> int:
+        if self.drafter is None:
+            return 0
+        useful = max(s.remaining for s in batch.sequences) - 1
+        return min(self.controller.choose(len(batch)), self.drafter.max_depth, useful)
+
+    def _emit(self, sequence: Sequence, tokens: list[int]) -> int:
+        """Appends tokens until one ends the sequence; returns how many were kept."""
+        params = sequence.params
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.perf_counter()
+        for emitted, token in enumerate(tokens):
+            if token < 0:
+                sequence.finish_reason = "error"
+                sequence.error = (
+                    f"the logits of {self.target.name} at position {len(sequence.tokens)} are NaN "
+                    f"or all -inf; no token can be chosen from them"
+                )
+                return emitted
+            sequence.tokens.append(token)
+            if sequence.num_output > params.min_tokens or params.min_tokens == 0:
+                if token in params.stop_token_ids or (
+                    not params.ignore_eos and token in self.target.eos_token_ids
+                ):
+                    sequence.finish_reason = "stop"
+                elif params.stop and self._hits_stop_string(sequence):
+                    sequence.finish_reason = "stop_string"
+            if sequence.finish_reason is None and sequence.remaining == 0:
+                sequence.finish_reason = "length"
+            if sequence.finished:
+                return emitted + 1
+        return len(tokens)
+
+    def _hits_stop_string(self, sequence: Sequence) -> bool:
+        """Whether the newest token completed a stop string."""
+        longest = max(len(s.encode()) for s in sequence.params.stop)
+        # A token carries at least one byte, but decoding may start inside a character: some spare.
+        tail = sequence.output[-(longest + 8) :]
+        text = self.target.tokenizer.decode(tail, skip_special_tokens=True)
+        return any(s in text for s in sequence.params.stop)
+
+    def _retire(self) -> list[Sequence]:
+        done = self.scheduler.retire()
+        if done:
+            self._batch = None
+            now = time.perf_counter()
+            for sequence in done:
+                if self.drafter is not None:
+                    self.drafter.release(sequence)
+                before = self._clock_at_start.pop(sequence.request_id, self.clock.totals)
+                spent = {p: t - before[p] for p, t in self.clock.totals.items()}
+                total = (now - sequence.arrived_at) * 1e3
+                spent["rest"] = max(total - sum(spent.values()), 0.0)
+                sequence.timings_ms = spent
+                sequence.timings_ms["total"] = total
+        return done
+
+    def _result(self, sequence: Sequence) -> GenerationResult:
+        timings = dict(sequence.timings_ms)
+        latency = timings.pop("total", (time.perf_counter() - sequence.arrived_at) * 1e3)
+        first = sequence.first_token_at
+        return GenerationResult(
+            token_ids=sequence.output,
+            finish_reason=sequence.finish_reason or "interrupted",
+            stats=sequence.stats,
+            latency_ms=latency,
+            first_token_ms=(first - sequence.arrived_at) * 1e3 if first is not None else latency,
+            timings_ms=timings,
+            text=self._text(sequence),
+            error=sequence.error,
+        )
+
+    def _text(self, sequence: Sequence) -> str:
+        """The new text, cut before the first stop string."""
+        if self.target.tokenizer is None:
+            return ""
+        text: str = self.target.tokenizer.decode(sequence.output, skip_special_tokens=True)
+        cuts = [at for at in (text.find(s) for s in sequence.params.stop) if at >= 0]
+        return text[: min(cuts)] if cuts else text

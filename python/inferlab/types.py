@@ -1,0 +1,172 @@
+"""The values that cross every layer: what a request asks for and what a generation returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is decoded.
+
+    Order of the filters: repetition, presence and frequency penalty, logit bias, temperature,
+    top-k, top-p, min-p. ``temperature=0`` takes the arg-max (lowest id on ties).
+
+    Args:
+        max_tokens: new tokens at most, >= 1.
+        min_tokens: end-of-text and stop tokens cannot be chosen before this many new tokens.
+        temperature: >= 0; 0 is greedy.
+        top_k: keep the k largest logits; 0 keeps all.
+        top_p: keep the smallest set of that mass, in (0, 1].
+        min_p: keep tokens with p >= min_p * max(p), in [0, 1].
+        repetition_penalty: > 0, over prompt and output (Keskar et al., 2019); 1 is off.
+        presence_penalty: subtracted once per distinct output token.
+        frequency_penalty: subtracted per occurrence in the output.
+        logit_bias: token id -> value added to its logit.
+        seed: 64-bit key of the noise; the same seed gives the same tokens for any drafter or batch.
+        stop: strings that end the generation; they are not part of the text.
+        stop_token_ids: token ids that end it, beside the model's end-of-text ids.
+        ignore_eos: go on past the model's end-of-text ids.
+    """
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer >= 1")
+        check(
+            "min_tokens",
+            self.min_tokens,
+            0 <= self.min_tokens <= self.max_tokens,
+            f"between 0 and max_tokens ({self.max_tokens})",
+        )
+        finite = math.isfinite(self.temperature)
+        check("temperature", self.temperature, finite and self.temperature >= 0, "a number >= 0")
+        check("top_k", self.top_k, self.top_k >= 0, "an integer >= 0 (0 keeps all tokens)")
+        check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        check(
+            "repetition_penalty",
+            self.repetition_penalty,
+            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "a number > 0 (1 is off)",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            check(name, value, math.isfinite(value), "a finite number (0 is off)")
+        check("seed", self.seed, 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
+        check("stop", self.stop, all(self.stop), "non-empty strings")
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+def check(name: str, value: object, ok: bool, allowed: str) -> None:
+    """Raises ValueError naming the argument, its value and what is allowed, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+@dataclass
+class SpeculationStats:
+    """What speculation did for one request, or for several added up.
+
+    A *step* is one target forward that verified a draft tree (a plain step has an empty one).
+    ``proposed`` counts the depth of each tree offered, not its nodes: it is the number of draft
+    tokens that could have been accepted, so ``accepted / proposed`` means the same on chains and
+    trees. ``emitted`` counts the tokens kept from steps, the bonus token of each included.
+    """
+
+    steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    draft_nodes: int = 0
+    prefill_forwards: int = 0
+    offered_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    def record(self, depth: int, nodes: int, accepted: int, emitted: int) -> None:
+        """Adds one step: a tree of ``depth`` levels and ``nodes`` nodes below the root."""
+        self.steps += 1
+        self.proposed += depth
+        self.accepted += accepted
+        self.emitted += emitted
+        self.draft_nodes += nodes
+        while len(self.offered_at) < depth:
+            self.offered_at.append(0)
+            self.accepted_at.append(0)
+        for i in range(depth):
+            self.offered_at[i] += 1
+            self.accepted_at[i] += i < accepted
+
+    def add(self, other: SpeculationStats) -> None:
+        self.steps += other.steps
+        self.proposed += other.proposed
+        self.accepted += other.accepted
+        self.emitted += other.emitted
+        self.draft_nodes += other.draft_nodes
+        self.prefill_forwards += other.prefill_forwards
+        while len(self.offered_at) < len(other.offered_at):
+            self.offered_at.append(0)
+            self.accepted_at.append(0)
+        for i, (offered, accepted) in enumerate(
+            zip(other.offered_at, other.accepted_at, strict=True)
+        ):
+            self.offered_at[i] += offered
+            self.accepted_at[i] += accepted
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted draft tokens over proposed ones, in [0, 1]; 0 where nothing was proposed."""
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens kept per step, the bonus token included: 1.0 is plain decoding."""
+        return self.emitted / self.steps if self.steps else 0.0
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Entry i: in which share of the steps that offered it was draft position i accepted."""
+        return [a / o for a, o in zip(self.accepted_at, self.offered_at, strict=True)]
+
+    @property
+    def target_forwards(self) -> int:
+        """Forwards of the target: steps, and one per chunk of the prompt."""
+        return self.steps + self.prefill_forwards
+
+
+@dataclass
+class GenerationResult:
+    """One finished (or interrupted) request."""
+
+    token_ids: list[int]
+    finish_reason: str  # "length", "stop" (end token), "stop_string", "interrupted", "error"
+    stats: SpeculationStats
+    latency_ms: float
+    first_token_ms: float
+    timings_ms: dict[str, float]
+    text: str = ""
+    error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
