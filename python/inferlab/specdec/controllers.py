@@ -74,9 +74,7 @@ class AdaptiveController:
     def __init__(self, min_k: int = 1, max_k: int = 8, target_acceptance: float = 0.7) -> None:
         check("min_k", min_k, 0 <= min_k <= MAX_K, f"an integer from 0 to {MAX_K}")
         check("max_k", max_k, min_k <= max_k <= MAX_K, f"an integer from min_k to {MAX_K}")
-        check(
-            "target_acceptance", target_acceptance, 0 <= target_acceptance <= 1, "in [0, 1]"
-        )
+        check("target_acceptance", target_acceptance, 0 <= target_acceptance <= 1, "in [0, 1]")
         self.min_k = min_k
         self.max_k = max_k
         self.target_acceptance = target_acceptance

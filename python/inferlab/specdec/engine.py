@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ PREFILL_CHUNK = 512
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a generation. ``results`` holds what every request had produced by then."""
 
-    def __init__(self, results: list[GenerationResult]) -> None:
+    def __init__(self, results: list[Any]) -> None:
         super().__init__("generation interrupted")
         self.results = results
 

@@ -1,4 +1,4 @@
-"""One decoding step for one batch: propose -> forward -> verify. What is kept, the engine decides."""
+"""One decoding step of a batch: propose -> forward -> verify -> commit."""
 
 from __future__ import annotations
 

@@ -85,9 +85,7 @@ class NgramDrafter:
         for row, (node_tokens, node_parents) in enumerate(trees):
             tokens[row, : len(node_tokens)] = node_tokens
             parents[row, : len(node_parents)] = node_parents
-        is_chain = all(
-            p == list(range(-1, len(p) - 1)) for _, p in trees
-        )
+        is_chain = all(p == list(range(-1, len(p) - 1)) for _, p in trees)
         if is_chain and all(len(t) == width for t, _ in trees):
             links = TreeShape.chain(width - 1).links(len(trees), batch.device)
         else:

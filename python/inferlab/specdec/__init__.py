@@ -1,0 +1,1 @@
+"""Speculative decoding: drafters, policies, controllers, the step, the engine, the pipeline."""

@@ -1,0 +1,389 @@
+"""SpeculativePipeline: text in, text out, faster than plain decoding and exactly as good."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from inferlab.config import SpecdecConfig, load_config
+from inferlab.models import FakeLM, HFModel, TargetModel, check_same_tokenizer
+from inferlab.specdec.controllers import Controller, make_controller
+from inferlab.specdec.drafters import Drafter, ModelDrafter, NgramDrafter
+from inferlab.specdec.engine import Engine, Interrupted
+from inferlab.specdec.policies import Policy, make_policy
+from inferlab.specdec.tree import TreeShape
+from inferlab.types import GenerationResult, SamplingParams
+
+Prompt = str | Sequence[int]
+
+DEFAULT_KV_MEMORY_MB = 2048
+
+
+class GenerationError(RuntimeError):
+    """A request failed while it ran. ``results`` holds all requests' results, the good ones too."""
+
+    def __init__(self, message: str, results: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.results = results
+
+
+class SpeculativePipeline:
+    """A target model, a drafter and the engine between them.
+
+    Values come from keywords, else from the YAML file, else from the defaults of
+    :class:`inferlab.config.SpecdecConfig`; without a file that is the bundled pair, greedy, K = 4.
+
+    Args:
+        config_path: a ``specdec`` YAML file; ``configs/NAME.yaml`` is found from anywhere.
+        base_model: the target: hub id, local directory or ``inferlab/tiny``.
+        draft_model: the draft model of ``draft_mode="vanilla"``; same tokenizer as the target.
+        draft_mode: ``vanilla`` (draft model), ``ngram`` (prompt lookup) or ``none`` (plain
+            decoding through the same engine).
+        implementation: ``hf`` (real models) or ``fake`` (instant, deterministic, no weights).
+        policy: name of an acceptance policy, or a Policy.
+        controller: ``fixed``, ``adaptive`` or ``cost``, or a Controller.
+        k: draft tokens per step of the fixed controller, 0 to 64.
+        tree: children per node by depth, e.g. ``[4, 2, 1]``; None drafts chains.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        seed: key of the noise; the same seed gives the same tokens whatever the drafter.
+        agree_k: the k of the ``topk_agree`` policy.
+        target, draft: loaded models to use in place of ``base_model`` and ``draft_model``.
+        overrides: any other key of SpecdecConfig (``tau``, ``p``, ``max_k``, ``max_batch``, ...).
+
+    Raises:
+        ConfigError: an unknown key or a value that is not allowed.
+        ValueError: models that cannot be loaded or do not fit together.
+    """
+
+    def __init__(
+        self,
+        config_path: str | None = None,
+        *,
+        base_model: str | None = None,
+        draft_model: str | None = None,
+        draft_mode: str | None = None,
+        implementation: str | None = None,
+        policy: str | Policy | None = None,
+        controller: str | Controller | None = None,
+        k: int | None = None,
+        tree: Sequence[int] | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        seed: int | None = None,
+        agree_k: int | None = None,
+        target: TargetModel | None = None,
+        draft: TargetModel | None = None,
+        config: SpecdecConfig | None = None,
+        **overrides: Any,
+    ) -> None:
+        overrides.update(
+            base_model=base_model,
+            draft_model=draft_model,
+            draft_mode=draft_mode,
+            implementation=implementation,
+            policy=policy if isinstance(policy, str) else None,
+            controller=controller if isinstance(controller, str) else None,
+            tree=list(tree) if tree is not None else None,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            k=agree_k,
+        )
+        if k is not None:
+            overrides["max_draft"] = k
+        if config is None:
+            config = load_config(SpecdecConfig, config_path, overrides)
+        self.config = config
+        self.policy = policy if isinstance(policy, Policy) else self._make_policy()
+        shape = TreeShape(config.tree) if config.tree is not None else None
+        self.controller: Controller = (
+            controller
+            if controller is not None and not isinstance(controller, str)
+            else self._make_controller(shape)
+        )
+        self.target = target if target is not None else self._load_target()
+        self._draft: TargetModel | None = None
+        if config.draft_mode == "vanilla":
+            self._draft = draft if draft is not None else self._load_draft()
+        self.engine = self._make_engine(shape)
+
+    @property
+    def implementation(self) -> str:
+        return self.config.implementation
+
+    @property
+    def device(self) -> str:
+        return str(self.target.device)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        do_sample: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        on_result: Callable[[int, dict[str, Any]], None] | None = None,
+        **params: Any,
+    ) -> Any:
+        """Generates for one prompt or for a list of them, as one batch.
+
+        Args:
+            prompt: text or token ids, or a list of such.
+            max_tokens: new tokens at most.
+            temperature: 0 is greedy. ``do_sample=False`` is the same as 0.
+            top_k, top_p, min_p: filters, as in :class:`inferlab.SamplingParams`.
+            seed: one for all prompts, or a list with one per prompt. A prompt's tokens depend on
+                its own seed only, so equal prompts with equal seeds give equal texts.
+            stop: strings that end the text (and are cut off).
+            on_result: called with index and result as prompts finish.
+            params: other fields of SamplingParams (``min_tokens``, ``logit_bias``, ...).
+
+        Returns:
+            A mapping for one prompt, a list of mappings for a list, with the keys
+
+            * ``text``, ``token_ids`` (new tokens only; also as ``generated_tokens``),
+              ``num_tokens``, ``finish_reason``;
+            * ``latency_ms`` (from submission to the last token), ``first_token_ms``,
+              ``tokens_per_second`` (also as ``tokens_per_sec``), ``timings_ms`` by phase;
+            * ``acceptance_rate``: accepted draft tokens / draft tokens offered along one path;
+            * ``mean_accepted_length``: tokens kept per verification step, **bonus token
+              included**, so 1.0 is plain decoding;
+            * ``acceptance_by_position``, ``proposed``, ``accepted``, ``steps``,
+              ``target_forwards`` (steps and prompt chunks);
+            * ``verification_time_ms``, ``generation_time_ms`` (drafting), ``mem_rss_mb``;
+            * ``policy``, ``controller``, ``lossless``, ``impl``, ``device``, ``dtype``,
+              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``.
+
+        Raises:
+            ValueError: a parameter out of range, an empty prompt, too many tokens.
+            GenerationError: a request failed while running (e.g. NaN logits).
+            Interrupted: Ctrl-C; ``results`` holds what there was.
+        """
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
+        prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item,arg-type]
+        if not single and not prompts:
+            return []
+        seeds = self._seeds(seed, len(prompts))
+        if do_sample is False:
+            temperature = 0.0
+        given = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "stop": (stop,) if isinstance(stop, str) else tuple(stop) if stop is not None else None,
+        }
+        values = self._defaults()
+        values.update({name: value for name, value in given.items() if value is not None})
+        values.update(params)
+        if max_tokens is not None and "min_tokens" not in params:
+            values["min_tokens"] = min(values["min_tokens"], max_tokens)
+        requests = [
+            (self._encode(p), SamplingParams(**values, seed=s))
+            for p, s in zip(prompts, seeds, strict=True)
+        ]
+        finished: dict[int, dict[str, Any]] = {}
+
+        def finish(index: int, result: GenerationResult) -> None:
+            finished[index] = self._mapping(result, seeds[index])
+            if on_result is not None:
+                on_result(index, finished[index])
+
+        try:
+            results = self.engine.generate(requests, finish)
+        except Interrupted as interrupt:
+            partial = [
+                finished.get(i) or self._mapping(r, seeds[i])
+                for i, r in enumerate(interrupt.results)
+            ]
+            raise Interrupted(partial) from interrupt
+        mappings = [finished[i] for i in range(len(results))]
+        failed = [(i, r.error) for i, r in enumerate(results) if r.error is not None]
+        if failed:
+            index, error = failed[0]
+            raise GenerationError(f"prompt {index}: {error}", mappings)
+        return mappings[0] if single else mappings
+
+    def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
+        if seed is None:
+            return [self.config.seed] * count
+        if isinstance(seed, int):
+            return [seed] * count
+        if len(seed) != count:
+            raise ValueError(f"seed has {len(seed)} entries for {count} prompts; give one each")
+        return list(seed)
+
+    def _defaults(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "max_tokens": c.max_new_tokens,
+            "min_tokens": c.min_new_tokens,
+            "temperature": c.effective_temperature,
+            "top_k": c.top_k,
+            "top_p": c.top_p,
+            "min_p": c.min_p,
+            "repetition_penalty": c.repetition_penalty,
+            "presence_penalty": c.presence_penalty,
+            "frequency_penalty": c.frequency_penalty,
+            "stop": tuple(c.stop),
+        }
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(t) for t in prompt]
+        if self.target.tokenizer is None:
+            raise ValueError(
+                f"{self.target.name} has no tokenizer; give the prompt as token ids, or add "
+                f"tokenizer.json to the model's directory"
+            )
+        ids: list[int] = self.target.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError("prompt is empty; it must have at least one token")
+        return ids
+
+    def _mapping(self, result: GenerationResult, seed: int) -> dict[str, Any]:
+        stats = result.stats
+        count = len(result.token_ids)
+        per_second = count / (result.latency_ms / 1e3) if result.latency_ms > 0 else 0.0
+        timings = {phase: round(ms, 4) for phase, ms in result.timings_ms.items()}
+        mapping: dict[str, Any] = {
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "generated_tokens": result.token_ids,
+            "num_tokens": count,
+            "finish_reason": result.finish_reason,
+            "latency_ms": result.latency_ms,
+            "first_token_ms": result.first_token_ms,
+            "tokens_per_second": per_second,
+            "tokens_per_sec": per_second,
+            "acceptance_rate": stats.acceptance_rate,
+            "mean_accepted_length": stats.mean_accepted_length,
+            "acceptance_by_position": stats.acceptance_by_position,
+            "proposed": stats.proposed,
+            "accepted": stats.accepted,
+            "steps": stats.steps,
+            "target_forwards": stats.target_forwards,
+            "timings_ms": timings,
+            "verification_time_ms": timings.get("verify", 0.0) + timings.get("accept", 0.0),
+            "generation_time_ms": timings.get("draft", 0.0),
+            "mem_rss_mb": _rss_mb(),
+            "policy": self.policy.describe(),
+            "controller": self.controller.describe(),
+            "lossless": self.policy.lossless,
+            "impl": self.config.implementation,
+            "device": self.device,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "base_model": self.target.name,
+            "draft_model": self._draft.name if self._draft is not None else None,
+            "draft_mode": self.config.draft_mode,
+            "seed": seed,
+        }
+        if result.error is not None:
+            mapping["error"] = result.error
+        return mapping
+
+    def _make_policy(self) -> Policy:
+        c = self.config
+        return make_policy(c.policy, tau=c.tau, k=c.k, p=c.p)
+
+    def _make_controller(self, shape: TreeShape | None) -> Controller:
+        c = self.config
+        if c.controller == "fixed":
+            return make_controller("fixed", k=shape.depth if shape is not None else c.max_draft)
+        max_k = min(c.max_k, shape.depth) if shape is not None else c.max_k
+        return make_controller(
+            c.controller,
+            min_k=min(c.min_k, max_k),
+            max_k=max_k,
+            target_acceptance=c.target_acceptance,
+        )
+
+    def _load_target(self) -> TargetModel:
+        if self.config.implementation == "fake":
+            return FakeLM(seed=self.config.seed)
+        return self._load(self.config.base_model)
+
+    def _load_draft(self) -> TargetModel:
+        if self.config.implementation == "fake":
+            return FakeLM(seed=self.config.seed, agreement=self.config.fake.agreement)
+        draft = self._load(self.config.draft_model)
+        check_same_tokenizer(self.target, draft)
+        return draft
+
+    def _load(self, name: str) -> TargetModel:
+        c = self.config
+        return HFModel.load(
+            name,
+            device=c.requested_device,
+            dtype=c.dtype,
+            device_priority=c.device_priority,
+            max_memory_mb=c.max_memory_mb,
+            trust_remote_code=c.trust_remote_code,
+            allow_pickle=c.allow_pickle,
+        )
+
+    def _make_engine(self, shape: TreeShape | None) -> Engine:
+        c = self.config
+        pages = self._num_pages()
+        drafter: Drafter | None = None
+        if self._draft is not None:
+            drafter = ModelDrafter(
+                self._draft,
+                self._draft.new_cache(pages, c.page_size),
+                shape or TreeShape.chain(self.controller.max_k),
+                keep_logits=self.policy.needs_draft_logits,
+            )
+        elif c.draft_mode == "ngram":
+            drafter = NgramDrafter(
+                max_depth=shape.depth if shape is not None else self.controller.max_k,
+                branches=max(shape.widths) if shape is not None else 1,
+                min_match=c.ngram.min_match,
+                max_match=c.ngram.max_match,
+            )
+        return Engine(
+            self.target,
+            self.target.new_cache(pages, c.page_size),
+            self.policy,
+            self.controller,
+            drafter,
+            c.max_batch,
+        )
+
+    def _num_pages(self) -> int:
+        """As many pages as a full batch of full contexts needs, within the memory allowed."""
+        c = self.config
+        per_token = self.target.new_cache(1, c.page_size).bytes_per_token
+        if self._draft is not None:
+            per_token += self._draft.new_cache(1, c.page_size).bytes_per_token
+        budget = (c.kv_memory_mb or DEFAULT_KV_MEMORY_MB) * 2**20
+        pages = int(budget // (per_token * c.page_size))
+        context = self.target.context_length or 4096
+        pages = min(pages, c.max_batch * (-(-context // c.page_size) + 256 // c.page_size + 1))
+        if c.num_pages is not None:
+            pages = min(pages, c.num_pages) if c.kv_memory_mb is not None else c.num_pages
+        if pages < 1:
+            raise ValueError(
+                f"kv_memory_mb is {c.kv_memory_mb}; one page of {c.page_size} tokens needs "
+                f"{per_token * c.page_size / 2**20:.3f} MB"
+            )
+        return pages
+
+
+def _rss_mb() -> float:
+    """Resident memory of this process in MB."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
