@@ -1,0 +1,17 @@
+"""Slow, obvious torch versions of the ops: the oracle of the tests, and what runs off the CPU."""
+
+from inferlab.kernels.reference.sampling import sample
+from inferlab.kernels.reference.tree import build_tree
+from inferlab.kernels.reference.verify import (
+    verify_tree_lossy,
+    verify_tree_match,
+    verify_tree_rejection,
+)
+
+__all__ = [
+    "build_tree",
+    "sample",
+    "verify_tree_lossy",
+    "verify_tree_match",
+    "verify_tree_rejection",
+]
