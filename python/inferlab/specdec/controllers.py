@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
 
@@ -105,6 +105,17 @@ class AdaptiveController:
         }
 
 
+@dataclass
+class _Costs:
+    """What is known about one batch size: measured step times, the K in use, what to try next."""
+
+    plan: list[int]  # K to run before deciding again: the warm-up, later probes
+    interval: int
+    until_probe: int
+    times: dict[int, deque[float]] = field(default_factory=dict)
+    current: int = 0
+
+
 class CostController:
     """Picks the K, 0 included, that gives the most tokens per second.
 
@@ -131,52 +142,48 @@ class CostController:
         self.max_k = max_k
         self._accepted = [0.0] * max_k
         self._reached = [0.0] * max_k
-        self._times: dict[int, dict[int, deque[float]]] = {}
-        self._plan: dict[int, list[int]] = {}
-        self._current: dict[int, int] = {}
-        self._until_probe: dict[int, int] = {}
-        self._interval: dict[int, int] = {}
+        self._costs: dict[int, _Costs] = {}
         self._probe_turn = 0
 
     def choose(self, batch_size: int) -> int:
-        bucket = batch_size.bit_length()
-        if bucket not in self._plan:
-            self._plan[bucket] = self._warmup()
-            self._times[bucket] = {}
-            self._interval[bucket] = self._until_probe[bucket] = self.PROBE_INTERVAL
-        if self._plan[bucket]:
-            return self._plan[bucket][0]
-        return self._current.get(bucket, 0)
+        costs = self._of(batch_size)
+        return costs.plan[0] if costs.plan else costs.current
 
     def observe(self, step: StepObservation) -> None:
-        bucket = step.batch_size.bit_length()
         self._learn_acceptance(step)
-        times = self._times.setdefault(bucket, {})
+        costs = self._of(step.batch_size)
         if not step.caught_up:
-            times.setdefault(step.k, deque(maxlen=self.SAMPLES)).append(step.step_ms)
-        plan = self._plan.setdefault(bucket, [])
-        if plan and not step.caught_up:
+            costs.times.setdefault(step.k, deque(maxlen=self.SAMPLES)).append(step.step_ms)
+        if costs.plan:
             # Taken off even if the engine ran a smaller K than asked for, near a sequence's end.
-            plan.pop(0)
-        if not plan:
-            self._decide(bucket)
+            costs.plan.pop(0)
+        if not costs.plan:
+            self._decide(costs)
 
     def describe(self) -> dict[str, Any]:
+        by_size = {2 ** (bits - 1): costs for bits, costs in sorted(self._costs.items())}
         return {
             "controller": "cost",
             "max_k": self.max_k,
-            "chosen_k": {2 ** (b - 1): k for b, k in sorted(self._current.items())},
+            "chosen_k": {size: costs.current for size, costs in by_size.items()},
             "step_ms": {
-                2 ** (b - 1): {k: round(median(v), 4) for k, v in sorted(times.items())}
-                for b, times in sorted(self._times.items())
+                size: {k: round(median(v), 4) for k, v in sorted(costs.times.items())}
+                for size, costs in by_size.items()
             },
             "acceptance": [round(p, 4) for p in self._conditional()],
         }
+
+    def _of(self, batch_size: int) -> _Costs:
+        bits = batch_size.bit_length()
+        if bits not in self._costs:
+            self._costs[bits] = _Costs(self._warmup(), self.PROBE_INTERVAL, self.PROBE_INTERVAL)
+        return self._costs[bits]
 
     def _warmup(self) -> list[int]:
         if self.max_k == 0:
             return []
         middle = (self.max_k + 1) // 2
+        # The first step of a batch pays for cold caches: K = max is measured again later.
         return [self.max_k, 0, middle, 0, self.max_k, 1, 0, middle, self.max_k, 0]
 
     def _learn_acceptance(self, step: StepObservation) -> None:
@@ -204,46 +211,46 @@ class CostController:
             expected.append(expected[-1] + survive)
         return expected
 
-    def _step_time(self, times: dict[int, float], k: int) -> float:
+    @staticmethod
+    def _step_time(times: dict[int, float], k: int) -> float:
+        """Measured, or on the line through the nearest measured neighbours."""
         if k in times:
             return times[k]
         known = sorted(times)
         lower = max((x for x in known if x < k), default=known[0])
         upper = min((x for x in known if x > k), default=known[-1])
-        if lower == upper:
-            return times[lower]
         if not lower < k < upper:
             lower, upper = known[0], known[-1]
+        if lower == upper:
+            return times[lower]
         slope = (times[upper] - times[lower]) / (upper - lower)
         return max(times[lower] + slope * (k - lower), 1e-6)
 
-    def _decide(self, bucket: int) -> None:
-        times = {k: median(v) for k, v in self._times[bucket].items()}
-        if not times:
+    def _decide(self, costs: _Costs) -> None:
+        times = {k: median(v) for k, v in costs.times.items()}
+        if not times or self.max_k == 0:
             return
-        expected = self._expected_tokens()
-        rates = [e / self._step_time(times, k) for k, e in enumerate(expected)]
+        rates = [
+            tokens / self._step_time(times, k) for k, tokens in enumerate(self._expected_tokens())
+        ]
         best = max(range(len(rates)), key=rates.__getitem__)
-        current = self._current.get(bucket)
-        if current is None or rates[best] > rates[current] * self.MARGIN:
-            self._current[bucket] = best
-        self._schedule_probe(bucket)
+        if rates[best] > rates[costs.current] * self.MARGIN:
+            costs.current = best
+        costs.until_probe -= 1
+        if costs.until_probe <= 0:
+            self._plan_probe(costs)
 
-    def _schedule_probe(self, bucket: int) -> None:
-        self._until_probe[bucket] -= 1
-        if self._until_probe[bucket] > 0 or self.max_k == 0:
-            return
-        current = self._current[bucket]
-        if current == 0:
+    def _plan_probe(self, costs: _Costs) -> None:
+        if costs.current == 0:
             # Twice: a drafter that slept catches up in the first.
-            self._plan[bucket] = [min(2, self.max_k)] * 2
-            self._interval[bucket] = min(2 * self._interval[bucket], self.MAX_PROBE_INTERVAL)
+            costs.plan = [min(2, self.max_k)] * 2
+            costs.interval = min(2 * costs.interval, self.MAX_PROBE_INTERVAL)
         else:
-            self._interval[bucket] = self.PROBE_INTERVAL
-            others = [0, min(current + 1, self.max_k), max(current - 1, 0)]
-            self._plan[bucket] = [others[self._probe_turn % len(others)]]
+            costs.interval = self.PROBE_INTERVAL
+            others = (0, min(costs.current + 1, self.max_k), costs.current - 1)
+            costs.plan = [others[self._probe_turn % len(others)]]
             self._probe_turn += 1
-        self._until_probe[bucket] = self._interval[bucket]
+        costs.until_probe = costs.interval
 
 
 def make_controller(

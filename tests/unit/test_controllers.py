@@ -1,0 +1,137 @@
+"""K controllers, driven by a simulated drafter with known costs and acceptance."""
+
+import random
+
+import pytest
+
+from inferlab.specdec.controllers import (
+    AdaptiveController,
+    CostController,
+    FixedController,
+    StepObservation,
+    make_controller,
+)
+
+
+class World:
+    """A drafter and a target with known costs (ms) and per-level acceptance."""
+
+    def __init__(self, plain_ms=10.0, draft_ms=1.0, node_ms=0.1, acceptance=0.8, seed=0):
+        self.plain_ms, self.draft_ms, self.node_ms = plain_ms, draft_ms, node_ms
+        self.acceptance = acceptance
+        self.random = random.Random(seed)
+        self.elapsed_ms = 0.0
+        self.tokens = 0
+        self.chosen: list[int] = []
+
+    def cost(self, k: int) -> float:
+        return self.plain_ms + k * (self.draft_ms + self.node_ms)
+
+    def rate(self, k: int) -> float:
+        return sum(self.acceptance**i for i in range(k + 1)) / self.cost(k)
+
+    def run(self, controller, steps: int, batch_size: int = 1) -> None:
+        for _ in range(steps):
+            k = controller.choose(batch_size)
+            accepted = []
+            for _ in range(batch_size):
+                n = 0
+                while n < k and self.random.random() < self.acceptance:
+                    n += 1
+                accepted.append(n)
+            noisy = self.cost(k) * self.random.uniform(0.9, 1.1)
+            self.elapsed_ms += noisy
+            self.tokens += sum(accepted) + batch_size
+            self.chosen.append(k)
+            controller.observe(StepObservation(batch_size, k, noisy, [k] * batch_size, accepted))
+
+
+def test_fixed_never_moves():
+    controller = FixedController(3)
+    World(acceptance=0.0).run(controller, 20)
+    assert controller.choose(1) == 3
+
+
+@pytest.mark.parametrize(("acceptance", "expected"), [(1.0, 6), (0.0, 2)])
+def test_adaptive_goes_to_its_bounds(acceptance, expected):
+    controller = AdaptiveController(min_k=2, max_k=6, target_acceptance=0.7)
+    World(acceptance=acceptance).run(controller, 30)
+    assert controller.choose(1) == expected
+
+
+def test_adaptive_ignores_steps_without_drafts():
+    controller = AdaptiveController(min_k=1, max_k=8)
+    before = controller.choose(1)
+    controller.observe(StepObservation(1, 4, 1.0, [0], [0]))
+    assert controller.choose(1) == before
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
+def test_cost_comes_within_a_few_percent_of_the_best_k(acceptance):
+    world = World(acceptance=acceptance, seed=1)
+    controller = CostController(max_k=8)
+    world.run(controller, 100)
+    world.elapsed_ms, world.tokens = 0.0, 0
+    world.run(controller, 2000)
+    best = max(world.rate(k) for k in range(9))
+    assert world.tokens / world.elapsed_ms >= 0.93 * best
+
+
+@pytest.mark.parametrize("draft_ms", [0.2, 5.0, 20.0])
+def test_cost_with_a_useless_drafter_costs_at_most_five_percent(draft_ms):
+    world = World(acceptance=0.0, draft_ms=draft_ms, seed=2)
+    controller = CostController(max_k=8)
+    world.run(controller, 20)  # its warm-up
+    world.elapsed_ms, world.tokens = 0.0, 0
+    world.run(controller, 2000)
+    assert controller.describe()["chosen_k"] == {1: 0}
+    plain = 1 / world.plain_ms
+    assert world.tokens / world.elapsed_ms >= 0.95 * plain
+
+
+def test_cost_comes_back_when_the_drafter_becomes_good():
+    world = World(acceptance=0.0, seed=3)
+    controller = CostController(max_k=8)
+    world.run(controller, 200)
+    assert controller.choose(1) in (0, 2)
+    world.acceptance = 0.9
+    world.run(controller, 1500)
+    assert world.chosen[-1] >= 4
+
+
+def test_cost_keeps_batch_sizes_apart():
+    controller = CostController(max_k=6)
+    World(acceptance=0.8, draft_ms=0.5, seed=4).run(controller, 100, batch_size=1)
+    World(acceptance=0.8, draft_ms=0.5, node_ms=20.0, seed=5).run(controller, 100, batch_size=32)
+    chosen = controller.describe()["chosen_k"]
+    assert chosen[1] >= 3
+    assert chosen[32] == 0
+
+
+def test_cost_counts_levels_that_were_not_offered_as_rejected():
+    controller = CostController(max_k=4)
+    for _ in range(50):
+        controller.observe(StepObservation(1, 4, 10.0, [0], [0]))
+    assert controller.describe()["acceptance"][0] < 0.1
+
+
+def test_cost_with_no_room_to_draft():
+    controller = CostController(max_k=0)
+    World().run(controller, 100)
+    assert controller.choose(1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("fixed", {"k": -1}, "k is -1"),
+        ("fixed", {"k": 65}, "k is 65"),
+        ("adaptive", {"min_k": 5, "max_k": 2}, "max_k is 2"),
+        ("adaptive", {"target_acceptance": 1.5}, "target_acceptance is 1.5"),
+        ("cost", {"max_k": 100}, "max_k is 100"),
+        ("magic", {}, "controller is 'magic'"),
+    ],
+)
+def test_bad_settings_are_named(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_controller(name, **kwargs)
