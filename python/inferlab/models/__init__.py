@@ -1,0 +1,25 @@
+"""What a target is: a model over a paged cache, real (HFModel) or without weights (FakeLM)."""
+
+from inferlab.models.assets import BUNDLED, resolve_model_path
+from inferlab.models.attention_hook import UnsupportedArchitectureError
+from inferlab.models.base import TargetModel
+from inferlab.models.batch import ForwardBatch
+from inferlab.models.fake import FakeLM
+from inferlab.models.hf import HFModel
+from inferlab.models.kv_cache import KVCache
+from inferlab.models.loading import ModelLoadError, ModelTooLargeError
+from inferlab.models.tokenizer_check import check_same_tokenizer
+
+__all__ = [
+    "BUNDLED",
+    "FakeLM",
+    "ForwardBatch",
+    "HFModel",
+    "KVCache",
+    "ModelLoadError",
+    "ModelTooLargeError",
+    "TargetModel",
+    "UnsupportedArchitectureError",
+    "check_same_tokenizer",
+    "resolve_model_path",
+]

@@ -1,0 +1,218 @@
+"""The attention function Hugging Face models call: append K/V to the pages, attend to the tree.
+
+``AttentionInterface.register`` makes it known under the name ``inferlab``. The model passes extra
+keyword arguments of its own call down to it, which is how the step arrives here: no global state,
+no cache object, and since the name is not registered for masks, no masks are built at all
+(transformers' ``_preprocess_mask_arguments``). A call without a step would therefore attend to the
+wrong keys; it raises instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from inferlab.kernels import kv_append, paged_tree_attention
+from inferlab.models.batch import ForwardBatch
+from inferlab.models.kv_cache import KVCache
+
+ATTENTION_NAME = "inferlab"
+STEP_KEYWORD = "inferlab_step"
+
+
+class LayerSpec(NamedTuple):
+    """What one attention layer asks of the kernel; constant over the life of a model.
+
+    window 0: no sliding window. softcap 0: none.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward pass on its way through the layers."""
+
+    layers: Sequence[LayerSpec]
+    pages: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    ancestors: torch.Tensor | None
+    num_nodes: torch.Tensor | None
+    node_offset: int
+
+    @classmethod
+    def of(cls, batch: ForwardBatch, cache: KVCache, layers: Sequence[LayerSpec]) -> Step:
+        return cls(
+            layers,
+            cache.pages,
+            batch.block_table,
+            batch.seq_lens,
+            batch.ancestors,
+            batch.num_nodes,
+            batch.node_offset,
+        )
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """query [B, Hq, N, D], key and value [B, Hkv, N, D]; returns [B, N, Hq, D]."""
+        k_pages, v_pages = self.pages[layer]
+        _, _, scale, window, softcap = self.layers[layer]
+        kv_append(
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            k_pages,
+            v_pages,
+            self.block_table,
+            self.seq_lens,
+            node_offset=self.node_offset,
+            num_nodes=self.num_nodes,
+        )
+        return paged_tree_attention(
+            query.transpose(1, 2),
+            k_pages,
+            v_pages,
+            self.block_table,
+            self.seq_lens,
+            self.ancestors,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            node_offset=self.node_offset,
+            num_nodes=self.num_nodes,
+        )
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    inferlab_step: Any = None,
+    **details: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it; `details` were read once, when the model was traced."""
+    if inferlab_step is None:
+        raise RuntimeError(
+            "a model with attention implementation 'inferlab' was called without a step: call "
+            "HFModel.forward, or take the plain model back with HFModel.plain()"
+        )
+    if isinstance(inferlab_step, Step):
+        return inferlab_step.attend(module.layer_idx, query, key, value), None  # type: ignore[arg-type]
+    return inferlab_step.record(module, query, key, value, attention_mask, details), None
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+# Keyword arguments that do not change what causal attention computes. Anything else that is set
+# (attention sinks, position biases, head masks, ...) would be silently ignored: such models are
+# refused instead.
+_HARMLESS = frozenset(
+    {
+        "dropout",
+        "scaling",
+        "sliding_window",
+        "softcap",
+        "is_causal",
+        "position_ids",
+        "position_embeddings",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+    }
+)
+
+
+class Trace:
+    """Stands in for a step in one short pass and writes down what each attention layer asks for.
+
+    Args:
+        config: the text config of the model.
+        model_name: for messages.
+    """
+
+    def __init__(self, config: Any, model_name: str) -> None:
+        self.specs: dict[int, LayerSpec] = {}
+        self._config = config
+        self._name = model_name
+
+    def record(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        details: dict[str, Any],
+    ) -> torch.Tensor:
+        layer = getattr(module, "layer_idx", None)
+        where = f"{type(module).__name__} (layer {layer})"
+        if not isinstance(layer, int):
+            self._refuse(f"{where} does not say which layer it is")
+        if layer in self.specs:
+            self._refuse(f"{where} computes attention twice in one pass")
+        if not getattr(module, "is_causal", True) or details.get("is_causal") is False:
+            self._refuse(f"{where} is not causal")
+        unknown = {k for k, v in details.items() if v is not None and v is not False} - _HARMLESS
+        if unknown:
+            self._refuse(f"{where} needs {', '.join(sorted(unknown))}, which the kernel lacks")
+        if attention_mask is not None:
+            self._refuse(f"{where} builds an attention mask of its own")
+        heads, dim = key.shape[1], key.shape[-1]
+        if value.shape != key.shape or query.shape[-1] != dim or query.shape[1] % heads:
+            self._refuse(
+                f"{where} has queries {tuple(query.shape)}, keys {tuple(key.shape)}, values "
+                f"{tuple(value.shape)}; the paged cache needs keys and values of one shape"
+            )
+        scaling = details.get("scaling")
+        self.specs[layer] = LayerSpec(
+            heads,
+            dim,
+            dim**-0.5 if scaling is None else float(scaling),
+            self._window(layer, details.get("sliding_window"), where),
+            float(details.get("softcap") or 0.0),
+        )
+        return query.transpose(1, 2).contiguous()
+
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The specs by layer index, once the pass is over."""
+        expected = self._config.num_hidden_layers
+        if sorted(self.specs) != list(range(expected)):
+            self._refuse(
+                f"of its {expected} layers only {len(self.specs)} go through the attention hook "
+                "(state-space, convolution and shared-KV layers do not)"
+            )
+        return tuple(self.specs[i] for i in range(expected))
+
+    def _window(self, layer: int, window: int | None, where: str) -> int:
+        kinds = getattr(self._config, "layer_types", None)
+        kind = kinds[layer] if kinds else None
+        if kind not in (None, "full_attention", "sliding_attention"):
+            self._refuse(f"{where} has attention of kind {kind!r}")
+        if kind == "sliding_attention" and not window:
+            self._refuse(f"{where} slides but does not hand its window to the hook")
+        if kind == "full_attention":
+            return 0
+        return int(window or 0)
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise UnsupportedArchitectureError(f"{self._name} cannot run on the paged cache: {why}")
+
+
+class UnsupportedArchitectureError(ValueError):
+    """A model whose attention the paged cache and the tree kernels cannot stand in for."""

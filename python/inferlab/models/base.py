@@ -1,0 +1,44 @@
+"""What the engine asks of a model, whether it has weights (HFModel) or not (FakeLM)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from inferlab.models.batch import ForwardBatch
+from inferlab.models.kv_cache import KVCache
+
+
+@runtime_checkable
+class TargetModel(Protocol):
+    """A causal language model over a paged cache. Targets and draft models are the same thing.
+
+    Attributes:
+        name: what the user called it.
+        vocab_size: columns of the logits (may exceed the tokenizer's vocabulary: padding).
+        tokenizer_vocab_size: ids that the tokenizer knows, None without a tokenizer.
+        context_length: longest sequence in tokens, None where the model sets no limit.
+        device, dtype: where logits live and their element type.
+        eos_token_ids: ids that end a text, possibly none.
+        tokenizer: a Hugging Face tokenizer or None.
+        num_parameters: number of distinct weights.
+    """
+
+    name: str
+    vocab_size: int
+    tokenizer_vocab_size: int | None
+    context_length: int | None
+    device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Any
+    num_parameters: int
+
+    def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
+        """A zeroed paged cache that fits this model."""
+        ...
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """Writes K/V to `cache`; returns logits [B, N, V], or [B, 1, V] with ``last_only``."""
+        ...

@@ -1,0 +1,38 @@
+"""What the engine hands a target model for one step: tokens, where they sit, and who sees whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """One forward pass over B sequences with up to N new tokens (tree nodes) each.
+
+    A node of depth d has position ``seq_lens[b] + d`` and is written to cache slot
+    ``seq_lens[b] + node_offset + n``; with a causal chain depth and node index are the same.
+
+    Attributes:
+        tokens: [B, N] i64, token ids; any valid id at padding.
+        positions: [B, N] i64, absolute positions; any valid position at padding.
+        seq_lens: [B] i32, committed tokens whose K/V is in the cache.
+        block_table: [B, MP] i32, page ids in order, -1 where unused.
+        ancestors: [B, N, W] i64 bit words, W = ceil(nodes of the whole tree / 64): bit j of row n
+            says that node j is n itself or an ancestor of it. None: a causal chain, each token
+            sees all earlier ones (prefill, plain decoding).
+        num_nodes: [B] i32, real nodes per sequence where rows are padded on the right; None: all N.
+        node_offset: nodes of the same tree that earlier passes have already written behind
+            ``seq_lens`` (a draft model growing its tree level by level).
+        last_only: return logits of each sequence's last real row only, as [B, 1, V].
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    ancestors: torch.Tensor | None = None
+    num_nodes: torch.Tensor | None = None
+    node_offset: int = 0
+    last_only: bool = False

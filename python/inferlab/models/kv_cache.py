@@ -1,0 +1,158 @@
+"""The paged K/V cache of one model: pools of pages, and the two moves that speculation needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from inferlab.kernels import kv_compact, kv_copy_pages
+
+
+class LayerShape(NamedTuple):
+    """K and V of one layer, per token."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+class Pool(NamedTuple):
+    """Layers of one shape, stacked: k and v are [L, P, page_size, Hkv, D]."""
+
+    layers: tuple[int, ...]
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class KVCache:
+    """K/V pages of all layers of a model.
+
+    Layers that share (Hkv, D) are stacked into one pool, so that compaction and page copies are one
+    kernel call per pool; nearly all models have a single pool.
+
+    Args:
+        shapes: (num_kv_heads, head_dim) per layer.
+        num_pages: pages per layer; one block table addresses all layers.
+        page_size: tokens per page, a power of two.
+        dtype, device: of the pages.
+
+    Raises:
+        ValueError: no layers, a page count below 1, or a page size that is not a power of two.
+        MemoryError: the pages do not fit; says how many were asked for and their size.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        num_pages: int,
+        page_size: int = 16,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not shapes:
+            raise ValueError("shapes is empty: a cache needs at least one layer")
+        if num_pages < 1:
+            raise ValueError(f"num_pages is {num_pages}, must be at least 1")
+        if page_size < 1 or page_size & (page_size - 1):
+            raise ValueError(f"page_size is {page_size}, must be a power of two")
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        per_layer = [2 * heads * dim * dtype.itemsize for heads, dim in shapes]
+        self.bytes_per_token: int = sum(per_layer)
+        self.nbytes: int = self.bytes_per_token * page_size * num_pages
+
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for layer, (heads, dim) in enumerate(shapes):
+            by_shape.setdefault((heads, dim), []).append(layer)
+        self._check_memory()
+        pools: list[Pool] = []
+        try:
+            for (heads, dim), layers in by_shape.items():
+                size = (len(layers), num_pages, page_size, heads, dim)
+                k = torch.zeros(size, dtype=dtype, device=self.device)
+                pools.append(Pool(tuple(layers), k, torch.zeros_like(k)))
+        except (RuntimeError, MemoryError) as error:
+            raise MemoryError(self._does_not_fit("the allocation failed")) from error
+        self.pools: tuple[Pool, ...] = tuple(pools)
+
+        # Views per layer, made once: the attention hook runs per layer and step.
+        views = {
+            layer: (pool.k[index], pool.v[index])
+            for pool in pools
+            for index, layer in enumerate(pool.layers)
+        }
+        self.pages = tuple(views[layer] for layer in range(len(shapes)))
+
+    @property
+    def k(self) -> torch.Tensor:
+        """[L, P, page_size, Hkv, D] keys; for models whose layers all have one shape."""
+        return self._only_pool().k
+
+    @property
+    def v(self) -> torch.Tensor:
+        """[L, P, page_size, Hkv, D] values; for models whose layers all have one shape."""
+        return self._only_pool().v
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pages)
+
+    def compact(
+        self,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        accepted_nodes: torch.Tensor,
+        num_accepted: torch.Tensor,
+    ) -> None:
+        """Moves accepted nodes to the front: slot seq_len + nodes[j] to seq_len + j, all layers.
+
+        Args:
+            block_table: [B, MP] i32. seq_lens: [B] i32, before the step is committed.
+            accepted_nodes: [B, S] i32, increasing, the root (0) first.
+            num_accepted: [B] i32, entries of each row that count.
+        """
+        for pool in self.pools:
+            kv_compact(pool.k, pool.v, block_table, seq_lens, accepted_nodes, num_accepted)
+
+    def copy_pages(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        """Copies page src[i] to page dst[i] ([M] i32 each) in all layers."""
+        for pool in self.pools:
+            kv_copy_pages(pool.k, pool.v, src, dst)
+
+    def _only_pool(self) -> Pool:
+        if len(self.pools) != 1:
+            raise ValueError(
+                f"this cache has {len(self.pools)} pools, as its layers differ in heads or "
+                "head_dim; use .pools or .pages"
+            )
+        return self.pools[0]
+
+    def _check_memory(self) -> None:
+        # Linux overcommits: without this a too large cache dies later, killed, without a message.
+        if self.device.type == "cpu":
+            available = _available_memory_bytes()
+            if available is not None and self.nbytes > available:
+                raise MemoryError(self._does_not_fit(f"{available / 2**20:.0f} MB are available"))
+
+    def _does_not_fit(self, why: str) -> str:
+        return (
+            f"{self.num_pages} KV pages of {self.page_size} tokens need "
+            f"{self.nbytes / 2**20:.0f} MB on {self.device} ({self.bytes_per_token} bytes per token) and {why}; "
+            "lower the number of pages, the batch size or the maximum length"
+        )
+
+
+def _available_memory_bytes() -> int | None:
+    """Memory that can be had without swapping, where the system says so (Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,1 @@
+"""Generators of tiny models and hub caches, shared by the tests."""
