@@ -1,0 +1,1 @@
+"""Faces towards servers: the Hugging Face baseline and the OpenAI-compatible client."""
