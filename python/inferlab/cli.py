@@ -7,8 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from . import __version__
-from .cli_common import Parser, call
+from inferlab import __version__
+from inferlab.cli_common import Parser, call
 
 COMMANDS = {
     "specdec": (

@@ -7,6 +7,7 @@ caller (a flag or a keyword) beats the file, the file beats the default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from .config_file import ConfigError, build, find_config, packaged_configs, read_yaml
+from inferlab.config_file import ConfigError, build, find_config, packaged_configs, read_yaml
 
 __all__ = [
     "BaselineConfig",
@@ -98,7 +99,7 @@ TreeWidths = Annotated[
     tuple[Annotated[int, Field(ge=1)], ...],
     BeforeValidator(_as_tuple),
     Field(min_length=1, max_length=MAX_DRAFT),
-    _allowed(f"a list of 1 to {MAX_DRAFT} widths by depth, each >= 1, such as [4, 2, 1]"),
+    _allowed(f"a list of 1 to {MAX_DRAFT} numbers >= 1, children per node by depth: [4, 2, 1]"),
 ]
 
 
@@ -270,11 +271,13 @@ class SpecdecConfig(Sampled):
                 f"min_new_tokens: {self.min_new_tokens} is not allowed; "
                 f"must be at most max_new_tokens ({self.max_new_tokens})"
             )
-        if self.tree is not None and sum(self.tree) >= MAX_TREE_NODES:
-            raise ValueError(
-                f"tree: {list(self.tree)} is not allowed; must hold at most "
-                f"{MAX_TREE_NODES - 1} nodes below the root"
-            )
+        if self.tree is not None:
+            nodes = 1 + sum(math.prod(self.tree[: i + 1]) for i in range(len(self.tree)))
+            if nodes > MAX_TREE_NODES:
+                raise ValueError(
+                    f"tree: {list(self.tree)} is not allowed: it has {nodes} nodes; "
+                    f"must have at most {MAX_TREE_NODES}, the root included"
+                )
         return self
 
 

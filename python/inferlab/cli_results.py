@@ -1,0 +1,191 @@
+"""Results of one prompt or many: run them, keep what there is on Ctrl-C, print and write them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
+
+from inferlab.cli_common import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    Prompt,
+    progress,
+    to_json,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+
+
+class Collected:
+    """The results of many prompts as they come in.
+
+    Attributes:
+        results: one mapping per prompt that was begun, in the prompts' order: the runner's result
+            with ``prompt`` and the file's ``id`` and ``category``, or these with ``error``.
+        interrupted: Ctrl-C ended the run before its time.
+    """
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+        self.interrupted = False
+        self.wall_ms = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return any("error" in result for result in self.results)
+
+    def summary(self) -> Result:
+        """Totals over the prompts: tokens over wall time, acceptance over all steps."""
+        good = [result for result in self.results if "error" not in result]
+        tokens = sum(int(result["num_tokens"]) for result in good)
+        summary: Result = {
+            "prompts": len(self.results),
+            "errors": len(self.results) - len(good),
+            "interrupted": self.interrupted,
+            "num_tokens": tokens,
+            "wall_ms": self.wall_ms,
+            "tokens_per_second": tokens / (self.wall_ms / 1e3) if self.wall_ms > 0 else 0.0,
+        }
+        if good and "proposed" in good[0]:
+            steps = sum(int(result["steps"]) for result in good)
+            proposed = sum(int(result["proposed"]) for result in good)
+            kept = sum(result["mean_accepted_length"] * result["steps"] for result in good)
+            accepted = sum(int(result["accepted"]) for result in good)
+            summary["acceptance_rate"] = accepted / proposed if proposed else 0.0
+            summary["mean_accepted_length"] = kept / steps if steps else 0.0
+        return summary
+
+
+def run_prompts(
+    prompts: Sequence[Prompt],
+    generate: Callable[[list[str]], list[Result]],
+    args: argparse.Namespace,
+    batch_size: int = 1,
+) -> Collected:
+    """Runs ``generate`` on the prompts, ``batch_size`` at a time, with a progress bar.
+
+    A single prompt's error is raised. With many prompts, one that fails becomes a result with
+    ``error``, and the others go on. On Ctrl-C (KeyboardInterrupt, whose ``results`` are kept where
+    it carries some) what there is is returned.
+    """
+    collected = Collected()
+    start = time.perf_counter()
+    try:
+        with progress(len(prompts), "prompts", not args.no_progress) as advance:
+            for first in range(0, len(prompts), batch_size):
+                chunk = prompts[first : first + batch_size]
+                for prompt, result in zip(
+                    chunk, _run_chunk(chunk, generate, alone=len(prompts) == 1), strict=True
+                ):
+                    collected.results.append(_labelled(prompt, result))
+                advance(len(chunk))
+    except KeyboardInterrupt as interrupt:
+        collected.interrupted = True
+        partial = getattr(interrupt, "results", [])
+        begun = prompts[len(collected.results) :][: len(partial)]
+        for prompt, result in zip(begun, partial, strict=True):
+            collected.results.append(_labelled(prompt, result))
+    collected.wall_ms = (time.perf_counter() - start) * 1e3
+    return collected
+
+
+def _run_chunk(
+    chunk: Sequence[Prompt], generate: Callable[[list[str]], list[Result]], alone: bool
+) -> list[Result]:
+    try:
+        return generate([prompt.text for prompt in chunk])
+    except (ValueError, RuntimeError) as error:
+        if alone:
+            raise
+        results = getattr(error, "results", None)
+        if results is not None:  # the runner knows which of them failed
+            return list(results)
+        if len(chunk) > 1:  # one bad prompt must not take its neighbours with it
+            return [_run_chunk([prompt], generate, alone=False)[0] for prompt in chunk]
+        logger.error("%s", error)
+        return [{"error": str(error)}]
+
+
+def _labelled(prompt: Prompt, result: Mapping[str, Any]) -> Result:
+    return {**prompt.labels(), **result, "prompt": prompt.text}
+
+
+def report(
+    collected: Collected,
+    args: argparse.Namespace,
+    out: TextIO,
+    show: Callable[[Result], None],
+) -> int:
+    """Prints and writes what was collected; returns the exit code.
+
+    With ``--prompt``: the mapping of that prompt. With ``--prompts``:
+    ``{"results": [...], "summary": {...}}``.
+
+    Args:
+        out: the true stdout, for ``--json``.
+        show: prints one result for people.
+    """
+    many = args.prompts is not None
+    payload: Any = {"results": collected.results, "summary": collected.summary()}
+    if not many:
+        payload = collected.results[0] if collected.results else None
+    if args.output and payload is not None:
+        write_json(args.output, payload)
+    if args.json:
+        if payload is not None:
+            print(to_json(payload), file=out)
+    else:
+        for result in collected.results:
+            show(result)
+        if many:
+            _show_summary(payload["summary"])
+    if collected.interrupted:
+        logger.warning("interrupted; kept %d results", len(collected.results))
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURE if collected.failed else EXIT_OK
+
+
+def _show_summary(summary: Mapping[str, Any]) -> None:
+    parts = [
+        f"{summary['prompts']} prompts",
+        f"{summary['num_tokens']} tokens",
+        f"{summary['tokens_per_second']:.1f} tokens/s",
+    ]
+    if "acceptance_rate" in summary:
+        parts.append(f"acceptance {summary['acceptance_rate']:.3f}")
+        parts.append(f"accepted length {summary['mean_accepted_length']:.2f}")
+    if summary["errors"]:
+        parts.append(f"{summary['errors']} failed")
+    if summary["interrupted"]:
+        parts.append("interrupted")
+    show_heading("summary")
+    show_line(parts)
+
+
+def show_heading(text: str) -> None:
+    """A rule with a title on stdout."""
+    from rich.console import Console
+
+    Console().rule(text, align="left", style="dim")
+
+
+def show_text(text: str) -> None:
+    """Generated text on stdout, untouched: no markup, no wrapping."""
+    from rich.console import Console
+
+    Console().print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+def show_line(parts: Sequence[str]) -> None:
+    """Figures on one line, dimmed where stdout is a terminal."""
+    from rich.console import Console
+
+    line = " · ".join(parts)
+    Console().print(line, markup=False, highlight=False, soft_wrap=True, style="dim")

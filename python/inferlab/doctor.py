@@ -1,0 +1,342 @@
+"""`inferlab doctor`: what is built in, what this machine offers, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from inferlab import __version__
+from inferlab.cli_common import EXIT_FAILURE, EXIT_OK, clean_stdout, command_main, to_json
+
+DISTRIBUTION = "llm-inference-lab"
+BANDWIDTH_BYTES = 256 * 2**20
+CPU_FLAGS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve",
+)  # fmt: skip
+BUNDLED_MODELS = ("tiny", "tiny-draft")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "httpx")
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``inferlab doctor --json`` prints.
+
+    Returns:
+        A mapping with ``version``, ``build``, ``machine``, ``devices``, ``versions``, ``extras``,
+        ``models``, and ``missing``: a list of ``{"what", "how", "essential"}``.
+    """
+    build = _build()
+    report: dict[str, Any] = {
+        "version": __version__,
+        "build": build,
+        "machine": _machine(native="error" not in build),
+        "devices": _devices(),
+        "versions": _versions(),
+        "extras": _extras(),
+        "models": _bundled_models(),
+    }
+    report["missing"] = _missing(report)
+    return report
+
+
+def _build() -> dict[str, Any]:
+    try:
+        from inferlab import _C
+    except ImportError as error:
+        return {"error": str(error)}
+    return {**_C.build_info(), "file": _C.__file__, "threading": _C.threading_backend()}
+
+
+def _machine(native: bool) -> dict[str, Any]:
+    flags = _cpu_flags()
+    machine: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()}",
+        "architecture": platform.machine(),
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "cores_usable": _usable_cores(),
+        "memory_gb": _memory_gb(),
+        "flags": {name: name in flags for name in CPU_FLAGS} if flags else None,
+        "amx": {"amx_tile", "amx_bf16"} <= flags if flags else None,
+        "avx512_bf16": "avx512_bf16" in flags if flags else None,
+    }
+    if native:
+        from inferlab import _C
+
+        machine["simd"] = _C.active_isa()
+        machine["threads"] = _C.num_threads()
+        machine["read_bandwidth_gb_s"] = measure_bandwidth()
+    return machine
+
+
+def measure_bandwidth(num_bytes: int = BANDWIDTH_BYTES, repeats: int = 8) -> float:
+    """Reads a buffer larger than the caches with all threads; the best of ``repeats`` in GB/s."""
+    import numpy as np
+
+    from inferlab import _C
+
+    data = np.ones(num_bytes // 256 * 64, dtype=np.float32)
+    times = []
+    for _ in range(repeats + 1):  # the first one wakes the threads
+        start = time.perf_counter()
+        _C.read_memory(data)
+        times.append(time.perf_counter() - start)
+    return float(data.nbytes / min(times[1:]) / 1e9)
+
+
+def _cpu_flags() -> set[str]:
+    """The processor's feature names; empty where the system does not tell them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return set(value.split())
+    return set()
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int | None:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity is not None else os.cpu_count()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    import torch
+
+    cuda = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            cuda.append(
+                {
+                    "name": properties.name,
+                    "architecture": f"sm_{properties.major}{properties.minor}",
+                    "memory_gb": round(properties.total_memory / 2**30, 1),
+                }
+            )
+    return {
+        "cuda": cuda,
+        "torch_cuda": torch.version.cuda,
+        "mps": torch.backends.mps.is_available(),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return versions
+
+
+def _extras() -> dict[str, list[str]]:
+    """Extra -> the requirements of it that are not met (an empty list: it is installed)."""
+    try:
+        metadata = importlib.metadata.metadata(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    names = metadata.get_all("Provides-Extra") or []
+    extras = {}
+    for name in names:
+        unmet = {
+            text.split(" ")[0].split(">")[0]: text for text in sorted(_unmet(DISTRIBUTION, {name}))
+        }
+        extras[name] = sorted(unmet.values())
+    return extras
+
+
+def _unmet(distribution: str, extras: set[str]) -> list[str]:
+    """The requirements that ``distribution[extras]`` adds and that this environment lacks."""
+    from packaging.requirements import Requirement
+
+    unmet: list[str] = []
+    for text in importlib.metadata.requires(distribution) or []:
+        requirement = Requirement(text)
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            continue  # a requirement of the distribution itself
+        if not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            unmet.append(f"{requirement.name}{requirement.specifier}")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            unmet.append(f"{requirement.name}{requirement.specifier} (found {version})")
+        if requirement.extras:
+            unmet += _unmet(requirement.name, requirement.extras)
+    return unmet
+
+
+def _bundled_models() -> dict[str, dict[str, Any]]:
+    # Not asked of inferlab.models: the doctor must speak where the native module cannot be loaded.
+    models: dict[str, dict[str, Any]] = {}
+    for name in BUNDLED_MODELS:
+        directory = Path(__file__).resolve().parent / "assets" / name
+        files = ("config.json", "tokenizer.json", "model.safetensors")
+        present = all((directory / file).is_file() for file in files)
+        size = sum(file.stat().st_size for file in directory.glob("*")) if present else 0
+        models[f"inferlab/{name}"] = {
+            "present": present,
+            "size_mb": round(size / 2**20, 1),
+            "path": str(directory),
+        }
+    return models
+
+
+def _missing(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    missing: list[dict[str, Any]] = []
+
+    def add(what: str, how: str, essential: bool = False) -> None:
+        missing.append({"what": what, "how": how, "essential": essential})
+
+    build, devices = report["build"], report["devices"]
+    if "error" in build:
+        add(f"the native module: {build['error']}", "build it: pip install .", essential=True)
+    for name, model in report["models"].items():
+        if not model["present"]:
+            add(f"the bundled model {name}", "inferlab train, or reinstall the package", True)
+    for library, version in report["versions"].items():
+        if version is None:
+            add(library, f"pip install {library}", essential=True)
+    for extra, unmet in report["extras"].items():
+        if unmet:
+            add(f"extra {extra}: {', '.join(unmet)}", f"pip install '{DISTRIBUTION}[{extra}]'")
+    if build.get("cuda") is None and devices["cuda"]:
+        add(
+            "the CUDA kernels (this machine has a GPU, this build serves it by torch operations)",
+            "build with nvcc on the PATH: pip install . -C cmake.define.INFERLAB_CUDA=ON",
+        )
+    if build.get("cuda") is not None and not devices["cuda"]:
+        why = (
+            "torch finds no CUDA device"
+            if devices["torch_cuda"]
+            else "this torch is built without CUDA"
+        )
+        add(
+            f"a CUDA device for the CUDA kernels in this build ({why})",
+            "only if you want to use one",
+        )
+    return missing
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inferlab doctor``."""
+    parser.add_argument("--json", action="store_true", help="print it as JSON on stdout")
+    parser.add_argument("--verbose", action="store_true", help="print tracebacks of errors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 when something essential is missing."""
+    with clean_stdout(args.json) as out:
+        report = examine()
+        if args.json:
+            print(to_json(report, indent=2), file=out)
+        else:
+            _show(report)
+    return EXIT_FAILURE if any(entry["essential"] for entry in report["missing"]) else EXIT_OK
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _lines(report):
+        table.add_row(name, text)
+    console = Console()
+    console.print(table, markup=False, highlight=False)
+    if not report["missing"]:
+        console.print("Nothing is missing.")
+    for entry in report["missing"]:
+        mark = "MISSING" if entry["essential"] else "optional"
+        console.print(
+            f"{mark}: {entry['what']}\n  -> {entry['how']}", markup=False, highlight=False
+        )
+
+
+def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    build, machine, devices = report["build"], report["machine"], report["devices"]
+    lines = [("inferlab", report["version"])]
+    if "error" in build:
+        lines.append(("build", build["error"]))
+    else:
+        cuda = (
+            f"CUDA {build['cuda']} for {build['cuda_architectures']}"
+            if build["cuda"]
+            else "no CUDA"
+        )
+        lines.append(("build", f"{build['compiler']}, SIMD {', '.join(build['isas'])}, {cuda}"))
+    flags = machine["flags"]
+    lines.append(("processor", f"{machine['processor']}, {machine['architecture']}"))
+    lines.append(("features", " ".join(n for n, has in (flags or {}).items() if has) or "unknown"))
+    cores = f"{machine['cores_usable']} usable of {machine['cores']}"
+    lines.append(("cores, memory", f"{cores}, {machine['memory_gb']} GB"))
+    if "simd" in machine:
+        lines.append(
+            ("in use", f"{machine['simd']}, {machine['threads']} threads ({build['threading']})")
+        )
+        lines.append(("read bandwidth", f"{machine['read_bandwidth_gb_s']:.1f} GB/s measured"))
+    gpus = [
+        f"{gpu['name']} ({gpu['architecture']}, {gpu['memory_gb']} GB)" for gpu in devices["cuda"]
+    ]
+    lines.append(("CUDA devices", ", ".join(gpus) or "none"))
+    lines.append(("MPS", "yes" if devices["mps"] else "no"))
+    versions = report["versions"].items()
+    lines.append(
+        ("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in versions))
+    )
+    installed = [name for name, unmet in report["extras"].items() if not unmet]
+    lines.append(("extras installed", ", ".join(installed) or "none"))
+    models = report["models"].items()
+    present = [f"{name} ({model['size_mb']} MB)" for name, model in models if model["present"]]
+    lines.append(("bundled models", ", ".join(present) or "none"))
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m inferlab.doctor``."""
+    return command_main(
+        "doctor",
+        "What is built in, what this machine offers, what is missing.",
+        add_arguments,
+        run,
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""`inferlab specdec`: speculative decoding from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from inferlab.cli_common import (
+    UsageError,
+    add_config_argument,
+    add_output_arguments,
+    add_prompt_arguments,
+    check_output,
+    clean_stdout,
+    command_main,
+    gather_prompts,
+    given_values,
+    setup_logging,
+)
+from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
+from inferlab.config import SpecdecConfig, choices, load_config
+
+FLAGS = {
+    "--max-tokens": "max_new_tokens",
+    "--min-tokens": "min_new_tokens",
+    "--impl": "implementation",
+    "--base-model": "base_model",
+    "--draft-model": "draft_model",
+    "--draft-mode": "draft_mode",
+    "--max-draft": "max_draft",
+    "--K": "K",
+    "--tree": "tree",
+    "--policy": "policy",
+    "--tau": "tau",
+    "--k": "k",
+    "--p": "p",
+    "--controller": "controller",
+    "--min-k": "min_k",
+    "--max-k": "max_k",
+    "--target-acceptance": "target_acceptance",
+    "--temperature": "temperature",
+    "--top-k": "top_k",
+    "--top-p": "top_p",
+    "--min-p": "min_p",
+    "--repetition-penalty": "repetition_penalty",
+    "--presence-penalty": "presence_penalty",
+    "--frequency-penalty": "frequency_penalty",
+    "--stop": "stop",
+    "--seed": "seed",
+    "--device": "device",
+    "--force-device": "force_device",
+    "--dtype": "dtype",
+    "--max-memory-mb": "max_memory_mb",
+    "--batch-size": "max_batch",
+    "--trust-remote-code": "trust_remote_code",
+    "--allow-pickle": "allow_pickle",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inferlab specdec``."""
+    add_prompt_arguments(parser)
+    add_config_argument(parser, "configs/specdec.yaml")
+    _add_model_arguments(parser)
+    _add_speculation_arguments(parser)
+    _add_sampling_arguments(parser)
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts of --prompts decoded together (1)"
+    )
+    add_output_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+
+    def one_of(key: str) -> tuple[str, ...]:
+        return choices(SpecdecConfig, key)
+
+    group.add_argument(
+        "--impl", choices=one_of("implementation"), help="real models, or fake ones: instant (hf)"
+    )
+    group.add_argument("--base-model", metavar="NAME", help="the target (inferlab/tiny)")
+    group.add_argument("--draft-model", metavar="NAME", help="who proposes (inferlab/tiny-draft)")
+    group.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
+    group.add_argument("--force-device", choices=one_of("force_device"), help="beats --device")
+    group.add_argument("--dtype", choices=one_of("dtype"), help="(auto)")
+    group.add_argument(
+        "--max-memory-mb", type=float, metavar="MB", help="refuse models with larger weights"
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python files of the checkpoint"
+    )
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model.bin, which can run code"
+    )
+
+
+def _add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speculation")
+
+    def one_of(key: str) -> tuple[str, ...]:
+        return choices(SpecdecConfig, key)
+
+    group.add_argument(
+        "--draft-mode",
+        choices=one_of("draft_mode"),
+        help="a draft model, prompt lookup, or none: plain decoding (vanilla)",
+    )
+    group.add_argument("--K", type=int, metavar="N", help="draft tokens per step (4)")
+    group.add_argument("--max-draft", type=int, metavar="N", help="another name of --K")
+    group.add_argument(
+        "--tree", type=_widths, metavar="W,W,...", help="children per node by depth, e.g. 4,2,1"
+    )
+    group.add_argument("--policy", choices=one_of("policy"), help="(longest_prefix)")
+    group.add_argument("--tau", type=float, help="threshold of conf_threshold (0.5)")
+    group.add_argument("--k", type=int, help="of topk_agree (5)")
+    group.add_argument("--p", type=float, help="mass of typical (0.9)")
+    group.add_argument("--controller", choices=one_of("controller"), help="(fixed)")
+    group.add_argument("--adaptive-K", action="store_true", help="same as --controller adaptive")
+    group.add_argument("--min-k", type=int, metavar="N", help="of the adaptive controller (1)")
+    group.add_argument(
+        "--max-k", type=int, metavar="N", help="of the adaptive and cost controllers (8)"
+    )
+    group.add_argument(
+        "--target-acceptance", type=float, metavar="RATE", help="of the adaptive controller (0.7)"
+    )
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (64)")
+    group.add_argument("--min-tokens", type=int, metavar="N", help="new tokens at least (0)")
+    group.add_argument("--temperature", type=float, help="0 is greedy (0)")
+    group.add_argument("--top-k", type=int, metavar="N", help="keep the N likeliest; 0 is off (0)")
+    group.add_argument("--top-p", type=float, metavar="P", help="nucleus; 1 is off (1)")
+    group.add_argument("--min-p", type=float, metavar="P", help="relative to the likeliest (0)")
+    group.add_argument("--repetition-penalty", type=float, help="1 is off (1)")
+    group.add_argument("--presence-penalty", type=float, help="0 is off (0)")
+    group.add_argument("--frequency-penalty", type=float, help="0 is off (0)")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the text; may be given repeatedly"
+    )
+    group.add_argument("--seed", type=int, help="the same seed gives the same tokens (1234)")
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of widths by depth, such as 4,2,1"
+        ) from None
+
+
+def read_config(args: argparse.Namespace) -> SpecdecConfig:
+    """The configuration that file and flags ask for.
+
+    Raises:
+        ConfigError: a bad value; names the flag or file.
+        UsageError: flags that contradict each other.
+    """
+    overrides, names = given_values(args, FLAGS)
+    if args.adaptive_K:
+        for flag, value in (("--K", args.K), ("--controller", args.controller)):
+            if value is not None and value != "adaptive":
+                raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
+        overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    return load_config(SpecdecConfig, args.config, overrides, names=names)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``inferlab specdec``; returns the exit code."""
+    config = read_config(args)
+    check_output(args.output)
+    prompts = gather_prompts(args)
+    setup_logging(config.log_level, args.verbose or config.verbose)
+    with clean_stdout(args.json) as out:
+        from inferlab.specdec.pipeline import SpeculativePipeline
+
+        pipeline = SpeculativePipeline(config=config)
+        collected = run_prompts(prompts, pipeline.generate, args, args.batch_size or 1)
+        return report(collected, args, out, _show)
+
+
+def _show(result: dict[str, Any]) -> None:
+    if "id" in result:
+        show_heading(str(result["id"]))
+    if "error" in result:
+        show_line([f"error: {result['error']}"])
+        return
+    show_text(result["text"])
+    lossless = "lossless" if result["lossless"] else "lossy"
+    drafts = f" + {result['draft_model']}" if result["draft_model"] else ""
+    show_line(
+        [
+            f"{result['num_tokens']} tokens ({result['finish_reason']})",
+            f"{result['latency_ms']:.1f} ms",
+            f"{result['tokens_per_second']:.1f} tokens/s",
+            f"acceptance {result['acceptance_rate']:.3f}",
+            f"accepted length {result['mean_accepted_length']:.2f}",
+            f"{result['target_forwards']} target forwards",
+        ]
+    )
+    show_line(
+        [
+            f"{result['base_model']}{drafts}",
+            f"{result['draft_mode']} drafts",
+            f"{result['policy']['policy']} ({lossless})",
+            f"{result['dtype']} on {result['device']}",
+            "ms: " + ", ".join(f"{k} {ms:.1f}" for k, ms in result["timings_ms"].items()),
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m inferlab.specdec.run_specdec``."""
+    return command_main("specdec", "Decode speculatively.", add_arguments, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
