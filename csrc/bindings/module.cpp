@@ -3,4 +3,6 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of inferlab. Arguments are positional; see inferlab.kernels.";
   inferlab::bind_system(m);
+  inferlab::bind_attention(m);
+  inferlab::bind_kv(m);
 }

@@ -204,6 +204,13 @@ const Tensor& Tensor::cpu() const {
   return *this;
 }
 
+const Tensor& Tensor::cuda(int device_id) const {
+  require(is_cuda() && this->device_id() == device_id,
+          std::string(name_) + " must be on CUDA device " + std::to_string(device_id) +
+              ", like the other arguments");
+  return *this;
+}
+
 void Tensor::fail_type(const std::string& expected) const {
   throw py::type_error(std::string(name_) + " has dtype " + dtype_str() + "; it must be " + expected);
 }
@@ -230,6 +237,16 @@ DType Tensor::float_dtype() const {
   if (tensor_.dtype.code == dlpack::kBfloat && tensor_.dtype.bits == 16) return DType::kBF16;
   fail_type("float32, float16 or bfloat16");
   return DType::kF32;
+}
+
+void* current_cuda_stream(py::handle tensor, int device_id) {
+  const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()));
+  void* stream = nullptr;
+  if (api != nullptr && api->current_work_stream != nullptr &&
+      api->current_work_stream(dlpack::kDLCUDA, device_id, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
 }
 
 void check_status(Status status, const char* op) {

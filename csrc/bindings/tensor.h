@@ -48,6 +48,7 @@ class Tensor {
   const Tensor& contiguous() const;
   const Tensor& last_dim_contiguous() const;
   const Tensor& cpu() const;
+  const Tensor& cuda(int device_id) const;
   const Tensor& i32() const;
   const Tensor& i64() const;  // int64 or uint64: bit words and seeds are stored in either
   const Tensor& f32() const;
@@ -94,6 +95,9 @@ class OptionalTensor {
 inline void require(bool ok, const std::string& message) {
   if (!ok) throw py::value_error(message);
 }
+
+// The framework's current stream on a CUDA device; the default stream where it does not tell.
+void* current_cuda_stream(py::handle tensor, int device_id);
 
 // RuntimeError if the op failed.
 void check_status(Status status, const char* op);

@@ -1,6 +1,8 @@
 """The ops: thin wrappers over the compiled module on the CPU, torch reference ops elsewhere."""
 
+from inferlab.kernels.attention import paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
+from inferlab.kernels.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
 from inferlab.kernels.sample import sample
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import (
@@ -15,6 +17,11 @@ __all__ = [
     "TreeLinks",
     "VerifyResult",
     "build_tree",
+    "kv_append",
+    "kv_compact",
+    "kv_copy_pages",
+    "kv_gather",
+    "paged_tree_attention",
     "sample",
     "verify_tree_lossy",
     "verify_tree_match",

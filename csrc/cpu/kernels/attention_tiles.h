@@ -1,0 +1,133 @@
+// The two inner products of attention, register-blocked: scores of a few rows against a list of
+// keys, and their weighted sum of values. Arithmetic per (row, key) and per (row, channel) is the
+// same for every block shape, so shapes are chosen for speed alone.
+#pragma once
+
+#include "attention_simd.h"
+#include "attention_task.h"
+
+namespace inferlab::cpu::INFERLAB_ISA {
+
+constexpr int64_t kScoreStride = kChunk + kMaxLanes;
+
+#if defined(INFERLAB_ISA_AVX512)
+constexpr int kKeyRows = 4;    // rows per score tile; kLanes / rows keys
+constexpr int kValueRows = 4;  // rows per value tile
+constexpr int kValueVecs = 4;  // vectors of channels per value tile
+#elif defined(INFERLAB_ISA_AVX2)
+constexpr int kKeyRows = 2;
+constexpr int kValueRows = 4;
+constexpr int kValueVecs = 2;
+#else
+constexpr int kKeyRows = 2;
+constexpr int kValueRows = 4;
+constexpr int kValueVecs = 4;
+#endif
+
+// scores[r][i] = q[r] . k(offsets[i]) for i in [begin, end), rounded up to whole tiles: the scores
+// row and the offset list (its last entry repeated) must have kMaxLanes entries of slack.
+template <int R, typename T>
+void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* offsets, int64_t begin,
+                int64_t end, int64_t dim, float* scores) {
+  constexpr int K = kLanes / R;
+  for (int64_t i = begin; i < end; i += K) {
+    const T* key[K];
+#pragma GCC unroll 16
+    for (int j = 0; j < K; ++j) key[j] = k + offsets[i + j];
+    vf acc[R * K];
+#pragma GCC unroll 16
+    for (int j = 0; j < R * K; ++j) acc[j] = vset(0.0f);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+      vf row[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) row[r] = vload(q + r * q_stride + d);
+#pragma GCC unroll 16
+      for (int j = 0; j < K; ++j) {
+        const vf x = vload(key[j] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r * K + j] = vfma(row[r], x, acc[r * K + j]);
+      }
+    }
+#if defined(INFERLAB_ISA_AVX512)
+    if (d < dim) {
+#pragma GCC unroll 16
+      for (int j = 0; j < K; ++j) {
+        const vf x = vload_half(key[j] + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          acc[r * K + j] = vfma(vload(q + r * q_stride + d), x, acc[r * K + j]);
+        }
+      }
+    }
+#endif
+    const vf sums = vsum_each(acc);
+    if (R == 1) {
+      vstore(scores + i, sums);
+    } else {
+      float lanes[kLanes];
+      vstore(lanes, sums);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) std::memcpy(scores + r * kScoreStride + i, lanes + r * K, 4 * K);
+    }
+  }
+}
+
+// acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i])
+template <int R, int V, bool kHalf, typename T>
+void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v,
+                const int64_t* offsets, int64_t begin, int64_t end) {
+  vf sum[R][V];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < V; ++c) sum[r][c] = vload(acc + r * acc_stride + c * kLanes);
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const T* value = v + offsets[i];
+    vf x[V];
+#pragma GCC unroll 8
+    for (int c = 0; c < V; ++c) {
+#if defined(INFERLAB_ISA_AVX512)
+      x[c] = kHalf ? vload_half(value + c * kLanes) : vload(value + c * kLanes);
+#else
+      x[c] = vload(value + c * kLanes);
+#endif
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf w = vset(weights[r * kScoreStride + i]);
+#pragma GCC unroll 8
+      for (int c = 0; c < V; ++c) sum[r][c] = vfma(w, x[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < V; ++c) vstore(acc + r * acc_stride + c * kLanes, sum[r][c]);
+  }
+}
+
+// sum_values over all channels.
+template <int R, typename T>
+void value_rows(float* acc, int64_t acc_stride, const float* weights, const T* v,
+                const int64_t* offsets, int64_t begin, int64_t end, int64_t dim) {
+  if (begin >= end) return;
+  constexpr int V = R == 1 ? 8 : kValueVecs;
+  int64_t d = 0;
+  for (; d + V * kLanes <= dim; d += V * kLanes) {
+    sum_values<R, V, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+  }
+  for (; V > 4 && d + 4 * kLanes <= dim; d += 4 * kLanes) {
+    sum_values<R, 4, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+  }
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    sum_values<R, 2, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+  }
+  for (; d + kLanes <= dim; d += kLanes) {
+    sum_values<R, 1, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+  }
+  if (d < dim) sum_values<R, 1, true>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+}
+
+}  // namespace inferlab::cpu::INFERLAB_ISA

@@ -1,0 +1,154 @@
+"""Attention of a draft tree's nodes (or a prompt's tokens) over the paged KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from inferlab import _C
+from inferlab.kernels._registry import is_compiling, is_numpy, register
+from inferlab.kernels.reference import attention as reference
+
+Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
+
+
+def paged_tree_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    seq_lens: Array,
+    ancestors: Array | None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    node_offset: int = 0,
+    num_nodes: Array | None = None,
+    out: Array | None = None,
+) -> Array:
+    """softmax(cap(q k^T * scale)) v over the committed prefix and each node's path in the tree.
+
+    Row n is node `node_offset + n`. It sees cache slots [0, seq_len) and slot `seq_len + j` for
+    each ancestor bit j; a node's i-th ancestor stands at position `seq_len + i`. On the CPU a row's
+    result depends on nothing but that row's path: the bits are the same alone, in a batch, with any
+    number of threads, and when the path is committed and the node is decoded plainly.
+
+    Args:
+        q: [B, N, Hq, D], the pages' dtype; any strides with D contiguous. D a multiple of 8 in
+            [8, 256]; Hq a multiple of Hkv.
+        k_pages, v_pages: [P, page_size, Hkv, D] f32, f16 or bf16, contiguous.
+        block_table: [B, max_pages] i32 page ids; entries behind the used slots are not read.
+        seq_lens: [B] i32, committed tokens per sequence = position of the root.
+        ancestors: [B, N, W] i64 bit words (`build_tree`), or None: causal, node i sees nodes <= i.
+            A row without bits is padding.
+        scale: multiplies q k^T.
+        window: sliding window: keys at positions > position - window are seen; 0 for all.
+        softcap: c > 0 replaces a score s by c * tanh(s / c) (Gemma-2); 0 for none.
+        num_nodes: [B] i32, rows of each sequence that count; None for all N.
+        out: [B, N, Hq, D] to write to, contiguous.
+
+    Returns:
+        [B, N, Hq, D], contiguous, q's dtype; padding rows are zeros.
+
+    Raises:
+        ValueError: a shape or value does not fit, or a slot lies outside the block table or its
+            pages.
+        TypeError: a dtype does not fit.
+
+    Splitting and merging of long prefixes: Dao et al., "Flash-Decoding for long-context inference",
+    2023. Tree masks: Miao et al., "SpecInfer", 2023.
+    """
+    if is_compiling():
+        result = torch.ops.inferlab.paged_tree_attention(
+            q,
+            k_pages,
+            v_pages,
+            block_table,
+            seq_lens,
+            ancestors,
+            scale,
+            window,
+            softcap,
+            node_offset,
+            num_nodes,
+        )
+        return result if out is None else out.copy_(result)
+    if not is_numpy(q):
+        if not q.is_cpu:
+            result = reference.paged_tree_attention(
+                q,
+                k_pages,
+                v_pages,
+                block_table,
+                seq_lens,
+                ancestors,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                node_offset=node_offset,
+                num_nodes=num_nodes,
+            )
+            return result if out is None else out.copy_(result)
+        if out is None:
+            out = torch.empty(q.shape, dtype=q.dtype)
+    elif out is None:
+        out = np.empty(q.shape, q.dtype)
+    _C.paged_tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        block_table,
+        seq_lens,
+        ancestors,
+        out,
+        scale,
+        window,
+        softcap,
+        node_offset,
+        num_nodes,
+    )
+    return out
+
+
+def _paged_tree_attention_op(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    ancestors: torch.Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    node_offset: int,
+    num_nodes: torch.Tensor | None,
+) -> torch.Tensor:
+    return paged_tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        block_table,
+        seq_lens,
+        ancestors,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        node_offset=node_offset,
+        num_nodes=num_nodes,
+    )
+
+
+def _like_q(q: torch.Tensor, *args: object) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+register(
+    "paged_tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
+    "Tensor seq_lens, Tensor? ancestors, float scale, int window, float softcap, int node_offset, "
+    "Tensor? num_nodes) -> Tensor",
+    _paged_tree_attention_op,
+    _like_q,
+)

@@ -1,0 +1,203 @@
+"""The paged KV cache: write new rows, keep the accepted ones, read back, copy pages.
+
+Pages are `[P, page_size, Hkv, D]` (f32, f16 or bf16, page_size a power of two); a cache of all
+layers is `[L, P, page_size, Hkv, D]`. `block_table[B, max_pages] i32` holds each sequence's page ids
+(-1: unused); slot s of a sequence is row `s % page_size` of page `block_table[b, s // page_size]`.
+Arguments are torch tensors or NumPy arrays. CPU arrays go to the native kernels; on other devices
+the reference serves, except where a CUDA kernel was built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from inferlab import _C
+from inferlab.kernels._registry import is_compiling, is_numpy, register
+from inferlab.kernels.reference import kv as reference
+
+Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
+
+_HAS_CUDA = _C.build_info()["cuda"] is not None
+
+
+def kv_append(
+    k: Array,
+    v: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    seq_lens: Array,
+    *,
+    node_offset: int = 0,
+    num_nodes: Array | None = None,
+) -> None:
+    """Writes row n of sequence b to slot `seq_lens[b] + node_offset + n`, in place.
+
+    Args:
+        k, v: [B, N, Hkv, D], the pages' dtype; any strides with D contiguous.
+        k_pages, v_pages: [P, page_size, Hkv, D], contiguous; written.
+        block_table: [B, max_pages] i32.
+        seq_lens: [B] i32, committed tokens per sequence.
+        node_offset: rows already behind the committed ones.
+        num_nodes: [B] i32, rows of each sequence to write; None for all N.
+
+    Raises:
+        ValueError: a shape does not fit, or a slot lies outside the block table or its pages.
+        TypeError: a dtype does not fit.
+    """
+    if is_compiling():
+        torch.ops.inferlab.kv_append(
+            k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
+        )
+        return
+    if not (is_numpy(k) or k.is_cpu):
+        reference.kv_append(
+            k,
+            v,
+            k_pages,
+            v_pages,
+            block_table,
+            seq_lens,
+            node_offset=node_offset,
+            num_nodes=num_nodes,
+        )
+        return
+    _C.kv_append(k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
+
+
+def kv_compact(
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    seq_lens: Array,
+    accepted_nodes: Array,
+    num_accepted: Array,
+) -> None:
+    """Moves the accepted nodes' rows to the front, in place, all layers in one call.
+
+    For j < num_accepted[b]: slot `seq_lens[b] + accepted_nodes[b, j]` -> slot `seq_lens[b] + j`.
+
+    Args:
+        k_cache, v_cache: [L, P, page_size, Hkv, D], contiguous.
+        block_table: [B, max_pages] i32.
+        seq_lens: [B] i32, committed tokens before this step.
+        accepted_nodes: [B, S] i32, strictly increasing over the first num_accepted entries.
+        num_accepted: [B] i32.
+
+    Raises:
+        ValueError: a shape does not fit, accepted nodes do not increase, or a slot lies outside the
+            block table or its pages.
+        TypeError: a dtype does not fit.
+    """
+    if is_compiling():
+        torch.ops.inferlab.kv_compact(
+            k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted
+        )
+        return
+    if not (is_numpy(k_cache) or k_cache.is_cpu):
+        reference.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
+        return
+    _C.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
+
+
+def kv_gather(pages: Array, block_table: Array, seq_lens: Array, max_len: int) -> Array:
+    """The first `seq_lens[b]` slots of each sequence as one dense array.
+
+    Args:
+        pages: [P, page_size, Hkv, D], K or V.
+        block_table: [B, max_pages] i32.
+        seq_lens: [B] i32, each at most max_len.
+        max_len: rows per sequence in the result.
+
+    Returns:
+        [B, max_len, Hkv, D] in the pages' dtype, zeros behind each sequence's length.
+
+    Raises:
+        ValueError: a shape does not fit, or a slot lies outside the block table or its pages.
+        TypeError: a dtype does not fit.
+    """
+    if is_compiling():
+        return torch.ops.inferlab.kv_gather(pages, block_table, seq_lens, max_len)
+    if is_numpy(pages):
+        dense = np.empty((len(seq_lens), max_len, *pages.shape[2:]), pages.dtype)
+        _C.kv_gather(pages, block_table, seq_lens, dense)
+        return dense
+    if not pages.is_cpu:
+        return reference.kv_gather(pages, block_table, seq_lens, max_len)
+    out = torch.empty((len(seq_lens), max_len, *pages.shape[2:]), dtype=pages.dtype)
+    _C.kv_gather(pages, block_table, seq_lens, out)
+    return out
+
+
+def kv_copy_pages(k_cache: Array, v_cache: Array, src: Array, dst: Array) -> None:
+    """Copies page src[i] to page dst[i] in all layers, in place (copy on write).
+
+    Args:
+        k_cache, v_cache: [L, P, page_size, Hkv, D], contiguous.
+        src, dst: [M] i32 page ids. A page may be written once, and not be another pair's source.
+
+    Raises:
+        ValueError: a shape does not fit, a page id lies outside [0, P), or pairs overlap. On CUDA
+            the ids stay on the device: pairs out of range are skipped, overlap is not detected.
+        TypeError: a dtype does not fit.
+    """
+    if is_compiling():
+        torch.ops.inferlab.kv_copy_pages(k_cache, v_cache, src, dst)
+        return
+    native = is_numpy(k_cache) or k_cache.is_cpu or (_HAS_CUDA and k_cache.is_cuda)
+    if not native:
+        reference.kv_copy_pages(k_cache, v_cache, src, dst)
+        return
+    _C.kv_copy_pages(k_cache, v_cache, src, dst)
+
+
+def _kv_append_op(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    node_offset: int,
+    num_nodes: torch.Tensor | None,
+) -> None:
+    kv_append(
+        k, v, k_pages, v_pages, block_table, seq_lens, node_offset=node_offset, num_nodes=num_nodes
+    )
+
+
+def _gathered_shape(
+    pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, max_len: int
+) -> torch.Tensor:
+    return pages.new_empty((seq_lens.shape[0], max_len, *pages.shape[2:]))
+
+
+def _returns_nothing(*args: object) -> None:
+    return None
+
+
+register(
+    "kv_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
+    "Tensor seq_lens, int node_offset, Tensor? num_nodes) -> ()",
+    _kv_append_op,
+    _returns_nothing,
+)
+register(
+    "kv_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor accepted_nodes, Tensor num_accepted) -> ()",
+    kv_compact,
+    _returns_nothing,
+)
+register(
+    "kv_gather(Tensor pages, Tensor block_table, Tensor seq_lens, SymInt max_len) -> Tensor",
+    kv_gather,
+    _gathered_shape,
+)
+register(
+    "kv_copy_pages(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src, Tensor dst) -> ()",
+    kv_copy_pages,
+    _returns_nothing,
+)
