@@ -1,0 +1,1 @@
+"""Benchmarks: local, speculative and HTTP decoding, measured and compared."""
