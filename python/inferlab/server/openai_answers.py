@@ -123,6 +123,21 @@ def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_
     return answer
 
 
+def read_models(body: bytes) -> dict[str, Any]:
+    """Reads the body of ``/v1/models``; each entry of its ``data`` has a textual ``id``.
+
+    Raises:
+        AnswerError: broken JSON, an error object, or another shape.
+    """
+    listed = read_json(body, "the list of models")
+    entries = listed.get("data")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries
+    ):
+        raise AnswerError("the list of models has an unknown shape: no data[].id")
+    return listed
+
+
 def measure(answer: Answer, started: float, latency_ms: float, *, stream: bool) -> dict[str, Any]:
     """The part of a result that is read off the answer and its times.
 

@@ -23,16 +23,36 @@ from ..cli_common import (
     add_config_argument,
     clean_stdout,
     command_main,
+    given_values,
     setup_logging,
     to_json,
 )
 from ..config import VllmConfig, load_config
-from .openai_answers import Answer, AnswerError, measure, read_answer, read_json, read_stream
+from .openai_answers import Answer, measure, read_answer, read_models, read_stream
 from .openai_http import OpenAIConnection, Reply
 
 logger = logging.getLogger(__name__)
 
+SERVER_FLAGS = {
+    "--host": "host", "--port": "port", "--base-url": "base_url", "--api-key": "api_key",
+    "--model": "model", "--endpoint": "endpoint", "--timeout": "timeout",
+}  # fmt: skip
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
+
+
+def load_server_config(
+    path: str | None, overrides: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> VllmConfig:
+    """The configuration of file and overrides; a host or port given beats a base_url of the file.
+
+    Raises:
+        ValueError: a value that is not allowed, or base_url given together with host or port.
+    """
+    named = overrides.get("host") is not None or overrides.get("port") is not None
+    if named and overrides.get("base_url") is not None:
+        raise ValueError("base_url stands instead of host and port; give one or the other")
+    config = load_config(VllmConfig, path, overrides, names=names)
+    return config.model_copy(update={"base_url": None}) if named else config
 
 
 class VLLMPingClient:
@@ -50,6 +70,7 @@ class VLLMPingClient:
         retry_attempts: tries in all, >= 1. Only connect errors, 429 and 5xx are tried again.
         retry_delay: seconds before the second try, doubled for each one after; a ``Retry-After``
             of the server beats it.
+        config: a configuration made elsewhere, in place of all of the above.
 
     Raises:
         ValueError: an argument (or a key of the configuration) is not allowed.
@@ -68,22 +89,21 @@ class VLLMPingClient:
         timeout: float | None = None,
         retry_attempts: int | None = None,
         retry_delay: float | None = None,
+        config: VllmConfig | None = None,
     ) -> None:
-        if base_url is not None and (host is not None or port is not None):
-            raise ValueError("base_url stands instead of host and port; give one or the other")
-        overrides = {
-            "host": host, "port": port, "base_url": base_url, "api_key": api_key, "model": model,
-            "endpoint": endpoint, "retry_attempts": retry_attempts,
-            "timeout": None if timeout is None else float(timeout),
-            "retry_delay": None if retry_delay is None else float(retry_delay),
-        }  # fmt: skip
-        self.config = load_config(VllmConfig, config_path, overrides)
-        # host or port given here beat a base_url of the file.
-        address = self.config.base_url if host is None and port is None else None
+        if config is None:
+            overrides = {
+                "host": host, "port": port, "base_url": base_url, "api_key": api_key,
+                "model": model, "endpoint": endpoint, "retry_attempts": retry_attempts,
+                "timeout": None if timeout is None else float(timeout),
+                "retry_delay": None if retry_delay is None else float(retry_delay),
+            }  # fmt: skip
+            config = load_server_config(config_path, overrides)
+        self.config = config
         self.host, self.port = self.config.host, self.config.port
         name = f"[{self.host}]" if ":" in self.host else self.host
         self._connection = OpenAIConnection(
-            address or f"http://{name}:{self.port}",
+            self.config.base_url or f"http://{name}:{self.port}",
             api_key=self.config.api_key or os.environ.get("OPENAI_API_KEY") or None,
             timeout=self.config.timeout,
             attempts=self.config.retry_attempts,
@@ -140,7 +160,7 @@ class VLLMPingClient:
             ``success`` False, ``error`` and ``status_code``.
         """
         url = f"{self._connection.api_url}/models"
-        reply = self._connection.request("GET", url, _read_models)
+        reply = self._connection.request("GET", url, _read_list)
         if reply.value is None:
             return {"success": False, "error": reply.error, "status_code": reply.status}
         ids = [entry["id"] for entry in reply.value["data"]]
@@ -254,7 +274,7 @@ class VLLMPingClient:
         """
         if not self._listed:
             url = f"{self._connection.api_url}/models"
-            reply = self._connection.request("GET", url, _read_models)
+            reply = self._connection.request("GET", url, _read_list)
             if reply.value is None and reply.status not in (404, 405):
                 return None, {
                     "success": False,
@@ -290,14 +310,11 @@ def _read_whole(chunks: Iterator[bytes]) -> Answer:
     return read_answer(b"".join(chunks))
 
 
-def _read_models(chunks: Iterator[bytes]) -> dict[str, Any]:
-    listed = read_json(b"".join(chunks), "the list of models")
-    entries = listed.get("data")
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries
-    ):
-        raise AnswerError("the list of models has an unknown shape: no data[].id")
-    return listed
+def _read_list(chunks: Iterator[bytes]) -> dict[str, Any]:
+    return read_models(b"".join(chunks))
+
+
+# --- inferlab ping ------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -328,17 +345,13 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--timeout", type=float, metavar="S", help="seconds per request")
 
 
-def client_from_arguments(args: argparse.Namespace) -> VLLMPingClient:
-    """The client that the flags of :func:`add_server_arguments` and ``--config`` describe."""
-    names = ("host", "port", "base_url", "api_key", "model", "endpoint", "timeout")
-    return VLLMPingClient(config_path=args.config, **{name: getattr(args, name) for name in names})
-
-
 def run(args: argparse.Namespace) -> int:
     """Pings the server and, unless ``--ping-only``, asks it once. Exit code 1: it failed."""
     if args.prompt is None and not args.ping_only:
         raise UsageError("--prompt is missing; give a text, or --ping-only")
-    with client_from_arguments(args) as client, clean_stdout(args.json) as out:
+    overrides, names = given_values(args, SERVER_FLAGS)
+    config = load_server_config(args.config, overrides, names)
+    with VLLMPingClient(config=config) as client, clean_stdout(args.json) as out:
         setup_logging(client.config.log_level, args.verbose)
         if args.ping_only:
             result: dict[str, Any] = {"success": client.ping(), "server": client.base_url}
