@@ -1,0 +1,73 @@
+"""The tokenizer of the bundled models: byte-level BPE that knows about indentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+# In this order: indentation as one piece; a word with at most one character glued to its front
+# (" name", ".name", "_name"); up to three digits; punctuation; newlines; other white space.
+# Newlines stay apart from the indentation behind them, so that a prompt may end in either.
+_PIECES = (
+    r"(?<![^\n])[ \t]+"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+"
+    r"|[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, max_length: int
+) -> PreTrainedTokenizerFast:
+    """Learns byte-level BPE merges; `decode(encode(text)) == text` for every text.
+
+    `<|endoftext|>` (id 0) is begin, end and padding token at once. Encoding adds no token.
+
+    Args:
+        texts: documents to learn from.
+        vocab_size: number of tokens including the 256 bytes and `<|endoftext|>`.
+        max_length: context length in tokens, noted in the tokenizer's configuration.
+
+    Raises:
+        ValueError: the texts hold too few different pairs for that many tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"--corpus: it yields only {tokenizer.get_vocab_size()} tokens, the model's vocabulary "
+            f"has {vocab_size}; use a larger corpus or a smaller --vocab-size"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def same_vocabulary(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
+    """Whether both map the same token strings to the same ids."""
+    return bool(one.get_vocab() == other.get_vocab())

@@ -1,0 +1,398 @@
+"""Training: the split, the tokenizer, exact resumption, safe checkpoints, the bundled pair."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from inferlab.training import checkpoint, corpus, optim, train  # noqa: E402
+from inferlab.training.acceptance import count_forwards, measure_acceptance  # noqa: E402
+from inferlab.training.architectures import (  # noqa: E402
+    llama_config,
+    new_llama,
+    use_training_attention,
+)
+from inferlab.training.distill import DistillConfig, distill  # noqa: E402
+from inferlab.training.loop import LoopConfig  # noqa: E402
+from inferlab.training.pretrain import pretrain  # noqa: E402
+from inferlab.training.tokenizer import train_tokenizer  # noqa: E402
+from inferlab.training.windows import WindowSampler  # noqa: E402
+
+ASSETS = Path(train.__file__).parents[1] / "assets"
+BUNDLED = {"tiny": 6_000_000, "tiny-draft": 1_000_000}  # name: upper bound of parameters
+
+SNIPPET = '''\
+def area(width, height=2):
+    """Area of a rectangle, in cm\u00b2 \u2014 \U0001f40d."""
+\tif width < 0:\r
+        raise ValueError(f"width is {width!r}")
+
+
+    return width  *  height \x20\x20
+    # trailing
+'''
+MICRO = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+MICRO_LOOP = LoopConfig(steps=6, lr=1e-3, phases=((0.0, 16), (0.5, 32)), eval_every=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small only lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def micro_corpus(tmp_path_factory: pytest.TempPathFactory) -> corpus.Corpus:
+    root = tmp_path_factory.mktemp("corpus")
+    for index in range(60):
+        lines = [f"def f{index}_{line}(x):\n    return x + {line * index}\n" for line in range(30)]
+        (root / f"module_{index}.py").write_text("".join(lines), encoding="utf-8")
+    return corpus.load_corpus(root)
+
+
+@pytest.fixture(scope="module")
+def micro_tokenizer(micro_corpus):
+    texts = [micro_corpus.read(path) for path in micro_corpus.paths]
+    return train_tokenizer([*texts, SNIPPET], vocab_size=300, max_length=64)
+
+
+def micro_model(seed: int = 0, **changes):
+    return new_llama(
+        llama_config({**MICRO, **changes}, vocab_size=300, max_positions=64), seed=seed
+    )
+
+
+# The corpus and its split.
+
+
+def test_split_is_by_file_disjoint_and_stable():
+    found = corpus.load_corpus()
+    train_files, heldout = set(found.train_files()), set(found.heldout_files())
+    assert not train_files & heldout
+    assert train_files | heldout == set(found.paths)
+    assert found == corpus.load_corpus()
+    assert not any(corpus.is_test_file(path) for path in heldout)
+    assert all(path.is_file() for path in corpus.heldout_files())
+
+
+def test_split_depends_on_the_relative_path_alone():
+    # Known answers: a change here would let the bundled models be tested on what they learned.
+    assert corpus.path_hash("argparse.py") == pytest.approx(0.7861, abs=1e-4)
+    assert not corpus.is_heldout("argparse.py")
+
+
+def test_heldout_share():
+    library = [path for path in corpus.load_corpus().paths if not corpus.is_test_file(path)]
+    share = sum(map(corpus.is_heldout, library)) / len(library)
+    assert 0.02 < share < 0.09
+
+
+def test_machine_specific_and_generated_files_are_skipped():
+    paths = corpus.load_corpus().paths
+    assert not [path for path in paths if "site-packages" in path or "_sysconfigdata" in path]
+
+
+@pytest.mark.parametrize(("number", "max_chars"), [(1, 240), (20, 240), (48, 120)])
+def test_heldout_prompts(number, max_chars):
+    prompts = corpus.heldout_prompts(number, max_chars=max_chars)
+    assert prompts == corpus.heldout_prompts(number, max_chars=max_chars)
+    assert len(set(prompts)) == number
+    assert all(max_chars // 4 <= len(prompt) <= max_chars for prompt in prompts)
+    assert not any(prompt.endswith("\n") for prompt in prompts)
+
+
+@pytest.mark.parametrize("arguments", [{"num_prompts": 0}, {"max_chars": 3}])
+def test_heldout_prompts_rejects(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        corpus.heldout_prompts(**arguments)
+
+
+def test_empty_corpus_names_flag_and_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"--corpus .*name a folder"):
+        corpus.load_corpus(tmp_path)
+
+
+# The tokenizer.
+
+
+@pytest.mark.parametrize(
+    "text", [SNIPPET, "", "\n", "    ", "\n\n        x", " x\t\ty \r\n", "a  b   c", "é\u0300中文"]
+)
+def test_tokenizer_roundtrip(micro_tokenizer, text):
+    ids = micro_tokenizer(text).input_ids
+    assert micro_tokenizer.decode(ids) == text
+    assert micro_tokenizer.eos_token_id not in ids
+
+
+def test_tokenizer_special_token(micro_tokenizer):
+    ids = {micro_tokenizer.bos_token_id, micro_tokenizer.eos_token_id, micro_tokenizer.pad_token_id}
+    assert ids == {0}
+    assert len(micro_tokenizer) == 300
+
+
+def test_tokenizer_vocabulary_too_large():
+    with pytest.raises(ValueError, match=r"--corpus.*--vocab-size"):
+        train_tokenizer(["tiny"], vocab_size=4096, max_length=64)
+
+
+# Windows, optimizer, attention.
+
+
+def test_windows_cover_an_epoch_once():
+    sampler = WindowSampler(lambda epoch: [np.arange(97, dtype=np.int32) + 100 * epoch], seed=3)
+    rows = torch.cat([sampler.batch(16 * i, num_windows=2, length=8) for i in range(6)])
+    assert rows.shape == (12, 9)
+    assert (rows.diff(dim=1) == 1).all()
+    assert rows[:, 0].unique().numel() == 12
+    assert sampler.batch(97, num_windows=1, length=8).min() >= 100  # the next epoch
+
+
+def test_orthogonalize_evens_out_singular_values():
+    torch.manual_seed(0)
+    for shape in [(3, 20, 50), (2, 50, 20)]:
+        values = torch.linalg.svdvals(optim.orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.3
+        assert values.max() < 1.4
+
+
+def test_learning_rate_rises_stays_and_falls():
+    rates = [
+        optim.learning_rate(p, peak=1.0, warmup=0.1, cooldown=0.5) for p in (0, 0.05, 0.3, 0.75, 1)
+    ]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("length", [1, 19, 64])
+def test_training_attention_matches_transformers(length):
+    model = micro_model(num_attention_heads=4, num_key_value_heads=2)
+    tokens = torch.randint(300, (2, length))
+    with torch.no_grad():
+        expected = model(tokens).logits
+        use_training_attention(model)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# Resumption and checkpoints.
+
+
+def micro_pretrain(corpus_, tokenizer, folder, **options):
+    model = micro_model().bfloat16()
+    result = pretrain(
+        model,
+        corpus_,
+        tokenizer,
+        MICRO_LOOP,
+        seed=1,
+        checkpoint=folder / "checkpoint.pt",
+        use_compiler=False,
+        tokens_per_step=64,
+        **options,
+    )
+    return model, result
+
+
+def test_resumed_pretraining_is_bit_identical(micro_corpus, micro_tokenizer, tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole, expected = micro_pretrain(micro_corpus, micro_tokenizer, tmp_path / "whole")
+    micro_pretrain(micro_corpus, micro_tokenizer, tmp_path, stop_after=3)
+    resumed, result = micro_pretrain(micro_corpus, micro_tokenizer, tmp_path, resume=True)
+    assert len(result.losses) == 6
+    assert result.losses == expected.losses
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, resumed.state_dict()[name]), name
+
+
+def test_resumed_distillation_is_bit_identical(micro_corpus, micro_tokenizer, tmp_path):
+    material = DistillConfig(
+        generated_windows=12,
+        corpus_windows=8,
+        long_windows=3,
+        window_length=16,
+        long_length=32,
+        min_prompt=2,
+        max_prompt=8,
+        generation_batch=6,
+    )
+    loop = LoopConfig(steps=10, lr=1e-3, phases=((0.0, 16),), eval_every=4)
+
+    def run(folder, **options):
+        return distill(
+            micro_model(1, num_hidden_layers=1),
+            micro_model(),
+            micro_corpus,
+            micro_tokenizer,
+            loop,
+            material,
+            seed=2,
+            checkpoint=folder / "checkpoint.pt",
+            use_compiler=False,
+            tokens_per_step=64,
+            **options,
+        )
+
+    (tmp_path / "whole").mkdir()
+    expected = run(tmp_path / "whole")
+    run(tmp_path, stop_after=4)
+    assert run(tmp_path, resume=True).losses == expected.losses
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
+def test_checkpoint_survives_a_full_disk(tmp_path, monkeypatch, failing):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save_checkpoint(path, {"step": 1})
+
+    def full_disk(*args, **kwargs):
+        if failing == "torch.save":
+            args[1].write(b"half a checkp")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(failing, full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_checkpoint(path, {"step": 2})
+    monkeypatch.undo()
+    assert checkpoint.load_checkpoint(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_broken_checkpoint_is_reported(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(ValueError, match=r"--resume: no checkpoint"):
+        checkpoint.load_checkpoint(path)
+    path.write_bytes(b"half a checkp")
+    with pytest.raises(ValueError, match=r"--resume: .*not a readable checkpoint"):
+        checkpoint.load_checkpoint(path)
+
+
+# The accepted length.
+
+
+@pytest.mark.parametrize(
+    ("match", "forwards"),
+    [([1, 1, 1, 1, 1], 1), ([0, 0, 0], 3), ([1, 0, 1, 1, 0, 1], 3), ([1] * 6, 2), ([], 0)],
+)
+def test_count_forwards(match, forwards):
+    assert count_forwards(torch.tensor(match, dtype=torch.bool), chain_length=4) == forwards
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_is_its_own_best_draft(micro_tokenizer, temperature):
+    model = micro_model()
+    found = measure_acceptance(
+        model, model, micro_tokenizer, ["def f(x):"], new_tokens=21, temperature=temperature
+    )
+    assert found.agreement == 1.0
+    assert found.mean_accepted_length == 5.0
+
+
+# The command.
+
+
+def run_command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.run(parser.parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("target", "--steps", "0"), "--steps is 0"),
+        (("target", "--minutes", "-1"), "--minutes is -1"),
+        (("target", "--lr", "0"), "--lr is 0"),
+        (("target", "--threads", "0"), "--threads is 0"),
+        (("target", "--corpus", "nowhere"), "--corpus nowhere"),
+        (("draft", "--base-model", ".", "--eval-prompts", "0"), "--eval-prompts is 0"),
+        (("draft", "--base-model", "./nowhere"), "--base-model ./nowhere"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(*arguments, "--output", "out") == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_nothing_to_resume(tmp_path, micro_corpus, capsys):
+    assert run_command("target", "--output", str(tmp_path), "--resume", "--no-compile") == 2
+    assert "--resume: no checkpoint" in capsys.readouterr().err
+
+
+def test_tokenizer_mismatch_is_named(tmp_path, micro_tokenizer, capsys):
+    for name, text in [("base", "one two"), ("draft", "three four")]:
+        other = train_tokenizer([text], vocab_size=258, max_length=64)
+        other.save_pretrained(tmp_path / name)
+        micro_model().save_pretrained(tmp_path / name)
+    base, draft = str(tmp_path / "base"), str(tmp_path / "draft")
+    out = str(tmp_path / "out")
+    assert run_command("draft", "--base-model", base, "--init-from", draft, "--output", out) == 2
+    message = capsys.readouterr().err
+    assert "--init-from" in message
+    assert "same tokenizer" in message
+    assert run_command("draft", "--base-model", base, "--output", draft, "--resume") == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_base_model_is_required(capsys):
+    with pytest.raises(SystemExit):
+        run_command("draft", "--output", "out")
+    assert "--base-model" in capsys.readouterr().err
+
+
+# The bundled pair.
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_model_loads_and_writes(name):
+    folder = ASSETS / name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.num_parameters() < BUNDLED[name]
+    assert model.config.vocab_size == len(tokenizer) == 4096
+    assert tokenizer.decode(tokenizer(SNIPPET).input_ids) == SNIPPET
+    ids = tokenizer("import os\n\n\ndef main():", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape[1] == ids.shape[1] + 4
+
+
+def test_bundled_pair_shares_a_tokenizer_and_is_small():
+    files = [path for name in BUNDLED for path in (ASSETS / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (ASSETS / "tiny" / name).read_bytes() == (ASSETS / "tiny-draft" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_report_is_complete(name):
+    report = json.loads((ASSETS / name / "training.json").read_text(encoding="utf-8"))
+    card = (ASSETS / name / "README.md").read_text(encoding="utf-8")
+    assert f"{report['heldout_perplexity']:.2f}" in card
+    assert "testing and benchmarking only" in card
+
+
+def test_bundled_draft_serves_its_target():
+    pair = [
+        transformers.AutoModelForCausalLM.from_pretrained(ASSETS / name, dtype=torch.float32)
+        for name in BUNDLED
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "tiny")
+    found = measure_acceptance(*pair, tokenizer, corpus.heldout_prompts(4), new_tokens=64)
+    # A floor for four short texts; the model card has the measured mean.
+    assert found.mean_accepted_length > 2.0
