@@ -16,6 +16,7 @@ from inferlab import __version__
 from inferlab.cli_common import EXIT_FAILURE, EXIT_OK, clean_stdout, command_main, to_json
 
 DISTRIBUTION = "llm-inference-lab"
+CPUINFO = Path("/proc/cpuinfo")
 BANDWIDTH_BYTES = 256 * 2**20
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -94,7 +95,7 @@ def measure_bandwidth(num_bytes: int = BANDWIDTH_BYTES, repeats: int = 8) -> flo
 def _cpu_flags() -> set[str]:
     """The processor's feature names; empty where the system does not tell them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
     for line in lines:
@@ -106,7 +107,7 @@ def _cpu_flags() -> set[str]:
 
 def _processor_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,0 +1,419 @@
+"""The command line: flags, one-line errors, exit codes, prompt files, JSON alone on stdout."""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import inferlab
+from inferlab import cli, cli_common, cli_results
+from inferlab.cli_common import Prompt, UsageError, read_prompts
+from inferlab.specdec import run_specdec
+
+
+def run_cli(*words: str) -> int:
+    """The exit code, whether main returns it or argparse exits with it."""
+    try:
+        return cli.main(words)
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line on stderr; nothing may be on stdout."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# --- inferlab -----------------------------------------------------------------------------------
+
+
+def test_version(capsys):
+    assert run_cli("--version") == 0
+    assert capsys.readouterr().out == f"inferlab {inferlab.__version__}\n"
+
+
+def test_help_lists_the_commands(capsys):
+    assert run_cli("--help") == 0
+    text = capsys.readouterr().out
+    for command in ("baseline", "specdec", "bench", "ping", "train", "doctor"):
+        assert f"\n    {command} " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "required: <command>"),
+        (("speccdec",), "invalid choice: 'speccdec'"),
+        (("specdec",), "one of the arguments --prompt --prompts is required"),
+        (("specdec", "--prompt", "a", "--prompts", "b"), "not allowed with argument --prompt"),
+        (("specdec", "--prompt", "a", "--K", "x"), "argument --K: invalid int value: 'x'"),
+        (("specdec", "--prompt", "a", "--tau", "x"), "argument --tau: invalid float value: 'x'"),
+        (("specdec", "--prompt", "a", "--policy", "x"), "argument --policy: invalid choice: 'x'"),
+        (("specdec", "--prompt", "a", "--max-tok", "3"), "unrecognized arguments: --max-tok 3"),
+        (("specdec", "--prompt", "a", "--tree", "a"), "'a' is not a list of widths by depth"),
+        (("specdec", "--prompt", ""), "--prompt: is empty; give a text"),
+        (("specdec", "--prompt", "a", "--K", "-1"), "--K: -1 is not allowed; must be an integer"),
+        (("specdec", "--prompt", "a", "--K", "65"), "--K: 65 is not allowed; must be an integer"),
+        (("specdec", "--prompt", "a", "--max-draft", "-1"), "--max-draft: -1 is not allowed"),
+        (("specdec", "--prompt", "a", "--k", "0"), "--k: 0 is not allowed; must be an integer"),
+        (("specdec", "--prompt", "a", "--tau", "1.5"), "--tau: 1.5 is not allowed; must be a num"),
+        (("specdec", "--prompt", "a", "--p", "-1"), "--p: -1.0 is not allowed; must be a number"),
+        (("specdec", "--prompt", "a", "--max-tokens", "0"), "--max-tokens: 0 is not allowed"),
+        (("specdec", "--prompt", "a", "--temperature", "-1"), "--temperature: -1.0 is not allowed"),
+        (("specdec", "--prompt", "a", "--temperature", "nan"), "--temperature: nan is not allowed"),
+        (("specdec", "--prompt", "a", "--device", "tpu"), "--device: 'tpu' is not allowed"),
+        (("specdec", "--prompt", "a", "--tree", "16,16"), "--tree: [16, 16] is not allowed"),
+        (("specdec", "--prompt", "a", "--batch-size", "0"), "--batch-size: 0 is not allowed"),
+        (("specdec", "--prompt", "a", "--min-k", "9"), "--min-k: 9 is not allowed; must be at"),
+        (("specdec", "--prompt", "a", "--config", "no.yaml"), "no.yaml: does not exist; give a"),
+        (
+            ("specdec", "--prompt", "a", "--config", "configs/vllm.yaml"),
+            "configs/vllm.yaml: host: is a key of vllm files; this one is read as a specdec file",
+        ),
+        (("specdec", "--prompt", "a", "--adaptive-K", "--K", "4"), "contradicts --K 4"),
+        (
+            ("specdec", "--prompt", "a", "--adaptive-K", "--controller", "cost"),
+            "--adaptive-K contradicts --controller cost",
+        ),
+        (
+            ("specdec", "--prompt", "a", "--draft-mode", "medusa"),
+            "--draft-mode: 'medusa' is not available yet: Medusa drafts come with a later release",
+        ),
+        (
+            ("specdec", "--prompt", "a", "--draft-mode", "eagle"),
+            "--draft-mode: 'eagle' is not available yet: EAGLE drafts come with a later release",
+        ),
+        (("specdec", "--prompt", "a", "--output", "/no/x.json"), "its directory does not exist"),
+        (("specdec", "--prompts", "no.jsonl"), "no.jsonl: cannot be read: No such file"),
+        (("baseline", "--prompt", "a", "--max-tokens", "-3"), "--max-tokens: -3 is not allowed"),
+        (("baseline", "--prompt", "a", "--dtype", "int8"), "argument --dtype: invalid choice"),
+        (("baseline", "--prompt", "a", "--model", ""), "--model: '' is not allowed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, words, message):
+    assert run_cli(*words) == 2
+    assert message in one_error(capsys)
+
+
+def test_a_missing_model_directory_is_named(capsys, tmp_path):
+    assert run_cli("specdec", "--prompt", "a", "--base-model", str(tmp_path / "no")) == 2
+    assert f"{tmp_path / 'no'}' does not exist" in one_error(capsys)
+
+
+def read(*words: str):
+    parser = cli_common.Parser()
+    run_specdec.add_arguments(parser)
+    return run_specdec.read_config(parser.parse_args(["--prompt", "a", *words]))
+
+
+def test_flags_reach_the_configuration():
+    config = read(
+        "--K", "6", "--k", "3", "--p", "0.8", "--tau", "0.3", "--policy", "typical",
+        "--controller", "adaptive", "--min-k", "2", "--max-k", "5", "--target-acceptance", "0.6",
+        "--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.05",
+        "--max-tokens", "12", "--seed", "7", "--device", "cpu", "--impl", "fake",
+        "--draft-mode", "ngram", "--force-device", "cpu", "--tree", "4,2,1", "--dtype", "bfloat16",
+        "--stop", "END", "--stop", "\n", "--batch-size", "3", "--base-model", "b",
+        "--draft-model", "d",
+    )  # fmt: skip
+    assert (config.max_draft, config.k, config.p, config.tau) == (6, 3, 0.8, 0.3)
+    assert (config.policy, config.controller) == ("typical", "adaptive")
+    assert (config.min_k, config.max_k, config.target_acceptance) == (2, 5, 0.6)
+    assert (config.temperature, config.top_k, config.top_p, config.min_p) == (0.9, 40, 0.95, 0.05)
+    assert (config.max_new_tokens, config.seed, config.device) == (12, 7, "cpu")
+    assert (config.implementation, config.draft_mode, config.force_device) == (
+        "fake",
+        "ngram",
+        "cpu",
+    )
+    assert (config.tree, config.dtype, config.stop) == ((4, 2, 1), "bfloat16", ("END", "\n"))
+    assert (config.max_batch, config.base_model, config.draft_model) == (3, "b", "d")
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults():
+    config = read("--config", "configs/specdec.yaml", "--K", "2", "--seed", "42")
+    assert (config.max_draft, config.seed) == (2, 42)
+    assert (config.implementation, config.top_k) == ("fake", 50)
+    assert read("--config", "configs/specdec.yaml", "--impl", "hf").implementation == "hf"
+    assert read("--adaptive-K").controller == "adaptive"
+    assert read().implementation == "hf"
+
+
+# --- prompt files -------------------------------------------------------------------------------
+
+
+def test_prompt_files_in_both_formats(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        '{"prompt": "one"}\n'
+        "\n"
+        '{"prompt": "two\\nlines", "id": "x", "category": "c"}\n'
+        '{"question_id": 81, "category": "writing", "turns": ["first", "second"]}\n'
+        '{"prompt": "a\u2028b", "reference": []}'
+    )
+    assert read_prompts(file) == [
+        Prompt("one"),
+        Prompt("two\nlines", "x", "c"),
+        Prompt("first", 81, "writing"),
+        Prompt("a\u2028b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "is not JSON"),
+        ('["a"]', "must be an object with `prompt` or `turns`"),
+        ('"a"', "must be an object with `prompt` or `turns`"),
+        ('{"text": "a", "n": 1}', "has neither `prompt` nor `turns`; it has text, n"),
+        ('{"prompt": ""}', "`prompt` must be a text that is not empty, not ''"),
+        ('{"prompt": 3}', "`prompt` must be a text that is not empty, not 3"),
+        ('{"turns": []}', "`turns` must be a list with at least one text"),
+        ('{"turns": "a"}', "`turns` must be a list with at least one text"),
+        ('{"turns": [" "]}', "`turns[0]` must be a text that is not empty"),
+    ],
+)
+def test_a_bad_line_is_named_by_number(tmp_path, line, message):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "good"}\n\n' + line + "\n")
+    with pytest.raises(UsageError) as caught:
+        read_prompts(file)
+    assert str(caught.value).startswith(f"{file}:3: ")
+    assert message in str(caught.value)
+
+
+def test_prompt_files_without_prompts(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n \n")
+    with pytest.raises(UsageError, match="holds no prompts"):
+        read_prompts(empty)
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        read_prompts(binary)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_prompts(tmp_path)
+
+
+SPEC_BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "spec_bench.jsonl"
+
+
+@pytest.mark.skipif(not SPEC_BENCH.is_file(), reason="../shared/data is not there")
+def test_spec_bench_itself():
+    prompts = read_prompts(SPEC_BENCH)
+    assert len(prompts) == 480
+    assert prompts[0].id == 81
+
+
+# --- errors and exit codes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("bad\n  value"), 2, "error: bad value"),
+        (FileNotFoundError("no such model"), 2, "error: no such model"),
+        (RuntimeError("the kernel failed"), 1, "error: the kernel failed"),
+        (MemoryError(), 1, "error: MemoryError"),
+        (PermissionError(13, "Permission denied"), 1, "error: [Errno 13] Permission denied"),
+        (TypeError("ours"), 1, "error: TypeError: ours (--verbose prints the traceback)"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_an_exit_code(capsys, error, code, line):
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    assert cli_common.call(run, argparse.Namespace(verbose=False)) == code
+    assert capsys.readouterr().err == line + "\n"
+    assert cli_common.call(run, argparse.Namespace(verbose=True)) == code
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_ctrl_c_is_130(capsys):
+    def run(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert cli_common.call(run, argparse.Namespace()) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# --- results of one prompt or many --------------------------------------------------------------
+
+
+def arguments(**given):
+    defaults = {"prompt": None, "prompts": None, "json": True, "output": None, "no_progress": True}
+    return argparse.Namespace(**{**defaults, **given})
+
+
+def fake_result(text: str, **more):
+    return {"text": text.upper(), "num_tokens": 2, "steps": 1, "proposed": 4, "accepted": 1,
+            "mean_accepted_length": 2.0, **more}  # fmt: skip
+
+
+def shout(texts: list[str]) -> list[dict]:
+    print("a library that prints")
+    for text in texts:
+        if text == "bad":
+            raise ValueError("too long")
+    return [fake_result(text) for text in texts]
+
+
+def collect(prompts, generate, args, batch_size=1):
+    with cli_common.clean_stdout(args.json) as out:
+        collected = cli_results.run_prompts(prompts, generate, args, batch_size)
+        return collected, cli_results.report(collected, args, out, lambda result: None)
+
+
+def test_one_prompt_is_one_mapping_and_json_is_alone_on_stdout(capsys, tmp_path):
+    args = arguments(prompt="a", output=str(tmp_path / "r.json"))
+    _, code = collect([Prompt("a")], shout, args)
+    assert code == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["text"] == "A"
+    assert captured.out.count("\n") == 1
+    assert "a library that prints" in captured.err
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(captured.out)
+    assert list(tmp_path.iterdir()) == [tmp_path / "r.json"], "no partial file stays behind"
+
+
+def test_many_prompts_have_labels_and_a_summary(capsys):
+    prompts = [Prompt("a", 1, "x"), Prompt("b", 2, "y"), Prompt("c")]
+    _, code = collect(prompts, shout, arguments(prompts="p"), batch_size=2)
+    assert code == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert [r["text"] for r in payload["results"]] == ["A", "B", "C"]
+    assert [r.get("id") for r in payload["results"]] == [1, 2, None]
+    assert [r["prompt"] for r in payload["results"]] == ["a", "b", "c"]
+    summary = payload["summary"]
+    assert (summary["prompts"], summary["num_tokens"], summary["errors"]) == (3, 6, 0)
+    assert (summary["acceptance_rate"], summary["mean_accepted_length"]) == (0.25, 2.0)
+    assert summary["interrupted"] is False
+
+
+def test_one_bad_prompt_among_many_does_not_take_the_others_with_it(capsys):
+    prompts = [Prompt(text) for text in ("a", "bad", "c")]
+    _, code = collect(prompts, shout, arguments(prompts="p"), batch_size=3)
+    assert code == 1
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [r.get("error") for r in results] == [None, "too long", None]
+
+
+def test_a_single_bad_prompt_is_an_error(capsys):
+    with pytest.raises(ValueError, match="too long"):
+        collect([Prompt("bad")], shout, arguments(prompt="bad"))
+
+
+def test_ctrl_c_keeps_what_there_is(capsys):
+    class Interrupted(KeyboardInterrupt):
+        results: tuple = ()
+
+    def generate(texts):
+        if texts[0] == "c":
+            interrupt = Interrupted()
+            interrupt.results = [fake_result("c", finish_reason="interrupted")]
+            raise interrupt
+        return shout(texts)
+
+    prompts = [Prompt(text) for text in "abcd"]
+    collected, code = collect(prompts, generate, arguments(prompts="p"))
+    assert code == 130
+    assert collected.interrupted
+    payload = json.loads(capsys.readouterr().out)
+    assert [r["text"] for r in payload["results"]] == ["A", "B", "C"]
+    assert payload["results"][2]["finish_reason"] == "interrupted"
+    assert payload["summary"]["interrupted"] is True
+
+
+def test_ctrl_c_before_the_first_result_prints_no_json(capsys):
+    def generate(texts):
+        raise KeyboardInterrupt
+
+    _, code = collect([Prompt("a")], generate, arguments(prompt="a"))
+    assert code == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_json_of_what_json_lacks():
+    text = cli_common.to_json(
+        {
+            "nan": float("nan"),
+            "inf": float("inf"),
+            "np": np.float32(0.5),
+            "array": np.arange(2),
+            "tuple": (1, None),
+            "path": Path("x"),
+            3: True,
+            "text": "ü\u2028",
+        }
+    )
+    assert json.loads(text) == {
+        "nan": None, "inf": None, "np": 0.5, "array": [0, 1], "tuple": [1, None], "path": "x",
+        "3": True, "text": "ü\u2028",
+    }  # fmt: skip
+
+
+def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(UsageError, match="its directory does not exist"):
+        cli_common.check_output(str(tmp_path / "no" / "x.json"))
+    with pytest.raises(UsageError, match="is a directory"):
+        cli_common.check_output(str(tmp_path))
+    cli_common.check_output(None)
+
+
+def test_logs_go_to_stderr_once(capsys):
+    logger = logging.getLogger("inferlab")
+    before = list(logger.handlers), logger.level, logger.propagate
+    try:
+        cli_common.setup_logging("INFO")
+        cli_common.setup_logging("INFO")
+        logging.getLogger("inferlab.specdec").info("hello")
+        logging.getLogger("inferlab.specdec").debug("hidden")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("hello") == 1
+        assert "hidden" not in captured.err
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
+
+
+def test_no_progress_bar_where_stderr_is_no_terminal(capsys):
+    with cli_common.progress(10, "prompts") as advance:
+        advance(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with cli_common.progress(10, "prompts") as advance:
+        advance(5)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "prompts" in captured.err
+
+
+# --- public names -------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_there():
+    for name in inferlab.__all__:
+        assert getattr(inferlab, name) is not None
+    assert set(inferlab.__all__) <= set(dir(inferlab))
+    with pytest.raises(AttributeError, match="no attribute 'Speculate'"):
+        _ = inferlab.Speculate
+
+
+def test_type_checkers_see_the_same_names():
+    source = Path(inferlab.__file__).read_text()
+    for name in set(inferlab.__all__) - {"__version__", *inferlab._EXPORTS["inferlab.types"]}:
+        assert f" import {name} as {name}\n" in source
