@@ -142,7 +142,8 @@ class KVCache:
     def _does_not_fit(self, why: str) -> str:
         return (
             f"{self.num_pages} KV pages of {self.page_size} tokens need "
-            f"{self.nbytes / 2**20:.0f} MB on {self.device} ({self.bytes_per_token} bytes per token) and {why}; "
+            f"{self.nbytes / 2**20:.0f} MB on {self.device} ({self.bytes_per_token} bytes per "
+            f"token) and {why}; "
             "lower the number of pages, the batch size or the maximum length"
         )
 
