@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
@@ -105,6 +106,9 @@ def load(
         _check_memory(name, parameters, chosen, max_memory_mb)
         if isinstance(source, Path):
             _check_weight_files(name, source, allow_pickle)
+        else:
+            for file in _cached_safetensors(source):
+                _check_safetensors(name, file)
 
         tokenizer = _load_tokenizer(name, source, **common)
         model = _load_weights(name, source, chosen, allow_pickle, **common).to(target_device)
@@ -253,6 +257,12 @@ def _check_safetensors(name: str, file: Path) -> None:
         )
 
 
+def _cached_safetensors(repo: str) -> list[Path]:
+    """The weight files of a hub model that the local cache has."""
+    config = try_to_load_from_cache(repo, "config.json")
+    return sorted(Path(config).parent.glob("*.safetensors")) if isinstance(config, str) else []
+
+
 def _load_weights(
     name: str, source: Path | str, dtype: torch.dtype, allow_pickle: bool, **common: Any
 ) -> Any:
@@ -317,6 +327,7 @@ def _from_cache_or_hub(
             f"{name}: there is no directory of this name, its {part} is not in the local hub "
             f"cache, and the hub did not serve it ({_first_line(error)}). With network access "
             f"run 'hf download {source}', or use the bundled 'inferlab/tiny'"
+            + (". Only safetensors are read unless allow_pickle=True" if part == "weights" else "")
         ) from error
 
 
