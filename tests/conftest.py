@@ -1,6 +1,8 @@
-"""Settings of all tests: nothing is downloaded. Makes ``helpers`` importable (pytest's rootdir)."""
+"""Settings of all tests: no downloads, no busy waiting. Makes ``helpers`` importable from tests."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Idle OpenMP threads sleep: spinning ones starve each other when tests share cores with anything.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -297,28 +297,30 @@ def test_hub_names_load_from_the_cache(tmp_path: Path) -> None:
     """In a process of its own, as the cache's place is read once, at import."""
     hub = write_hub_cache(tmp_path)
     script = (
+        "import sys\n"
+        "from pathlib import Path\n"
         "from inferlab.models import HFModel\n"
         "for name in ('facebook/opt-125m', 'distilgpt2', 'sshleifer/tiny-gpt2'):\n"
         "    m = HFModel.load(name, device='cpu')\n"
         "    print(m.name, m.vocab_size, m.tokenizer_vocab_size, m.layers[0].head_dim, m.dtype)\n"
+        "blob = Path(sys.argv[1])\n"
+        "blob.write_bytes(blob.read_bytes()[:-10])\n"
+        "HFModel.load('distilgpt2', device='cpu')\n"
     )
+    weights = next(hub.glob("models--distilgpt2/snapshots/*/model.safetensors"))
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
     done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, str(weights.resolve())],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "facebook/opt-125m 408 400 64 torch.float32",
         "distilgpt2 400 400 64 torch.float32",
         "sshleifer/tiny-gpt2 400 400 1 torch.float32",
-    ]
-    weights = next(hub.glob("models--distilgpt2/snapshots/*/model.safetensors"))
-    blob = weights.resolve()
-    blob.write_bytes(blob.read_bytes()[:-10])
-    script = "from inferlab.models import HFModel; HFModel.load('distilgpt2', device='cpu')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
-    )
+    ], done.stderr
     assert done.returncode == 1
     assert re.search(r"ModelLoadError: distilgpt2: .*is truncated", done.stderr)
