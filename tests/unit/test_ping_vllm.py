@@ -142,7 +142,6 @@ FAULTS = {
     "html": (Respond(b"<html>Bad gateway</html>"), "not JSON"),
     "truncated by Content-Length": (Respond(BODY, length=len(BODY) + 100), "broke"),
     "truncated, length unknown": (Respond(BODY[:40], length=-1), "not JSON"),
-    "no answer at all": (Respond(hang_up=True), "broke"),
     "broken compression": (Respond(b"not gzip", headers={"Content-Encoding": "gzip"}), "broke"),
 }
 
@@ -234,6 +233,16 @@ def test_a_status_that_may_pass_is_tried_again(server, client, status):
     assert result["success"] is True
     assert result["attempts"] == 2
     assert len(server.posts) == 2
+
+
+def test_a_connection_closed_before_any_answer_is_tried_again(server, client):
+    server.answers = [Respond(hang_up=True), Respond(hang_up=True), Respond.json(chat())]
+    assert client.generate("Hi")["attempts"] == 3
+    server.answers = [Respond(hang_up=True)]
+    result = client.generate("Hi")
+    assert result["success"] is False
+    assert "broke" in result["error"]
+    assert result["attempts"] == 3
 
 
 def test_tries_end_and_the_last_reason_is_told(server, client):

@@ -51,8 +51,10 @@ class OpenAIConnection:
     """Sends requests to one server, one at a time or from several threads.
 
     Connect errors, 429 and 5xx are tried again, ``retry_delay`` seconds later, then twice that, and
-    so on, or when the server's ``Retry-After`` says. All other failures are final: a request that
-    was read may be running still, and a 4xx will not get better.
+    so on, or when the server's ``Retry-After`` says. A connection that breaks before any byte of an
+    answer counts as a connect error: servers close idle connections as the next request is on its
+    way. All other failures are final: a slow request may be running still, and a 4xx will not get
+    better.
 
     Args:
         base_url: ``http(s)://host[:port][/path]``; ``/v1`` is added to a path without version.
@@ -144,6 +146,8 @@ class OpenAIConnection:
                     reply.value = read(chunks)
                 else:
                     self._refused(reply, response, b"".join(chunks))
+                    # Some servers hang up after an error: the next try takes a new connection.
+                    response.extensions["network_stream"].close()
         except AnswerError as error:
             reply.error = str(error)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -153,6 +157,7 @@ class OpenAIConnection:
             reply.error = f"no complete answer within {timeout:g} s (timeout)"
         except httpx.HTTPError as error:
             reply.error = f"the connection to {self.root_url} broke: {_reason(error)}"
+            reply.retryable = reply.status is None
         reply.latency_ms = (time.perf_counter() - reply.started) * 1e3
         if reply.error is not None and self._api_key:
             reply.error = reply.error.replace(self._api_key, "[api key]")
