@@ -64,6 +64,21 @@ GompParallel openmp() {
   return fn;
 }
 
+// int omp_get_max_threads(void): what OMP_NUM_THREADS and torch.set_num_threads ask for. A team of
+// another size than torch's would have OpenMP end and start threads at every call of either.
+int openmp_threads() {
+  using MaxThreads = int (*)();
+  static std::atomic<MaxThreads> found{nullptr};
+  MaxThreads fn = found.load(std::memory_order_relaxed);
+#if defined(__linux__)
+  if (fn == nullptr && openmp() != nullptr) {
+    fn = reinterpret_cast<MaxThreads>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+    found.store(fn, std::memory_order_relaxed);
+  }
+#endif
+  return fn != nullptr ? fn() : 0;
+}
+
 // Workers of an own pool: they sleep between jobs.
 class Pool {
  public:
@@ -138,6 +153,8 @@ void set_num_threads(int n) { g_threads.store(n < 0 ? 0 : n); }
 int num_threads() {
   const int n = g_threads.load(std::memory_order_relaxed);
   if (n > 0) return n;
+  const int team = openmp_threads();
+  if (team > 0) return team;
   static const int fallback = default_threads();
   return fallback;
 }

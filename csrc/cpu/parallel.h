@@ -7,7 +7,8 @@
 
 namespace inferlab::cpu {
 
-// Threads a parallel_for uses at most. 0 restores the default (the cores this process may use).
+// Threads a parallel_for uses at most. 0 restores the default: the team size that the loaded OpenMP
+// runtime is set to (OMP_NUM_THREADS, torch.set_num_threads), else the cores this process may use.
 void set_num_threads(int n);
 int num_threads();
 
