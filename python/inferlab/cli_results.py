@@ -86,6 +86,7 @@ def run_prompts(
                 ):
                     collected.results.append(_labelled(prompt, result))
                 advance(len(chunk))
+                logger.debug("%d of %d prompts done", len(collected.results), len(prompts))
     except KeyboardInterrupt as interrupt:
         collected.interrupted = True
         partial = getattr(interrupt, "results", [])
