@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers.hub_cache import write_hub_cache
 
 DRIVER = Path(__file__).with_name("run_commands.py")
