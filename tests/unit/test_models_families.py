@@ -7,10 +7,18 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel
 
 from helpers.paged import PagedRunner, path_to
-from helpers.tiny_models import FAMILIES, VOCAB, WINDOW, tiny_model, tiny_tokenizer
+from helpers.tiny_models import (
+    CONTEXT,
+    FAMILIES,
+    VOCAB,
+    WINDOW,
+    random_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from inferlab.models import HFModel
 
 # A tree with siblings at several depths; longer than the tiny window along its deepest path.
@@ -196,3 +204,17 @@ def test_layer_specs_say_what_the_model_passes() -> None:
     assert [s.window for s in gemma] == [WINDOW, 0, WINDOW]
     assert gemma[0].scale == pytest.approx(24**-0.5)
     assert (adapter("llama").layers[0].num_kv_heads, adapter("llama").layers[0].head_dim) == (2, 32)
+
+
+@pytest.mark.parametrize("head_dim", [1, 12])
+def test_head_dims_that_are_no_multiple_of_the_kernels_vectors(head_dim: int) -> None:
+    """sshleifer/tiny-gpt2, which the examples name, has two heads of one channel."""
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=2 * head_dim, n_head=2, n_layer=2, n_positions=CONTEXT
+    )
+    ids = random_ids(20, 9)
+    with torch.inference_mode():
+        expected = random_model(config)(input_ids=torch.tensor([ids])).logits[0]
+    runner = PagedRunner(HFModel(random_model(config)), page_size=4)
+    assert_same(runner.chain([ids[:12]])[0], expected[:12])
+    assert_same(runner.tree([ids[12:15]], [[-1, 0, 1]])[0], expected[12:15])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from inferlab.kernels import kv_append, paged_tree_attention
@@ -36,6 +37,11 @@ class LayerSpec(NamedTuple):
     scale: float
     window: int
     softcap: float
+
+    @property
+    def cached_dim(self) -> int:
+        """The head dim in the cache: the kernel's vectors are of 8, the rest is zeros."""
+        return -(-self.head_dim // 8) * 8
 
 
 @dataclass(slots=True)
@@ -67,7 +73,10 @@ class Step:
     ) -> torch.Tensor:
         """query [B, Hq, N, D], key and value [B, Hkv, N, D]; returns [B, N, Hq, D]."""
         k_pages, v_pages = self.pages[layer]
-        _, _, scale, window, softcap = self.layers[layer]
+        _, dim, scale, window, softcap = self.layers[layer]
+        padding = k_pages.shape[-1] - dim
+        if padding:
+            query, key, value = (pad(x, (0, padding)) for x in (query, key, value))
         kv_append(
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -78,7 +87,7 @@ class Step:
             node_offset=self.node_offset,
             num_nodes=self.num_nodes,
         )
-        return paged_tree_attention(
+        out = paged_tree_attention(
             query.transpose(1, 2),
             k_pages,
             v_pages,
@@ -91,6 +100,7 @@ class Step:
             node_offset=self.node_offset,
             num_nodes=self.num_nodes,
         )
+        return out[..., :dim] if padding else out
 
 
 def attention(

@@ -92,7 +92,7 @@ class HFModel:
 
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
         """A zeroed cache of `num_pages` pages per layer, in the model's dtype and device."""
-        shapes = [(spec.num_kv_heads, spec.head_dim) for spec in self._layers]
+        shapes = [(spec.num_kv_heads, spec.cached_dim) for spec in self._layers]
         return KVCache(shapes, num_pages, page_size, dtype=self.dtype, device=self.device)
 
     @property
