@@ -7,6 +7,7 @@
 #include "bind.h"
 #include "inferlab/bandwidth.h"
 #include "inferlab/noise.h"
+#include "inferlab/sampling.h"
 #include "isa.h"
 #include "parallel.h"
 #include "tensor.h"
@@ -71,10 +72,7 @@ void bind_system(py::module_& m) {
   m.def("gumbel_row", [](int64_t seed, uint32_t position, uint32_t purpose, py::handle out) {
     Tensor t(out, "out");
     t.dims(1).f32().contiguous().cpu();
-    for (int64_t v = 0; v < t.size(0); ++v) {
-      t.ptr<float>()[v] =
-          gumbel(static_cast<uint64_t>(seed), position, static_cast<uint32_t>(v), purpose);
-    }
+    cpu::gumbel_row(static_cast<uint64_t>(seed), position, purpose, t.ptr<float>(), t.size(0));
   });
 }
 

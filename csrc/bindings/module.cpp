@@ -3,6 +3,8 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of inferlab. Arguments are positional; see inferlab.kernels.";
   inferlab::bind_system(m);
+  inferlab::bind_tree(m);
+  inferlab::bind_sampling(m);
   inferlab::bind_attention(m);
   inferlab::bind_kv(m);
 }

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from inferlab import _C
 from inferlab.kernels import reference
 from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, register
 
@@ -28,7 +29,16 @@ class TreeLinks(NamedTuple):
 
 
 def _run(parents: torch.Tensor) -> TreeLinks:
-    return TreeLinks(*reference.build_tree(parents))
+    if not parents.is_cpu:
+        return TreeLinks(*reference.build_tree(parents))
+    if parents.dim() != 2:
+        raise ValueError(f"parents has shape {list(parents.shape)}; it must be [B, N]")
+    batch, nodes = parents.shape
+    link = torch.empty((3, batch, nodes), dtype=torch.int32)
+    bits = torch.empty((batch, nodes, (nodes + 63) // 64), dtype=torch.int64)
+    depth, first_child, next_sibling = link.unbind(0)
+    _C.build_tree(parents, depth, first_child, next_sibling, bits)
+    return TreeLinks(depth, first_child, next_sibling, bits)
 
 
 def build_tree(parents: torch.Tensor) -> TreeLinks:
@@ -61,6 +71,6 @@ def _fake(parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 register(
     "build_tree(Tensor parents) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda parents: tuple(_run(parents)),
+    lambda parents: tuple(t.clone() for t in _run(parents)),
     _fake,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from inferlab import _C
 from inferlab.kernels import reference
 from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, register
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -28,14 +29,19 @@ def _run(
     num_samples: int,
     allowed_vocab: int | None,
 ) -> torch.Tensor:
-    return reference.sample(
-        logits,
-        positions,
-        sampling,
-        purpose=purpose,
-        num_samples=num_samples,
-        allowed_vocab=allowed_vocab,
-    )
+    if not logits.is_cpu:
+        return reference.sample(
+            logits,
+            positions,
+            sampling,
+            purpose=purpose,
+            num_samples=num_samples,
+            allowed_vocab=allowed_vocab,
+        )
+    out = torch.empty((*logits.shape[:-1], max(num_samples, 1)), dtype=torch.int32)
+    allowed = -1 if allowed_vocab is None else max(allowed_vocab, 0)
+    _C.sample(logits, positions, sampling.flat, purpose, num_samples, allowed, out)
+    return out
 
 
 def sample(

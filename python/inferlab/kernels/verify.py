@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from inferlab import _C
 from inferlab.kernels import reference
 from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, register
 from inferlab.kernels.build_tree import TreeLinks
@@ -38,6 +39,21 @@ def _tensor_links(links: TreeLinks) -> TreeLinks:
     return TreeLinks(*(as_tensor(t) for t in links))
 
 
+def _outputs(logits: torch.Tensor) -> VerifyResult:
+    if logits.dim() != 3:
+        raise ValueError(f"logits has shape {list(logits.shape)}; it must be [B, N, V]")
+    batch, nodes, _ = logits.shape
+    return VerifyResult(
+        torch.empty((batch, nodes), dtype=torch.int32),
+        torch.empty((batch, nodes), dtype=torch.int32),
+        torch.empty(batch, dtype=torch.int32),
+    )
+
+
+def _allowed(allowed_vocab: int | None) -> int:
+    return -1 if allowed_vocab is None else max(allowed_vocab, 0)
+
+
 def _run_match(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -46,11 +62,24 @@ def _run_match(
     sampling: SamplingTensors,
     allowed_vocab: int | None,
 ) -> VerifyResult:
-    return VerifyResult(
-        *reference.verify_tree_match(
-            logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
+    if not logits.is_cpu:
+        return VerifyResult(
+            *reference.verify_tree_match(
+                logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
+            )
         )
+    out = _outputs(logits)
+    _C.verify_tree_match(
+        logits,
+        tokens,
+        links.first_child,
+        links.next_sibling,
+        seq_lens,
+        sampling.flat,
+        _allowed(allowed_vocab),
+        *out,
     )
+    return out
 
 
 def verify_tree_match(
@@ -103,18 +132,33 @@ def _run_rejection(
     with_replacement: bool,
     allowed_vocab: int | None,
 ) -> VerifyResult:
-    return VerifyResult(
-        *reference.verify_tree_rejection(
-            logits,
-            draft_logits,
-            tokens,
-            links,
-            seq_lens,
-            sampling,
-            with_replacement=with_replacement,
-            allowed_vocab=allowed_vocab,
+    if not logits.is_cpu:
+        return VerifyResult(
+            *reference.verify_tree_rejection(
+                logits,
+                draft_logits,
+                tokens,
+                links,
+                seq_lens,
+                sampling,
+                with_replacement=with_replacement,
+                allowed_vocab=allowed_vocab,
+            )
         )
+    out = _outputs(logits)
+    _C.verify_tree_rejection(
+        logits,
+        draft_logits,
+        tokens,
+        links.first_child,
+        links.next_sibling,
+        seq_lens,
+        sampling.flat,
+        with_replacement,
+        _allowed(allowed_vocab),
+        *out,
     )
+    return out
 
 
 def verify_tree_rejection(
@@ -198,18 +242,33 @@ def _run_lossy(
             raise ValueError(f"threshold is {threshold}; k must be >= 1 for topk_agree")
     elif not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold is {threshold}; it must be in [0, 1] for {policy}")
-    return VerifyResult(
-        *reference.verify_tree_lossy(
-            logits,
-            tokens,
-            links,
-            seq_lens,
-            sampling,
-            policy,
-            threshold,
-            allowed_vocab=allowed_vocab,
+    if not logits.is_cpu:
+        return VerifyResult(
+            *reference.verify_tree_lossy(
+                logits,
+                tokens,
+                links,
+                seq_lens,
+                sampling,
+                policy,
+                threshold,
+                allowed_vocab=allowed_vocab,
+            )
         )
+    out = _outputs(logits)
+    _C.verify_tree_lossy(
+        logits,
+        tokens,
+        links.first_child,
+        links.next_sibling,
+        seq_lens,
+        sampling.flat,
+        LOSSY_POLICIES.index(policy),
+        threshold,
+        _allowed(allowed_vocab),
+        *out,
     )
+    return out
 
 
 def verify_tree_lossy(

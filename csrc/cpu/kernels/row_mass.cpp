@@ -1,0 +1,227 @@
+// Sums of exponentials over a row. A sum is taken in 16 double lanes, element i in lane i % 16, and
+// the lanes are added pairwise: the same bits with 4, 8 or 16 SIMD lanes. Bytes moved: the row
+// once, and the weights once where they are stored.
+#include <cmath>
+
+#include "row_kernels.h"
+#include "simd.h"
+
+namespace inferlab::cpu::INFERLAB_ISA {
+namespace {
+
+constexpr int kWide = 16;
+
+#if defined(INFERLAB_ISA_AVX512)
+struct Sums {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  void add(int, vf a) {
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+  void store(double* out) const {
+    _mm512_storeu_pd(out, low);
+    _mm512_storeu_pd(out + 8, high);
+  }
+};
+inline vf keep_lanes(vf a, uint32_t mask) {
+  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), a.v)};
+}
+inline vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
+#elif defined(INFERLAB_ISA_AVX2)
+struct Sums {
+  __m256d lanes[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(),
+                      _mm256_setzero_pd()};
+  void add(int part, vf a) {
+    lanes[2 * part] = _mm256_add_pd(lanes[2 * part], _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+    lanes[2 * part + 1] =
+        _mm256_add_pd(lanes[2 * part + 1], _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+  }
+  void store(double* out) const {
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(out + 4 * i, lanes[i]);
+  }
+};
+inline vf keep_lanes(vf a, uint32_t mask) {
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bits);
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits)))};
+}
+inline vf vabs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+#else
+struct Sums {
+  double lanes[kWide] = {};
+  void add(int part, vf a) {
+    for (int i = 0; i < kLanes; ++i) lanes[kLanes * part + i] += static_cast<double>(a.v[i]);
+  }
+  void store(double* out) const {
+    for (int i = 0; i < kWide; ++i) out[i] = lanes[i];
+  }
+};
+inline vf keep_lanes(vf a, uint32_t mask) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(mask >> i & 1u)) a.v[i] = 0.0f;
+  }
+  return a;
+}
+inline vf vabs(vf a) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = std::fabs(a.v[i]);
+  return a;
+}
+#endif
+
+inline double total(const Sums& sums) {
+  double lane[kWide];
+  sums.store(lane);
+  for (int width = kWide / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return lane[0];
+}
+
+// Calls body(first index, vector, lane group, lanes that exist) over [begin, end) in steps of 16.
+template <typename T, typename Body>
+inline void for_wide(const T* x, int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + kWide <= end; i += kWide) {
+    for (int part = 0; part < kWide / kLanes; ++part) {
+      body(i + part * kLanes, vload(x + i + part * kLanes), part, kLanes);
+    }
+  }
+  if (i == end) return;
+  float rest[kWide] = {};
+  for (int64_t j = i; j < end; ++j) rest[j - i] = to_float(x[j]);
+  for (int part = 0; part < kWide / kLanes; ++part) {
+    const int64_t left = end - i - part * kLanes;
+    const int lanes = left < 0 ? 0 : left < kLanes ? static_cast<int>(left) : kLanes;
+    body(i + part * kLanes, vload(rest + part * kLanes), part, lanes);
+  }
+}
+
+// Bit i: lane i exists and `cut` keeps it. Ties with the cut are looked at one by one.
+inline uint32_t kept_lanes(vf x, int64_t first, int lanes, const Cut& cut) {
+  const uint32_t exist = lanes >= 32 ? ~0u : (1u << lanes) - 1u;
+  const uint32_t above = vgt(x, vset(cut.logit)) & exist;
+  uint32_t ties = vge(x, vset(cut.logit)) & exist & ~above;
+  uint32_t kept = above;
+  for (; ties != 0; ties &= ties - 1) {
+    const int lane = __builtin_ctz(ties);
+    if (first + lane <= cut.token) kept |= 1u << lane;
+  }
+  return kept;
+}
+
+template <typename T>
+double weights(const T* x, int64_t begin, int64_t end, Softmax s, Cut cut, float* out) {
+  Sums sums;
+  for_wide(x, begin, end, [&](int64_t i, vf l, int part, int lanes) {
+    const vf w =
+        keep_lanes(vexp((l - vset(s.max)) * vset(s.inv_temperature)), kept_lanes(l, i, lanes, cut));
+    sums.add(part, w);
+    if (out == nullptr) return;
+    if (lanes == kLanes) {
+      vstore(out + i, w);
+    } else {
+      float lane[kWide];
+      vstore(lane, w);
+      for (int j = 0; j < lanes; ++j) out[i + j] = lane[j];
+    }
+  });
+  return total(sums);
+}
+
+template <typename T>
+double weighted_logs(const T* x, int64_t begin, int64_t end, Softmax s, Cut cut) {
+  Sums sums;
+  for_wide(x, begin, end, [&](int64_t i, vf l, int part, int lanes) {
+    // Below -104 the weight is 0; the bound keeps 0 * -inf away.
+    const vf z = vmax((l - vset(s.max)) * vset(s.inv_temperature), vset(-200.0f));
+    sums.add(part, keep_lanes(vexp(z) * z, kept_lanes(l, i, lanes, cut)));
+  });
+  return total(sums);
+}
+
+template <typename T>
+double nearer(const T* x, int64_t begin, int64_t end, Softmax s, Cut cut, float center,
+              float distance, int64_t token) {
+  Sums sums;
+  for_wide(x, begin, end, [&](int64_t i, vf l, int part, int lanes) {
+    const vf z = (l - vset(s.max)) * vset(s.inv_temperature);
+    const vf d = vabs(z - vset(center));
+    const uint32_t closer = vgt(vset(distance), d);
+    uint32_t ties = vge(vset(distance), d) & ~closer;
+    uint32_t chosen = closer;
+    for (; ties != 0; ties &= ties - 1) {
+      const int lane = __builtin_ctz(ties);
+      if (i + lane < token) chosen |= 1u << lane;
+    }
+    sums.add(part, keep_lanes(vexp(z), chosen & kept_lanes(l, i, lanes, cut)));
+  });
+  return total(sums);
+}
+
+}  // namespace
+
+double sum_weights(const Row& row, int64_t begin, int64_t end, Softmax s, Cut cut, float* out) {
+  return INFERLAB_BY_DTYPE(row, weights, begin, end, s, cut, out);
+}
+
+double sum_weighted_logs(const Row& row, int64_t begin, int64_t end, Softmax s, Cut cut) {
+  return INFERLAB_BY_DTYPE(row, weighted_logs, begin, end, s, cut);
+}
+
+double sum_nearer(const Row& row, int64_t begin, int64_t end, Softmax s, Cut cut, float center,
+                  float distance, int64_t token) {
+  return INFERLAB_BY_DTYPE(row, nearer, begin, end, s, cut, center, distance, token);
+}
+
+double sum_residual(const float* p, const float* q, float p_scale, float q_scale, int64_t n,
+                    float* out) {
+  Sums sums;
+  const vf ps = vset(p_scale), qs = vset(q_scale), zero = vset(0.0f);
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    for (int part = 0; part < kWide / kLanes; ++part) {
+      const int64_t at = i + part * kLanes;
+      const vf r = vmax(vload(p + at) * ps - vload(q + at) * qs, zero);
+      vstore(out + at, r);
+      sums.add(part, r);
+    }
+  }
+  double sum = total(sums);
+  for (; i < n; ++i) {
+    const float a = p[i] * p_scale, b = q[i] * q_scale;
+    out[i] = a > b ? a - b : 0.0f;
+    sum += static_cast<double>(out[i]);
+  }
+  return sum;
+}
+
+double sum_floats(const float* x, int64_t n) {
+  Sums sums;
+  for_wide(x, 0, n, [&](int64_t, vf a, int part, int lanes) {
+    sums.add(part, keep_lanes(a, lanes >= 32 ? ~0u : (1u << lanes) - 1u));
+  });
+  return total(sums);
+}
+
+void key_masses(const uint64_t* keys, int64_t n, Softmax s, uint64_t* masses) {
+  float z[64], w[64];
+  for (int64_t i = 0; i < n; i += 64) {
+    const int64_t m = n - i < 64 ? n - i : 64;
+    for (int64_t j = 0; j < 64; ++j) {
+      z[j] = j < m ? (key_logit(keys[i + j]) - s.max) * s.inv_temperature : 0.0f;
+    }
+    for (int j = 0; j < 64; j += kLanes) vstore(w + j, vexp(vload(z + j)));
+    for (int64_t j = 0; j < m; ++j) {
+      masses[i + j] = static_cast<uint64_t>(
+          static_cast<int64_t>(static_cast<double>(w[j]) * 1099511627776.0 + 0.5));
+    }
+  }
+}
+
+float exp_one(float x) {
+  float lane[kLanes];
+  vstore(lane, vexp(vset(x)));
+  return lane[0];
+}
+
+}  // namespace inferlab::cpu::INFERLAB_ISA

@@ -1,0 +1,31 @@
+#include "inferlab/sampling.h"
+
+#include "row.h"
+
+namespace inferlab::cpu {
+
+Status sample(const SampleParams& params) {
+  const int64_t rows = params.batch * params.nodes;
+  const int64_t bytes = rows * params.logits.allowed * dtype_size(params.logits.dtype);
+  return for_sequences(rows, bytes, [&](int64_t i, bool threaded) {
+    Workspace& ws = Workspace::of_thread();
+    const int64_t b = i / params.nodes;
+    const Choice choice(params.sampling, b);
+    ws.path.clear();
+    const Row row = open_row(params.logits, b, i % params.nodes, &params.sampling, ws.path, ws);
+    const int n = params.num_samples;
+    int32_t* out = params.tokens + i * n;
+    std::vector<float> scores(n > 16 ? static_cast<size_t>(n) : 0);
+    float few[16];
+    Top top{n > 16 ? scores.data() : few, out, n, 0};
+    const auto position = static_cast<uint32_t>(params.positions[i]);
+    if (!choose(row, choice, position, params.purpose, top, ws, threaded)) top.count = 0;
+    for (int j = top.count; j < n; ++j) out[j] = -1;
+  });
+}
+
+void gumbel_row(uint64_t seed, uint32_t position, uint32_t purpose, float* out, int64_t count) {
+  INFERLAB_DISPATCH(gumbel_fill, seed, position, purpose, out, count);
+}
+
+}  // namespace inferlab::cpu

@@ -1,0 +1,64 @@
+// sample: which token a row of logits gives, after penalties and filters, under the Gumbel noise
+// of noise.h. The meaning of every parameter is that of inferlab.kernels.SamplingTensors.
+#pragma once
+
+#include <cstdint>
+
+#include "inferlab/dtype.h"
+#include "inferlab/status.h"
+
+namespace inferlab {
+
+// Below this temperature the token is the argmax.
+constexpr float kGreedyTemperature = 1e-5f;
+
+// Rows of logits; offsets are 64-bit, since batch * nodes * vocab passes 2^32.
+struct LogitsView {
+  const void* data;      // [batch, nodes, vocab], the last dimension contiguous
+  DType dtype;           //
+  int64_t batch_stride;  // in elements
+  int64_t node_stride;   // in elements
+  int64_t allowed;       // columns [allowed, vocab) are padding and never chosen
+
+  const void* row(int64_t b, int64_t n) const {
+    return static_cast<const char*>(data) +
+           (b * batch_stride + n * node_stride) * static_cast<int64_t>(dtype_size(dtype));
+  }
+};
+
+struct SamplingParams {
+  const float* temperature;         // [batch]
+  const int32_t* top_k;             // [batch]; 0: off
+  const float* top_p;               // [batch]; 1: off
+  const float* min_p;               // [batch]; 0: off
+  const int64_t* seed;              // [batch]
+  const float* repetition_penalty;  // [batch] or null
+  const float* presence_penalty;    // [batch] or null
+  const float* frequency_penalty;   // [batch] or null
+  const int32_t* context_tokens;    // [batch, context_size] or null
+  const int32_t* context_lens;      // [batch]
+  const int32_t* prompt_lens;       // [batch]
+  const int32_t* bias_tokens;       // [batch, bias_size] or null; -1 pads
+  const float* bias_values;         // [batch, bias_size]
+  int64_t context_size;
+  int64_t bias_size;
+};
+
+struct SampleParams {
+  LogitsView logits;
+  const int64_t* positions;  // [batch, nodes]
+  SamplingParams sampling;
+  int32_t* tokens;  // [batch, nodes, num_samples] out
+  int64_t batch;
+  int64_t nodes;
+  int num_samples;
+  uint32_t purpose;
+};
+
+namespace cpu {
+Status sample(const SampleParams& params);
+
+// Gumbel noise of tokens [0, count) at one position.
+void gumbel_row(uint64_t seed, uint32_t position, uint32_t purpose, float* out, int64_t count);
+}  // namespace cpu
+}  // namespace inferlab

@@ -1,0 +1,33 @@
+// build_tree: what verification and attention need to know of a draft tree, from parent links.
+//
+// One pass over the nodes in order; a node's ancestor row is its parent's plus its own bit. Bytes
+// moved: per node 4 read, 12 + 8 * words written, 8 * words read of the parent's row.
+#pragma once
+
+#include <cstdint>
+
+#include "inferlab/status.h"
+
+namespace inferlab {
+
+struct BuildTreeParams {
+  const int32_t* parents;  // [batch, nodes]; root -1, padding -2, else below its own index
+  int32_t* depth;          // [batch, nodes] out
+  int32_t* first_child;    // [batch, nodes] out
+  int32_t* next_sibling;   // [batch, nodes] out
+  uint64_t* ancestors;     // [batch, nodes, words] out; bit j of row n: j is n or an ancestor of n
+  int64_t batch;
+  int64_t nodes;
+  int64_t words;  // ceil(nodes / 64)
+};
+
+// The first parent that does not make a tree.
+struct BadParent {
+  int64_t sequence = -1;  // -1: all are good
+  int64_t node = -1;
+};
+
+namespace cpu {
+Status build_tree(const BuildTreeParams& params, BadParent& bad);
+}  // namespace cpu
+}  // namespace inferlab

@@ -1,0 +1,44 @@
+// verify_tree_match, _rejection and _lossy: walk each sequence's tree from the root, entering the
+// first child that the policy accepts; where none is, the walk ends with a bonus token.
+#pragma once
+
+#include <cstdint>
+
+#include "inferlab/sampling.h"
+
+namespace inferlab {
+
+enum class LossyPolicy : int { kConfThreshold = 0, kTopkAgree = 1, kTypical = 2 };
+
+struct VerifyParams {
+  LogitsView logits;            // [batch, nodes, vocab]: the target's
+  const int32_t* tokens;        // [batch, nodes]
+  const int32_t* first_child;   // [batch, nodes]
+  const int32_t* next_sibling;  // [batch, nodes]
+  const int32_t* seq_lens;      // [batch]
+  SamplingParams sampling;
+  int32_t* accepted_nodes;   // [batch, nodes] out
+  int32_t* accepted_tokens;  // [batch, nodes] out
+  int32_t* num_accepted;     // [batch] out
+  int64_t batch;
+  int64_t nodes;
+};
+
+struct RejectionParams {
+  VerifyParams walk;
+  LogitsView draft_logits;  // [batch, nodes, vocab]; data null: a point mass at each child
+  bool with_replacement;
+};
+
+struct LossyParams {
+  VerifyParams walk;
+  LossyPolicy policy;
+  double threshold;
+};
+
+namespace cpu {
+Status verify_tree_match(const VerifyParams& params);
+Status verify_tree_rejection(const RejectionParams& params);
+Status verify_tree_lossy(const LossyParams& params);
+}  // namespace cpu
+}  // namespace inferlab
