@@ -58,7 +58,9 @@ def call(run: Run, args: argparse.Namespace) -> int:
     traceback is printed, too.
     """
     try:
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()  # a reader that has gone shows here, not while Python shuts down
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -213,17 +215,24 @@ def _parse_prompt(line: str, where: str) -> Prompt:
 # --- output -------------------------------------------------------------------------------------
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what sys.stderr is at that moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def setup_logging(level: str = "INFO", verbose: bool = False) -> None:
-    """The package's log goes to stderr; other libraries' only with ``verbose``."""
+    """The package's log goes to stderr; other libraries' chatter only with ``verbose``."""
     logger = logging.getLogger("inferlab")
-    for handler in [h for h in logger.handlers if getattr(h, "_inferlab_cli", False)]:
-        logger.removeHandler(handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler._inferlab_cli = True  # type: ignore[attr-defined]
-    logger.addHandler(handler)
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
     logger.setLevel("DEBUG" if verbose else level)
-    logger.propagate = False
     if not verbose:
         _quiet_libraries()
 

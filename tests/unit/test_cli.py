@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def test_help_lists_the_commands(capsys):
     text = capsys.readouterr().out
     for command in ("baseline", "specdec", "bench", "ping", "train", "doctor"):
         assert f"\n    {command} " in text
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """What a command sets up here must not reach other tests."""
+    logger = logging.getLogger("inferlab")
+    before = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = before[0]
+    logger.setLevel(before[1])
 
 
 @pytest.mark.parametrize(
@@ -371,19 +382,34 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
 
 
 def test_logs_go_to_stderr_once(capsys):
-    logger = logging.getLogger("inferlab")
-    before = list(logger.handlers), logger.level, logger.propagate
-    try:
-        cli_common.setup_logging("INFO")
-        cli_common.setup_logging("INFO")
-        logging.getLogger("inferlab.specdec").info("hello")
-        logging.getLogger("inferlab.specdec").debug("hidden")
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("hello") == 1
-        assert "hidden" not in captured.err
-    finally:
-        logger.handlers[:], logger.level, logger.propagate = before[0], before[1], before[2]
+    cli_common.setup_logging("INFO")
+    cli_common.setup_logging("INFO")
+    logging.getLogger("inferlab.specdec").info("hello")
+    logging.getLogger("inferlab.specdec").debug("hidden")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("hello") == 1
+    assert "hidden" not in captured.err
+
+
+def test_logs_still_reach_a_programs_own_handlers(caplog):
+    cli_common.setup_logging("INFO")
+    logging.getLogger("inferlab.specdec").info("hello")
+    assert "hello" in caplog.text
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = (
+        "from inferlab.cli_common import call; import argparse, sys\n"
+        "sys.exit(call(lambda args: print('x' * 100_000) or 0, argparse.Namespace()))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr == ""
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(capsys):
