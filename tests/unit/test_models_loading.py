@@ -275,6 +275,25 @@ def test_attention_that_the_kernels_lack_is_found_by_tracing(
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("kind", ["olmo2", "granite", "cohere", "starcoder2", "mixtral"])
+def test_other_families_are_checked_when_they_are_wrapped(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def build() -> HFModel:
+        return HFModel(AutoModelForCausalLM.from_config(_tiny(kind, pad_token_id=0)))
+
+    assert build().vocab_size == VOCAB
+
+    def wrong(q: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr("inferlab.models.attention_hook.paged_tree_attention", wrong)
+    with pytest.raises(UnsupportedArchitectureError, match="other logits on the paged cache"):
+        build()
+
+
 def test_a_switched_model_does_not_run_without_a_step() -> None:
     model = tiny_model("llama")
     target = HFModel(model)

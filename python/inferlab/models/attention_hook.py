@@ -24,6 +24,7 @@ from inferlab.models.kv_cache import KVCache
 
 ATTENTION_NAME = "inferlab"
 STEP_KEYWORD = "inferlab_step"
+MAX_HEAD_DIM = 256
 
 
 class LayerSpec(NamedTuple):
@@ -189,6 +190,8 @@ class Trace:
                 f"{where} has queries {tuple(query.shape)}, keys {tuple(key.shape)}, values "
                 f"{tuple(value.shape)}; the paged cache needs keys and values of one shape"
             )
+        if dim > MAX_HEAD_DIM:
+            self._refuse(f"{where} has heads of {dim} channels; the kernel takes {MAX_HEAD_DIM}")
         scaling = details.get("scaling")
         self.specs[layer] = LayerSpec(
             heads,

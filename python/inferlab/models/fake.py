@@ -90,7 +90,6 @@ class FakeLM:
         """Stores the new tokens, hashes each node's context, returns f32 logits (see `HFModel`)."""
         B, N = batch.tokens.shape
         k_pages, v_pages = cache.pages[0]
-        where = {"node_offset": batch.node_offset, "num_nodes": batch.num_nodes}
         kv_append(
             batch.tokens.to(torch.float32).reshape(B, N, 1, 1),
             batch.positions.to(torch.float32).reshape(B, N, 1, 1),
@@ -98,7 +97,8 @@ class FakeLM:
             v_pages,
             batch.block_table,
             batch.seq_lens,
-            **where,
+            node_offset=batch.node_offset,
+            num_nodes=batch.num_nodes,
         )
         seq_lens = batch.seq_lens.numpy()
         num_nodes = np.full(B, N) if batch.num_nodes is None else batch.num_nodes.numpy()

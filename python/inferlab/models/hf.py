@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from inferlab.models import loading
-from inferlab.models.architecture import check_model, trace_layers
-from inferlab.models.attention_hook import ATTENTION_NAME, LayerSpec, Step
+from inferlab.models.architecture import TESTED, check_against_plain, check_model, plan_forward
+from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
 from inferlab.models.batch import ForwardBatch
 from inferlab.models.kv_cache import KVCache
 
@@ -44,14 +44,10 @@ class HFModel:
         self._model = model
         self._plain_attention: str = model.config._attn_implementation or "eager"
         if self._plain_attention == ATTENTION_NAME:
-            raise ValueError(f"{self.name} is already wrapped in an HFModel; use that one")
-        model.set_attn_implementation(ATTENTION_NAME)
-        try:
-            self._layers: tuple[LayerSpec, ...] = trace_layers(model, self.name)
-        except Exception:
-            model.set_attn_implementation(self._plain_attention)
-            raise
-
+            raise ValueError(
+                f"{self.name} is already wrapped in an HFModel, or shares its config object with "
+                "one that is; use that HFModel, or build the model from a copy of the config"
+            )
         self.config: Any = model.config.get_text_config(decoder=True)
         self.tokenizer: Any = tokenizer
         self._head = model.get_output_embeddings()
@@ -63,6 +59,14 @@ class HFModel:
         self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model, tokenizer)
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
+        model.set_attn_implementation(ATTENTION_NAME)
+        try:
+            self._plan = plan_forward(model, self.name)
+            if model.config.model_type not in TESTED:
+                self._check_against_plain()
+        except Exception:
+            model.set_attn_implementation(self._plain_attention)
+            raise
 
     @classmethod
     def load(
@@ -92,13 +96,13 @@ class HFModel:
 
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
         """A zeroed cache of `num_pages` pages per layer, in the model's dtype and device."""
-        shapes = [(spec.num_kv_heads, spec.cached_dim) for spec in self._layers]
+        shapes = [(spec.num_kv_heads, spec.cached_dim) for spec in self.layers]
         return KVCache(shapes, num_pages, page_size, dtype=self.dtype, device=self.device)
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """What each attention layer asks of the kernel."""
-        return self._layers
+        return self._plan.layers
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
@@ -112,12 +116,21 @@ class HFModel:
             logits [B, N, V] in the model's dtype; [B, 1, V] with ``batch.last_only``. Rows at
             padding hold no meaning.
         """
-        step = Step.of(batch, cache, self._layers)
-        if not batch.last_only or batch.tokens.shape[1] == 1:
-            return self._logits(batch, step)
-        rows = None if batch.num_nodes is None else batch.num_nodes.long() - 1
-        with _last_rows_only(self._head, rows):
-            return self._logits(batch, step)
+        plan = self._plan
+        inputs = {
+            "input_ids": batch.tokens,
+            "position_ids": batch.positions,
+            "use_cache": False,
+            STEP_KEYWORD: Step.of(batch, cache, plan.layers),
+        }
+        cut = batch.last_only and batch.tokens.shape[1] > 1
+        if plan.decoder_forward is not None:
+            hidden = plan.decoder_forward(plan.decoder, **inputs).last_hidden_state
+            return self._head(_last_rows(hidden, batch) if cut else hidden)
+        if not cut:
+            return self._model(**inputs).logits
+        with _head_input(self._head, lambda hidden: _last_rows(hidden, batch)):
+            return self._model(**inputs).logits
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
@@ -128,31 +141,37 @@ class HFModel:
         finally:
             self._model.set_attn_implementation(ATTENTION_NAME)
 
-    def _logits(self, batch: ForwardBatch, step: Step) -> torch.Tensor:
-        return self._model(
-            input_ids=batch.tokens,
-            position_ids=batch.positions,
-            use_cache=False,
-            inferlab_step=step,
-        ).logits
+    def _check_against_plain(self) -> None:
+        """For families that no test covers: one short text, both ways."""
+        length = min(12, self.context_length or 12)
+        ids = (torch.arange(length, device=self.device) * 7919 % self.vocab_size).unsqueeze(0)
+        with self.plain() as model, torch.inference_mode():
+            plain = model(input_ids=ids, use_cache=False).logits
+        none = torch.zeros(1, dtype=torch.int32, device=self.device)
+        positions = torch.arange(length, device=self.device).unsqueeze(0)
+        batch = ForwardBatch(ids, positions, none, none.view(1, 1))
+        paged = self.forward(batch, self.new_cache(1))
+        check_against_plain(plain, paged, self.name, self.config.model_type)
+
+
+def _last_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """[B, N, H] to [B, 1, H]: each sequence's last real row."""
+    if batch.num_nodes is None:
+        return hidden[:, -1:]
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return hidden[rows, batch.num_nodes.long() - 1].unsqueeze(1)
 
 
 @contextmanager
-def _last_rows_only(head: torch.nn.Module, rows: torch.Tensor | None) -> Iterator[None]:
-    """Cuts what reaches the output head to one row per sequence (rows [B] i64; None: the last).
+def _head_input(
+    head: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Changes what reaches the output head, for models that go on working behind it.
 
-    A hook rather than ``logits_to_keep``, which takes the same rows of all sequences and which not
-    every architecture has.
+    Rather than ``logits_to_keep``, which takes the same rows of all sequences and which not every
+    architecture has.
     """
-
-    def cut(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0]
-        if rows is None:
-            return (hidden[:, -1:],)
-        index = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[index, rows].unsqueeze(1),)
-
-    handle = head.register_forward_pre_hook(cut)
+    handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]),))
     try:
         yield
     finally:
