@@ -117,27 +117,31 @@ void for_chunks(const Row& row, bool threaded, Body body) {
   }
 }
 
-// Draws chunk by chunk on the threads; with `scan`, scans each chunk just before. False: a NaN.
+// Draws on the threads; with `scan`, scans on the way. False: a NaN.
 bool draw_threaded(const Row& row, Draw draw, Top& top, bool scan) {
-  const int64_t chunks = chunk_count(row.size);
+  // Long stretches, since reading ahead ends with each; four per thread, since threads differ.
+  const int64_t share = row.size / (4 * num_threads());
+  const int64_t stretch = std::max(kChunk, share - share % kChunk);
+  const int64_t parts = (row.size + stretch - 1) / stretch;
   Workspace& ws = Workspace::of_thread();
   const int n = top.capacity;
-  float* scores = grow(ws.top_scores, chunks * n);
-  int32_t* tokens = grow(ws.top_tokens, chunks * n);
-  std::vector<int> counts(static_cast<size_t>(chunks));
+  float* scores = grow(ws.top_scores, parts * n);
+  int32_t* tokens = grow(ws.top_tokens, parts * n);
+  std::vector<int> counts(static_cast<size_t>(parts));
   std::atomic<float> floor{-kInf};
   std::atomic<bool> valid{true};
   draw.floor = &floor;
-  for_chunks(row, true, [&](int64_t begin, int64_t end) {
-    const int64_t c = begin / kChunk;
-    if (scan && !INFERLAB_DISPATCH(scan_blocks, row, begin, end)) {
+  parallel_for(parts, row.size * dtype_size(row.dtype), [&](int64_t c) {
+    const int64_t begin = c * stretch, end = std::min(row.size, begin + stretch);
+    Top part{scores + c * n, tokens + c * n, n, 0};
+    if (!scan) {
+      INFERLAB_DISPATCH(draw_blocks, row, begin, end, draw, part);
+    } else if (!INFERLAB_DISPATCH(scan_and_draw, row, begin, end, draw, part)) {
       valid.store(false, std::memory_order_relaxed);
     }
-    Top part{scores + c * n, tokens + c * n, n, 0};
-    INFERLAB_DISPATCH(draw_blocks, row, begin, end, draw, part);
     counts[static_cast<size_t>(c)] = part.count;
   });
-  for (int64_t c = 0; c < chunks; ++c) {
+  for (int64_t c = 0; c < parts; ++c) {
     for (int i = 0; i < counts[static_cast<size_t>(c)]; ++i) {
       top.offer(scores[c * n + i], tokens[c * n + i]);
     }
@@ -176,12 +180,14 @@ bool choose(const Row& row, const Choice& choice, uint32_t position, uint32_t pu
             nullptr};
   const bool filtered = !choice.greedy && choice.filters(row.size);
   float max;
-  if (!filtered && threaded && chunk_count(row.size) > 1) {
-    const bool valid = draw_threaded(row, draw, top, true);
+  if (!filtered) {
+    const bool valid = threaded && chunk_count(row.size) > 1
+                           ? draw_threaded(row, draw, top, true)
+                           : INFERLAB_DISPATCH(scan_and_draw, row, 0, row.size, draw, top);
     return largest(row, &max) && valid;
   }
   if (!scan_row(row, &max, threaded)) return false;
-  if (filtered) draw.cut = find_cut(row, max, choice, ws, threaded);
+  draw.cut = find_cut(row, max, choice, ws, threaded);
   draw_row(row, draw, top, threaded);
   return true;
 }

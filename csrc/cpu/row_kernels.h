@@ -92,6 +92,9 @@ struct Draw {
   std::atomic<float>* floor;  // null, or a score that the result is known to reach
 };
 
+// Of an unfiltered draw: scanned and drawn from in turns, while the next piece is on its way.
+constexpr int64_t kPiece = 4096;
+
 // weight = exp((logit - max) * inv_temperature)
 struct Softmax {
   float max;
@@ -106,8 +109,10 @@ struct Softmax {
 
 // Fills block_max of [begin, end); false if there is a NaN. begin is a multiple of kChunk.
 INFERLAB_DECLARE_KERNEL(bool, scan_blocks, const Row&, int64_t, int64_t)
-// Offers the elements of [begin, end) that may be among the best.
+// Offers the elements of [begin, end) that may be among the best. begin as above.
 INFERLAB_DECLARE_KERNEL(void, draw_blocks, const Row&, int64_t, int64_t, const Draw&, Top&)
+// Both in one, in pieces: noise is computed for one while the next is read from memory.
+INFERLAB_DECLARE_KERNEL(bool, scan_and_draw, const Row&, int64_t, int64_t, const Draw&, Top&)
 // Rank keys of all elements >= least; returns how many.
 INFERLAB_DECLARE_KERNEL(int64_t, collect_keys, const Row&, float, uint64_t*)
 INFERLAB_DECLARE_KERNEL(int64_t, count_at_least, const Row&, float)

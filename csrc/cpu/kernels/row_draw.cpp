@@ -22,9 +22,16 @@ struct Drawer {
   const Draw& draw;
   Top& top;
   PhiloxRow philox;
+  float inv_temperature;
+  int64_t fetch_end = 0;  // elements before it are fetched kPiece ahead
 
   Drawer(const T* data, const Row& r, const Draw& d, Top& t)
-      : x(data), row(r), draw(d), top(t), philox(d.seed, d.position, d.purpose) {}
+      : x(data),
+        row(r),
+        draw(d),
+        top(t),
+        philox(d.seed, d.position, d.purpose),
+        inv_temperature(1.0f / d.temperature) {}
 
   float scaled(float l) const {
     return draw.score == Score::kGumbel      ? l / draw.temperature
@@ -57,6 +64,14 @@ struct Drawer {
     return words < 4294967040.0f ? static_cast<int64_t>(words) + 1 : int64_t{0xffffffff};
   }
 
+  // The same for one token, with the logarithm taken to the next power of two above.
+  bool can_reach(float least, int64_t t, uint32_t word) const {
+    if (draw.score != Score::kGumbel || word == 0) return true;
+    const float z = to_float(x[t]) * inv_temperature;
+    const float most = static_cast<float>(__builtin_clz(word) + 1) * 0.6931472f;
+    return !(z + most < least - 1e-3f - 1e-6f * (std::fabs(least) + std::fabs(z)));
+  }
+
   // The first of a block's largest elements, to have a score to beat before anything is computed.
   void offer_largest(int64_t b) {
     const int64_t first = b * row.block;
@@ -82,11 +97,18 @@ struct Drawer {
     for (; i < last; ++i) offer(i, 0u);
   }
 
+  void fetch(int64_t first) const {
+    if (first + kGroup > fetch_end) return;
+    const char* p = reinterpret_cast<const char*>(x + first);
+    for (size_t byte = 0; byte < kGroup * sizeof(T); byte += 64) __builtin_prefetch(p + byte);
+  }
+
   void by_noise(int64_t first, int64_t last, float block_max) {
     const float z = scaled(block_max);
     float least = threshold();
     int64_t bound = word_bound(least, z);
     for (int64_t g = first; g < last && bound >= 0; g += kGroup) {
+      fetch(g + kPiece);
       constexpr int kCalls = kGroup / kWordTokens;
       vq words[kCalls][4];
       vq smallest = qset(0xffffffffu);
@@ -107,7 +129,7 @@ struct Drawer {
           for (; m != 0; m &= m - 1) {
             const int lane = __builtin_ctz(m);
             const int64_t t = g + c * kWordTokens + 4 * lane + j;
-            if (t < last) offer(t, lane_words[lane]);
+            if (t < last && can_reach(least, t, lane_words[lane])) offer(t, lane_words[lane]);
           }
         }
       }
@@ -153,15 +175,39 @@ void run_draw(const T* x, const Row& row, int64_t begin, int64_t end, const Draw
   Drawer<T>(x, row, draw, top).run(begin, end);
 }
 
-}  // namespace
+template <typename T>
+bool run_pieces(const T* x, const Row& row, int64_t begin, int64_t end, const Draw& draw,
+                Top& top) {
+  Drawer<T> drawer(x, row, draw, top);
+  drawer.fetch_end = end;
+  bool valid = true;
+  for (int64_t i = begin; i < end; i += kPiece) {
+    const int64_t j = i + kPiece < end ? i + kPiece : end;
+    valid &= scan_blocks(row, i, j);
+    drawer.run(i, j);
+  }
+  return valid;
+}
 
-void draw_blocks(const Row& row, int64_t begin, int64_t end, const Draw& draw, Top& top) {
-  INFERLAB_BY_DTYPE(row, run_draw, row, begin, end, draw, top);
+void raise_floor(const Draw& draw, const Top& top) {
   if (draw.floor == nullptr) return;
   const float reached = top.threshold();
   float seen = draw.floor->load(std::memory_order_relaxed);
   while (reached > seen && !draw.floor->compare_exchange_weak(seen, reached)) {
   }
+}
+
+}  // namespace
+
+void draw_blocks(const Row& row, int64_t begin, int64_t end, const Draw& draw, Top& top) {
+  INFERLAB_BY_DTYPE(row, run_draw, row, begin, end, draw, top);
+  raise_floor(draw, top);
+}
+
+bool scan_and_draw(const Row& row, int64_t begin, int64_t end, const Draw& draw, Top& top) {
+  const bool valid = INFERLAB_BY_DTYPE(row, run_pieces, row, begin, end, draw, top);
+  raise_floor(draw, top);
+  return valid;
 }
 
 void gumbel_fill(uint64_t seed, uint32_t position, uint32_t purpose, float* out, int64_t count) {

@@ -6,32 +6,131 @@
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
+// Integers order as floats do once the magnitude bits of negative ones are flipped, so 16-bit
+// logits are compared 16 or 32 at a time without widening. A NaN's magnitude is above infinity's.
+#if defined(INFERLAB_ISA_AVX512)
+using vi = __m512i;
+inline vi iload(const void* p) { return _mm512_loadu_si512(p); }
+inline vi iset16(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
+inline vi iset32(int x) { return _mm512_set1_epi32(x); }
+inline vi iand(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi ordered16(vi a) {
+  return _mm512_ternarylogic_epi32(a, _mm512_srai_epi16(a, 15), iset16(0x7fff), 0x78);
+}
+inline vi imax16(vi a, vi b) { return _mm512_max_epi16(a, b); }
+inline vi imax32(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline __m256i ifold16(vi a) {
+  return _mm256_max_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+}
+inline __m256i ifold32(vi a) {
+  return _mm256_max_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+}
+#elif defined(INFERLAB_ISA_AVX2)
+using vi = __m256i;
+inline vi iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline vi iset16(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+inline vi iset32(int x) { return _mm256_set1_epi32(x); }
+inline vi iand(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi ordered16(vi a) {
+  return _mm256_xor_si256(a, iand(_mm256_srai_epi16(a, 15), iset16(0x7fff)));
+}
+inline vi imax16(vi a, vi b) { return _mm256_max_epi16(a, b); }
+inline vi imax32(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline __m256i ifold16(vi a) { return a; }
+inline __m256i ifold32(vi a) { return a; }
+#endif
+
+#if defined(INFERLAB_ISA_AVX512) || defined(INFERLAB_ISA_AVX2)
+inline int16_t reduce16(vi a) {
+  const __m256i h = ifold16(a);
+  const __m128i q = _mm_max_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  // minpos finds the smallest unsigned word: flipped, that is the largest signed one.
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(q, _mm_set1_epi16(0x7fff)));
+  return static_cast<int16_t>(_mm_extract_epi16(least, 0) ^ 0x7fff);
+}
+
+inline int32_t reduce32(vi a) {
+  const __m256i h = ifold32(a);
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0xb1));
+  return _mm_cvtsi128_si32(q);
+}
+
+// Largest element of one block; magnitudes accumulates the largest |bits|.
+template <typename T>
+float block_largest(const T* x, int block, vi& magnitudes) {  // bf16, f16
+  constexpr int kStep = static_cast<int>(sizeof(vi) / 2);
+  vi best = iset16(-32768);
+  for (int i = 0; i < block; i += kStep) {
+    const vi v = iload(x + i);
+    best = imax16(best, ordered16(v));
+    magnitudes = imax16(magnitudes, iand(v, iset16(0x7fff)));
+  }
+  const int16_t key = reduce16(best);
+  return to_float(T{static_cast<uint16_t>(key < 0 ? key ^ 0x7fff : key)});
+}
+
+float block_largest(const float* x, int block, vi& magnitudes) {
+  vf m0 = vset(-kInf), m1 = m0;
+  for (int i = 0; i < block; i += 2 * kLanes) {
+    m0 = vmax(m0, vload(x + i));
+    m1 = vmax(m1, vload(x + i + kLanes));
+    const vi a = iand(iload(x + i), iset32(0x7fffffff));
+    const vi b = iand(iload(x + i + kLanes), iset32(0x7fffffff));
+    magnitudes = imax32(magnitudes, imax32(a, b));
+  }
+  return vreduce_max(vmax(m0, m1));
+}
+
+inline bool any_nan(const vi& magnitudes, const float*) {
+  return reduce32(magnitudes) > 0x7f800000;
+}
+inline bool any_nan(const vi& magnitudes, const bf16*) { return reduce16(magnitudes) > 0x7f80; }
+inline bool any_nan(const vi& magnitudes, const f16*) { return reduce16(magnitudes) > 0x7c00; }
+inline vi no_magnitudes() { return iset32(0); }
+
+#else
+
+using vi = uint32_t;  // 1: a NaN was seen
+
+template <typename T>
+float block_largest(const T* x, int block, vi& nan) {
+  vf best = vset(-kInf);
+  for (int i = 0; i < block; i += kLanes) {
+    const vf a = vload(x + i);
+    nan |= visnan(a);
+    best = vmax(best, a);
+  }
+  return vreduce_max(best);
+}
+template <typename T>
+bool any_nan(const vi& nan, const T*) {
+  return nan != 0;
+}
+inline vi no_magnitudes() { return 0; }
+
+#endif
+
 template <typename T>
 bool scan(const T* x, const Row& row, int64_t begin, int64_t end) {
-  uint32_t nan = 0;
+  vi magnitudes = no_magnitudes();
+  bool tail_nan = false;
   for (int64_t b = begin / row.block; b * row.block < end; ++b) {
     const int64_t first = b * row.block;
-    const int64_t last = first + row.block < end ? first + row.block : end;
+    if (first + row.block <= end) {
+      row.block_max[b] = block_largest(x + first, row.block, magnitudes);
+      continue;
+    }
     float best = -kInf;
-    if (last - first == row.block) {
-      vf m0 = vset(-kInf), m1 = m0;
-      for (int64_t i = first; i < last; i += 2 * kLanes) {
-        const vf a = vload(x + i), c = vload(x + i + kLanes);
-        nan |= visnan(a) | visnan(c);
-        m0 = vmax(m0, a);
-        m1 = vmax(m1, c);
-      }
-      best = vreduce_max(vmax(m0, m1));
-    } else {
-      for (int64_t i = first; i < last; ++i) {
-        const float l = to_float(x[i]);
-        nan |= l != l ? 1u : 0u;
-        best = l > best ? l : best;
-      }
+    for (int64_t i = first; i < end; ++i) {
+      const float l = to_float(x[i]);
+      tail_nan |= l != l;
+      best = l > best ? l : best;
     }
     row.block_max[b] = best;
   }
-  return nan == 0;
+  return !tail_nan && !any_nan(magnitudes, x);
 }
 
 template <typename T>
