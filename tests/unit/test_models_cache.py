@@ -1,0 +1,139 @@
+"""The paged cache's bookkeeping and the check that two models share a tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from helpers.tiny_models import tiny_model, tiny_tokenizer
+from inferlab.models import FakeLM, HFModel, KVCache, TargetModel, check_same_tokenizer
+
+
+def test_pools_group_layers_of_one_shape() -> None:
+    cache = KVCache([(2, 32), (1, 64), (2, 32)], num_pages=3, page_size=4, dtype=torch.bfloat16)
+    assert [pool.layers for pool in cache.pools] == [(0, 2), (1,)]
+    assert cache.pools[0].k.shape == (2, 3, 4, 2, 32)
+    assert cache.pools[1].v.shape == (1, 3, 4, 1, 64)
+    assert cache.num_layers == 3
+    assert cache.bytes_per_token == 3 * 2 * 64 * 2
+    assert cache.nbytes == cache.bytes_per_token * 12
+    assert cache.nbytes == sum(p.k.nbytes + p.v.nbytes for p in cache.pools)
+    cache.pages[2][0].fill_(1)
+    assert cache.pools[0].k[1].min() == 1
+    assert cache.pools[0].k[0].max() == 0
+    with pytest.raises(ValueError, match="2 pools"):
+        _ = cache.k
+
+
+def test_compaction_and_page_copies_reach_every_pool() -> None:
+    cache = KVCache([(1, 8), (2, 8)], num_pages=4, page_size=2)
+    for pool in cache.pools:
+        for page in range(4):
+            for row in range(2):
+                pool.k[:, page, row] = 10 * page + row
+                pool.v[:, page, row] = -(10 * page + row)
+    table = torch.tensor([[2, 0, 3]], dtype=torch.int32)
+    seq_lens = torch.tensor([1], dtype=torch.int32)
+    # Slots 1.. of the sequence: (page 2, row 1), (0, 0), (0, 1), (3, 0). Nodes 0, 2, 3 are kept.
+    nodes = torch.tensor([[0, 2, 3]], dtype=torch.int32)
+    cache.compact(table, seq_lens, nodes, torch.tensor([3], dtype=torch.int32))
+    for pool in cache.pools:
+        assert pool.k[0, 2, 1].unique().tolist() == [21]
+        assert pool.k[0, 0, 0].unique().tolist() == [1]
+        assert pool.v[0, 0, 1].unique().tolist() == [-30]
+    cache.copy_pages(torch.tensor([2], dtype=torch.int32), torch.tensor([1], dtype=torch.int32))
+    for pool in cache.pools:
+        assert torch.equal(pool.k[:, 1], pool.k[:, 2])
+        assert torch.equal(pool.v[:, 1], pool.v[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "pages", "page_size", "message"),
+    [
+        ([], 1, 16, "at least one layer"),
+        ([(1, 8)], 0, 16, "num_pages is 0"),
+        ([(1, 8)], 1, 12, "page_size is 12, must be a power of two"),
+        ([(1, 8)], 1, 0, "page_size is 0"),
+    ],
+)
+def test_bad_sizes(shapes: list[tuple[int, int]], pages: int, page_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCache(shapes, pages, page_size)
+
+
+def test_too_large_a_cache_says_what_it_needs() -> None:
+    with pytest.raises(MemoryError, match=r"1000000000 KV pages of 16 tokens need \d+ MB on cpu"):
+        KVCache([(32, 128)] * 32, 10**9)
+
+
+def test_models_are_target_models() -> None:
+    assert isinstance(FakeLM(), TargetModel)
+    assert isinstance(HFModel(tiny_model("llama")), TargetModel)
+
+
+def _wrapped(tokenizer: PreTrainedTokenizerFast | None, name: str) -> HFModel:
+    return HFModel(tiny_model("llama"), tokenizer, name=name)
+
+
+def _copy(**changes: object) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(tiny_tokenizer()._tokenizer).from_str(
+            tiny_tokenizer()._tokenizer.to_str()
+        ),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def test_equal_tokenizers_pass() -> None:
+    target = _wrapped(tiny_tokenizer(), "big")
+    check_same_tokenizer(target, target)
+    check_same_tokenizer(target, _wrapped(_copy(), "small"))
+    # Nothing here pads, so what pads a text does not matter.
+    check_same_tokenizer(target, _wrapped(_copy(pad_token="</s>"), "small"))
+    check_same_tokenizer(FakeLM(), FakeLM(agreement=0.5))
+    check_same_tokenizer(FakeLM(vocab_size=10), FakeLM(vocab_size=10))
+
+
+def test_other_vocabularies_are_refused() -> None:
+    target = _wrapped(tiny_tokenizer(), "big")
+    with pytest.raises(ValueError, match=r"big and small have different tokenizers: 160 and 150"):
+        check_same_tokenizer(target, _wrapped(tiny_tokenizer(150), "small"))
+    with pytest.raises(ValueError, match=r"are in the draft only .*ngram"):
+        check_same_tokenizer(_wrapped(tiny_tokenizer(150), "big"), _wrapped(_copy(), "small"))
+    with pytest.raises(ValueError, match="tokens have different ids"):
+        check_same_tokenizer(target, FakeLM())
+
+
+def test_other_special_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="eos_token is '</s>' and '<pad>'"):
+        check_same_tokenizer(
+            _wrapped(tiny_tokenizer(), "big"), _wrapped(_copy(eos_token="<pad>"), "small")
+        )
+
+
+def test_other_splitting_is_refused() -> None:
+    import json
+
+    state = json.loads(tiny_tokenizer()._tokenizer.to_str())
+    state["model"]["merges"] = state["model"]["merges"][::-1]
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=type(tiny_tokenizer()._tokenizer).from_str(json.dumps(state)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    with pytest.raises(ValueError, match="split the same text differently"):
+        check_same_tokenizer(_wrapped(tiny_tokenizer(), "big"), _wrapped(other, "small"))
+
+
+def test_one_tokenizer_missing_is_refused() -> None:
+    with pytest.raises(ValueError, match="small has no tokenizer to compare"):
+        check_same_tokenizer(_wrapped(tiny_tokenizer(), "big"), _wrapped(None, "small"))
+    with pytest.raises(ValueError, match="no tokenizers and 10 and 12 ids"):
+        check_same_tokenizer(FakeLM(vocab_size=10), FakeLM(vocab_size=12))
