@@ -1,0 +1,1 @@
+"""Speculative decoding against plain decoding, token for token."""

@@ -1,0 +1,45 @@
+"""Comparing two decodings of the same prompt: equal, or apart only at a tie within rounding."""
+
+from __future__ import annotations
+
+import torch
+
+from inferlab import _C
+from inferlab.models import HFModel
+from inferlab.types import SamplingParams
+
+
+def scores_after(target: HFModel, tokens: list[int], params: SamplingParams) -> torch.Tensor:
+    """What the choice after ``tokens`` is the arg-max of: logit / T + noise, in float64, [V]."""
+    with target.plain() as model, torch.inference_mode():
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+    if params.temperature == 0:
+        return logits
+    noise = torch.empty(logits.shape[0], dtype=torch.float32)
+    _C.gumbel_row(params.seed, len(tokens), 0, noise)
+    return logits / params.temperature + noise.double()
+
+
+def assert_same_tokens(
+    target: HFModel,
+    prompt: list[int],
+    expected: list[int],
+    actual: list[int],
+    params: SamplingParams,
+    what: str,
+) -> None:
+    """Fails unless the tokens are equal or part where two scores are equal within rounding."""
+    if actual == expected:
+        return
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b),
+        min(len(expected), len(actual)),
+    )
+    assert at < min(len(expected), len(actual)), f"{what}: lengths differ: {expected} {actual}"
+    scores = scores_after(target, prompt + expected[:at], params)
+    gap = abs(float(scores[expected[at]] - scores[actual[at]]))
+    rounding = 64 * torch.finfo(target.dtype).eps * max(1.0, float(scores.abs().max()))
+    assert gap <= rounding, (
+        f"{what}: token {at} is {actual[at]}, not {expected[at]}; their scores differ by {gap:.3g}, "
+        f"rounding explains {rounding:.3g}"
+    )

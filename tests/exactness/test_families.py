@@ -1,0 +1,111 @@
+"""Every family x drafter x tree x temperature x batch: the tokens of plain decoding."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from inferlab.models import HFModel
+from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import Policy
+from inferlab.specdec.tree import TreeShape
+from inferlab.types import SamplingParams
+from tests.exactness.compare import assert_same_tokens
+from tests.helpers.tiny_models import FAMILIES, VOCAB, tiny_model
+
+PAGES = 128
+NEW_TOKENS = 24
+GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+SAMPLED = SamplingParams(
+    max_tokens=NEW_TOKENS, temperature=0.8, top_k=20, top_p=0.9, seed=7, ignore_eos=True
+)
+PROMPTS = [
+    [5, 9, 33, 12, 5, 9, 33, 71, 5, 9],
+    [101],
+    [40, 41, 42, 40, 41, 42, 40, 41],
+    [(7 * i * i + 3) % VOCAB for i in range(37)],
+    [150, 3, 150, 3, 150],
+]
+
+
+@cache
+def target_of(family: str) -> HFModel:
+    return HFModel(tiny_model(family))
+
+
+@cache
+def draft_of(family: str) -> HFModel:
+    """The target with its weights disturbed: agrees often, but not always."""
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.08 * parameter.std() * noise if parameter.numel() > 1 else 0)
+    return HFModel(model)
+
+
+def engine(family: str, drafter: str = "none", tree: bool = False, max_batch: int = 8) -> Engine:
+    target = target_of(family)
+    made = None
+    if drafter == "vanilla":
+        shape = TreeShape((3, 2, 1)) if tree else TreeShape.chain(3)
+        made = ModelDrafter(draft_of(family), draft_of(family).new_cache(PAGES), shape)
+    elif drafter == "ngram":
+        made = NgramDrafter(max_depth=4, branches=3 if tree else 1, max_match=2)
+    return Engine(target, target.new_cache(PAGES), Policy(), FixedController(4), made, max_batch)
+
+
+@cache
+def plain_tokens(family: str, params: SamplingParams) -> list[list[int]]:
+    results = engine(family).generate([(p, params) for p in PROMPTS[:1]])
+    results += engine(family, max_batch=1).generate([(p, params) for p in PROMPTS[1:]])
+    return [r.token_ids for r in results]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_decoding_is_generate(family):
+    target = target_of(family)
+    for prompt, tokens in zip(PROMPTS, plain_tokens(family, GREEDY), strict=True):
+        with target.plain() as model, torch.inference_mode():
+            output = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        expected = output[0, len(prompt) :].tolist()
+        assert_same_tokens(target, prompt, expected, tokens, GREEDY, f"{family}, generate")
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_speculation_changes_no_token(family, drafter, tree, params):
+    target = target_of(family)
+    expected = plain_tokens(family, params)
+    accepted = 0
+    for batch in (1, 5):
+        speculative = engine(family, drafter, tree, max_batch=batch)
+        results = speculative.generate([(p, params) for p in PROMPTS])
+        for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
+            what = f"{family}, {drafter}, {'tree' if tree else 'chain'}, batch {batch}"
+            assert_same_tokens(target, prompt, tokens, result.token_ids, params, what)
+            accepted += result.stats.accepted
+        assert speculative.scheduler.allocator.num_free == PAGES
+    if drafter == "vanilla":
+        assert accepted > 0, "the draft never agreed: nothing was tested"
+
+
+def test_different_seeds_give_different_tokens():
+    runs = engine("llama").generate(
+        [(PROMPTS[0], SamplingParams(max_tokens=24, temperature=1.0, seed=s)) for s in range(4)]
+    )
+    assert len({tuple(r.token_ids) for r in runs}) == 4
