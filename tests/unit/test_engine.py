@@ -1,0 +1,316 @@
+"""The engine on FakeLM: stop conditions, batches, pages, penalties, faults, Ctrl-C."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inferlab.models import FakeLM
+from inferlab.specdec.controllers import FixedController, make_controller
+from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
+from inferlab.specdec.engine import Engine, Interrupted
+from inferlab.specdec.policies import Policy, make_policy
+from inferlab.specdec.tree import TreeShape
+from inferlab.types import SamplingParams
+
+PAGES = 512
+PROMPTS = [
+    [300 + i for i in range(3)],
+    [260],
+    [270 + (i * i) % 60 for i in range(50)],
+    [1, 2, 3, 300, 301],
+]
+
+
+def make_engine(
+    drafter: str = "vanilla",
+    *,
+    agreement: float = 0.7,
+    widths: tuple[int, ...] = (1, 1, 1, 1),
+    policy: Policy | None = None,
+    pages: int = PAGES,
+    page_size: int = 16,
+    max_batch: int = 32,
+    target: FakeLM | None = None,
+    controller=None,
+) -> Engine:
+    target = target or FakeLM(seed=3)
+    policy = policy or Policy()
+    made = None
+    if drafter == "vanilla":
+        draft = FakeLM(seed=3, agreement=agreement)
+        made = ModelDrafter(
+            draft,
+            draft.new_cache(pages, page_size),
+            TreeShape(widths),
+            keep_logits=policy.needs_draft_logits,
+        )
+    elif drafter == "ngram":
+        made = NgramDrafter(max_depth=len(widths), branches=max(widths))
+    return Engine(
+        target,
+        target.new_cache(pages, page_size),
+        policy,
+        controller or FixedController(len(widths)),
+        made,
+        max_batch,
+    )
+
+
+def tokens_of(engine: Engine, params: SamplingParams, prompts=PROMPTS) -> list[list[int]]:
+    return [r.token_ids for r in engine.generate([(p, params) for p in prompts])]
+
+
+PARAMS = [
+    SamplingParams(max_tokens=40),
+    SamplingParams(max_tokens=40, temperature=1.0, seed=5),
+    SamplingParams(max_tokens=40, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=6),
+    SamplingParams(
+        max_tokens=40,
+        temperature=0.9,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
+        seed=7,
+    ),
+    SamplingParams(max_tokens=40, repetition_penalty=1.5),
+    SamplingParams(max_tokens=40, logit_bias={300: 50.0, 301: 49.5}, temperature=0.5, seed=8),
+]
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (3, 2, 1), (2, 2, 2, 2)])
+@pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
+@pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
+def test_speculation_gives_the_tokens_of_plain_decoding(params, drafter, widths, page_size):
+    plain = tokens_of(make_engine("none"), params)
+    engine = make_engine(drafter, widths=widths, pages=4096, page_size=page_size)
+    assert tokens_of(engine, params) == plain
+    assert engine.scheduler.allocator.num_free == 4096
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 32])
+def test_the_batch_changes_no_token(max_batch):
+    prompts = [[260 + (i * j) % 200 for j in range(1, 3 + i % 7)] for i in range(40)]
+    params = SamplingParams(max_tokens=20, temperature=0.8, seed=1)
+    alone = [tokens_of(make_engine(), params, [p])[0] for p in prompts]
+    assert tokens_of(make_engine(max_batch=max_batch), params, prompts) == alone
+
+
+def test_requests_with_different_parameters_share_a_batch():
+    requests = list(zip(PROMPTS, PARAMS[:4], strict=True))
+    together = make_engine().generate(requests)
+    for (prompt, params), result in zip(requests, together, strict=True):
+        assert result.token_ids == tokens_of(make_engine("none"), params, [prompt])[0]
+
+
+def test_agreement_shows_in_the_acceptance_rate():
+    params = SamplingParams(max_tokens=200)
+    rates = []
+    for agreement in (0.0, 0.5, 1.0):
+        results = make_engine(agreement=agreement).generate([(p, params) for p in PROMPTS])
+        rates.append(sum(r.stats.accepted for r in results) / sum(r.stats.proposed for r in results))
+    assert rates[0] == 0.0
+    assert 0.2 < rates[1] < 0.5  # 0.5 + 0.25 + 0.125 + 0.0625 of 4
+    assert rates[2] == 1.0
+
+
+def test_counts_add_up():
+    result = make_engine().generate([(PROMPTS[0], SamplingParams(max_tokens=64))])[0]
+    stats = result.stats
+    assert len(result.token_ids) == 64
+    # One token comes from the prompt's forward, all others from steps.
+    assert stats.emitted == 63
+    assert stats.prefill_forwards == 1
+    assert stats.target_forwards == stats.steps + 1
+    assert stats.accepted + stats.steps == stats.emitted
+    assert set(result.timings_ms) == {"prefill", "draft", "verify", "accept", "commit", "rest"}
+    assert sum(result.timings_ms.values()) == pytest.approx(result.latency_ms, rel=1e-6)
+
+
+def test_max_tokens_of_one_needs_no_step():
+    result = make_engine().generate([(PROMPTS[0], SamplingParams(max_tokens=1))])[0]
+    assert (len(result.token_ids), result.stats.steps) == (1, 0)
+    assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("drafter", ["none", "vanilla"])
+def test_a_stop_token_ends_the_text_and_is_its_last_token(drafter):
+    free = tokens_of(make_engine("none"), SamplingParams(max_tokens=40), PROMPTS[:1])[0]
+    stop = free[17]
+    params = SamplingParams(max_tokens=40, stop_token_ids=(stop,))
+    result = make_engine(drafter, agreement=1.0).generate([(PROMPTS[0], params)])[0]
+    assert result.token_ids == free[: free.index(stop) + 1]
+    assert result.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("drafter", ["none", "vanilla"])
+def test_min_tokens_forbids_the_end_until_then(drafter):
+    free = tokens_of(make_engine("none"), SamplingParams(max_tokens=40), PROMPTS[:1])[0]
+    params = SamplingParams(max_tokens=40, min_tokens=30, stop_token_ids=tuple(set(free)))
+    plain = make_engine("none").generate([(PROMPTS[0], params)])[0]
+    result = make_engine(drafter, agreement=1.0).generate([(PROMPTS[0], params)])[0]
+    assert result.token_ids == plain.token_ids
+    assert 30 <= len(result.token_ids) <= 40
+    assert not set(result.token_ids[:30]) & set(free)
+
+
+def test_the_end_of_text_token_ends_unless_ignored():
+    bias = {256: 1000.0}
+    params = SamplingParams(max_tokens=10, logit_bias=bias)
+    assert tokens_of(make_engine(), params, PROMPTS[:1]) == [[256]]
+    ignoring = SamplingParams(max_tokens=10, logit_bias=bias, ignore_eos=True)
+    assert tokens_of(make_engine(), ignoring, PROMPTS[:1]) == [[256] * 10]
+    at_least = SamplingParams(max_tokens=10, logit_bias=bias, min_tokens=4)
+    result = make_engine().generate([(PROMPTS[0], at_least)])[0]
+    assert len(result.token_ids) == 5
+    assert result.token_ids[-1] == 256
+
+
+@pytest.mark.parametrize("drafter", ["none", "vanilla"])
+def test_a_stop_string_is_found_and_cut_off(drafter):
+    engine = make_engine("none")
+    free = engine.generate([(PROMPTS[0], SamplingParams(max_tokens=40))])[0]
+    word = free.text.split()[12]
+    stop = f" {word}"
+    result = make_engine(drafter, agreement=1.0).generate(
+        [(PROMPTS[0], SamplingParams(max_tokens=40, stop=(stop,)))]
+    )[0]
+    assert result.finish_reason == "stop_string"
+    assert result.text == free.text[: free.text.index(stop)]
+    assert result.token_ids == free.token_ids[: len(result.token_ids)]
+
+
+def test_long_prompts_are_processed_in_chunks():
+    prompt = [260 + i % 200 for i in range(1300)]
+    params = SamplingParams(max_tokens=8)
+    result = make_engine(pages=256).generate([(prompt, params)])[0]
+    assert result.stats.prefill_forwards == 3
+    assert result.token_ids == make_engine("none").generate([(prompt, params)])[0].token_ids
+
+
+def test_requests_wait_for_pages():
+    params = SamplingParams(max_tokens=20)
+    engine = make_engine(pages=5)  # 3 prompt + 20 new + 5 tree slots: two pages each
+    prompts = [[260 + i] * 3 for i in range(7)]
+    alone = [tokens_of(make_engine("none"), params, [p])[0] for p in prompts]
+    assert tokens_of(engine, params, prompts) == alone
+    assert engine.scheduler.allocator.num_free == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], SamplingParams(), "prompt is empty"),
+        ([5, 512], SamplingParams(), "token id 512"),
+        ([-1], SamplingParams(), "token id -1"),
+        ([5] * 4000, SamplingParams(max_tokens=97), r"exceed the context of fake \(4096 tokens\)"),
+        ([5] * 600, SamplingParams(max_tokens=64), r"needs 42 K/V pages .* the cache has 16"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_runs(prompt, params, message):
+    engine = make_engine(pages=16)
+    with pytest.raises(ValueError, match=message):
+        engine.generate([(PROMPTS[0], SamplingParams()), (prompt, params)])
+    assert engine.scheduler.allocator.num_free == 16
+    assert not engine.scheduler.has_work
+    # The engine goes on working.
+    assert len(tokens_of(engine, SamplingParams(max_tokens=5), PROMPTS[:1])[0]) == 5
+
+
+class BrokenLM(FakeLM):
+    """Gives NaN logits where the context holds more than ``good`` tokens."""
+
+    good = 20
+
+    def forward(self, batch, cache):
+        logits = super().forward(batch, cache)
+        return torch.where((batch.positions >= self.good)[..., None], float("nan"), logits)
+
+
+@pytest.mark.parametrize("drafter", ["none", "vanilla"])
+def test_nan_logits_end_a_request_with_an_error_and_leave_the_others_alone(drafter):
+    target = BrokenLM(seed=3)
+    engine = make_engine(drafter, target=target, agreement=1.0)
+    short = SamplingParams(max_tokens=10)
+    results = engine.generate([(PROMPTS[0], SamplingParams(max_tokens=40)), (PROMPTS[1], short)])
+    assert results[0].finish_reason == "error"
+    assert "NaN" in results[0].error
+    assert results[0].token_ids == tokens_of(make_engine("none"), short, PROMPTS[:1])[0] + (
+        results[0].token_ids[10:]
+    )
+    assert len(results[0].token_ids) == 18  # positions 3..20
+    assert results[1].finish_reason == "length"
+    assert engine.scheduler.allocator.num_free == PAGES
+
+
+class InterruptingLM(FakeLM):
+    calls = 0
+
+    def forward(self, batch, cache):
+        self.calls += 1
+        if self.calls == 12:
+            raise KeyboardInterrupt
+        return super().forward(batch, cache)
+
+
+def test_ctrl_c_keeps_what_there_was():
+    target = InterruptingLM(seed=3)
+    engine = make_engine("none", target=target)
+    with pytest.raises(Interrupted) as caught:
+        engine.generate([(PROMPTS[0], SamplingParams(max_tokens=5)), (PROMPTS[1], PARAMS[0])])
+    finished, partial = caught.value.results
+    assert finished.finish_reason == "length"
+    assert partial.finish_reason == "interrupted"
+    expected = tokens_of(make_engine("none"), PARAMS[0], PROMPTS[1:2])[0]
+    assert 0 < len(partial.token_ids) < 40
+    assert partial.token_ids == expected[: len(partial.token_ids)]
+    assert engine.scheduler.allocator.num_free == PAGES
+    assert len(tokens_of(engine, SamplingParams(max_tokens=5), PROMPTS[:1])[0]) == 5
+
+
+LOSSY = [("conf_threshold", {"tau": 0.0}), ("topk_agree", {"k": 512}), ("typical", {"p": 1.0})]
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize(("name", "threshold"), LOSSY)
+def test_lossy_policies_at_their_loosest_accept_every_draft(name, threshold, widths):
+    policy = make_policy(name, **threshold)
+    engine = make_engine(policy=policy, agreement=0.0, widths=widths)
+    result = engine.generate([(PROMPTS[0], SamplingParams(max_tokens=41, temperature=1.0))])[0]
+    assert result.stats.acceptance_rate == 1.0
+    assert not policy.lossless
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (3, 2, 1)])
+def test_rejection_at_temperature_zero_is_greedy(widths):
+    params = SamplingParams(max_tokens=40)
+    engine = make_engine(policy=Policy("rejection"), widths=widths)
+    assert tokens_of(engine, params) == tokens_of(make_engine("none"), params)
+
+
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
+def test_rejection_accepts_a_perfect_draft_and_decodes_to_the_end(drafter, widths):
+    params = SamplingParams(max_tokens=40, temperature=0.7, top_k=30, seed=4)
+    engine = make_engine(drafter, policy=Policy("rejection"), widths=widths, agreement=1.0)
+    results = engine.generate([(p, params) for p in PROMPTS])
+    assert [len(r.token_ids) for r in results] == [40] * 4
+    if drafter == "vanilla":
+        assert all(r.stats.acceptance_rate > 0.95 for r in results)
+
+
+@pytest.mark.parametrize("name", ["fixed", "adaptive", "cost"])
+def test_every_controller_gives_the_same_tokens(name):
+    params = SamplingParams(max_tokens=120, temperature=0.6, seed=2)
+    engine = make_engine(controller=make_controller(name, k=3, max_k=4))
+    assert tokens_of(engine, params) == tokens_of(make_engine("none"), params)
+
+
+def test_a_draft_with_a_shorter_context_stops_drafting_there():
+    target = FakeLM(seed=3)
+    draft = FakeLM(seed=3, context_length=24)
+    drafter = ModelDrafter(draft, draft.new_cache(PAGES), TreeShape.chain(4))
+    engine = Engine(target, target.new_cache(PAGES), Policy(), FixedController(4), drafter)
+    params = SamplingParams(max_tokens=60)
+    assert tokens_of(engine, params) == tokens_of(make_engine("none"), params)
