@@ -51,8 +51,8 @@ void bind_system(py::module_& m) {
   m.def("read_memory", [](py::handle data) {
     Tensor t(data, "data");
     t.dims(1).f32().contiguous().cpu();
-    require(t.size(0) % 64 == 0, "data has " + std::to_string(t.size(0)) +
-                                     " elements; it must be a multiple of 64");
+    require(t.size(0) % 64 == 0,
+            "data has " + std::to_string(t.size(0)) + " elements; it must be a multiple of 64");
     ReadParams params{t.ptr<const float>(), t.size(0), 0.0f};
     {
       py::gil_scoped_release release;
@@ -62,13 +62,14 @@ void bind_system(py::module_& m) {
   });
 
   // The noise itself, for known-answer tests and for the reference.
-  m.def("philox4x32_10", [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
-    require(counter.size() == 4, "counter must have 4 words");
-    require(key.size() == 2, "key must have 2 words");
-    const PhiloxBlock b =
-        philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
-    return std::vector<uint32_t>(b.w, b.w + 4);
-  });
+  m.def("philox4x32_10",
+        [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
+          require(counter.size() == 4, "counter must have 4 words");
+          require(key.size() == 2, "key must have 2 words");
+          const PhiloxBlock b =
+              philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+          return std::vector<uint32_t>(b.w, b.w + 4);
+        });
   m.def("gumbel_row", [](int64_t seed, uint32_t position, uint32_t purpose, py::handle out) {
     Tensor t(out, "out");
     t.dims(1).f32().contiguous().cpu();

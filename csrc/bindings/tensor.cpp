@@ -83,14 +83,15 @@ Tensor::Tensor(py::handle object, const char* name) : name_(name) {
   }
   if (!done && !has_buffer_ && PyObject_HasAttrString(o, "__dlpack__")) {
     owner_ = object.attr("__dlpack__")();
-    auto* managed = static_cast<dlpack::DLManagedTensor*>(
-        PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
+    auto* managed =
+        static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(owner_.ptr(), "dltensor"));
     if (managed == nullptr) throw py::error_already_set();
     tensor_ = managed->dl_tensor;
     done = true;
   }
   if (!done && !has_buffer_) {
-    throw py::type_error(std::string(name) + " must be a tensor or an array (DLPack or NumPy), not " +
+    throw py::type_error(std::string(name) +
+                         " must be a tensor or an array (DLPack or NumPy), not " +
                          Py_TYPE(o)->tp_name);
   }
   if (tensor_.ndim > kMaxDims) {
@@ -174,8 +175,8 @@ const Tensor& Tensor::shape(std::initializer_list<int64_t> expected) const {
 }
 
 const Tensor& Tensor::dims(int ndim) const {
-  require(tensor_.ndim == ndim, std::string(name_) + " has shape " + shape_str() + "; it must have " +
-                                    std::to_string(ndim) + " dimensions");
+  require(tensor_.ndim == ndim, std::string(name_) + " has shape " + shape_str() +
+                                    "; it must have " + std::to_string(ndim) + " dimensions");
   return *this;
 }
 
@@ -212,7 +213,8 @@ const Tensor& Tensor::cuda(int device_id) const {
 }
 
 void Tensor::fail_type(const std::string& expected) const {
-  throw py::type_error(std::string(name_) + " has dtype " + dtype_str() + "; it must be " + expected);
+  throw py::type_error(std::string(name_) + " has dtype " + dtype_str() + "; it must be " +
+                       expected);
 }
 
 const Tensor& Tensor::i32() const {

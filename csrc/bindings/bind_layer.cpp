@@ -1,0 +1,160 @@
+#include <string>
+
+#include "bind.h"
+#include "block_table.h"
+#include "inferlab/layer.h"
+#include "tensor.h"
+
+namespace inferlab {
+namespace {
+
+void check_dtype(const Tensor& t, const Tensor& like) {
+  if (t.float_dtype() != like.float_dtype()) {
+    throw py::type_error(std::string(t.name()) + " has dtype " + t.dtype_str() +
+                         "; it must be that of " + like.name() + ", " + like.dtype_str());
+  }
+}
+
+// The elements between rows, where all dimensions but the last fold into one.
+int64_t row_stride(const Tensor& t) {
+  const int last = t.ndim() - 1;
+  require(t.ndim() >= 1, std::string(t.name()) + " has no dimensions");
+  t.last_dim_contiguous();
+  int64_t stride = 0, rows = 1;
+  for (int i = last - 1; i >= 0; --i) {
+    if (t.size(i) == 1) continue;
+    if (stride == 0) {
+      stride = t.stride(i);
+    } else {
+      require(
+          t.stride(i) == stride * rows,
+          std::string(t.name()) + " must have evenly spaced rows (shape " + t.shape_str() + ")");
+    }
+    rows *= t.size(i);
+  }
+  return stride == 0 ? t.size(last) : stride;
+}
+
+void rms_norm(py::handle x_, py::handle weight_, py::handle out_, double eps, double offset) {
+  Tensor x(x_, "x"), weight(weight_, "weight"), out(out_, "out");
+  x.cpu();
+  RmsNormParams p{};
+  p.x_stride = row_stride(x);
+  p.dim = x.size(x.ndim() - 1);
+  weight.shape({p.dim}).contiguous().cpu();
+  check_dtype(weight, x);
+  check_dtype(out, x);
+  p.out_stride = row_stride(out);
+  require(out.numel() == x.numel() && out.size(out.ndim() - 1) == p.dim,
+          "out has shape " + out.shape_str() + "; it must be like x, " + x.shape_str());
+  out.cpu();
+  require(eps >= 0, "eps is " + std::to_string(eps) + "; it must be >= 0");
+  p.x = x.data();
+  p.weight = weight.data();
+  p.out = out.data();
+  p.rows = p.dim == 0 ? 0 : x.numel() / p.dim;
+  p.eps = static_cast<float>(eps);
+  p.offset = static_cast<float>(offset);
+  p.dtype = x.float_dtype();
+  py::gil_scoped_release release;
+  check_status(cpu::rms_norm(p), "rms_norm");
+}
+
+void silu_mul(py::handle x_, py::handle out_) {
+  Tensor x(x_, "x"), out(out_, "out");
+  x.contiguous().cpu();
+  out.contiguous().cpu();
+  check_dtype(out, x);
+  SiluMulParams p{};
+  p.dim = out.size(out.ndim() - 1);
+  require(
+      x.ndim() == out.ndim() && x.size(x.ndim() - 1) == 2 * p.dim && x.numel() == 2 * out.numel(),
+      "x has shape " + x.shape_str() + "; its last dimension must be twice that of out, " +
+          out.shape_str());
+  p.x = x.data();
+  p.out = out.data();
+  p.rows = p.dim == 0 ? 0 : out.numel() / p.dim;
+  p.dtype = x.float_dtype();
+  py::gil_scoped_release release;
+  check_status(cpu::silu_mul(p), "silu_mul");
+}
+
+// [B, N, H, D] with contiguous heads; fills the strides of b and n.
+void check_heads(const Tensor& t, int64_t stride[2]) {
+  require(t.stride(3) == 1 && (t.size(2) == 1 || t.stride(2) == t.size(3)),
+          std::string(t.name()) + " must be contiguous in its last two dimensions");
+  stride[0] = t.stride(0);
+  stride[1] = t.stride(1);
+}
+
+void rope_append(py::handle q_, py::handle k_, py::handle v_, py::handle cos_, py::handle sin_,
+                 py::handle k_pages_, py::handle v_pages_, py::handle block_table_,
+                 py::handle seq_lens_, int64_t node_offset, py::handle num_nodes_) {
+  Tensor q(q_, "q"), k(k_, "k"), v(v_, "v"), cos(cos_, "cos"), sin(sin_, "sin");
+  Tensor k_pages(k_pages_, "k_pages"), v_pages(v_pages_, "v_pages");
+  Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
+  OptionalTensor num_nodes(num_nodes_, "num_nodes");
+  k_pages.dims(4).contiguous().cpu();
+  const PagedLayout layout = paged_layout(k_pages);
+  RopeAppendParams p{};
+  p.kv_heads = k_pages.size(2);
+  p.head_dim = k_pages.size(3);
+  v_pages.shape({layout.pages, layout.page_size, p.kv_heads, p.head_dim}).contiguous().cpu();
+  q.dims(4).cpu();
+  p.batch = q.size(0);
+  p.nodes = q.size(1);
+  p.q_heads = q.size(2);
+  q.shape({p.batch, p.nodes, p.q_heads, p.head_dim});
+  k.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).cpu();
+  v.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).cpu();
+  cos.dims(3).contiguous().cpu();
+  p.rotary = cos.size(2);
+  require((cos.size(0) == p.batch || cos.size(0) == 1) && cos.size(1) == p.nodes,
+          "cos has shape " + cos.shape_str() + "; it must be [" + std::to_string(p.batch) +
+              " or 1, " + std::to_string(p.nodes) + ", rotary]");
+  require(p.rotary % 2 == 0 && p.rotary <= p.head_dim,
+          "cos has " + std::to_string(p.rotary) +
+              " channels; it must be even and at most the head dimension, " +
+              std::to_string(p.head_dim));
+  sin.shape({cos.size(0), cos.size(1), cos.size(2)}).contiguous().cpu();
+  for (const Tensor* t : {&q, &k, &v, &cos, &sin, &v_pages}) check_dtype(*t, k_pages);
+  check_heads(q, p.q_stride);
+  check_heads(k, p.k_stride);
+  check_heads(v, p.v_stride);
+  check_block_table(table, p.batch);
+  check_seq_lens(seq_lens, p.batch);
+  check_num_nodes(num_nodes, p.batch, p.nodes);
+  require(node_offset >= 0, "node_offset is " + std::to_string(node_offset) + "; it must be >= 0");
+  p.q = q.data();
+  p.k = k.data();
+  p.v = v.data();
+  p.cos = cos.data();
+  p.sin = sin.data();
+  p.cos_stride = cos.size(0) == 1 ? 0 : p.nodes * p.rotary;
+  p.k_pages = k_pages.data();
+  p.v_pages = v_pages.data();
+  p.block_table = table.ptr<const int32_t>();
+  p.table_stride = table.stride(0);
+  p.seq_lens = seq_lens.ptr<const int32_t>();
+  p.num_nodes = num_nodes.ptr<const int32_t>();
+  p.page_size = layout.page_size;
+  p.node_offset = node_offset;
+  p.dtype = k_pages.float_dtype();
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t first = p.seq_lens[b] + node_offset;
+    const int64_t count = p.num_nodes != nullptr ? p.num_nodes[b] : p.nodes;
+    check_slots(table, b, first, first + count, layout);
+  }
+  py::gil_scoped_release release;
+  check_status(cpu::rope_append(p), "rope_append");
+}
+
+}  // namespace
+
+void bind_layer(py::module_& m) {
+  m.def("rms_norm", &rms_norm);
+  m.def("silu_mul", &silu_mul);
+  m.def("rope_append", &rope_append);
+}
+
+}  // namespace inferlab
