@@ -3,6 +3,7 @@
 from inferlab.kernels.attention import paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
 from inferlab.kernels.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
+from inferlab.kernels.layer import rms_norm, rope_append, silu_mul
 from inferlab.kernels.sample import sample
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import (
@@ -22,7 +23,10 @@ __all__ = [
     "kv_copy_pages",
     "kv_gather",
     "paged_tree_attention",
+    "rms_norm",
+    "rope_append",
     "sample",
+    "silu_mul",
     "verify_tree_lossy",
     "verify_tree_match",
     "verify_tree_rejection",

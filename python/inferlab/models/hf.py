@@ -14,6 +14,7 @@ from inferlab.models import loading
 from inferlab.models.architecture import TESTED, check_against_plain, check_model, plan_forward
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
 from inferlab.models.batch import ForwardBatch
+from inferlab.models.fused import FusedDecoder
 from inferlab.models.kv_cache import KVCache
 
 
@@ -67,6 +68,7 @@ class HFModel:
         except Exception:
             model.set_attn_implementation(self._plain_attention)
             raise
+        self._fused = FusedDecoder.of(model, self.layers)
 
     @classmethod
     def load(
@@ -117,11 +119,14 @@ class HFModel:
             padding hold no meaning.
         """
         plan = self._plan
+        step = Step.of(batch, cache, plan.layers)
+        if self._fused is not None:
+            return self._fused.forward(batch, step)
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
             "use_cache": False,
-            STEP_KEYWORD: Step.of(batch, cache, plan.layers),
+            STEP_KEYWORD: step,
         }
         cut = batch.last_only and batch.tokens.shape[1] > 1
         if plan.decoder_forward is not None:

@@ -1,0 +1,163 @@
+"""The small ops between a decoder layer's matrix products: RMSNorm, gated SiLU, rotary + append.
+
+Element types are f32, f16 or bf16; arithmetic is fp32, and intermediate results are rounded where
+the unfused PyTorch layer rounds them. NumPy arrays (f32, f16) work too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from inferlab import _C
+from inferlab.kernels._registry import is_compiling, is_numpy, register
+from inferlab.kernels.reference import layer as reference
+
+Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
+
+
+def rms_norm(x: Array, weight: Array, eps: float = 1e-6, *, offset: float = 0.0) -> Array:
+    """``(weight + offset) * x / sqrt(mean(x^2) + eps)`` over the last dimension.
+
+    Zhang & Sennrich, "Root mean square layer normalization", 2019.
+
+    Args:
+        x: [..., dim]; rows evenly spaced, contiguous in the last dimension.
+        weight: [dim], x's dtype.
+        eps: >= 0.
+        offset: added to the weight; Gemma counts its weights from 1.
+
+    Returns:
+        [..., dim] like x, contiguous.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    if is_compiling():
+        return torch.ops.inferlab.rms_norm(x, weight, eps, offset)
+    if not (is_numpy(x) or x.is_cpu):
+        return reference.rms_norm(x, weight, eps, offset=offset)
+    out = np.empty(x.shape, x.dtype) if is_numpy(x) else torch.empty(x.shape, dtype=x.dtype)
+    _C.rms_norm(x, weight, out, eps, offset)
+    return out
+
+
+def silu_mul(x: Array) -> Array:
+    """``silu(gate) * up`` of a projection that holds gate and up side by side (SwiGLU).
+
+    Shazeer, "GLU variants improve transformer", 2020.
+
+    Args:
+        x: [..., 2 * dim], contiguous: gate, then up.
+
+    Returns:
+        [..., dim], x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    if is_compiling():
+        return torch.ops.inferlab.silu_mul(x)
+    if not (is_numpy(x) or x.is_cpu):
+        return reference.silu_mul(x)
+    shape = (*x.shape[:-1], x.shape[-1] // 2)
+    out = np.empty(shape, x.dtype) if is_numpy(x) else torch.empty(shape, dtype=x.dtype)
+    _C.silu_mul(x, out)
+    return out
+
+
+def rope_append(
+    q: Array,
+    k: Array,
+    v: Array,
+    cos: Array,
+    sin: Array,
+    k_pages: Array,
+    v_pages: Array,
+    block_table: Array,
+    seq_lens: Array,
+    *,
+    node_offset: int = 0,
+    num_nodes: Array | None = None,
+) -> None:
+    """Rotates q in place and writes rotated k, and v, to the pages: rotary embedding + kv_append.
+
+    Su et al., "RoFormer", 2021, with channels (i, i + rotary / 2) as pairs, as GPT-NeoX and Llama
+    have it; channels from ``rotary`` on are left as they are.
+
+    Args:
+        q: [B, N, Hq, D], rotated in place; contiguous in its last two dimensions.
+        k, v: [B, N, Hkv, D], likewise; not changed.
+        cos, sin: [B or 1, N, rotary], contiguous, the pages' dtype.
+        k_pages, v_pages: [P, page_size, Hkv, D], contiguous; row n of sequence b is written to slot
+            ``seq_lens[b] + node_offset + n``.
+        block_table: [B, max_pages] i32.
+        seq_lens: [B] i32, committed tokens.
+        node_offset: rows already behind the committed ones.
+        num_nodes: [B] i32, rows of each sequence that count; None for all N.
+
+    Raises:
+        ValueError: a shape does not fit, or a slot lies outside the block table or its pages.
+        TypeError: a dtype does not fit.
+    """
+    if is_compiling():
+        torch.ops.inferlab.rope_append(
+            q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
+        )
+        return
+    if not (is_numpy(q) or q.is_cpu):
+        reference.rope_append(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            k_pages,
+            v_pages,
+            block_table,
+            seq_lens,
+            node_offset=node_offset,
+            num_nodes=num_nodes,
+        )
+        return
+    _C.rope_append(
+        q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
+    )
+
+
+def _rope_append_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    node_offset: int,
+    num_nodes: torch.Tensor | None,
+) -> None:
+    where = {"node_offset": node_offset, "num_nodes": num_nodes}
+    rope_append(q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, **where)
+
+
+register(
+    "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+    lambda x, weight, eps, offset: rms_norm(x, weight, eps, offset=offset),
+    lambda x, weight, eps, offset: x.new_empty(x.shape),
+)
+register(
+    "silu_mul(Tensor x) -> Tensor",
+    silu_mul,
+    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+)
+register(
+    "rope_append(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(b!) k_pages, "
+    "Tensor(c!) v_pages, Tensor block_table, Tensor seq_lens, int node_offset, "
+    "Tensor? num_nodes) -> ()",
+    _rope_append_op,
+    lambda *args: None,
+)

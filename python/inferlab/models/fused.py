@@ -1,0 +1,161 @@
+"""The decoder layers of Llama-shaped models in few calls: what makes small models fast on a CPU.
+
+Hugging Face's layer is some thirty small torch calls around four matrix products; for a model of
+some million parameters they take several times as long as the products. Here a layer is nine
+calls: Q, K and V are one product, gate and up another, and what lies between is fused
+(`kernels.rms_norm`, `silu_mul`, `rope_append`). The weights are Hugging Face's own tensors, as
+views into the joint ones.
+
+Only exact classes whose forward is known are taken over; all others run through their modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from inferlab.kernels import paged_tree_attention, rms_norm, rope_append, silu_mul
+from inferlab.models.attention_hook import LayerSpec, Step
+from inferlab.models.batch import ForwardBatch
+
+# Pre-norm, rotary halves, gated SiLU, no scaling of embeddings, residuals or logits.
+_KNOWN = {
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+}
+
+
+class FusedDecoder:
+    """Runs embedding to logits of one model; made by `of`."""
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:
+        self._model = model.model
+        self._head = model.lm_head
+        self._norm_weight = self._model.norm.weight
+        self._norm_eps = self._model.norm.variance_epsilon
+        self._layers = [
+            _Layer(layer, spec) for layer, spec in zip(self._model.layers, layers, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> FusedDecoder | None:
+        """The fused decoder of `model`, or None where its modules must run themselves."""
+        return cls(model, layers) if _is_known(model, layers) else None
+
+    def forward(self, batch: ForwardBatch, step: Step) -> torch.Tensor:
+        """Logits [B, N, V], or [B, 1, V] with ``batch.last_only`` (see `HFModel.forward`)."""
+        size, nodes = batch.tokens.shape
+        hidden = self._model.embed_tokens(batch.tokens)
+        cos, sin = self._model.rotary_emb(hidden, batch.positions)
+        hidden = hidden.view(size * nodes, -1)
+        for index, layer in enumerate(self._layers):
+            hidden = layer.forward(hidden, size, nodes, cos, sin, step, index)
+        if batch.last_only and nodes > 1:
+            last = nodes - 1 if batch.num_nodes is None else batch.num_nodes.long() - 1
+            rows = torch.arange(size, device=hidden.device) * nodes + last
+            hidden = hidden[rows]
+            nodes = 1
+        hidden = rms_norm(hidden, self._norm_weight, self._norm_eps)
+        return linear(hidden, self._head.weight, self._head.bias).view(size, nodes, -1)
+
+
+class _Layer:
+    """Weights and sizes of one decoder layer."""
+
+    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.kv_heads = spec.num_kv_heads
+        self.head_dim = spec.head_dim
+        self.scale, self.window, self.softcap = spec.scale, spec.window, spec.softcap
+        self.q_heads = attention.q_proj.weight.shape[0] // spec.head_dim
+        self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = attention.o_proj
+        self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
+        self.down = mlp.down_proj
+        self.norm = layer.input_layernorm
+        self.post_norm = layer.post_attention_layernorm
+        self.q_norm: Any = getattr(attention, "q_norm", None)  # Qwen3 norms each head
+        self.k_norm: Any = getattr(attention, "k_norm", None)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        size: int,
+        nodes: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        step: Step,
+        index: int,
+    ) -> torch.Tensor:
+        """hidden: [B * N, H] -> [B * N, H]; K/V goes to the pages of layer `index`."""
+        k_pages, v_pages = step.pages[index]
+        normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
+        qkv = linear(normed, *self.qkv).view(size, nodes, -1, self.head_dim)
+        q = qkv[:, :, : self.q_heads]
+        k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
+        v = qkv[:, :, self.q_heads + self.kv_heads :]
+        if self.q_norm is not None:
+            q = rms_norm(q.contiguous(), self.q_norm.weight, self.q_norm.variance_epsilon)
+            k = rms_norm(k.contiguous(), self.k_norm.weight, self.k_norm.variance_epsilon)
+        where = {"node_offset": step.node_offset, "num_nodes": step.num_nodes}
+        rope_append(q, k, v, cos, sin, k_pages, v_pages, step.block_table, step.seq_lens, **where)
+        attended = paged_tree_attention(
+            q,
+            k_pages,
+            v_pages,
+            step.block_table,
+            step.seq_lens,
+            step.ancestors,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            **where,
+        ).view(size * nodes, -1)
+        hidden = hidden + linear(attended, self.out.weight, self.out.bias)
+        normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
+        gated = silu_mul(linear(normed, *self.gate_up))
+        return hidden + linear(gated, self.down.weight, self.down.bias)
+
+
+def _join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One weight [sum of outputs, inputs] for linears of one input; they become views of it."""
+    weight = torch.cat([each.weight.detach() for each in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([each.bias.detach() for each in linears])
+    start = 0
+    for each in linears:
+        end = start + each.weight.shape[0]
+        each.weight = nn.Parameter(weight[start:end], requires_grad=False)
+        if bias is not None:
+            each.bias = nn.Parameter(bias[start:end], requires_grad=False)
+        start = end
+    return weight, bias
+
+
+def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
+    """Whether nothing about the model differs from the forward written here."""
+    if type(model).__name__ not in _KNOWN or not type(model).__module__.startswith("transformers."):
+        return False
+    if model.device.type != "cpu" or any(spec.head_dim % 8 for spec in layers):
+        return False
+    if model.config.hidden_act not in ("silu", "swish"):
+        return False
+    # Quantised or adapted layers, and anything that watches a module, need their modules to run.
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        linears = [getattr(attention, n) for n in names]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if any(type(each) is not nn.Linear for each in linears):
+            return False
+    return type(model.lm_head) is nn.Linear
