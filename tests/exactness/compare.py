@@ -40,6 +40,6 @@ def assert_same_tokens(
     gap = abs(float(scores[expected[at]] - scores[actual[at]]))
     rounding = 64 * torch.finfo(target.dtype).eps * max(1.0, float(scores.abs().max()))
     assert gap <= rounding, (
-        f"{what}: token {at} is {actual[at]}, not {expected[at]}; their scores differ by {gap:.3g}, "
-        f"rounding explains {rounding:.3g}"
+        f"{what}: token {at} is {actual[at]}, not {expected[at]}; their scores differ by "
+        f"{gap:.3g}, rounding explains {rounding:.3g}"
     )

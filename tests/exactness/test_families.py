@@ -6,6 +6,8 @@ from functools import cache
 
 import pytest
 import torch
+from tests.exactness.compare import assert_same_tokens
+from tests.helpers.tiny_models import FAMILIES, VOCAB, tiny_model
 
 from inferlab.models import HFModel
 from inferlab.specdec.controllers import FixedController
@@ -14,8 +16,6 @@ from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import SamplingParams
-from tests.exactness.compare import assert_same_tokens
-from tests.helpers.tiny_models import FAMILIES, VOCAB, tiny_model
 
 PAGES = 128
 NEW_TOKENS = 24

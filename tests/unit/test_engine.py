@@ -11,7 +11,7 @@ from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import SamplingParams
+from inferlab.types import SamplingParams, SpeculationStats
 
 PAGES = 512
 PROMPTS = [
@@ -109,7 +109,9 @@ def test_agreement_shows_in_the_acceptance_rate():
     rates = []
     for agreement in (0.0, 0.5, 1.0):
         results = make_engine(agreement=agreement).generate([(p, params) for p in PROMPTS])
-        rates.append(sum(r.stats.accepted for r in results) / sum(r.stats.proposed for r in results))
+        rates.append(
+            sum(r.stats.accepted for r in results) / sum(r.stats.proposed for r in results)
+        )
     assert rates[0] == 0.0
     assert 0.2 < rates[1] < 0.5  # 0.5 + 0.25 + 0.125 + 0.0625 of 4
     assert rates[2] == 1.0
@@ -225,7 +227,8 @@ class BrokenLM(FakeLM):
 
     def forward(self, batch, cache):
         logits = super().forward(batch, cache)
-        return torch.where((batch.positions >= self.good)[..., None], float("nan"), logits)
+        positions = batch.positions[:, -logits.shape[1] :, None]
+        return torch.where(positions >= self.good, float("nan"), logits)
 
 
 @pytest.mark.parametrize("drafter", ["none", "vanilla"])
@@ -236,8 +239,9 @@ def test_nan_logits_end_a_request_with_an_error_and_leave_the_others_alone(draft
     results = engine.generate([(PROMPTS[0], SamplingParams(max_tokens=40)), (PROMPTS[1], short)])
     assert results[0].finish_reason == "error"
     assert "NaN" in results[0].error
-    assert results[0].token_ids == tokens_of(make_engine("none"), short, PROMPTS[:1])[0] + (
-        results[0].token_ids[10:]
+    assert (
+        results[0].token_ids
+        == tokens_of(make_engine("none"), short, PROMPTS[:1])[0] + (results[0].token_ids[10:])
     )
     assert len(results[0].token_ids) == 18  # positions 3..20
     assert results[1].finish_reason == "length"
