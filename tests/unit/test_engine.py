@@ -11,7 +11,7 @@ from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import SamplingParams, SpeculationStats
+from inferlab.types import SamplingParams
 
 PAGES = 512
 PROMPTS = [

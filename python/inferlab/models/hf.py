@@ -63,12 +63,12 @@ class HFModel:
         model.set_attn_implementation(ATTENTION_NAME)
         try:
             self._plan = plan_forward(model, self.name)
+            self._fused = FusedDecoder.of(model, self.layers)
             if model.config.model_type not in TESTED:
                 self._check_against_plain()
         except Exception:
             model.set_attn_implementation(self._plain_attention)
             raise
-        self._fused = FusedDecoder.of(model, self.layers)
 
     @classmethod
     def load(
