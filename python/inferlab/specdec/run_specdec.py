@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inferlab.cli_common import (
@@ -63,16 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``inferlab specdec``."""
     add_prompt_arguments(parser)
     add_config_argument(parser, "configs/specdec.yaml")
-    _add_model_arguments(parser)
-    _add_speculation_arguments(parser)
-    _add_sampling_arguments(parser)
+    add_model_arguments(parser)
+    add_speculation_arguments(parser)
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="prompts of --prompts decoded together (1)"
     )
     add_output_arguments(parser)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for the models and where they run."""
     group = parser.add_argument_group("models")
 
     def one_of(key: str) -> tuple[str, ...]:
@@ -97,7 +98,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for drafter, acceptance policy and controller."""
     group = parser.add_argument_group("speculation")
 
     def one_of(key: str) -> tuple[str, ...]:
@@ -128,7 +130,8 @@ def _add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for how tokens are chosen, and how many."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (64)")
     group.add_argument("--min-tokens", type=int, metavar="N", help="new tokens at least (0)")
@@ -154,6 +157,23 @@ def _widths(text: str) -> list[int]:
         ) from None
 
 
+def given_overrides(
+    args: argparse.Namespace, flags: Mapping[str, str] = FLAGS
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the flags of the groups above override, and their names (see ``given_values``).
+
+    Raises:
+        UsageError: flags that contradict each other.
+    """
+    overrides, names = given_values(args, flags)
+    if args.adaptive_K:
+        for flag, value in (("--K", args.K), ("--controller", args.controller)):
+            if value is not None and value != "adaptive":
+                raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
+        overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    return overrides, names
+
+
 def read_config(args: argparse.Namespace) -> SpecdecConfig:
     """The configuration that file and flags ask for.
 
@@ -161,12 +181,7 @@ def read_config(args: argparse.Namespace) -> SpecdecConfig:
         ConfigError: a bad value; names the flag or file.
         UsageError: flags that contradict each other.
     """
-    overrides, names = given_values(args, FLAGS)
-    if args.adaptive_K:
-        for flag, value in (("--K", args.K), ("--controller", args.controller)):
-            if value is not None and value != "adaptive":
-                raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
-        overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    overrides, names = given_overrides(args)
     return load_config(SpecdecConfig, args.config, overrides, names=names)
 
 

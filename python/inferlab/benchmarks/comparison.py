@@ -1,0 +1,84 @@
+"""Speculative against plain decoding against Hugging Face: figures by mode, and speedups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from inferlab.benchmarks.measure import FIGURES, Measurements
+from inferlab.benchmarks.statistics import ratio_of_medians, summarize
+
+MODE_TITLES = {
+    "specdec": "speculative",
+    "plain": "plain, same engine",
+    "hf": "Hugging Face generate",
+}
+
+
+def figures_of(measurements: Measurements, mode: str) -> dict[str, Any]:
+    """Figure (``latency_ms``, ``tokens_per_second``, ...) -> summary over a mode's good runs."""
+    rows = [run.row() for run in measurements.of(mode)]
+    figures = {}
+    for key in ("latency_ms", "tokens_per_second", "ms_per_token", "num_tokens", *FIGURES):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            figures[key] = summarize(values)
+    return figures
+
+
+def by_prompt(measurements: Measurements, mode: str, num_prompts: int) -> list[dict[str, Any]]:
+    """Medians over the iterations of each prompt that has any."""
+    entries = []
+    for index in range(num_prompts):
+        rows = [run.row() for run in measurements.of(mode, index)]
+        if rows:
+            entry: dict[str, Any] = {"prompt_index": index, "iterations": len(rows)}
+            for key in ("latency_ms", "tokens_per_second", "ms_per_token"):
+                entry[key] = summarize([row[key] for row in rows])["median"]
+            entries.append(entry)
+    return entries
+
+
+def speedup(
+    measurements: Measurements, mode: str, baseline: str, num_prompts: int
+) -> dict[str, Any] | None:
+    """Tokens per second of ``mode`` over those of ``baseline``, run beside run.
+
+    Returns:
+        :func:`~inferlab.benchmarks.statistics.ratio_of_medians` over prompts; None where no prompt
+        has an iteration in which both succeeded.
+    """
+    above: list[list[float]] = []
+    below: list[list[float]] = []
+    for index in range(num_prompts):
+        rates = {}
+        for name in (mode, baseline):
+            runs = measurements.of(name, index)
+            rates[name] = {run.iteration: run.row()["tokens_per_second"] for run in runs}
+        shared = sorted(rates[mode].keys() & rates[baseline].keys())
+        if shared:
+            above.append([rates[mode][iteration] for iteration in shared])
+            below.append([rates[baseline][iteration] for iteration in shared])
+    return ratio_of_medians(above, below) if above else None
+
+
+def compare_modes(
+    measurements: Measurements, modes: Sequence[str], num_prompts: int
+) -> dict[str, Any]:
+    """The comparison of ``modes``, the first of which is what was asked for.
+
+    Returns:
+        ``modes``: mode -> figures; ``speedup_vs_plain`` and ``speedup_vs_hf``: of the first mode,
+        with interval and by prompt; ``latency_ms`` and ``tokens_per_second``: of the baseline, that
+        is of Hugging Face where it ran, else of plain decoding.
+    """
+    figures = {mode: figures_of(measurements, mode) for mode in modes}
+    comparison: dict[str, Any] = {"modes": figures}
+    for baseline in modes[1:]:
+        comparison[f"speedup_vs_{baseline}"] = speedup(
+            measurements, modes[0], baseline, num_prompts
+        )
+        comparison["baseline"] = baseline
+        comparison["latency_ms"] = figures[baseline].get("latency_ms")
+        comparison["tokens_per_second"] = figures[baseline].get("tokens_per_second")
+    return comparison

@@ -1,0 +1,93 @@
+"""Perplexity of generated tokens under a model, given their prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from inferlab.benchmarks.measure import Run
+from inferlab.models import HFModel
+from inferlab.server.local_baseline import LocalBaselineRunner
+
+_ROWS_AT_ONCE = 128
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> list[float]:
+    """Natural log-probability of each new token, teacher-forced: one forward over all of them.
+
+    Args:
+        model: a Hugging Face causal LM; its logits are taken to fp32 before the log-softmax.
+        prompt_ids: the context, at least one token.
+        new_ids: the tokens to judge, at least one.
+
+    Raises:
+        ValueError: prompt or new tokens are empty.
+    """
+    if not prompt_ids or not new_ids:
+        raise ValueError("prompt and new tokens must hold at least one token each")
+    ids = torch.tensor([[*prompt_ids, *new_ids]], device=model.device)
+    # Row i predicts token i + 1; the last token predicts nothing that is judged.
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt_ids) - 1 :]
+    targets = ids[0, len(prompt_ids) :]
+    parts = []
+    for rows, wanted in zip(logits.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True):
+        parts.append(rows.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+    result: list[float] = torch.cat(parts).tolist()
+    return result
+
+
+def perplexity(log_probs: Sequence[float]) -> float:
+    """exp of the mean negative log-probability; infinite where a token has probability 0.
+
+    Raises:
+        ValueError: no tokens.
+    """
+    if not log_probs:
+        raise ValueError("log_probs must hold at least one value")
+    loss = -math.fsum(log_probs) / len(log_probs)
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
+def add_perplexity(
+    runs: Sequence[Run], prompts: Sequence[str], judge: HFModel | LocalBaselineRunner
+) -> dict[str, Any]:
+    """Judges the new tokens of each run; its result gets ``perplexity`` and ``perplexity_loss``.
+
+    Args:
+        runs: successful ones, with ``token_ids``.
+        judge: whose probabilities count; its tokenizer encodes the prompts.
+
+    Returns:
+        ``perplexity`` and ``loss`` (mean negative log-probability) over the tokens of all runs,
+        ``tokens`` (their number) and ``model``.
+    """
+    known: dict[tuple[int, tuple[int, ...]], list[float]] = {}
+    everything: list[float] = []
+    context: AbstractContextManager[Any]
+    if isinstance(judge, HFModel):
+        name, context = judge.name, judge.plain()
+    else:
+        name, context = judge.model_name, nullcontext(judge.model)
+    with context as model:
+        for run in runs:
+            if run.result is None:
+                continue
+            ids = tuple(run.result["token_ids"])
+            key = (run.prompt_index, ids)
+            if key not in known:
+                prompt_ids = judge.tokenizer.encode(prompts[run.prompt_index])
+                known[key] = log_probabilities(model, prompt_ids, ids)
+            run.result["perplexity"] = perplexity(known[key])
+            run.result["perplexity_loss"] = -math.fsum(known[key]) / len(ids)
+            everything += known[key]
+    return {
+        "perplexity": perplexity(everything),
+        "loss": -math.fsum(everything) / len(everything),
+        "tokens": len(everything),
+        "model": name,
+    }

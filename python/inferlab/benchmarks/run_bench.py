@@ -1,0 +1,157 @@
+"""`inferlab bench`: measure local, HTTP or speculative decoding, and compare speculation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from inferlab.benchmarks.benchmark import (
+    MODES,
+    BenchmarkInterrupted,
+    BenchmarkRunner,
+    load_mode_config,
+)
+from inferlab.benchmarks.report import print_summary, write_outputs
+from inferlab.benchmarks.workloads import add_workload_arguments, gather_workload
+from inferlab.cli_common import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    UsageError,
+    add_config_argument,
+    add_output_arguments,
+    check_output,
+    clean_stdout,
+    command_main,
+    given_values,
+    progress,
+    setup_logging,
+    to_json,
+)
+from inferlab.server import local_baseline
+from inferlab.server.ping_vllm import SERVER_FLAGS, add_server_arguments
+from inferlab.specdec import run_specdec
+
+__all__ = ["BenchmarkInterrupted", "BenchmarkRunner", "add_arguments", "main", "run"]
+
+_COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
+_HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
+FLAGS = {
+    "local": {**local_baseline.FLAGS, **_COUNT_FLAGS},
+    "http": {**SERVER_FLAGS, **_HTTP_SAMPLING, **_COUNT_FLAGS},
+    "specdec": {**run_specdec.FLAGS, **_COUNT_FLAGS},
+}
+"""Flag -> key of the mode's configuration."""
+
+SWITCHES = {
+    "--compare-baseline": ("specdec",),
+    "--eval-perplexity": ("local", "specdec"),
+    "--adaptive-K": ("specdec",),
+    "--stream": ("http",),
+}
+"""Flags that are no keys, and the modes that know them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inferlab bench``."""
+    add_workload_arguments(parser)
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="local",
+        help="Hugging Face generate, an OpenAI-compatible server, or the engine (local)",
+    )
+    parser.add_argument("--iterations", type=int, metavar="N", help="runs of each prompt (5)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="runs before, not counted (1)")
+    parser.add_argument(
+        "--compare-baseline",
+        action="store_true",
+        help="specdec: also run plain decoding and Hugging Face generate, in turn; compare tokens",
+    )
+    parser.add_argument(
+        "--eval-perplexity", action="store_true", help="perplexity of the output under the target"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="http: stream, and measure TTFT and TPOT"
+    )
+    add_config_argument(parser, "configs/specdec.yaml")
+    add_server_arguments(parser)
+    run_specdec.add_model_arguments(parser)
+    run_specdec.add_speculation_arguments(parser)
+    run_specdec.add_sampling_arguments(parser)
+    add_output_arguments(parser, output=None)
+    parser.add_argument(
+        "--output", metavar="PREFIX", help="write PREFIX.json (all) and PREFIX.csv (a row per run)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``inferlab bench``; returns the exit code.
+
+    1: a run failed, or token ids differ that must not; 130: interrupted, with partial results.
+    """
+    _refuse_misplaced(args)
+    overrides, names = run_specdec.given_overrides(args, FLAGS[args.mode])
+    config = load_mode_config(args.mode, args.config, overrides, names)
+    check_output(args.output)
+    prompts = [prompt.text for prompt in gather_workload(args)]
+    setup_logging(config.log_level, args.verbose)
+    with clean_stdout(args.json) as out:
+        benchmark = BenchmarkRunner(
+            mode=args.mode,
+            compare_baseline=args.compare_baseline,
+            eval_perplexity=args.eval_perplexity,
+            stream=args.stream,
+            config=config,
+        )
+        interrupted = False
+        show_bar = not (args.no_progress or args.json)
+        try:
+            with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
+                stats = benchmark.run_benchmark(prompts, on_run=advance)
+        except BenchmarkInterrupted as interrupt:
+            stats, interrupted = interrupt.stats, True
+        if args.output:
+            write_outputs(args.output, stats)
+        if args.json:
+            print(to_json(stats), file=out)
+        else:
+            print_summary(stats)
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURE if _failed(stats) else EXIT_OK
+
+
+def _failed(stats: dict[str, Any]) -> bool:
+    if "error" in stats:
+        print(f"error: {stats['error']}", file=sys.stderr)
+        return True
+    verdict = stats.get("baseline_comparison", {}).get("token_ids", {}).get("verdict")
+    return bool(stats["failures"]) or verdict == "different"
+
+
+def _refuse_misplaced(args: argparse.Namespace) -> None:
+    """A flag that the mode would ignore is an error."""
+    places: dict[str, list[str]] = {flag: list(modes) for flag, modes in SWITCHES.items()}
+    for mode, flags in FLAGS.items():
+        for flag in flags:
+            places.setdefault(flag, []).append(mode)
+    for flag, modes in places.items():
+        given, _ = given_values(args, {flag: flag})
+        if given and args.mode not in modes:
+            raise UsageError(
+                f"{flag}: has no meaning in --mode {args.mode}, only in {' and '.join(modes)}"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m inferlab.benchmarks.run_bench``."""
+    return command_main(
+        "bench", "Measure local, speculative or HTTP decoding.", add_arguments, run, argv
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What is measured: local baseline, server, engine (with drafts or plain), HF generate."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from inferlab.benchmarks.measure import MeasurementError
+from inferlab.config import SpecdecConfig
+from inferlab.models import HFModel
+from inferlab.server.local_baseline import LocalBaselineRunner
+from inferlab.server.ping_vllm import VLLMPingClient
+from inferlab.specdec.pipeline import SpeculativePipeline
+
+
+class LocalRunner:
+    """Hugging Face ``generate`` as the local baseline runs it."""
+
+    name = "LocalBaselineRunner"
+
+    def __init__(self, baseline: LocalBaselineRunner) -> None:
+        self.baseline = baseline
+
+    def run(self, prompt: str) -> dict[str, Any]:
+        return self.baseline.run(prompt)
+
+    def describe(self) -> dict[str, Any]:
+        config = self.baseline.config
+        return {
+            "model": self.baseline.model_name,
+            "device": self.baseline.device,
+            "dtype": self.baseline.dtype,
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.effective_temperature,
+            "seed": config.seed,
+        }
+
+
+class HTTPRunner:
+    """An OpenAI-compatible server."""
+
+    name = "VLLMPingClient"
+
+    def __init__(self, client: VLLMPingClient, *, seed: int, stream: bool = False) -> None:
+        self.client = client
+        self.seed = seed
+        self.stream = stream
+        self._model: str | None = client.model
+
+    def run(self, prompt: str) -> dict[str, Any]:
+        result = self.client.generate(prompt, seed=self.seed, stream=self.stream)
+        if not result["success"]:
+            raise MeasurementError(result["error"])
+        self._model = result["model"]
+        return {**result, "num_tokens": result["tokens_generated"]}
+
+    def describe(self) -> dict[str, Any]:
+        config = self.client.config
+        return {
+            "server": self.client.base_url,
+            "model": self._model,
+            "endpoint": config.endpoint,
+            "stream": self.stream,
+            "max_new_tokens": config.max_tokens,
+            "temperature": config.temperature,
+            "seed": self.seed,
+        }
+
+
+class SpecdecRunner:
+    """The engine: speculative, or plain decoding with ``draft_mode="none"``."""
+
+    name = "SpeculativePipeline"
+
+    def __init__(self, pipeline: SpeculativePipeline) -> None:
+        self.pipeline = pipeline
+
+    def run(self, prompt: str) -> dict[str, Any]:
+        result: dict[str, Any] = self.pipeline.generate(prompt)
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        config = self.pipeline.config
+        hf = config.implementation == "hf"
+        return {
+            "implementation": config.implementation,
+            "device": self.pipeline.device,
+            "dtype": str(self.pipeline.target.dtype).removeprefix("torch."),
+            "base_model": self.pipeline.target.name,
+            "draft_model": config.draft_model if hf and config.draft_mode == "vanilla" else None,
+            "draft_mode": config.draft_mode,
+            "max_draft": config.max_draft,
+            "tree": list(config.tree) if config.tree is not None else None,
+            "policy": self.pipeline.policy.describe(),
+            "controller": self.pipeline.controller.describe(),
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.effective_temperature,
+            "seed": config.seed,
+        }
+
+
+class GenerateRunner:
+    """Hugging Face ``generate`` on the engine's own weights: same device, dtype and prompt ids.
+
+    Its time is that of ``generate`` alone, as the engine's is that of decoding alone; both begin
+    with token ids and end with token ids.
+    """
+
+    name = "HuggingFaceGenerate"
+
+    def __init__(self, target: HFModel, config: SpecdecConfig) -> None:
+        self.target = target
+        self.config = config
+
+    @torch.inference_mode()
+    def run(self, prompt: str) -> dict[str, Any]:
+        tokenizer = self.target.tokenizer
+        device = self.target.device
+        ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+        options = self._options()
+        with (
+            self.target.plain() as model,
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(self.config.seed)
+            begin = time.perf_counter()
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=torch.ones_like(ids), **options
+            )
+            new_ids: list[int] = output[0, ids.shape[1] :].tolist()
+            latency_ms = (time.perf_counter() - begin) * 1e3
+        return {
+            "text": tokenizer.decode(new_ids, skip_special_tokens=True),
+            "token_ids": new_ids,
+            "num_tokens": len(new_ids),
+            "latency_ms": latency_ms,
+            "tokens_per_second": len(new_ids) / latency_ms * 1e3,
+            # One forward per token: the first of them is that of the prompt.
+            "target_forwards": len(new_ids),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self.target.name, "attention": "the model's own", "use_cache": True}
+
+    def _options(self) -> dict[str, Any]:
+        config = self.config
+        options: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "min_new_tokens": config.min_new_tokens or None,
+            "repetition_penalty": config.repetition_penalty,
+            "pad_token_id": self._pad_token_id(),
+            "do_sample": config.effective_temperature > 0,
+            "temperature": None,
+            "top_k": None,
+            "top_p": None,
+        }
+        if config.stop:
+            options.update(stop_strings=list(config.stop), tokenizer=self.target.tokenizer)
+        if options["do_sample"]:
+            options.update(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        if options["do_sample"] and config.min_p > 0:
+            options["min_p"] = config.min_p
+        return options
+
+    def _pad_token_id(self) -> int:
+        pad = self.target.tokenizer.pad_token_id
+        return pad if pad is not None else next(iter(self.target.eos_token_ids), 0)
+
+
+def plain_pipeline(pipeline: SpeculativePipeline) -> SpeculativePipeline:
+    """The same engine on the same model with the same sampling, without drafts."""
+    config = pipeline.config.model_copy(
+        update={"draft_mode": "none", "tree": None, "policy": "longest_prefix"}
+    )
+    return SpeculativePipeline(config=config, target=pipeline.target)

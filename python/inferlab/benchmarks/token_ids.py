@@ -1,0 +1,144 @@
+"""Do all modes give the same tokens? Where not: is it a tie within rounding, or a bug?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from inferlab.benchmarks.measure import Measurements
+from inferlab.config import SpecdecConfig
+from inferlab.kernels.reference.noise import PURPOSE_TOKEN, gumbel_row
+from inferlab.models import HFModel, TargetModel
+
+TIE_STEPS = {torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
+"""Two logits closer than this many rounding steps of their dtype can trade places.
+
+A step is the distance of neighbouring numbers at the logit's size. Half types round each
+activation, but the sums behind a logit in fp32: few steps; fp32 carries its rounding through all
+layers: more, and still 1e-4 of a logit.
+"""
+
+
+def compare_token_ids(
+    measurements: Measurements,
+    prompts: Sequence[str],
+    config: SpecdecConfig,
+    target: TargetModel,
+) -> dict[str, Any]:
+    """Compares the token ids of all runs of each prompt with those of the first run.
+
+    Returns:
+        ``compared``: the modes whose ids must be equal; ``not_compared``: other modes and why;
+        ``prompts``: how many were compared; ``identical``: no difference; ``verdict``: "identical",
+        "ties" (each difference is a tie within rounding), "different" or "nothing to compare";
+        ``differences``: a mapping per prompt that differs, with ``prompt_index``, ``modes``,
+        ``position`` (of the first difference among the new tokens), ``token_ids`` (None: ended),
+        and, where it can be told, ``scores`` of both, their ``gap``, ``rounding_step`` and ``tie``.
+    """
+    modes = list(dict.fromkeys(run.mode for run in measurements.runs))
+    not_compared = {mode: why for mode in modes if (why := _why_not(mode, config)) is not None}
+    compared = [mode for mode in modes if mode not in not_compared]
+    differences: list[dict[str, Any]] = []
+    counted = 0
+    for index, prompt in enumerate(prompts):
+        runs = [run for mode in compared for run in measurements.of(mode, index)]
+        ids = [(run.mode, list((run.result or {})["token_ids"])) for run in runs]
+        if len(ids) < 2:
+            continue
+        counted += 1
+        first_mode, first = ids[0]
+        for mode, other in ids[1:]:
+            if other != first:
+                difference = {"prompt_index": index, "modes": [first_mode, mode]}
+                difference.update(_first_difference(first, other))
+                difference.update(_explain(target, config, prompt, first, other))
+                differences.append(difference)
+                break
+    if not counted:
+        verdict = "nothing to compare"
+    elif not differences:
+        verdict = "identical"
+    else:
+        verdict = "ties" if all(entry["tie"] for entry in differences) else "different"
+    return {
+        "compared": compared,
+        "not_compared": not_compared,
+        "prompts": counted,
+        "identical": counted > 0 and not differences,
+        "verdict": verdict,
+        "differences": differences,
+    }
+
+
+def _why_not(mode: str, config: SpecdecConfig) -> str | None:
+    """Why a mode's ids need not be those of plain decoding; None if they must."""
+    greedy = config.effective_temperature == 0
+    if mode == "specdec":
+        exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
+        return None if exact else f"policy {config.policy} does not promise the same tokens"
+    if mode == "hf":
+        if not greedy:
+            return "Hugging Face samples from a noise of its own"
+        if config.presence_penalty or config.frequency_penalty:
+            return "Hugging Face has no presence or frequency penalty"
+    return None
+
+
+def _first_difference(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+    pairs = enumerate(zip_longest(one, other))
+    position, tokens = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+    return {"position": position, "token_ids": list(tokens)}
+
+
+def _explain(
+    target: TargetModel,
+    config: SpecdecConfig,
+    prompt: str,
+    one: Sequence[int],
+    other: Sequence[int],
+) -> Mapping[str, Any]:
+    """The scores of the two tokens at the first difference, and whether they are a tie.
+
+    The score is the logit, and at temperature T > 0 the logit plus T times the noise: the token
+    with the larger one should have won. With penalties, or where a text ended, nothing is told.
+    """
+    where = _first_difference(one, other)
+    tokens = where["token_ids"]
+    penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty)
+    if None in tokens or penalties != (1.0, 0.0, 0.0) or not isinstance(target, HFModel):
+        return {"tie": None}
+    ids = [*target.tokenizer.encode(prompt), *one[: where["position"]]]
+    with torch.inference_mode(), target.plain() as model:
+        row = model(input_ids=torch.tensor([ids], device=target.device), use_cache=False).logits
+    scores = row[0, -1].float()
+    largest = float(scores.abs().max())
+    if config.effective_temperature > 0:
+        noise = gumbel_row(config.seed, len(ids), len(scores), PURPOSE_TOKEN, scores.device)
+        scores = scores + config.effective_temperature * noise
+    return judge_tie([float(scores[token]) for token in tokens], largest, target.dtype)
+
+
+def judge_tie(scores: Sequence[float], largest_logit: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Whether rounding may have decided between two tokens.
+
+    Args:
+        scores: of the two tokens.
+        largest_logit: the largest absolute logit of the row: it sets the size of rounding errors.
+        dtype: of the model.
+
+    Returns:
+        ``scores``, their ``gap``, the ``rounding_step`` of the dtype at that size, and ``tie``.
+    """
+    size = max(largest_logit, torch.finfo(dtype).tiny)
+    step = math.ldexp(torch.finfo(dtype).eps, math.frexp(size)[1] - 1)
+    gap = abs(scores[0] - scores[1])
+    return {
+        "scores": list(scores),
+        "gap": gap,
+        "rounding_step": step,
+        "tie": gap <= TIE_STEPS[dtype] * step,
+    }

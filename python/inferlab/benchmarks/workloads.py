@@ -1,0 +1,51 @@
+"""The prompts of a benchmark: one, a file of them, or text that the bundled models never saw."""
+
+from __future__ import annotations
+
+import argparse
+
+from inferlab.cli_common import Prompt, UsageError, read_prompts
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--prompt``, ``--prompts`` or ``--heldout``; :func:`gather_workload` reads them."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
+        "(the first turn is taken); - reads stdin",
+    )
+    group.add_argument(
+        "--heldout",
+        type=int,
+        metavar="N",
+        help="N prompts from files of the standard library that the bundled models never saw",
+    )
+    parser.add_argument(
+        "--num-prompts", type=int, metavar="N", help="of --prompts take the first N only"
+    )
+
+
+def gather_workload(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts that the flags ask for.
+
+    Raises:
+        UsageError: an empty prompt, a bad file, or a number below 1; the flag is named.
+    """
+    for flag, value in (("--heldout", args.heldout), ("--num-prompts", args.num_prompts)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag}: {value} is not allowed; must be at least 1")
+    if args.num_prompts is not None and args.prompts is None:
+        raise UsageError("--num-prompts: limits --prompts; give it with --prompts")
+    if args.prompts is not None:
+        return read_prompts(args.prompts)[: args.num_prompts]
+    if args.heldout is not None:
+        from inferlab.training.corpus import heldout_prompts
+
+        texts = heldout_prompts(args.heldout)
+        return [Prompt(text, id=index) for index, text in enumerate(texts)]
+    if not args.prompt.strip():
+        raise UsageError("--prompt: is empty; give a text")
+    return [Prompt(args.prompt)]
