@@ -6,8 +6,8 @@ import json
 import logging
 
 import pytest
-from faulty_server import FaultyServer, Request, Respond, chat, closed_port, delta
 
+from helpers.faulty_server import FaultyServer, Request, Respond, chat, closed_port, delta
 from inferlab.server import openai_http, ping_vllm
 from inferlab.server.openai_answers import AnswerError, measure, read_stream
 from inferlab.server.openai_http import parse_retry_after, split_base_url

@@ -111,10 +111,10 @@ def measure(
 ) -> Measurements:
     """Runs every mode on every prompt, ``iterations`` times.
 
-    Modes take turns prompt by prompt (A B C, B C A, C A B, ...): a machine that slows down slows
-    all of them, and none always follows the same other one. Warm-up runs go over the first prompts
-    and are not kept. A run that fails is kept as a failure and the others go on. Ctrl-C ends the
-    loop with what there is; the run that it hit is not kept.
+    Modes take turns prompt by prompt (A B C, B C A, C A B, ...), and on each prompt from iteration
+    to iteration: a machine that slows down slows all of them, and none always goes first. Warm-up
+    runs go over the first prompts and are not kept. A run that fails is kept as a failure and the
+    others go on. Ctrl-C ends the loop with what there is; the run that it hit is not kept.
 
     Args:
         on_run: called with 1 after each run, warm-up included.
@@ -129,7 +129,7 @@ def measure(
                     on_run(1)
         for iteration in range(iterations):
             for index, prompt in enumerate(prompts):
-                first = (iteration * len(prompts) + index) % len(modes)
+                first = (iteration + index) % len(modes)
                 for order in range(len(modes)):
                     mode = modes[(first + order) % len(modes)]
                     run = _run_once(runners[mode], mode, prompt, index, iteration, order)
