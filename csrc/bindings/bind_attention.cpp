@@ -8,13 +8,6 @@
 namespace inferlab {
 namespace {
 
-void check_like(const Tensor& t, const Tensor& like) {
-  if (t.float_dtype() != like.float_dtype()) {
-    throw py::type_error(std::string(t.name()) + " has dtype " + t.dtype_str() +
-                         "; it must be that of " + like.name() + ", " + like.dtype_str());
-  }
-}
-
 // Node indices are counted from 0; `nodes` nodes have their K/V in the cache.
 void check_ancestors(const AttentionParams& p, int64_t b, int64_t count) {
   const int64_t nodes = p.node_offset + count;
@@ -46,10 +39,10 @@ void paged_tree_attention(py::handle q_, py::handle k_pages_, py::handle v_pages
   const int64_t kv_heads = k_pages.size(2);
   k_pages.shape({Tensor::kAny, Tensor::kAny, Tensor::kAny, dim});
   v_pages.shape({layout.pages, layout.page_size, kv_heads, dim}).contiguous().cpu();
-  check_like(v_pages, k_pages);
-  check_like(q, k_pages);
+  check_same_dtype(v_pages, k_pages);
+  check_same_dtype(q, k_pages);
   out.shape({batch, nodes, q_heads, dim}).contiguous().cpu();
-  check_like(out, k_pages);
+  check_same_dtype(out, k_pages);
   if (dim < 8 || dim > 256 || dim % 8 != 0) {
     throw py::value_error("q has head dimension " + std::to_string(dim) +
                           "; it must be a multiple of 8 in [8, 256]");

@@ -15,21 +15,14 @@ void check_pool(const Tensor& pool, bool layers) {
   pool.float_dtype();
 }
 
-void check_same(const Tensor& a, const Tensor& b) {
-  require(a.ndim() == b.ndim() && a.float_dtype() == b.float_dtype(),
-          std::string(b.name()) + " has shape " + b.shape_str() + " and dtype " + b.dtype_str() +
-              "; it must be like " + a.name() + ": " + a.shape_str() + ", " + a.dtype_str());
-  for (int i = 0; i < a.ndim(); ++i) {
-    require(a.size(i) == b.size(i), std::string(b.name()) + " has shape " + b.shape_str() +
-                                        "; it must be like " + a.name() + ": " + a.shape_str());
-  }
-}
-
-void check_dtype(const Tensor& t, const Tensor& like) {
-  if (t.float_dtype() != like.float_dtype()) {
-    throw py::type_error(std::string(t.name()) + " has dtype " + t.dtype_str() +
-                         "; it must be that of " + like.name() + ", " + like.dtype_str());
-  }
+void check_same(const Tensor& t, const Tensor& like) {
+  check_same_dtype(t, like);
+  bool same = t.ndim() == like.ndim();
+  for (int i = 0; same && i < t.ndim(); ++i) same = t.size(i) == like.size(i);
+  require(same, [&] {
+    return std::string(t.name()) + " has shape " + t.shape_str() + "; it must be that of " +
+           like.name() + ", " + like.shape_str();
+  });
 }
 
 void kv_append(py::handle k_, py::handle v_, py::handle k_pages_, py::handle v_pages_,
@@ -41,18 +34,19 @@ void kv_append(py::handle k_, py::handle v_, py::handle k_pages_, py::handle v_p
   check_pool(k_pages, false);
   k_pages.cpu();
   v_pages.contiguous().cpu();
-  check_same(k_pages, v_pages);
+  check_same(v_pages, k_pages);
   const PagedLayout layout = paged_layout(k_pages);
   const int64_t heads = k_pages.size(2), dim = k_pages.size(3);
   k.dims(4).shape({Tensor::kAny, Tensor::kAny, heads, dim}).last_dim_contiguous().cpu();
   const int64_t batch = k.size(0), nodes = k.size(1);
   v.shape({batch, nodes, heads, dim}).last_dim_contiguous().cpu();
-  check_dtype(k, k_pages);
-  check_dtype(v, k_pages);
+  check_same_dtype(k, k_pages);
+  check_same_dtype(v, k_pages);
   check_block_table(table, batch);
   check_seq_lens(seq_lens, batch);
   check_num_nodes(num_nodes, batch, nodes);
-  require(node_offset >= 0, "node_offset is " + std::to_string(node_offset) + "; it must be >= 0");
+  require(node_offset >= 0,
+          [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
   const int64_t s = dtype_size(k_pages.float_dtype());
   KvAppendParams p{};
   p.k = k.ptr<const char>();
@@ -90,7 +84,7 @@ void kv_compact(py::handle k_cache_, py::handle v_cache_, py::handle block_table
   check_pool(k_cache, true);
   k_cache.cpu();
   v_cache.contiguous().cpu();
-  check_same(k_cache, v_cache);
+  check_same(v_cache, k_cache);
   const PagedLayout layout = paged_layout(k_cache);
   table.dims(2);
   const int64_t batch = table.size(0);
@@ -147,7 +141,7 @@ void kv_gather(py::handle pages_, py::handle block_table_, py::handle seq_lens_,
   check_block_table(table, batch);
   check_seq_lens(seq_lens, batch);
   out.shape({batch, Tensor::kAny, pages.size(2), pages.size(3)}).contiguous().cpu();
-  check_dtype(out, pages);
+  check_same_dtype(out, pages);
   KvGatherParams p{};
   p.pages = pages.ptr<const char>();
   p.block_table = table.ptr<const int32_t>();
@@ -159,9 +153,10 @@ void kv_gather(py::handle pages_, py::handle block_table_, py::handle seq_lens_,
   p.page_size = layout.page_size;
   p.row_bytes = pages.size(2) * pages.size(3) * dtype_size(pages.float_dtype());
   for (int64_t b = 0; b < batch; ++b) {
-    require(p.seq_lens[b] <= p.max_len, "seq_lens[" + std::to_string(b) + "] is " +
-                                            std::to_string(p.seq_lens[b]) + "; max_len is only " +
-                                            std::to_string(p.max_len));
+    require(p.seq_lens[b] <= p.max_len, [&] {
+      return "seq_lens[" + std::to_string(b) + "] is " + std::to_string(p.seq_lens[b]) +
+             "; it must be at most max_len, " + std::to_string(p.max_len);
+    });
     check_slots(table, b, 0, p.seq_lens[b], layout);
   }
   if (out.numel() == 0) return;
@@ -183,13 +178,15 @@ void check_moves(const KvCopyPagesParams& p) {
   std::vector<int32_t> written(p.dst, p.dst + p.moves);
   std::sort(written.begin(), written.end());
   const auto twice = std::adjacent_find(written.begin(), written.end());
-  require(twice == written.end(), "dst has page " +
-                                      (twice == written.end() ? "" : std::to_string(*twice)) +
-                                      " twice; a page may be written once");
+  require(twice == written.end(), [&] {
+    return "dst has page " + std::to_string(*twice) + " twice; a page may be written once";
+  });
   for (int64_t i = 0; i < p.moves; ++i) {
-    require(p.src[i] == p.dst[i] || !std::binary_search(written.begin(), written.end(), p.src[i]),
-            "src[" + std::to_string(i) + "] is page " + std::to_string(p.src[i]) +
-                ", which dst has too; a page may not be read and written in one call");
+    const bool read = p.src[i] != p.dst[i];
+    require(!read || !std::binary_search(written.begin(), written.end(), p.src[i]), [&] {
+      return "src[" + std::to_string(i) + "] is page " + std::to_string(p.src[i]) +
+             ", which is in dst too; a page may not be read and written in one call";
+    });
   }
 }
 
@@ -198,7 +195,7 @@ void kv_copy_pages(py::handle k_cache_, py::handle v_cache_, py::handle src_, py
   Tensor src(src_, "src"), dst(dst_, "dst");
   check_pool(k_cache, true);
   v_cache.contiguous();
-  check_same(k_cache, v_cache);
+  check_same(v_cache, k_cache);
   const PagedLayout layout = paged_layout(k_cache);
   src.i32().dims(1).contiguous();
   dst.i32().shape({src.size(0)}).contiguous();

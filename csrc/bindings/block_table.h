@@ -1,4 +1,5 @@
-// What a block table must satisfy before an op follows it: checked on the host, over the used part.
+// What pages and block tables must satisfy before an op follows them: checked on the host, over the
+// part that is used.
 #pragma once
 
 #include <string>
@@ -12,13 +13,21 @@ struct PagedLayout {
   int page_shift;
 };
 
+inline void check_same_dtype(const Tensor& t, const Tensor& like) {
+  if (t.float_dtype() != like.float_dtype()) {
+    throw py::type_error(std::string(t.name()) + " has dtype " + t.dtype_str() +
+                         "; it must be that of " + like.name() + ", " + like.dtype_str());
+  }
+}
+
 // The page count and size of a [.., P, page_size, Hkv, D] tensor.
 inline PagedLayout paged_layout(const Tensor& t) {
   const int64_t pages = t.size(t.ndim() - 4);
   const int64_t page_size = t.size(t.ndim() - 3);
-  require(page_size > 0 && (page_size & (page_size - 1)) == 0,
-          std::string(t.name()) + " has page size " + std::to_string(page_size) + " (shape " +
-              t.shape_str() + "); it must be a power of two");
+  if (page_size <= 0 || (page_size & (page_size - 1)) != 0) {
+    throw py::value_error(std::string(t.name()) + " has page size " + std::to_string(page_size) +
+                          " (shape " + t.shape_str() + "); it must be a power of two");
+  }
   return {pages, page_size, __builtin_ctzll(static_cast<uint64_t>(page_size))};
 }
 

@@ -175,8 +175,10 @@ const Tensor& Tensor::shape(std::initializer_list<int64_t> expected) const {
 }
 
 const Tensor& Tensor::dims(int ndim) const {
-  require(tensor_.ndim == ndim, std::string(name_) + " has shape " + shape_str() +
-                                    "; it must have " + std::to_string(ndim) + " dimensions");
+  if (tensor_.ndim != ndim) {
+    throw py::value_error(std::string(name_) + " has shape " + shape_str() + "; it must have " +
+                          std::to_string(ndim) + " dimensions");
+  }
   return *this;
 }
 
@@ -193,22 +195,25 @@ const Tensor& Tensor::contiguous() const {
 
 const Tensor& Tensor::last_dim_contiguous() const {
   const int last = tensor_.ndim - 1;
-  require(last >= 0 && (strides_[last] == 1 || shape_[last] <= 1),
-          std::string(name_) + " must be contiguous in its last dimension");
+  if (last < 0 || (strides_[last] != 1 && shape_[last] > 1)) {
+    throw py::value_error(std::string(name_) + " must be contiguous in its last dimension");
+  }
   return *this;
 }
 
 const Tensor& Tensor::cpu() const {
   const int32_t type = tensor_.device.device_type;
-  require(type == dlpack::kDLCPU || type == dlpack::kDLCUDAHost,
-          std::string(name_) + " must be on the CPU, like the other arguments");
+  if (type != dlpack::kDLCPU && type != dlpack::kDLCUDAHost) {
+    throw py::value_error(std::string(name_) + " must be on the CPU, like the other arguments");
+  }
   return *this;
 }
 
 const Tensor& Tensor::cuda(int device_id) const {
-  require(is_cuda() && this->device_id() == device_id,
-          std::string(name_) + " must be on CUDA device " + std::to_string(device_id) +
-              ", like the other arguments");
+  if (!is_cuda() || this->device_id() != device_id) {
+    throw py::value_error(std::string(name_) + " must be on CUDA device " +
+                          std::to_string(device_id) + ", like the other arguments");
+  }
   return *this;
 }
 

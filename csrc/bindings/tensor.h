@@ -96,6 +96,12 @@ inline void require(bool ok, const std::string& message) {
   if (!ok) throw py::value_error(message);
 }
 
+// The same with a message that is only put together when it is needed: require(ok, [&] { ... }).
+template <typename F>
+auto require(bool ok, const F& message) -> decltype(static_cast<void>(message())) {
+  if (!ok) throw py::value_error(message());
+}
+
 // The framework's current stream on a CUDA device; the default stream where it does not tell.
 void* current_cuda_stream(py::handle tensor, int device_id);
 

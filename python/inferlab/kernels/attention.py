@@ -13,6 +13,8 @@ from inferlab.kernels.reference import attention as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
+_CONTIGUOUS = torch.contiguous_format
+
 
 def paged_tree_attention(
     q: Array,
@@ -93,7 +95,7 @@ def paged_tree_attention(
             )
             return result if out is None else out.copy_(result)
         if out is None:
-            out = torch.empty(q.shape, dtype=q.dtype)
+            out = torch.empty_like(q, memory_format=_CONTIGUOUS)
     elif out is None:
         out = np.empty(q.shape, q.dtype)
     _C.paged_tree_attention(

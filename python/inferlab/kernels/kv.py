@@ -1,7 +1,7 @@
 """The paged KV cache: write new rows, keep the accepted ones, read back, copy pages.
 
 Pages are `[P, page_size, Hkv, D]` (f32, f16 or bf16, page_size a power of two); a cache of all
-layers is `[L, P, page_size, Hkv, D]`. `block_table[B, max_pages] i32` holds each sequence's page ids
+layers is `[L, P, page_size, Hkv, D]`. `block_table[B, max_pages] i32` holds a sequence's page ids
 (-1: unused); slot s of a sequence is row `s % page_size` of page `block_table[b, s // page_size]`.
 Arguments are torch tensors or NumPy arrays. CPU arrays go to the native kernels; on other devices
 the reference serves, except where a CUDA kernel was built.

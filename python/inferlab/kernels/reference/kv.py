@@ -15,7 +15,7 @@ def page_and_offset(
 
 
 def gather_slots(pages: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-    """All slots of the block table in order, [B, max_pages * page_size, Hkv, D]; -1 reads page 0."""
+    """All slots of the table in order, [B, max_pages * page_size, Hkv, D]; -1 reads page 0."""
     return pages[block_table.long().clamp(min=0)].flatten(1, 2)
 
 
