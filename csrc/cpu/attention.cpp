@@ -1,6 +1,7 @@
-// Splits paged tree attention into tasks: (sequence, KV head, block of rows), and where those are
+// Splits paged tree attention into tasks: (sequence, KV heads, block of rows), and where those are
 // fewer than the threads can balance, also by split of the positions, merged in a second pass. The
-// arithmetic of a row is the same either way.
+// arithmetic of a row is the same either way. One task takes all KV heads while their rows are few:
+// a slot's heads stand side by side in memory, and so are read together.
 #include "inferlab/attention.h"
 
 #include <algorithm>
@@ -20,7 +21,8 @@ INFERLAB_DECLARE_KERNEL(void, attention_merge, const AttentionParams&, const Att
 
 namespace {
 
-constexpr int64_t kRowsPerBlock = 64;
+constexpr int64_t kRowsPerBlock = 64;  // of one KV head
+constexpr int64_t kRowsPerTask = 128;
 
 // Grows and never shrinks, so that a decoding loop allocates nothing.
 class Workspace {
@@ -48,18 +50,19 @@ thread_local Workspace t_partials;
 
 struct Plan {
   const AttentionParams& p;
-  int64_t nodes_per_block, blocks, splits;
-  int64_t rows, state_floats, scratch_floats;
+  int64_t nodes_per_block, blocks, heads_per_task, head_groups, splits;
+  int64_t state_floats, scratch_floats;
   float* partials;
   std::atomic<bool> out_of_memory{false};
 
-  // Task index -> sequence, KV head, block; later blocks, which see more, first.
+  // Task index -> sequence, KV heads, block; later blocks, which see more, first.
   AttentionTask task(int64_t i) const {
     AttentionTask t{};
     const int64_t block = blocks - 1 - i % blocks;
     i /= blocks;
-    t.kv_head = i % p.kv_heads;
-    t.b = i / p.kv_heads;
+    t.head_begin = i % head_groups * heads_per_task;
+    t.head_end = std::min(t.head_begin + heads_per_task, p.kv_heads);
+    t.b = i / head_groups;
     t.node_begin = block * nodes_per_block;
     t.node_end = std::min(t.node_begin + nodes_per_block, p.nodes);
     t.split_begin = 0;
@@ -97,13 +100,22 @@ Status paged_tree_attention(const AttentionParams& p) {
     longest = std::max(longest, end);
   }
   Plan plan{p, std::clamp<int64_t>(kRowsPerBlock / group, 1, p.nodes)};
+  const int64_t rows = plan.nodes_per_block * group;
   plan.blocks = (p.nodes + plan.nodes_per_block - 1) / plan.nodes_per_block;
   plan.splits = (longest + kSplit - 1) / kSplit;
-  plan.rows = plan.nodes_per_block * group;
-  plan.state_floats = attention_state_floats(plan.rows, p.head_dim);
-  plan.scratch_floats = attention_scratch_floats(plan.rows, p.head_dim);
+  plan.heads_per_task = std::clamp<int64_t>(kRowsPerTask / rows, 1, p.kv_heads);
+  const int64_t units = p.batch * plan.blocks * plan.splits;
+  const int64_t wanted = (2 * num_threads() + units - 1) / units;  // head groups, for balance
+  if (wanted > 1) {
+    plan.heads_per_task =
+        std::clamp<int64_t>((p.kv_heads + wanted - 1) / wanted, 1, plan.heads_per_task);
+  }
+  plan.head_groups = (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task;
+  plan.state_floats = attention_state_floats(plan.heads_per_task * rows, p.head_dim);
+  plan.scratch_floats = attention_scratch_floats(plan.heads_per_task, plan.nodes_per_block, group,
+                                                 p.head_dim, p.words);
 
-  const int64_t tasks = p.batch * p.kv_heads * plan.blocks;
+  const int64_t tasks = p.batch * plan.head_groups * plan.blocks;
   const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * dtype_size(p.dtype);
   const int64_t products = positions * p.nodes * p.q_heads * p.head_dim * 2;
   // In parallel_for's measure, where less than 64 KB, here about 25 us, is not worth a second

@@ -11,31 +11,42 @@ namespace inferlab::cpu {
 constexpr int64_t kChunk = 256;
 constexpr int64_t kSplit = 1024;
 constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kTile = 64;  // keys that all rows of a head pass over while they are in L1
 
-// Nodes [node_begin, node_end) x the query heads of one KV head, over splits [split_begin,
-// split_end).
+// Nodes [node_begin, node_end) x the query heads of KV heads [head_begin, head_end), over splits
+// [split_begin, split_end). Rows are ordered by KV head, node, query head.
 struct AttentionTask {
-  int64_t b, kv_head;
+  int64_t b;
+  int64_t head_begin, head_end;
   int64_t node_begin, node_end;
   int64_t split_begin, split_end;
-  float* scratch;  // attention_scratch_floats(rows, head_dim), 64-byte aligned
+  float* scratch;  // attention_scratch_floats, 64-byte aligned
   float*
       partials;  // null: finish the rows. Otherwise attention_state_floats per split, from split 0
 };
 
-inline int64_t padded_dim(int64_t head_dim) {
-  return (head_dim + kMaxLanes - 1) & ~(kMaxLanes - 1);
-}
+inline int64_t padded(int64_t floats) { return (floats + kMaxLanes - 1) & ~(kMaxLanes - 1); }
 
-// m[rows], l[rows], acc[rows][padded_dim]
+// m[rows], l[rows], acc[rows][padded(head_dim)]
 inline int64_t attention_state_floats(int64_t rows, int64_t head_dim) {
-  return ((2 * rows + kMaxLanes - 1) & ~(kMaxLanes - 1)) + rows * padded_dim(head_dim);
+  return padded(2 * rows) + rows * padded(head_dim);
 }
 
-// q, scores, three states (chunk, split, row), two offset lists, the ranges of the nodes
-inline int64_t attention_scratch_floats(int64_t rows, int64_t head_dim) {
-  return rows * padded_dim(head_dim) + rows * (kChunk + kMaxLanes) +
-         3 * attention_state_floats(rows, head_dim) + 4 * (kChunk + kMaxLanes) + 8 * rows + 64;
+// Ancestors of one node that fall into a chunk, and the slack that score tiles read.
+inline int64_t own_list_length(int64_t words) {
+  return (64 * words < kChunk ? 64 * words : kChunk) + kMaxLanes;
+}
+
+// For `heads` KV heads, `nodes` nodes, `group` query heads per KV head: two lists of offsets, each
+// node's own, the nodes' ranges, q, the states of splits and rows; and for one head at a time the
+// scores, the chunk's state, a tile of keys or values in fp32.
+inline int64_t attention_scratch_floats(int64_t heads, int64_t nodes, int64_t group,
+                                        int64_t head_dim, int64_t words) {
+  const int64_t rows = nodes * group;
+  return 4 * (kChunk + kMaxLanes) + 2 * nodes * own_list_length(words) + 3 * padded(4 * nodes) +
+         heads * rows * padded(head_dim) + 2 * attention_state_floats(heads * rows, head_dim) +
+         rows * (kChunk + kMaxLanes) + attention_state_floats(rows, head_dim) +
+         (kTile + kMaxLanes) * padded(head_dim) + 2 * (kTile + kMaxLanes);
 }
 
 }  // namespace inferlab::cpu

@@ -1,5 +1,6 @@
-// Paged tree attention, one task: a block of rows (nodes x the query heads of one KV head) over a
-// run of positions. Flash-decoding with fixed chunks (csrc/cpu/attention_task.h); per chunk:
+// Paged tree attention, one task: a block of rows (nodes x the query heads of some KV heads) over a
+// run of positions. Flash-decoding with fixed chunks (csrc/cpu/attention_task.h); per chunk and
+// head:
 //
 //   1. scores of all rows against the committed keys of the chunk, in tiles of keys that stay in L1
 //      while the rows pass over them; then each node's own ancestors, through a list of its own
@@ -7,19 +8,21 @@
 //   3. weighted values, in the same tiles
 //   4. merged into the row's state: M = max(m, m'), l = l e^(m-M) + l' e^(m'-M), acc likewise
 //
-// A key that a row does not see is not in the row's range: it is never multiplied by zero, so
-// garbage there, NaN included, has no effect. Mapping: one thread per task. Bytes: the K and V of
-// the positions once per task, 2 * positions * D * s; q and out are small beside them.
+// Step 1 prefetches the values, step 3 the keys of the next head or chunk. A key that a row does
+// not see is not in the row's range: it is never multiplied by zero, so garbage there, NaN
+// included, has no effect. Mapping: one thread per task. Bytes: K and V of the positions once per
+// task, 2 * positions * heads * D * s; q and out are small beside them.
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "attention_tiles.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;  // keys
+constexpr int64_t kConvertRows = 8;  // from here on a 16-bit tile is converted once for all rows
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 // Rows' running softmax: m (maximum), l (sum of exponentials), acc (weighted values).
@@ -27,11 +30,18 @@ struct State {
   float* m;
   float* l;
   float* acc;
+
+  State rows_from(int64_t row, int64_t stride) const {
+    return {m + row, l + row, acc + row * stride};
+  }
 };
 
 struct Range {
   int64_t begin, end;
+  bool empty() const { return begin >= end; }
 };
+
+Range intersect(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
 
 template <typename T>
 class Block {
@@ -40,28 +50,36 @@ class Block {
       : p_(p),
         t_(t),
         group_(p.q_heads / p.kv_heads),
+        heads_(t.head_end - t.head_begin),
         nodes_(t.node_end - t.node_begin),
         rows_(nodes_ * group_),
-        stride_(padded_dim(p.head_dim)),
+        stride_(padded(p.head_dim)),
         slot_elems_(p.kv_heads * p.head_dim),
-        k_(static_cast<const T*>(p.k_pages) + t.kv_head * p.head_dim),
-        v_(static_cast<const T*>(p.v_pages) + t.kv_head * p.head_dim),
+        page_shift_(__builtin_ctzll(static_cast<uint64_t>(p.page_size))),
         table_(p.block_table + t.b * p.table_stride),
         len_(p.seq_lens[t.b]),
-        shared_end_(p.ancestors != nullptr ? len_ : std::numeric_limits<int64_t>::max()) {
+        shared_end_(p.ancestors != nullptr ? len_ : std::numeric_limits<int64_t>::max()),
+        convert_(!std::is_same_v<T, float> && rows_ >= kConvertRows) {
     float* f = t.scratch;
     const auto take = [&f](int64_t n) {
       float* start = f;
-      f += (n + kMaxLanes - 1) & ~(kMaxLanes - 1);
+      f += padded(n);
       return start;
     };
     offsets_ = reinterpret_cast<int64_t*>(take(2 * (kChunk + kMaxLanes)));
-    own_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kChunk + kMaxLanes)));
-    seen_ = reinterpret_cast<Range*>(take(4 * rows_));
-    here_ = reinterpret_cast<Range*>(take(4 * rows_));
-    q_ = take(rows_ * stride_);
+    next_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kChunk + kMaxLanes)));
+    own_offsets_ = reinterpret_cast<int64_t*>(take(2 * nodes_ * own_list_length(p.words)));
+    seen_ = reinterpret_cast<Range*>(take(4 * nodes_));
+    here_ = reinterpret_cast<Range*>(take(4 * nodes_));
+    own_ = reinterpret_cast<Range*>(take(4 * nodes_));
+    q_ = take(heads_ * rows_ * stride_);
+    split_ = state_at(take(state_floats()), heads_ * rows_);
+    row_ = state_at(take(state_floats()), heads_ * rows_);
     scores_ = take(rows_ * kScoreStride);
-    for (State* s : {&chunk_, &split_, &row_}) *s = state_at(take(state_floats()));
+    chunk_ = state_at(take(attention_state_floats(rows_, p.head_dim)), rows_);
+    tile_ = take((kTile + kMaxLanes) * stride_);
+    tile_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kTile + kMaxLanes)));
+    for (int64_t i = 0; convert_ && i < kTile + kMaxLanes; ++i) tile_offsets_[i] = i * stride_;
   }
 
   void run() {
@@ -71,7 +89,7 @@ class Block {
     const int64_t last = std::min(t_.split_end, (highest_ + kSplit - 1) / kSplit);
     if (t_.partials != nullptr) {
       for (int64_t s = t_.split_begin; s < t_.split_end; ++s) {
-        split_ = state_at(t_.partials + s * state_floats());
+        split_ = state_at(t_.partials + s * state_floats(), heads_ * rows_);
         clear(split_);
         if (s >= first && s < last) run_split(s);
       }
@@ -80,7 +98,7 @@ class Block {
     for (int64_t s = first; s < last; ++s) {
       clear(split_);
       run_split(s);
-      merge(split_, row_);
+      merge(split_, row_, heads_ * rows_);
     }
     write_rows();
   }
@@ -89,28 +107,37 @@ class Block {
   void merge_partials() {
     clear(row_);
     for (int64_t s = t_.split_begin; s < t_.split_end; ++s) {
-      merge(state_at(t_.partials + s * state_floats()), row_);
+      merge(state_at(t_.partials + s * state_floats(), heads_ * rows_), row_, heads_ * rows_);
     }
     write_rows();
   }
 
  private:
-  int64_t state_floats() const { return attention_state_floats(rows_, p_.head_dim); }
-  State state_at(float* f) const { return {f, f + rows_, f + state_floats() - rows_ * stride_}; }
+  int64_t state_floats() const { return attention_state_floats(heads_ * rows_, p_.head_dim); }
+  static State state_at(float* f, int64_t rows) { return {f, f + rows, f + padded(2 * rows)}; }
 
+  // acc is left as it is: merging into an empty row (m = -inf) replaces it.
   void clear(const State& s) const {
-    std::fill_n(s.m, rows_, kNegInf);
-    std::fill_n(s.l, rows_, 0.0f);
-    std::fill_n(s.acc, rows_ * stride_, 0.0f);
+    std::fill_n(s.m, heads_ * rows_, kNegInf);
+    std::fill_n(s.l, heads_ * rows_, 0.0f);
   }
 
   const uint64_t* bits(int64_t node) const {
-    return p_.ancestors + (t_.b * p_.nodes + node) * p_.words;
+    return p_.ancestors + (t_.b * p_.nodes + t_.node_begin + node) * p_.words;
+  }
+  const T* keys(int64_t h) const {
+    return static_cast<const T*>(p_.k_pages) + (t_.head_begin + h) * p_.head_dim;
+  }
+  const T* values(int64_t h) const {
+    return static_cast<const T*>(p_.v_pages) + (t_.head_begin + h) * p_.head_dim;
+  }
+  int64_t slot_offset(int64_t slot) const {
+    const int64_t page = table_[slot >> page_shift_];
+    return ((page << page_shift_) + (slot & (p_.page_size - 1))) * slot_elems_;
   }
 
   // q * scale in fp32, and the range of positions of each node.
   void load_rows() {
-    const T* q = static_cast<const T*>(p_.q) + t_.b * p_.q_stride[0];
     const int64_t count = p_.num_nodes != nullptr ? p_.num_nodes[t_.b] : p_.nodes;
     lowest_ = std::numeric_limits<int64_t>::max();
     highest_ = 0;
@@ -120,22 +147,24 @@ class Block {
       bool padding = n >= count;
       if (p_.ancestors != nullptr && !padding) {
         int64_t path = 0;
-        for (int64_t w = 0; w < p_.words; ++w) path += __builtin_popcountll(bits(n)[w]);
+        for (int64_t w = 0; w < p_.words; ++w) path += __builtin_popcountll(bits(i)[w]);
         end = len_ + path;
         padding = path == 0;
       }
-      Range seen{p_.window > 0 ? std::max<int64_t>(0, end - p_.window) : 0, end};
-      if (padding) seen = {0, 0};
-      seen_[i] = seen;
-      if (seen.end > 0) {
-        lowest_ = std::min(lowest_, seen.begin);
-        highest_ = std::max(highest_, seen.end);
+      seen_[i] = {p_.window > 0 ? std::max<int64_t>(0, end - p_.window) : 0, end};
+      if (padding) seen_[i] = {0, 0};
+      if (!seen_[i].empty()) {
+        lowest_ = std::min(lowest_, seen_[i].begin);
+        highest_ = std::max(highest_, seen_[i].end);
       }
-      for (int64_t g = 0; g < group_; ++g) {
-        const T* from = q + n * p_.q_stride[1] + (t_.kv_head * group_ + g) * p_.q_stride[2];
-        float* to = q_ + (i * group_ + g) * stride_;
-        for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = to_float(from[d]) * p_.scale;
-        for (int64_t d = p_.head_dim; d < stride_; ++d) to[d] = 0.0f;
+      for (int64_t h = 0; h < heads_; ++h) {
+        const T* q = static_cast<const T*>(p_.q) + t_.b * p_.q_stride[0] + n * p_.q_stride[1] +
+                     (t_.head_begin + h) * group_ * p_.q_stride[2];
+        float* to = q_ + (h * rows_ + i * group_) * stride_;
+        for (int64_t g = 0; g < group_; ++g, q += p_.q_stride[2], to += stride_) {
+          for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = to_float(q[d]) * p_.scale;
+          for (int64_t d = p_.head_dim; d < stride_; ++d) to[d] = 0.0f;
+        }
       }
     }
     if (highest_ == 0) lowest_ = 0;
@@ -148,104 +177,154 @@ class Block {
   }
 
   void run_chunk(int64_t begin) {
+    const int64_t shared_here = std::clamp<int64_t>(shared_end_ - begin, 0, kChunk);
     Range shared{kChunk, 0};
     for (int64_t i = 0; i < nodes_; ++i) {
-      here_[i] = {std::clamp<int64_t>(seen_[i].begin - begin, 0, kChunk),
-                  std::clamp<int64_t>(seen_[i].end - begin, 0, kChunk)};
-      if (here_[i].begin >= here_[i].end) continue;
-      shared.begin = std::min(shared.begin, here_[i].begin);
-      shared.end = std::max(shared.end, here_[i].end);
+      const Range here{std::clamp<int64_t>(seen_[i].begin - begin, 0, kChunk),
+                       std::clamp<int64_t>(seen_[i].end - begin, 0, kChunk)};
+      here_[i] = here;
+      own_[i] = {std::max(here.begin, shared_here), here.end};
+      if (here.empty()) continue;
+      shared.begin = std::min(shared.begin, here.begin);
+      shared.end = std::max(shared.end, std::min(here.end, shared_here));
     }
-    shared_here_ = std::clamp<int64_t>(shared_end_ - begin, 0, kChunk);
-    shared.end = std::min(shared.end, shared_here_);
-    list_shared(begin, shared);
+    list_shared(begin, shared, offsets_);
+    const int64_t committed_end = std::min(highest_, shared_end_);
+    const Range next{0, std::min(kChunk, committed_end - begin - kChunk)};
+    list_shared(begin + kChunk, next, next_offsets_);
+    list_own(begin);
+    for (int64_t h = 0; h < heads_; ++h) {
+      Ahead<T> keys_ahead{nullptr, offsets_};
+      if (h + 1 < heads_) {
+        keys_ahead.base = keys(h + 1);
+      } else if (!next.empty()) {
+        keys_ahead = {keys(0), next_offsets_};
+      }
+      run_head(h, shared, keys_ahead);
+    }
+  }
+
+  void run_head(int64_t h, Range shared, Ahead<T> keys_ahead) {
+    const float* q = q_ + h * rows_ * stride_;
     for (int64_t i = shared.begin; i < shared.end; i += kTile) {
-      score_shared({i, std::min(i + kTile, shared.end)});
+      score_shared(h, q, {i, std::min(i + kTile, shared.end)});
     }
-    for_each_own([&](int64_t node, Range own) { score_own(node, own); }, begin);
+    for (int64_t node = 0; node < nodes_; ++node) {
+      if (!own_[node].empty()) score_own(h, q, node);
+    }
     for (int64_t r = 0; r < rows_; ++r) soften(r);
     std::fill_n(chunk_.acc, rows_ * stride_, 0.0f);
     for (int64_t i = shared.begin; i < shared.end; i += kTile) {
-      sum_shared({i, std::min(i + kTile, shared.end)});
+      sum_shared(h, {i, std::min(i + kTile, shared.end)}, keys_ahead);
     }
-    for_each_own(
-        [&](int64_t node, Range own) {
-          for (int64_t g = 0; g < group_; ++g) sum_row(node * group_ + g, own_offsets_, own);
-        },
-        begin);
-    merge(chunk_, split_);
+    for (int64_t node = 0; node < nodes_; ++node) {
+      if (!own_[node].empty()) sum_own(h, node);
+    }
+    merge(chunk_, split_.rows_from(h * rows_, stride_), rows_);
   }
 
-  // Element offsets of the committed keys of the chunk, by place in the chunk.
-  void list_shared(int64_t begin, Range shared) {
-    const int shift = __builtin_ctzll(static_cast<uint64_t>(p_.page_size));
+  // Element offsets of the committed keys of a chunk, by place in the chunk; the last one is
+  // repeated to the end of the list.
+  void list_shared(int64_t begin, Range shared, int64_t* offsets) const {
+    if (shared.empty()) return;
     for (int64_t i = shared.begin; i < shared.end;) {
       const int64_t slot = begin + i;
-      const int64_t row = slot & (p_.page_size - 1);
-      const int64_t page = table_[slot >> shift];
-      int64_t offset = ((page << shift) + row) * slot_elems_;
-      const int64_t stop = std::min(shared.end, i + p_.page_size - row);
-      for (; i < stop; ++i, offset += slot_elems_) offsets_[i] = offset;
+      int64_t offset = slot_offset(slot);
+      const int64_t stop = std::min(shared.end, i + p_.page_size - (slot & (p_.page_size - 1)));
+      for (; i < stop; ++i, offset += slot_elems_) offsets[i] = offset;
     }
-    for (int64_t i = 0; shared.begin < shared.end && i < kMaxLanes; ++i) {
-      offsets_[shared.end + i] = offsets_[shared.end - 1];
-    }
+    std::fill(offsets + shared.end, offsets + kChunk + kMaxLanes, offsets[shared.end - 1]);
   }
 
-  // Calls f(node, range) for every node that has ancestors of its own in the chunk, with
-  // own_offsets_ filled over that range.
-  template <typename F>
-  void for_each_own(const F& f, int64_t begin) {
+  int64_t* own_list(int64_t node) const { return own_offsets_ + node * own_list_length(p_.words); }
+
+  // The same for each node's own ancestors in the chunk, counted from own_[node].begin.
+  void list_own(int64_t begin) {
     if (p_.ancestors == nullptr) return;
-    const int shift = __builtin_ctzll(static_cast<uint64_t>(p_.page_size));
     for (int64_t node = 0; node < nodes_; ++node) {
-      const Range own{std::max(here_[node].begin, shared_here_), here_[node].end};
-      if (own.begin >= own.end) continue;
-      const uint64_t* row = bits(t_.node_begin + node);
+      const Range own = own_[node];
+      if (own.empty()) continue;
+      int64_t* list = own_list(node);
       int64_t place = len_ - begin;  // of the path's next node in the chunk
-      for (int64_t w = 0; w < p_.words; ++w) {
-        for (uint64_t rest = row[w]; rest != 0; rest &= rest - 1, ++place) {
-          if (place < own.begin || place >= own.end) continue;
-          const int64_t slot = len_ + 64 * w + __builtin_ctzll(rest);
-          const int64_t page = table_[slot >> shift];
-          own_offsets_[place] = ((page << shift) + (slot & (p_.page_size - 1))) * slot_elems_;
+      for (int64_t w = 0; w < p_.words && place < own.end; ++w) {
+        for (uint64_t rest = bits(node)[w]; rest != 0 && place < own.end; rest &= rest - 1) {
+          if (place >= own.begin) {
+            list[place - own.begin] = slot_offset(len_ + 64 * w + __builtin_ctzll(rest));
+          }
+          ++place;
         }
       }
-      for (int64_t i = 0; i < kMaxLanes; ++i) own_offsets_[own.end + i] = own_offsets_[own.end - 1];
-      f(node, own);
+      const int64_t count = own.end - own.begin;
+      std::fill_n(list + count, kMaxLanes, list[count - 1]);
     }
   }
 
   Range row_range(int64_t r) const { return here_[r / group_]; }
 
-  template <int R>
-  void score(int64_t r, const int64_t* offsets, Range keys) {
-    score_rows<R>(q_ + r * stride_, stride_, k_, offsets, keys.begin, keys.end, p_.head_dim,
-                  scores_ + r * kScoreStride);
+  // Calls f(row, count as a constant) for rows [begin, end), in groups of R rows, then of 2,
+  // then 1.
+  template <int R, typename F>
+  static void in_groups(int64_t begin, int64_t end, const F& f) {
+    int64_t r = begin;
+    for (; r + R <= end; r += R) f(r, std::integral_constant<int, R>{});
+    for (; R > 2 && r + 2 <= end; r += 2) f(r, std::integral_constant<int, 2>{});
+    for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
   }
 
-  void score_shared(Range tile) {
-    int64_t r = 0;
-    const auto clipped =
-        [&](int64_t count) {  // what any of `count` rows from r on sees of the tile
-          Range keys{tile.end, tile.begin};
-          for (int64_t node = r / group_; node <= (r + count - 1) / group_; ++node) {
-            keys.begin = std::min(keys.begin, std::max(tile.begin, here_[node].begin));
-            keys.end = std::max(keys.end, std::min(tile.end, here_[node].end));
-          }
-          return keys;
-        };
-    for (; r + kKeyRows <= rows_; r += kKeyRows) score<kKeyRows>(r, offsets_, clipped(kKeyRows));
-    for (; kKeyRows > 2 && r + 2 <= rows_; r += 2) score<2>(r, offsets_, clipped(2));
-    for (; r < rows_; ++r) score<1>(r, offsets_, clipped(1));
+  // A tile's keys or values in fp32, rows padded with zeros.
+  void convert(const T* from, Range tile) {
+    for (int64_t i = tile.begin; i < tile.end; ++i) {
+      const T* x = from + offsets_[i];
+      float* to = tile_ + (i - tile.begin) * stride_;
+      int64_t d = 0;
+      for (; d + kLanes <= p_.head_dim; d += kLanes) vstore(to + d, vload(x + d));
+#if defined(INFERLAB_ISA_AVX512)
+      if (d < p_.head_dim) {
+        vstore(to + d, vload_half(x + d));
+        d += kLanes;
+      }
+#endif
+      for (; d < stride_; ++d) to[d] = 0.0f;
+    }
   }
 
-  void score_own(int64_t node, Range own) {
-    int64_t r = node * group_;
-    const int64_t end = r + group_;
-    for (; r + kKeyRows <= end; r += kKeyRows) score<kKeyRows>(r, own_offsets_, own);
-    for (; kKeyRows > 2 && r + 2 <= end; r += 2) score<2>(r, own_offsets_, own);
-    for (; r < end; ++r) score<1>(r, own_offsets_, own);
+  void score_shared(int64_t h, const float* q, Range tile) {
+    const auto seen_by = [&](int64_t r, int64_t count) {  // of the tile, by any of the rows
+      Range keys{tile.end, tile.begin};
+      for (int64_t node = r / group_; node <= (r + count - 1) / group_; ++node) {
+        keys.begin = std::min(keys.begin, std::max(tile.begin, here_[node].begin));
+        keys.end = std::max(keys.end, std::min(tile.end, here_[node].end));
+      }
+      return keys;
+    };
+    if (convert_) {
+      convert(keys(h), tile);
+      for (int64_t i = tile.begin; i < tile.end; ++i) {
+        prefetch(values(h) + offsets_[i], p_.head_dim);
+      }
+    }
+    in_groups<kKeyRows>(0, rows_, [&](int64_t r, auto count) {
+      const Range keys_seen = seen_by(r, count);
+      float* scores = scores_ + r * kScoreStride;
+      if (convert_) {
+        score_rows<count>(q + r * stride_, stride_, tile_, tile_offsets_,
+                          keys_seen.begin - tile.begin, keys_seen.end - tile.begin, stride_,
+                          scores + tile.begin, Ahead<float>{nullptr, nullptr});
+      } else {
+        score_rows<count>(q + r * stride_, stride_, keys(h), offsets_, keys_seen.begin,
+                          keys_seen.end, p_.head_dim, scores,
+                          Ahead<T>{r == 0 ? values(h) : nullptr, offsets_});
+      }
+    });
+  }
+
+  void score_own(int64_t h, const float* q, int64_t node) {
+    const Range own = own_[node];
+    in_groups<kKeyRows>(node * group_, (node + 1) * group_, [&](int64_t r, auto count) {
+      score_rows<count>(q + r * stride_, stride_, keys(h), own_list(node), 0, own.end - own.begin,
+                        p_.head_dim, scores_ + r * kScoreStride + own.begin,
+                        Ahead<T>{values(h), own_list(node)});
+    });
   }
 
   // Scores of one row -> exponentials, with m and l. Lanes are counted from the chunk's start, and
@@ -254,7 +333,7 @@ class Block {
     const Range keys = row_range(r);
     chunk_.m[r] = kNegInf;
     chunk_.l[r] = 0.0f;
-    if (keys.begin >= keys.end) return;
+    if (keys.empty()) return;
     float* s = scores_ + r * kScoreStride;
     const int64_t first = keys.begin & ~int64_t{kMaxLanes - 1};
     const int64_t last = (keys.end + kMaxLanes - 1) & ~int64_t{kMaxLanes - 1};
@@ -287,43 +366,55 @@ class Block {
     chunk_.l[r] = lost ? std::numeric_limits<float>::quiet_NaN() : vreduce_add(sum);
   }
 
-  void sum_row(int64_t r, const int64_t* offsets, Range keys) {
-    value_rows<1>(chunk_.acc + r * stride_, stride_, scores_ + r * kScoreStride, v_, offsets,
-                  keys.begin, keys.end, p_.head_dim);
-  }
-
-  void sum_shared(Range tile) {
-    const auto clipped = [&](int64_t r) {
-      return Range{std::max(tile.begin, row_range(r).begin), std::min(tile.end, row_range(r).end)};
-    };
-    int64_t r = 0;
-    for (; r + kValueRows <= rows_; r += kValueRows) sum_rows<kValueRows>(r, clipped);
-    for (; r + 2 <= rows_; r += 2) sum_rows<2>(r, clipped);
-    for (; r < rows_; ++r) sum_row(r, offsets_, clipped(r));
-  }
-
-  // R rows together over what all of them see; what only some see before and after it, row by row.
-  template <int R, typename F>
-  void sum_rows(int64_t r, const F& clipped) {
-    Range keys[R];
-    Range common{0, kChunk};
-    for (int i = 0; i < R; ++i) {
-      keys[i] = clipped(r + i);
-      common.begin = std::max(common.begin, keys[i].begin);
-      common.end = std::min(common.end, keys[i].end);
+  void sum_shared(int64_t h, Range tile, Ahead<T> ahead) {
+    if (convert_) {
+      convert(values(h), tile);
+      for (int64_t i = tile.begin; ahead.base != nullptr && i < tile.end; ++i) {
+        prefetch(ahead.base + ahead.offsets[i], p_.head_dim);
+      }
     }
-    if (common.begin >= common.end) {
-      for (int i = 0; i < R; ++i) sum_row(r + i, offsets_, keys[i]);
-      return;
-    }
-    for (int i = 0; i < R; ++i) sum_row(r + i, offsets_, {keys[i].begin, common.begin});
-    value_rows<R>(chunk_.acc + r * stride_, stride_, scores_ + r * kScoreStride, v_, offsets_,
-                  common.begin, common.end, p_.head_dim);
-    for (int i = 0; i < R; ++i) sum_row(r + i, offsets_, {common.end, keys[i].end});
+    in_groups<kValueRows>(0, rows_, [&](int64_t r, auto count) {
+      // Together what all of the rows see; what only some see, before and after it, row by row.
+      Range common = tile;
+      for (int i = 0; i < count; ++i) common = intersect(common, row_range(r + i));
+      if (common.empty()) common = {tile.end, tile.end};
+      const Ahead<T> mine{r == 0 ? ahead.base : nullptr, ahead.offsets};
+      for (int i = 0; count > 1 && i < count; ++i) {
+        sum_rows<1>(h, r + i, tile, intersect(row_range(r + i), {tile.begin, common.begin}));
+      }
+      sum_rows<count>(h, r, tile, common, mine);
+      for (int i = 0; count > 1 && i < count; ++i) {
+        sum_rows<1>(h, r + i, tile, intersect(row_range(r + i), {common.end, tile.end}));
+      }
+    });
   }
 
-  void merge(const State& from, const State& into) const {
-    for (int64_t r = 0; r < rows_; ++r) {
+  template <int R>
+  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, Ahead<T> ahead = {nullptr, nullptr}) {
+    if (keys.empty()) return;
+    float* acc = chunk_.acc + r * stride_;
+    const float* weights = scores_ + r * kScoreStride;
+    if (convert_) {
+      value_rows<R>(acc, stride_, weights + tile.begin, tile_, tile_offsets_,
+                    keys.begin - tile.begin, keys.end - tile.begin, stride_,
+                    Ahead<float>{nullptr, nullptr});
+    } else {
+      value_rows<R>(acc, stride_, weights, values(h), offsets_, keys.begin, keys.end, p_.head_dim,
+                    ahead);
+    }
+  }
+
+  void sum_own(int64_t h, int64_t node) {
+    const Range own = own_[node];
+    in_groups<kValueRows>(node * group_, (node + 1) * group_, [&](int64_t r, auto count) {
+      value_rows<count>(chunk_.acc + r * stride_, stride_, scores_ + r * kScoreStride + own.begin,
+                        values(h), own_list(node), 0, own.end - own.begin, p_.head_dim,
+                        Ahead<T>{nullptr, nullptr});
+    });
+  }
+
+  void merge(const State& from, const State& into, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
       if (from.m[r] == kNegInf) continue;
       float* to = into.acc + r * stride_;
       const float* add = from.acc + r * stride_;
@@ -346,32 +437,41 @@ class Block {
   }
 
   void write_rows() const {
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t n = t_.node_begin + r / group_;
-      const int64_t head = t_.kv_head * group_ + r % group_;
+    for (int64_t r = 0; r < heads_ * rows_; ++r) {
+      const int64_t n = t_.node_begin + r % rows_ / group_;
+      const int64_t head = (t_.head_begin + r / rows_) * group_ + r % group_;
       T* out = static_cast<T*>(p_.out) + ((t_.b * p_.nodes + n) * p_.q_heads + head) * p_.head_dim;
+      if (row_.m[r] == kNegInf) {
+        std::fill_n(out, p_.head_dim, T{});
+        continue;
+      }
       const float* acc = row_.acc + r * stride_;
-      const float inverse = row_.m[r] == kNegInf ? 0.0f : 1.0f / row_.l[r];
+      const float inverse = 1.0f / row_.l[r];
       for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(acc[d] * inverse);
     }
   }
 
   const AttentionParams& p_;
   const AttentionTask& t_;
-  const int64_t group_, nodes_, rows_, stride_, slot_elems_;
-  const T* const k_;
-  const T* const v_;
+  const int64_t group_, heads_, nodes_;
+  const int64_t rows_;  // of one KV head
+  const int64_t stride_, slot_elems_;
+  const int page_shift_;
   const int32_t* const table_;
   const int64_t len_;
   const int64_t shared_end_;  // positions from here on are a row's own
-  int64_t shared_here_ = 0;   // the same, in the chunk at hand
-  int64_t lowest_ = 0, highest_ = 0;
+  const bool convert_;
+  int64_t lowest_ = 0, highest_ = 0;  // positions that any row sees
   int64_t* offsets_;
+  int64_t* next_offsets_;  // of the next chunk
   int64_t* own_offsets_;
   Range* seen_;  // per node: positions
   Range* here_;  // per node: places in the chunk at hand
+  Range* own_;   // per node: of these, the ones with its own ancestors
   float* q_;
   float* scores_;
+  float* tile_;
+  int64_t* tile_offsets_;
   State chunk_, split_, row_;
 };
 

@@ -77,12 +77,11 @@ inline vf vload_half(const f16* p) {
 }
 #endif
 
-inline void prefetch(const void* p) {
-#if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(p, 0, 3);
-#else
-  (void)p;
-#endif
+// Asks for `count` elements at p, into the second-level cache.
+template <typename T>
+inline void prefetch(const T* p, int64_t count) {
+  constexpr int64_t kPerLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kPerLine) __builtin_prefetch(p + i, 0, 2);
 }
 
 #if defined(INFERLAB_ISA_AVX512)

@@ -24,16 +24,27 @@ constexpr int kValueRows = 4;
 constexpr int kValueVecs = 4;
 #endif
 
+// What to ask the memory for meanwhile: row i of `base` when key i is at hand. One head's rows lie
+// far apart, so the hardware does not guess them.
+template <typename T>
+struct Ahead {
+  const T* base;  // null: nothing
+  const int64_t* offsets;
+};
+
 // scores[r][i] = q[r] . k(offsets[i]) for i in [begin, end), rounded up to whole tiles: the scores
 // row and the offset list (its last entry repeated) must have kMaxLanes entries of slack.
 template <int R, typename T>
 void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* offsets, int64_t begin,
-                int64_t end, int64_t dim, float* scores) {
+                int64_t end, int64_t dim, float* scores, Ahead<T> ahead) {
   constexpr int K = kLanes / R;
   for (int64_t i = begin; i < end; i += K) {
     const T* key[K];
 #pragma GCC unroll 16
     for (int j = 0; j < K; ++j) key[j] = k + offsets[i + j];
+    if (ahead.base != nullptr) {
+      for (int j = 0; j < K; ++j) prefetch(ahead.base + ahead.offsets[i + j], dim);
+    }
     vf acc[R * K];
 #pragma GCC unroll 16
     for (int j = 0; j < R * K; ++j) acc[j] = vset(0.0f);
@@ -76,7 +87,7 @@ void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* off
 // acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i])
 template <int R, int V, bool kHalf, typename T>
 void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v,
-                const int64_t* offsets, int64_t begin, int64_t end) {
+                const int64_t* offsets, int64_t begin, int64_t end, Ahead<T> ahead) {
   vf sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -85,6 +96,7 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
   }
   for (int64_t i = begin; i < end; ++i) {
     const T* value = v + offsets[i];
+    if (ahead.base != nullptr) prefetch(ahead.base + ahead.offsets[i], V * kLanes);
     vf x[V];
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) {
@@ -111,23 +123,28 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
 // sum_values over all channels.
 template <int R, typename T>
 void value_rows(float* acc, int64_t acc_stride, const float* weights, const T* v,
-                const int64_t* offsets, int64_t begin, int64_t end, int64_t dim) {
+                const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
+                Ahead<T> ahead = {nullptr, nullptr}) {
   if (begin >= end) return;
   constexpr int V = R == 1 ? 8 : kValueVecs;
+  const auto ahead_at = [&](int64_t d) {
+    return Ahead<T>{ahead.base == nullptr ? nullptr : ahead.base + d, ahead.offsets};
+  };
   int64_t d = 0;
   for (; d + V * kLanes <= dim; d += V * kLanes) {
-    sum_values<R, V, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+    sum_values<R, V, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
   }
   for (; V > 4 && d + 4 * kLanes <= dim; d += 4 * kLanes) {
-    sum_values<R, 4, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+    sum_values<R, 4, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
   }
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-    sum_values<R, 2, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+    sum_values<R, 2, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
   }
   for (; d + kLanes <= dim; d += kLanes) {
-    sum_values<R, 1, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+    sum_values<R, 1, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
   }
-  if (d < dim) sum_values<R, 1, true>(acc + d, acc_stride, weights, v + d, offsets, begin, end);
+  if (d < dim)
+    sum_values<R, 1, true>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
 }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA
