@@ -45,7 +45,7 @@ def assert_same(ours, theirs):
         assert torch.equal(a, b)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([1, 3]),
