@@ -3,6 +3,7 @@
 #include "bind.h"
 #include "block_table.h"
 #include "inferlab/layer.h"
+#include "inferlab/linear.h"
 #include "tensor.h"
 
 namespace inferlab {
@@ -77,6 +78,33 @@ void silu_mul(py::handle x_, py::handle out_) {
   p.dtype = x.float_dtype();
   py::gil_scoped_release release;
   check_status(cpu::silu_mul(p), "silu_mul");
+}
+
+void linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_,
+            py::handle y_) {
+  Tensor x(x_, "x"), weight(weight_, "weight"), y(y_, "y");
+  OptionalTensor bias(bias_, "bias"), residual(residual_, "residual");
+  weight.dims(2).contiguous().cpu();
+  LinearParams p{};
+  p.out = weight.size(0);
+  p.in = weight.size(1);
+  x.shape({Tensor::kAny, p.in}).last_dim_contiguous().cpu();
+  p.rows = x.size(0);
+  p.x_stride = x.stride(0);
+  y.shape({p.rows, p.out}).contiguous().cpu();
+  check_dtype(x, weight);
+  check_dtype(y, weight);
+  if (bias) check_dtype(bias->shape({p.out}).contiguous().cpu(), weight);
+  if (residual) check_dtype(residual->shape({p.rows, p.out}).contiguous().cpu(), weight);
+  p.x = x.data();
+  p.weight = weight.data();
+  p.bias = bias.ptr<const void>();
+  p.residual = residual.ptr<const void>();
+  p.y = y.data();
+  p.dtype = weight.float_dtype();
+  if (p.rows == 0 || p.out == 0) return;
+  py::gil_scoped_release release;
+  check_status(cpu::linear(p), "linear");
 }
 
 // [B, N, H, D] with contiguous heads; fills the strides of b and n.
@@ -155,6 +183,7 @@ void bind_layer(py::module_& m) {
   m.def("rms_norm", &rms_norm);
   m.def("silu_mul", &silu_mul);
   m.def("rope_append", &rope_append);
+  m.def("linear", &linear);
 }
 
 }  // namespace inferlab

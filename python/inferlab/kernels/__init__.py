@@ -3,7 +3,7 @@
 from inferlab.kernels.attention import paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
 from inferlab.kernels.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
-from inferlab.kernels.layer import rms_norm, rope_append, silu_mul
+from inferlab.kernels.layer import linear, rms_norm, rope_append, silu_mul
 from inferlab.kernels.sample import sample
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import (
@@ -22,6 +22,7 @@ __all__ = [
     "kv_compact",
     "kv_copy_pages",
     "kv_gather",
+    "linear",
     "paged_tree_attention",
     "rms_norm",
     "rope_append",

@@ -1,4 +1,4 @@
-"""The small ops between a decoder layer's matrix products: RMSNorm, gated SiLU, rotary + append.
+"""The ops of a decoder layer beside attention: few-row products, RMSNorm, gated SiLU, rotary.
 
 Element types are f32, f16 or bf16; arithmetic is fp32, and intermediate results are rounded where
 the unfused PyTorch layer rounds them. NumPy arrays (f32, f16) work too.
@@ -65,6 +65,37 @@ def silu_mul(x: Array) -> Array:
     shape = (*x.shape[:-1], x.shape[-1] // 2)
     out = np.empty(shape, x.dtype) if is_numpy(x) else torch.empty(shape, dtype=x.dtype)
     _C.silu_mul(x, out)
+    return out
+
+
+def linear(
+    x: Array, weight: Array, bias: Array | None = None, residual: Array | None = None
+) -> Array:
+    """``x @ weight.T (+ bias) (+ residual)`` for few rows, where reading the weight is the work.
+
+    Each output is one chain of fp32 fused multiply-adds in a fixed order: a row's result is the
+    same bits whatever rows are beside it and however many threads there are. Made for up to some
+    30 rows; a matrix product for many rows is better done by a BLAS.
+
+    Args:
+        x: [rows, in], contiguous in its last dimension.
+        weight: [out, in], contiguous, x's dtype.
+        bias: [out] or None.
+        residual: [rows, out] or None, added to the rounded product.
+
+    Returns:
+        [rows, out], x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    if is_compiling():
+        return torch.ops.inferlab.linear(x, weight, bias, residual)
+    if not (is_numpy(x) or x.is_cpu):
+        return reference.linear(x, weight, bias, residual)
+    shape = (x.shape[0], weight.shape[0])
+    out = np.empty(shape, x.dtype) if is_numpy(x) else torch.empty(shape, dtype=x.dtype)
+    _C.linear(x, weight, bias, residual, out)
     return out
 
 
@@ -153,6 +184,11 @@ register(
     "silu_mul(Tensor x) -> Tensor",
     silu_mul,
     lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+)
+register(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+    linear,
+    lambda x, weight, bias, residual: x.new_empty((x.shape[0], weight.shape[0])),
 )
 register(
     "rope_append(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(b!) k_pages, "

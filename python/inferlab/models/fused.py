@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from inferlab.kernels import paged_tree_attention, rms_norm, rope_append, silu_mul
+from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
 from inferlab.models.attention_hook import LayerSpec, Step
 from inferlab.models.batch import ForwardBatch
+
+# Up to here reading the weights is the work; beyond, torch's blocked products win.
+MAX_ROWS = {torch.float32: 48, torch.bfloat16: 8, torch.float16: 8}
 
 # Pre-norm, rotary halves, gated SiLU, no scaling of embeddings, residuals or logits.
 _KNOWN = {
@@ -62,7 +64,7 @@ class FusedDecoder:
             hidden = hidden[rows]
             nodes = 1
         hidden = rms_norm(hidden, self._norm_weight, self._norm_eps)
-        return linear(hidden, self._head.weight, self._head.bias).view(size, nodes, -1)
+        return _product(hidden, self._head.weight, self._head.bias).view(size, nodes, -1)
 
 
 class _Layer:
@@ -96,7 +98,7 @@ class _Layer:
         """hidden: [B * N, H] -> [B * N, H]; K/V goes to the pages of layer `index`."""
         k_pages, v_pages = step.pages[index]
         normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
-        qkv = linear(normed, *self.qkv).view(size, nodes, -1, self.head_dim)
+        qkv = _product(normed, *self.qkv).view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
         k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
         v = qkv[:, :, self.q_heads + self.kv_heads :]
@@ -117,10 +119,23 @@ class _Layer:
             softcap=self.softcap,
             **where,
         ).view(size * nodes, -1)
-        hidden = hidden + linear(attended, self.out.weight, self.out.bias)
+        hidden = _product(attended, self.out.weight, self.out.bias, hidden)
         normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
-        gated = silu_mul(linear(normed, *self.gate_up))
-        return hidden + linear(gated, self.down.weight, self.down.bias)
+        gated = silu_mul(_product(normed, *self.gate_up))
+        return _product(gated, self.down.weight, self.down.bias, hidden)
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ weight.T + bias + residual``; few rows by our kernel, many (prompts) by torch's."""
+    if x.shape[0] <= MAX_ROWS[x.dtype]:
+        return linear(x, weight, bias, residual)
+    out = torch.nn.functional.linear(x, weight, bias)
+    return out if residual is None else out.add_(residual)
 
 
 def _join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -21,6 +21,16 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = torch.nn.functional.linear(x, weight, bias)
+    return out if residual is None else residual + out
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: [B, N, H, D]; cos, sin: [B or 1, N, rotary]."""
     rotary = cos.shape[-1]

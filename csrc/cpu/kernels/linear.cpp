@@ -1,0 +1,186 @@
+// The products of a range of outputs. Register blocks of up to kRows rows by 4 outputs: a vector of
+// W is loaded once for all rows of the block. A block's shape changes no bit of a result.
+#include "inferlab/linear.h"
+
+#include <cmath>
+#include <vector>
+
+#include "simd.h"
+
+namespace inferlab::cpu::INFERLAB_ISA {
+namespace {
+
+#if defined(INFERLAB_ISA_AVX512)
+constexpr int kRows = 6;  // 24 accumulators of 32 registers
+#elif defined(INFERLAB_ISA_AVX2)
+constexpr int kRows = 3;  // 12 of 16
+#else
+constexpr int kRows = 4;  // 16 of 32 on arm64
+#endif
+
+template <typename F>
+void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(float{});
+    case DType::kF16:
+      return f(f16{});
+    case DType::kBF16:
+      return f(bf16{});
+  }
+}
+
+// The sums of four vectors' lanes, in a tree of fixed shape: its bits depend on each vector alone.
+inline void reduce_four(vf a, vf b, vf c, vf d, float* sums) {
+#if defined(INFERLAB_ISA_AVX512)
+  const __m512 ab =
+      _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x44), _mm512_shuffle_f32x4(a.v, b.v, 0xEE));
+  const __m512 cd =
+      _mm512_add_ps(_mm512_shuffle_f32x4(c.v, d.v, 0x44), _mm512_shuffle_f32x4(c.v, d.v, 0xEE));
+  // Four lanes are left of each, side by side.
+  __m512 all =
+      _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
+  all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
+  const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
+#elif defined(INFERLAB_ISA_AVX2)
+  const __m256 ab = _mm256_hadd_ps(a.v, b.v);
+  const __m256 cd = _mm256_hadd_ps(c.v, d.v);
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  sums[0] = vreduce_add(a);
+  sums[1] = vreduce_add(b);
+  sums[2] = vreduce_add(c);
+  sums[3] = vreduce_add(d);
+#endif
+}
+
+// sums[m * stride + n] = x[m] . w[n]; N is 4 or 8, or 1 for what is left.
+template <typename T, int M, int N>
+inline void dot_block(const float* x, int64_t x_stride, const T* w, int64_t in, float* sums,
+                      int64_t stride) {
+  vf acc[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[m][n] = vset(0.0f);
+  }
+  int64_t k = 0;
+  for (; k + kLanes <= in; k += kLanes) {
+    vf xs[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) xs[m] = vload(x + m * x_stride + k);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const vf wn = vload(w + n * in + k);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][n] = vfma(xs[m], wn, acc[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    float* out = sums + m * stride;
+    if constexpr (N == 1) {
+      float four[4];
+      reduce_four(acc[m][0], acc[m][0], acc[m][0], acc[m][0], four);
+      out[0] = four[0];
+    } else {
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n += 4) {
+        reduce_four(acc[m][n], acc[m][n + 1], acc[m][n + 2], acc[m][n + 3], out + n);
+      }
+    }
+    for (int n = 0; n < N && k < in; ++n) {
+      for (int64_t j = k; j < in; ++j) {
+        out[n] = std::fma(x[m * x_stride + j], to_float(w[n * in + j]), out[n]);
+      }
+    }
+  }
+}
+
+// The products of `rows` <= M rows, with as many accumulators as it takes.
+template <typename T, int N, int M = kRows>
+inline void some_rows(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t in,
+                      float* sums, int64_t stride) {
+  if (rows == M) {
+    dot_block<T, M, N>(x, x_stride, w, in, sums, stride);
+  } else if constexpr (M > 1) {
+    some_rows<T, N, M - 1>(x, x_stride, rows, w, in, sums, stride);
+  }
+}
+
+template <typename T, int N>
+inline void all_rows(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t in,
+                     float* sums, int64_t stride) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t count = rows - row < kRows ? rows - row : kRows;
+    some_rows<T, N>(x + row * x_stride, x_stride, count, w, in, sums + row * stride, stride);
+  }
+}
+
+// Adds bias and residual to finished sums and rounds, in the order of the unfused layer.
+template <typename T>
+inline void finish_row(const LinearParams& p, int64_t row, int64_t begin, int64_t end,
+                       const float* sums) {
+  const T* bias = static_cast<const T*>(p.bias);
+  const T* residual = static_cast<const T*>(p.residual);
+  if (residual != nullptr) residual += row * p.out;
+  T* y = static_cast<T*>(p.y) + row * p.out;
+  for (int64_t n = begin; n < end; ++n) {
+    float sum = sums[n - begin];
+    if (bias != nullptr) sum += to_float(bias[n]);
+    if (residual != nullptr) sum = to_float(residual[n]) + to_float(from_float<T>(sum));
+    y[n] = from_float<T>(sum);
+  }
+}
+
+}  // namespace
+
+void linear_widen(const LinearParams& p, float* wide) {
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+      float* out = wide + row * p.in;
+      int64_t i = 0;
+      for (; i + kLanes <= p.in; i += kLanes) vstore(out + i, vload(x + i));
+      for (; i < p.in; ++i) out[i] = to_float(x[i]);
+    }
+  });
+}
+
+void linear_outputs(const LinearParams& p, const float* x, int64_t x_stride, int64_t begin,
+                    int64_t end) {
+  // Outputs at a time: their sums for all rows stay in the first-level cache.
+  constexpr int64_t kSpan = 64;
+  thread_local std::vector<float> sums;
+  if (static_cast<int64_t>(sums.size()) < p.rows * kSpan) {
+    sums.resize(static_cast<size_t>(p.rows * kSpan));
+  }
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t from = begin; from < end; from += kSpan) {
+      const int64_t to = from + kSpan < end ? from + kSpan : end;
+      const T* w = static_cast<const T*>(p.weight) + from * p.in;
+      float* out = sums.data();
+      int64_t n = from;
+      const auto advance = [&](int64_t count) {
+        n += count;
+        w += count * p.in;
+        out += count;
+      };
+      if (p.rows == 1) {
+        for (; n + 8 <= to; advance(8)) dot_block<T, 1, 8>(x, x_stride, w, p.in, out, kSpan);
+      }
+      for (; n + 4 <= to; advance(4)) all_rows<T, 4>(x, x_stride, p.rows, w, p.in, out, kSpan);
+      for (; n < to; advance(1)) all_rows<T, 1>(x, x_stride, p.rows, w, p.in, out, kSpan);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        finish_row<T>(p, row, from, to, sums.data() + row * kSpan);
+      }
+    }
+  });
+}
+
+}  // namespace inferlab::cpu::INFERLAB_ISA

@@ -1,0 +1,27 @@
+// y = x W^T (+ bias) (+ residual) for few rows of x: the matrix product of decoding, where reading
+// W is the work. Each output is one chain of fused multiply-adds over k, in the same order for any
+// number of rows and threads: a token's result does not depend on what is verified beside it.
+#pragma once
+
+#include <cstdint>
+
+#include "inferlab/dtype.h"
+#include "inferlab/status.h"
+
+namespace inferlab {
+
+struct LinearParams {
+  const void* x;         // [rows, in], rows `x_stride` elements apart
+  const void* weight;    // [out, in]
+  const void* bias;      // [out] or null
+  const void* residual;  // [rows, out] or null; may be y
+  void* y;               // [rows, out]
+  int64_t rows, in, out, x_stride;
+  DType dtype;
+};
+
+namespace cpu {
+Status linear(const LinearParams& params);
+}
+
+}  // namespace inferlab
