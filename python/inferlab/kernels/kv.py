@@ -103,7 +103,9 @@ def kv_compact(
     _C.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
 
 
-def kv_gather(pages: Array, block_table: Array, seq_lens: Array, max_len: int) -> Array:
+def kv_gather(
+    pages: Array, block_table: Array, seq_lens: Array, max_len: int, *, out: Array | None = None
+) -> Array:
     """The first `seq_lens[b]` slots of each sequence as one dense array.
 
     Args:
@@ -111,6 +113,7 @@ def kv_gather(pages: Array, block_table: Array, seq_lens: Array, max_len: int) -
         block_table: [B, max_pages] i32.
         seq_lens: [B] i32, each at most max_len.
         max_len: rows per sequence in the result.
+        out: [B, max_len, Hkv, D] to write to, contiguous.
 
     Returns:
         [B, max_len, Hkv, D] in the pages' dtype, zeros behind each sequence's length.
@@ -120,14 +123,18 @@ def kv_gather(pages: Array, block_table: Array, seq_lens: Array, max_len: int) -
         TypeError: a dtype does not fit.
     """
     if is_compiling():
-        return torch.ops.inferlab.kv_gather(pages, block_table, seq_lens, max_len)
-    if is_numpy(pages):
-        dense = np.empty((len(seq_lens), max_len, *pages.shape[2:]), pages.dtype)
-        _C.kv_gather(pages, block_table, seq_lens, dense)
-        return dense
-    if not pages.is_cpu:
-        return reference.kv_gather(pages, block_table, seq_lens, max_len)
-    out = torch.empty((len(seq_lens), max_len, *pages.shape[2:]), dtype=pages.dtype)
+        dense = torch.ops.inferlab.kv_gather(pages, block_table, seq_lens, max_len)
+        return dense if out is None else out.copy_(dense)
+    if not (is_numpy(pages) or pages.is_cpu):
+        dense = reference.kv_gather(pages, block_table, seq_lens, max_len)
+        return dense if out is None else out.copy_(dense)
+    if out is None:
+        shape = (len(seq_lens), max_len, *pages.shape[2:])
+        out = (
+            np.empty(shape, pages.dtype)
+            if is_numpy(pages)
+            else torch.empty(shape, dtype=pages.dtype)
+        )
     _C.kv_gather(pages, block_table, seq_lens, out)
     return out
 
