@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
+from inferlab.benchmarks import run_bench
 from inferlab.models.assets import BUNDLED
 from inferlab.server import ping_vllm
 from inferlab.server.ping_vllm import VLLMPingClient
@@ -36,10 +38,12 @@ START_LIMIT_S = 120
 class Served:
     port: int
     log: Path
+    clients: ExitStack
 
     def client(self, **arguments: object) -> VLLMPingClient:
         defaults = {"retry_delay": 0.0, "timeout": 60.0}
-        return VLLMPingClient("127.0.0.1", self.port, **{**defaults, **arguments})
+        made = VLLMPingClient("127.0.0.1", self.port, **{**defaults, **arguments})
+        return self.clients.enter_context(made)
 
 
 def _put_into_hub_cache(hub: Path, name: str, *, template: bool) -> None:
@@ -79,18 +83,21 @@ def served(tmp_path_factory):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
     # Threads that wait for each other crawl where tests share the cores.
     environment["OMP_NUM_THREADS"] = "1"
-    server = Served(port, folder / "serve.log")
+    clients = ExitStack()
+    server = Served(port, folder / "serve.log", clients)
     with server.log.open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + START_LIMIT_S
-        while not server.client().ping(timeout=1):
+        probe_client = server.client()
+        while not probe_client.ping(timeout=1):
             said = server.log.read_text()[-2000:]
             assert process.poll() is None, f"transformers serve ended: {said}"
             assert time.monotonic() < deadline, f"transformers serve did not come up: {said}"
             time.sleep(0.2)
         yield server
     finally:
+        clients.close()
         process.terminate()
         try:
             process.wait(10)
@@ -166,3 +173,20 @@ def test_ping_command(served, capsys, generated):
     arguments += ["--endpoint", "completions", "--max-tokens", "12", "--temperature", "0"]
     assert ping_vllm.main([*arguments, "--prompt", PROMPT, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["generated_text"] == generated[0]
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_bench_command(served, capsys, stream):
+    arguments = ["--prompt", "Compare performance", "--mode", "http", "--host", "127.0.0.1"]
+    arguments += ["--port", str(served.port), "--iterations", "3", "--endpoint", "completions"]
+    assert run_bench.main([*arguments, "--max-tokens", "6", "--json", *stream]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert stats["mode"] == "http"
+    assert stats["server"] == f"http://127.0.0.1:{served.port}"
+    assert stats["model"] in ("inferlab/tiny", "inferlab/untemplated")
+    assert len(stats["latency_ms"]["raw"]) == 3
+    # The seed is pinned: every iteration gets the same text.
+    assert len({result["generated_text"] for result in stats["raw_results"]}) == 1
+    if stream:
+        assert all(ttft > 0 for ttft in stats["ttft_ms"]["raw"])
+        assert stats["ttft_ms"]["max"] < stats["latency_ms"]["max"]

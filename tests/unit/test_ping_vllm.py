@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
@@ -28,9 +29,15 @@ def server():
 
 
 @pytest.fixture
-def client(server):
-    with VLLMPingClient("127.0.0.1", server.port, retry_delay=0, timeout=10) as made:
-        yield made
+def connect():
+    """VLLMPingClient, closed at the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(VLLMPingClient(*args, **kwargs))
+
+
+@pytest.fixture
+def client(server, connect):
+    return connect("127.0.0.1", server.port, retry_delay=0, timeout=10)
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -191,11 +198,11 @@ def test_fault_in_a_stream_is_no_success(server, client, fault):
     assert "ttft_ms" not in result
 
 
-def test_refused_connection_is_tried_again_with_back_off(monkeypatch):
+def test_refused_connection_is_tried_again_with_back_off(monkeypatch, connect):
     waits: list[float] = []
     monkeypatch.setattr(openai_http.time, "sleep", waits.append)
     with closed_port() as port:
-        client = VLLMPingClient("127.0.0.1", port, retry_attempts=4, retry_delay=0.5)
+        client = connect("127.0.0.1", port, retry_attempts=4, retry_delay=0.5)
         result = client.generate("Hi", model="m")
         assert result["success"] is False
         assert f"cannot connect to http://127.0.0.1:{port}" in result["error"]
@@ -205,19 +212,19 @@ def test_refused_connection_is_tried_again_with_back_off(monkeypatch):
         assert client.get_models()["success"] is False
 
 
-def test_slow_answer_is_a_timeout_and_not_sent_twice(server):
+def test_slow_answer_is_a_timeout_and_not_sent_twice(server, connect):
     server.answers = [Respond([1.0, BODY])]
-    client = VLLMPingClient("127.0.0.1", server.port, timeout=0.15, model="m", retry_delay=0)
+    client = connect("127.0.0.1", server.port, timeout=0.15, model="m", retry_delay=0)
     result = client.generate("Hi")
     assert result["success"] is False
     assert "timeout" in result["error"]
     assert len(server.posts) == 1
 
 
-def test_dripping_answer_times_out_as_a_whole(server):
+def test_dripping_answer_times_out_as_a_whole(server, connect):
     """Each chunk comes in time, all of them together do not."""
     server.answers = [Respond([b" ", 0.05] * 40 + [BODY])]
-    client = VLLMPingClient("127.0.0.1", server.port, timeout=0.3, model="m", retry_delay=0)
+    client = connect("127.0.0.1", server.port, timeout=0.3, model="m", retry_delay=0)
     result = client.generate("Hi")
     assert result["success"] is False
     assert "timeout" in result["error"]
@@ -391,11 +398,11 @@ def test_get_models(server, client):
 SECRET = "sk-do-not-tell-0123456789"
 
 
-def test_api_key_is_sent_and_never_told(server, caplog, tmp_path, monkeypatch):
+def test_api_key_is_sent_and_never_told(server, caplog, tmp_path, monkeypatch, connect):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server.answers = [Respond.json({"error": {"message": f"key {SECRET} is wrong"}}, 401)]
-    client = VLLMPingClient("127.0.0.1", server.port)
+    client = connect("127.0.0.1", server.port)
     result = client.generate("Hi")
     assert server.posts[0].headers["Authorization"] == f"Bearer {SECRET}"
     assert "key [api key] is wrong" in result["error"]
@@ -404,25 +411,25 @@ def test_api_key_is_sent_and_never_told(server, caplog, tmp_path, monkeypatch):
     assert SECRET not in str(result)
 
 
-def test_api_key_argument_beats_config_beats_environment(server, tmp_path, monkeypatch):
+def test_api_key_argument_beats_config_beats_environment(server, tmp_path, monkeypatch, connect):
     monkeypatch.setenv("OPENAI_API_KEY", "from-environment")
     file = tmp_path / "server.yaml"
     file.write_text(f"base_url: {server.url}/v1/\napi_key: from-file\nmodel: m\n")
     server.answers = [Respond.json(chat())]
-    VLLMPingClient(config_path=str(file)).generate("Hi")
-    VLLMPingClient(config_path=str(file), api_key="from-argument").generate("Hi")
+    connect(config_path=str(file)).generate("Hi")
+    connect(config_path=str(file), api_key="from-argument").generate("Hi")
     sent = [request.headers["Authorization"] for request in server.posts]
     assert sent == ["Bearer from-file", "Bearer from-argument"]
 
 
-def test_config_gives_defaults_and_arguments_beat_it(server, tmp_path):
+def test_config_gives_defaults_and_arguments_beat_it(server, tmp_path, connect):
     file = tmp_path / "server.yaml"
     file.write_text(
         "host: 127.0.0.1\nport: 1\nmodel: named\nmax_tokens: 9\ntemperature: 0\n"
         "endpoint: completions\nretry_attempts: 1\ntimeout: 5\n"
     )
     server.answers = [Respond(b"busy", 503)]
-    client = VLLMPingClient(config_path=str(file), port=server.port)
+    client = connect(config_path=str(file), port=server.port)
     assert client.generate("Hi")["attempts"] == 1
     assert server.posts[0].path == "/v1/completions"
     assert server.posts[0].payload == {
@@ -493,11 +500,11 @@ def test_bad_arguments_are_refused_before_anything_is_sent(server, client, argum
     assert not server.requests
 
 
-def test_a_proxy_is_not_used_for_this_machine(server, monkeypatch):
+def test_a_proxy_is_not_used_for_this_machine(server, monkeypatch, connect):
     with closed_port() as port:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
-        assert VLLMPingClient("127.0.0.1", server.port).ping() is True
+        assert connect("127.0.0.1", server.port).ping() is True
 
 
 # --- command -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delta
+from inferlab import _C
 from inferlab.benchmarks import runners
 from inferlab.benchmarks.run_bench import BenchmarkInterrupted, BenchmarkRunner, main
 from inferlab.models.assets import BUNDLED
@@ -23,6 +24,17 @@ from inferlab.models.assets import BUNDLED
 PROMPT = "def read_lines(path):"
 SEED_KEYS = {"mean", "median", "std", "min", "max", "raw"}
 OUR_KEYS = {"p90", "p99", "mean_ci95", "median_ci95"}
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small are no work for two threads, which wait for each other on busy cores."""
+    threads = torch.get_num_threads(), _C.num_threads()
+    torch.set_num_threads(1)
+    _C.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    _C.set_num_threads(threads[1])
 
 
 def fake(**arguments):
@@ -100,7 +112,7 @@ def test_comparison_sees_a_broken_engine(monkeypatch):
     assert found["differences"][0]["position"] == 5
 
 
-def test_real_comparison_on_the_bundled_pair():
+def test_real_comparison_on_the_bundled_pair(one_thread):
     """Speculative, plain and Hugging Face give the same tokens, and those of generate alone."""
     benchmark = BenchmarkRunner(
         mode="specdec", compare_baseline=True, eval_perplexity=True, max_new_tokens=10,
@@ -130,7 +142,7 @@ def test_real_comparison_on_the_bundled_pair():
     assert stats["raw_results"][0]["perplexity_loss"] == pytest.approx(loss, rel=1e-3)
 
 
-def test_plain_decoding_can_be_the_one_measured():
+def test_plain_decoding_can_be_the_one_measured(one_thread):
     benchmark = BenchmarkRunner(
         mode="specdec", draft_mode="none", compare_baseline=True, max_new_tokens=6,
         dtype="float32", warmup_iterations=0,
@@ -140,7 +152,7 @@ def test_plain_decoding_can_be_the_one_measured():
     assert comparison["token_ids"]["verdict"] in ("identical", "ties")
 
 
-def test_local_mode_judges_its_own_output():
+def test_local_mode_judges_its_own_output(one_thread):
     benchmark = BenchmarkRunner(
         "configs/baseline.yaml", "local", eval_perplexity=True, model="inferlab/tiny",
         max_new_tokens=6, do_sample=False, warmup_iterations=0,
@@ -234,10 +246,10 @@ def server():
 @pytest.mark.network
 def test_http_mode(server):
     server.answers = [Respond.json(chat())]
-    benchmark = BenchmarkRunner(
+    with BenchmarkRunner(
         "configs/vllm.yaml", "http", "127.0.0.1", server.port, warmup_iterations=2
-    )
-    stats = benchmark.run_benchmark("Hi", iterations=3)
+    ) as benchmark:
+        stats = benchmark.run_benchmark("Hi", iterations=3)
     assert len(server.posts) == 5
     assert all(request.payload["seed"] == 1234 for request in server.posts)
     assert stats["runner_name"] == "VLLMPingClient"
@@ -251,10 +263,10 @@ def test_http_mode(server):
 def test_http_mode_streams(server):
     events = Respond.events(delta(content="a"), delta(content="b"), delta("stop"))
     server.answers = [events, Respond.events({"error": {"message": "died"}}), events]
-    benchmark = BenchmarkRunner(
+    with BenchmarkRunner(
         mode="http", base_url=server.url, stream=True, warmup_iterations=0, seed=5
-    )
-    stats = benchmark.run_benchmark("Hi", iterations=3)
+    ) as benchmark:
+        stats = benchmark.run_benchmark("Hi", iterations=3)
     assert len(stats["ttft_ms"]["raw"]) == len(stats["tpot_ms"]["raw"]) == 2
     assert stats["failures"][0]["error"] == "the server reports an error: died"
     assert server.posts[0].payload["seed"] == 5
@@ -263,14 +275,16 @@ def test_http_mode_streams(server):
 @pytest.mark.network
 def test_http_server_that_only_fails(server):
     server.answers = [Respond(b"no", 400)]
-    stats = BenchmarkRunner(mode="http", base_url=server.url).run_benchmark("Hi", iterations=2)
+    with BenchmarkRunner(mode="http", base_url=server.url) as benchmark:
+        stats = benchmark.run_benchmark("Hi", iterations=2)
     assert stats["error"] == "all 2 runs failed; the first: HTTP 400: no"
 
 
 @pytest.mark.network
 def test_http_server_that_is_not_there(capsys):
     with closed_port() as port:
-        stats = BenchmarkRunner(mode="http", port=port).run_benchmark("Hi")
+        with BenchmarkRunner(mode="http", port=port) as benchmark:
+            stats = benchmark.run_benchmark("Hi")
         assert stats["error"] == f"Server not reachable: http://127.0.0.1:{port}"
         assert main(["--mode", "http", "--port", str(port), "--prompt", "Hi"]) == 1
     assert "Server not reachable" in capsys.readouterr().err
@@ -373,7 +387,13 @@ def test_ctrl_c_keeps_partial_results(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(os.environ)
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=dict(os.environ),
+            # Background jobs of a shell ignore SIGINT, and their children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         deadline = time.monotonic() + 60

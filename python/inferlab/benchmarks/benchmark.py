@@ -42,6 +42,8 @@ class BenchmarkInterrupted(KeyboardInterrupt):
 class BenchmarkRunner:
     """Measures one way to decode, and compares speculation with what it must beat.
 
+    Usable as a context manager, which closes the connections of http mode.
+
     Args:
         config_path: YAML of the mode's kind: ``baseline`` (local), ``vllm`` (http), ``specdec``.
         mode: "local" (Hugging Face ``generate``), "http" (an OpenAI-compatible server) or
@@ -77,6 +79,7 @@ class BenchmarkRunner:
         _check_mode(mode, compare_baseline, eval_perplexity, stream, server)
         self.mode = mode
         self.eval_perplexity = eval_perplexity
+        self._client: VLLMPingClient | None = None
         self._model: Any = None  # who judges perplexity: the target, or the local baseline
         if config is None:
             if server:
@@ -90,9 +93,8 @@ class BenchmarkRunner:
             self.runners = {mode: LocalRunner(baseline)}
         elif isinstance(config, VllmConfig):
             seed = config.seed if config.seed is not None else HTTP_SEED
-            client = VLLMPingClient(config=config)
-            self._client = client
-            self.runners = {mode: HTTPRunner(client, seed=seed, stream=stream)}
+            self._client = VLLMPingClient(config=config)
+            self.runners = {mode: HTTPRunner(self._client, seed=seed, stream=stream)}
         else:
             if eval_perplexity and config.implementation == "fake":
                 raise ValueError(
@@ -113,6 +115,17 @@ class BenchmarkRunner:
         if compare and isinstance(pipeline.target, HFModel):
             runners["hf"] = GenerateRunner(pipeline.target, config)
         return runners
+
+    def __enter__(self) -> BenchmarkRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections to the server, in http mode; the runner is done then."""
+        if self._client is not None:
+            self._client.close()
 
     def num_runs(self, num_prompts: int, iterations: int | None = None) -> int:
         """How many runs :meth:`run_benchmark` makes, warm-up included."""
@@ -173,7 +186,7 @@ class BenchmarkRunner:
             "num_prompts": len(prompts),
             "environment": describe_environment(),
         }
-        if self.mode == "http" and not self._client.ping():
+        if self._client is not None and not self._client.ping():
             error = f"Server not reachable: {self._client.base_url}"
             empty: dict[str, Any] = {"failures": [], "interrupted": False, "runs": []}
             return {**stats, **self.runner.describe(), **empty, "error": error}

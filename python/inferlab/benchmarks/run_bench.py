@@ -11,6 +11,7 @@ from inferlab.benchmarks.benchmark import (
     MODES,
     BenchmarkInterrupted,
     BenchmarkRunner,
+    Config,
     load_mode_config,
 )
 from inferlab.benchmarks.report import print_summary, write_outputs
@@ -99,20 +100,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
     with clean_stdout(args.json) as out:
-        benchmark = BenchmarkRunner(
-            mode=args.mode,
-            compare_baseline=args.compare_baseline,
-            eval_perplexity=args.eval_perplexity,
-            stream=args.stream,
-            config=config,
-        )
-        interrupted = False
-        show_bar = not (args.no_progress or args.json)
-        try:
-            with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-                stats = benchmark.run_benchmark(prompts, on_run=advance)
-        except BenchmarkInterrupted as interrupt:
-            stats, interrupted = interrupt.stats, True
+        stats, interrupted = _measure(args, config, prompts)
         if args.output:
             write_outputs(args.output, stats)
         if args.json:
@@ -122,6 +110,25 @@ def run(args: argparse.Namespace) -> int:
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
+
+
+def _measure(
+    args: argparse.Namespace, config: Config, prompts: list[str]
+) -> tuple[dict[str, Any], bool]:
+    """(statistics, whether Ctrl-C ended it)."""
+    show_bar = not (args.no_progress or args.json)
+    with BenchmarkRunner(
+        mode=args.mode,
+        compare_baseline=args.compare_baseline,
+        eval_perplexity=args.eval_perplexity,
+        stream=args.stream,
+        config=config,
+    ) as benchmark:
+        try:
+            with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
+                return benchmark.run_benchmark(prompts, on_run=advance), False
+        except BenchmarkInterrupted as interrupt:
+            return interrupt.stats, True
 
 
 def _failed(stats: dict[str, Any]) -> bool:
