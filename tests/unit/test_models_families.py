@@ -26,14 +26,24 @@ from inferlab.models import HFModel
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 4, 5]
 
 
-@cache
-def adapter(family: str) -> HFModel:
-    return HFModel(tiny_model(family), tiny_tokenizer(), name=family)
+# These four skip their modules on the CPU (models/fused.py); with "/modules" they do not.
+FUSED = ("llama", "mistral", "qwen2", "qwen3")
+PATHS = (*FAMILIES, *(f"{family}/modules" for family in FUSED))
 
 
 @cache
-def plain(family: str) -> PreTrainedModel:
-    return tiny_model(family)
+def adapter(path: str) -> HFModel:
+    family, _, modules = path.partition("/")
+    target = HFModel(tiny_model(family), tiny_tokenizer(), name=path)
+    assert (target._fused is not None) == (family in FUSED)
+    if modules:
+        target._fused = None
+    return target
+
+
+@cache
+def plain(path: str) -> PreTrainedModel:
+    return tiny_model(path.partition("/")[0])
 
 
 @torch.inference_mode()
@@ -52,7 +62,7 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PATHS)
 def test_prefill(family: str) -> None:
     ids = random_ids(37, 1)
     expected = plain_logits(family, ids)
@@ -61,7 +71,7 @@ def test_prefill(family: str) -> None:
         assert_same(runner.chain([ids])[0], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PATHS)
 def test_chunked_prefill_and_decode(family: str) -> None:
     ids = random_ids(40, 2)
     expected = plain_logits(family, ids)
@@ -74,7 +84,7 @@ def test_chunked_prefill_and_decode(family: str) -> None:
     assert start == len(ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PATHS)
 def test_tree_paths(family: str) -> None:
     """Each node's logits are those of its path as a plain sequence, siblings notwithstanding."""
     prefix, tokens = random_ids(19, 3), random_ids(len(PARENTS), 4)
@@ -87,7 +97,7 @@ def test_tree_paths(family: str) -> None:
         assert_same(logits[path], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PATHS)
 def test_compaction_then_decode(family: str) -> None:
     """What is left after a partly accepted tree is a plain sequence again, for every layer."""
     prefix, tokens = random_ids(13, 5), random_ids(len(PARENTS), 6)
@@ -101,7 +111,7 @@ def test_compaction_then_decode(family: str) -> None:
     assert_same(runner.chain([rest])[0], plain_logits(family, sequence)[-len(rest) :])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PATHS)
 def test_ragged_batch(family: str) -> None:
     """Prompts and trees of different sizes in one batch; logits of the last rows only."""
     prompts = [random_ids(n, 10 + n) for n in (3, 21, 1, 12, 7)]
