@@ -20,7 +20,11 @@ then do any like my now over such our man me even most made after also did many 
 back through years much where your way down should because long each just state those people too
 little good world make very year still see own work men day get here between both life being under
 three never know same last another while us might great old come since against go came right used
-take token draft model tree cache page node batch key value prompt text
+take token draft model tree cache page node batch key value prompt text small large fast slow step
+next first final early late open close light dark water fire stone river mountain forest city street
+house door window table paper letter word line story music colour green blue red white black morning
+evening night summer winter north south east west left hand eye voice heart mind idea question answer
+number point side end part place road sea sky sun moon star wind rain snow bird fish horse
 """
 
 

@@ -21,10 +21,11 @@ from inferlab.models.kv_cache import KVCache
 class HFModel:
     """A transformers causal LM whose attention runs on paged K/V and token trees.
 
-    The model keeps its own modules and weights; only its attention function is exchanged
-    (see `attention_hook`), so what a family does elsewhere (rotary variants, post-norms, logit
-    soft-capping) stays Hugging Face's. The given model is switched over in place; `plain` gives
-    it back for the length of a ``with`` block.
+    The model keeps its weights and, in general, its modules; only its attention function is
+    exchanged (see `attention_hook`), so what a family does elsewhere (rotary variants, post-norms,
+    logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU run through fewer, fused
+    calls instead (see `fused`). The given model is switched over in place; `plain` gives it back
+    for the length of a ``with`` block.
 
     Args:
         model: a loaded causal LM, on its device, in its dtype.
