@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "inferlab.benchmarks.run_bench": ("BenchmarkRunner",),
     "inferlab.config": (
         "BaselineConfig",
         "ConfigError",
@@ -51,6 +52,7 @@ __all__ = ["__version__", "kernels", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
     from inferlab import kernels as kernels
+    from inferlab.benchmarks.run_bench import BenchmarkRunner as BenchmarkRunner
     from inferlab.config import BaselineConfig as BaselineConfig
     from inferlab.config import ConfigError as ConfigError
     from inferlab.config import SpecdecConfig as SpecdecConfig

@@ -38,6 +38,16 @@ python -m inferlab.specdec.run_specdec --prompt "Test" --policy typical --p 0.9 
 python -m inferlab.specdec.run_specdec --prompt "Test" --controller adaptive --target-acceptance 0.7 --impl fake
 """  # noqa: E501
 
+BENCH = """
+python -m inferlab.benchmarks.run_bench --prompt "Hello, world!" --iterations 5 --mode local
+python -m inferlab.benchmarks.run_bench --mode specdec --prompt "Why speculative decoding helps?" --iterations 3
+python -m inferlab.benchmarks.run_bench --mode specdec --compare-baseline --prompt "Test comparison" --iterations 3
+python -m inferlab.benchmarks.run_bench --prompt "Compare performance" --mode local --iterations 5
+python -m inferlab.benchmarks.run_bench --mode specdec --eval-perplexity --prompt "Quality test" --iterations 3
+python -m inferlab.benchmarks.run_bench --config configs/baseline.yaml --prompt "Test" --mode local
+python -m inferlab.benchmarks.run_bench --config configs/specdec.yaml --prompt "Test" --mode specdec
+"""  # noqa: E501
+
 # Each is run a second time with --json, and its JSON is looked at.
 JSON_COMMANDS = [
     "python -m inferlab.cli baseline --prompt Hello --max-tokens 8 --temperature 0",
@@ -48,6 +58,7 @@ JSON_COMMANDS = [
 ]
 
 EXAMPLE = """
+from inferlab.benchmarks.run_bench import BenchmarkRunner
 from inferlab.server.local_baseline import LocalBaselineRunner
 from inferlab.specdec.pipeline import SpeculativePipeline
 
@@ -62,6 +73,16 @@ print(f"Generated: {result['text']}")
 print(f"Latency: {result['latency_ms']:.2f} ms")
 print(f"Acceptance Rate: {result['acceptance_rate']:.3f}")
 
+benchmark = BenchmarkRunner(config_path="configs/baseline.yaml", mode="local")
+stats = benchmark.run_benchmark("Hello, world!", iterations=2)
+benchmark.print_summary(stats)
+
+specdec_benchmark = BenchmarkRunner(
+    config_path="configs/specdec.yaml", mode="specdec", compare_baseline=True
+)
+stats = specdec_benchmark.run_benchmark("Why speculative decoding helps?", iterations=2)
+specdec_benchmark.print_summary(stats)
+
 for mode in ("medusa", "eagle"):
     try:
         SpeculativePipeline(draft_mode=mode)
@@ -74,7 +95,7 @@ def lines(block: str) -> list[str]:
     return block.strip().splitlines()
 
 
-SEED_COMMANDS = [*lines(BASELINE), *lines(SPECDEC)]
+SEED_COMMANDS = [*lines(BASELINE), *lines(SPECDEC), *lines(BENCH)]
 WITH_JSON = [f"{command} --json" for command in JSON_COMMANDS]
 
 
@@ -106,14 +127,23 @@ def outcomes(environment, tmp_path_factory):
 def test_command_of_the_seed(outcomes, command):
     outcome = outcomes[command]
     assert outcome["code"] == 0, outcome["stderr"]
-    assert "tokens/s" in outcome["stdout"]
     assert "Traceback" not in outcome["stderr"]
+    assert ("benchmark (" if "run_bench" in command else "tokens/s") in outcome["stdout"]
 
 
 def test_baseline_prints_the_prompt_and_specdec_what_follows(outcomes):
     assert outcomes[lines(BASELINE)[0]]["stdout"].startswith("Hello, world!")
     assert "facebook/opt-125m" in outcomes[lines(BASELINE)[2]]["stdout"]
     assert "acceptance" in outcomes[lines(SPECDEC)[0]]["stdout"]
+
+
+def test_benchmarks_print_what_their_flags_ask_for(outcomes):
+    commands = lines(BENCH)
+    compared = next(outcomes[c] for c in commands if "--compare-baseline" in c)
+    assert "Hugging Face generate" in compared["stdout"]
+    assert "token ids: identical" in compared["stdout"]
+    evaluated = next(outcomes[c] for c in commands if "--eval-perplexity" in c)
+    assert "perplexity: " in evaluated["stdout"]
 
 
 @pytest.mark.parametrize("command", WITH_JSON)

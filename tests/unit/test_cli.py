@@ -91,6 +91,8 @@ def own_logging():
             "configs/vllm.yaml: host: is a key of vllm files; this one is read as a specdec file",
         ),
         (("specdec", "--prompt", "a", "--adaptive-K", "--K", "4"), "contradicts --K 4"),
+        (("specdec", "--prompt", "a", "--tree", "2,1", "--K", "4"), "--K 4 contradicts --tree"),
+        (("specdec", "--prompt", "a", "--tree", "2,1", "--max-draft", "4"), "contradicts --tree"),
         (
             ("specdec", "--prompt", "a", "--adaptive-K", "--controller", "cost"),
             "--adaptive-K contradicts --controller cost",
@@ -133,7 +135,7 @@ def test_flags_reach_the_configuration():
         "--controller", "adaptive", "--min-k", "2", "--max-k", "5", "--target-acceptance", "0.6",
         "--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.05",
         "--max-tokens", "12", "--seed", "7", "--device", "cpu", "--impl", "fake",
-        "--draft-mode", "ngram", "--force-device", "cpu", "--tree", "4,2,1", "--dtype", "bfloat16",
+        "--draft-mode", "ngram", "--force-device", "cpu", "--dtype", "bfloat16",
         "--stop", "END", "--stop", "\n", "--batch-size", "3", "--base-model", "b",
         "--draft-model", "d",
     )  # fmt: skip
@@ -147,7 +149,8 @@ def test_flags_reach_the_configuration():
         "ngram",
         "cpu",
     )
-    assert (config.tree, config.dtype, config.stop) == ((4, 2, 1), "bfloat16", ("END", "\n"))
+    assert (config.dtype, config.stop) == ("bfloat16", ("END", "\n"))
+    assert read("--tree", "4,2,1").tree == (4, 2, 1)
     assert (config.max_batch, config.base_model, config.draft_model) == (3, "b", "d")
 
 

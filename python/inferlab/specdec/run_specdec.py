@@ -171,6 +171,9 @@ def given_overrides(
             if value is not None and value != "adaptive":
                 raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
         overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    for flag, value in (("--K", args.K), ("--max-draft", args.max_draft)):
+        if value is not None and args.tree is not None:
+            raise UsageError(f"{flag} {value} contradicts --tree, whose depth is the K; give one")
     return overrides, names
 
 
