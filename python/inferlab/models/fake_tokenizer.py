@@ -15,16 +15,18 @@ MIN_VOCAB = 320
 _WORDS = """
 the of and to in a is that for it as was with be by on not he his but at are this have from or had
 an they which one you were all her she there would their we him been has when who will no more if
-out so up said what its about than into them can only other time new some could these two may first
-then do any like my now over such our man me even most made after also did many off before must well
-back through years much where your way down should because long each just state those people too
-little good world make very year still see own work men day get here between both life being under
-three never know same last another while us might great old come since against go came right used
-take token draft model tree cache page node batch key value prompt text small large fast slow step
-next first final early late open close light dark water fire stone river mountain forest city street
-house door window table paper letter word line story music colour green blue red white black morning
-evening night summer winter north south east west left hand eye voice heart mind idea question answer
-number point side end part place road sea sky sun moon star wind rain snow bird fish horse
+out so up said what its about than into them can only other time new some could these two may
+first then do any like my now over such our man me even most made after also did many off before
+must well back through years much where your way down should because long each just state those
+people too little good world make very year still see own work men day get here between both life
+being under three never know same last another while us might great old come since against go came
+right used take token draft model tree cache page node batch key value prompt text small large
+fast slow step next final early late open close light dark water fire stone river mountain forest
+city street house door window table paper letter word line story music colour green blue red white
+black morning evening night summer winter north south east west left hand eye voice heart mind
+idea question answer number point side end part place road sea sky sun moon star wind rain snow
+bird fish horse leaf grass field farm bread milk salt sugar fruit apple cup plate chair bed wall
+floor glass metal paint brush knife boat train ship wheel
 """
 
 
