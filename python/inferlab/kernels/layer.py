@@ -171,8 +171,19 @@ def _rope_append_op(
     node_offset: int,
     num_nodes: torch.Tensor | None,
 ) -> None:
-    where = {"node_offset": node_offset, "num_nodes": num_nodes}
-    rope_append(q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, **where)
+    rope_append(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        k_pages,
+        v_pages,
+        block_table,
+        seq_lens,
+        node_offset=node_offset,
+        num_nodes=num_nodes,
+    )
 
 
 register(

@@ -70,7 +70,7 @@ class FusedDecoder:
 class _Layer:
     """Weights and sizes of one decoder layer."""
 
-    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
+    def __init__(self, layer: Any, spec: LayerSpec) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.kv_heads = spec.num_kv_heads
         self.head_dim = spec.head_dim
@@ -105,7 +105,7 @@ class _Layer:
         if self.q_norm is not None:
             q = rms_norm(q.contiguous(), self.q_norm.weight, self.q_norm.variance_epsilon)
             k = rms_norm(k.contiguous(), self.k_norm.weight, self.k_norm.variance_epsilon)
-        where = {"node_offset": step.node_offset, "num_nodes": step.num_nodes}
+        where: dict[str, Any] = {"node_offset": step.node_offset, "num_nodes": step.num_nodes}
         rope_append(q, k, v, cos, sin, k_pages, v_pages, step.block_table, step.seq_lens, **where)
         attended = paged_tree_attention(
             q,
