@@ -19,7 +19,8 @@ set_target_properties(inferlab_cuda PROPERTIES
   CUDA_ARCHITECTURES "${real_archs}" POSITION_INDEPENDENT_CODE ON CUDA_RUNTIME_LIBRARY Static
   CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(inferlab_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;-Xcompiler=-Wall>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;-Xcompiler=-Wall>
+  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${INFERLAB_CUDA_WERROR}>>:-Xptxas=-warn-spills;-Xptxas=-Werror;-Werror=all-warnings>)
 target_link_libraries(inferlab_cuda PUBLIC CUDA::cudart_static)
 target_compile_definitions(inferlab_cuda PUBLIC INFERLAB_WITH_CUDA=1)
 target_compile_definitions(_C PRIVATE INFERLAB_CUDA_ARCHS="${INFERLAB_CUDA_ARCHITECTURES}"

@@ -6,6 +6,7 @@
 
 #include "bind.h"
 #include "inferlab/bandwidth.h"
+#include "inferlab/cuda_device.h"
 #include "inferlab/noise.h"
 #include "inferlab/sampling.h"
 #include "isa.h"
@@ -34,6 +35,13 @@ void bind_system(py::module_& m) {
     d["isas"] = std::vector<std::string>{"generic"};
 #endif
     return d;
+  });
+  m.def("cuda_device_count", [] {
+#if defined(INFERLAB_WITH_CUDA)
+    return cuda::device_count();
+#else
+    return 0;
+#endif
   });
   m.def("active_isa", [] { return cpu::isa_name(cpu::active_isa()); });
   m.def("force_isa", [](const std::string& name) {

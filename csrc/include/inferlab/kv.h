@@ -70,7 +70,6 @@ Status kv_copy_pages(const KvCopyPagesParams& params);
 namespace cuda {
 // Pointers on the device, ids included; launched on `stream`. Pairs out of [0, pages) are skipped.
 Status kv_copy_pages(const KvCopyPagesParams& params, void* stream);
-int device_count();  // 0 where there is no driver
 }  // namespace cuda
 
 }  // namespace inferlab
