@@ -128,6 +128,40 @@ uint64_t mass_target(float top_p, double total) {
                             static_cast<uint64_t>(std::ceil(static_cast<double>(top_p) * total)));
 }
 
+// Most rows have most of their mass near the top: those few tokens are tried first. Else one pass
+// adds up masses by bucket, and only the bucket that the cut falls into is looked at closely.
+Cut top_p_cut(const Row& row, const Softmax& softmax, float top_p, Workspace& ws, bool threaded) {
+  const double all = kMassUnits * ordered_sum(row.size, ws, threaded, [&](int64_t i, int64_t j) {
+                       return INFERLAB_DISPATCH(sum_weights, row, i, j, softmax, kKeepAll, nullptr);
+                     });
+  uint64_t target = mass_target(top_p, all);
+  uint64_t* keys = key_buffer(ws, row.size);
+  const float near_top = std::max(softmax.max - 4.0f / softmax.inv_temperature, kLowest);
+  const int64_t near_count = INFERLAB_DISPATCH(collect_keys, row, near_top, keys);
+  if (total_mass(keys, near_count, softmax, ws) >= target) {
+    return mass_cut(keys, near_count, target, softmax, ws);
+  }
+  const int64_t chunks = (row.size + kChunk - 1) / kChunk;
+  ws.histograms.assign(static_cast<size_t>(chunks * kMassBuckets), 0);
+  uint64_t* mass = ws.histograms.data();
+  const auto one = [&](int64_t c) {
+    INFERLAB_DISPATCH(mass_histogram, row, c * kChunk, std::min(row.size, (c + 1) * kChunk),
+                      softmax, mass + c * kMassBuckets);
+  };
+  if (threaded) {
+    parallel_for(chunks, row.size * 4, one);
+  } else {
+    for (int64_t c = 0; c < chunks; ++c) one(c);
+  }
+  for (int64_t i = kMassBuckets; i < chunks * kMassBuckets; ++i) mass[i % kMassBuckets] += mass[i];
+  int bucket = 0;
+  while (bucket + 1 < kMassBuckets && mass[bucket] < target) target -= mass[bucket++];
+  const int64_t n = INFERLAB_DISPATCH(collect_bucket, row, softmax, bucket, keys);
+  if (n == 0) return kKeepAll;
+  total_mass(keys, n, softmax, ws);
+  return mass_cut(keys, n, target, softmax, ws);
+}
+
 }  // namespace
 
 Cut top_k_cut(const Row& row, float max, int64_t k, Workspace& ws) {
@@ -150,20 +184,7 @@ Cut find_cut(const Row& row, float max, const Choice& choice, Workspace& ws, boo
       cut = stricter(cut, mass_cut(keys, n, target, softmax, ws));
     }
   } else if (choice.top_p < 1.0f) {
-    const double total =
-        kMassUnits * ordered_sum(row.size, ws, threaded, [&](int64_t i, int64_t j) {
-          return INFERLAB_DISPATCH(sum_weights, row, i, j, softmax, kKeepAll, nullptr);
-        });
-    const uint64_t target = mass_target(choice.top_p, total);
-    uint64_t* keys = key_buffer(ws, row.size);
-    // Deeper and deeper until the tokens collected hold enough.
-    for (const float depth : {3.0f, 6.0f, 12.0f, kInf}) {
-      const float least = std::max(max - depth * choice.temperature, kLowest);
-      const int64_t n = INFERLAB_DISPATCH(collect_keys, row, least, keys);
-      if (total_mass(keys, n, softmax, ws) < target && depth < kInf) continue;
-      cut = stricter(cut, mass_cut(keys, n, target, softmax, ws));
-      break;
-    }
+    cut = stricter(cut, top_p_cut(row, softmax, choice.top_p, ws, threaded));
   }
   return cut;
 }

@@ -21,7 +21,7 @@ struct Workspace {
   std::vector<float> penalised;     // the row after penalties
   std::vector<float> block_max[2];  // of the target's row; of a second one
   std::vector<float> order;         // scratch for selection
-  std::vector<uint64_t> keys, masses;
+  std::vector<uint64_t> keys, masses, histograms;
   std::vector<double> chunk_sums;
   std::vector<float> p, q, r;  // rejection: target, draft, residual
   std::vector<int32_t> path;   // tokens from below the root to the node

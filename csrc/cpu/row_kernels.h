@@ -132,6 +132,12 @@ INFERLAB_DECLARE_KERNEL(double, sum_residual, const float*, const float*, float,
 INFERLAB_DECLARE_KERNEL(double, sum_floats, const float*, int64_t)
 // Weights of keys in units of 2^-40, so that any order adds up to the same.
 INFERLAB_DECLARE_KERNEL(void, key_masses, const uint64_t*, int64_t, Softmax, uint64_t*)
+// The same masses of all finite elements of [begin, end), added up by how far their log weight is
+// below 0: kMassBuckets of 1/16 each, the last one open.
+constexpr int kMassBuckets = 512;
+INFERLAB_DECLARE_KERNEL(void, mass_histogram, const Row&, int64_t, int64_t, Softmax, uint64_t*)
+// Rank keys of the elements of one such bucket; returns how many.
+INFERLAB_DECLARE_KERNEL(int64_t, collect_bucket, const Row&, Softmax, int, uint64_t*)
 INFERLAB_DECLARE_KERNEL(float, exp_one, float)
 INFERLAB_DECLARE_KERNEL(void, gumbel_fill, uint64_t, uint32_t, uint32_t, float*, int64_t)
 

@@ -152,9 +152,13 @@ struct Drawer {
                                            (m == row.block_max[largest] && b <= largest));
         if (!used && (next < 0 || m > row.block_max[next])) next = b;
       }
-      if (next < 0) break;
+      // Worth it only while its logit alone would do.
+      if (next < 0 || !(row.block_max[next] >= draw.cut.logit) ||
+          !(scaled(row.block_max[next]) > threshold())) {
+        break;
+      }
       largest = next;
-      if (row.block_max[next] >= draw.cut.logit) offer_largest(next);
+      offer_largest(next);
     }
     for (int64_t b = first; b < last; ++b) {
       const float m = row.block_max[b];

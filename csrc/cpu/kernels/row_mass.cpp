@@ -203,6 +203,67 @@ double sum_floats(const float* x, int64_t n) {
   return total(sums);
 }
 
+namespace {
+
+inline uint64_t mass_of(float weight) {
+  return static_cast<uint64_t>(
+      static_cast<int64_t>(static_cast<double>(weight) * 1099511627776.0 + 0.5));
+}
+
+// Log weight to bucket, as a float so that comparing needs no conversion.
+inline vf bucket_of(vf z) {
+  return vmin(z * vset(-16.0f), vset(static_cast<float>(kMassBuckets) - 0.5f));
+}
+
+// Neighbours often fall into one bucket; four copies keep them from waiting for each other.
+template <typename T>
+void histogram(const T* x, int64_t begin, int64_t end, Softmax s, uint64_t* buckets) {
+  uint64_t copies[4][kMassBuckets] = {};
+  for_wide(x, begin, end, [&](int64_t, vf l, int, int lanes) {
+    const vf z = (l - vset(s.max)) * vset(s.inv_temperature);
+    float weight[kLanes], bucket[kLanes];
+    vstore(weight, vexp(z));
+    vstore(bucket, bucket_of(z));
+    for (int i = 0; i < lanes; ++i)
+      copies[i % 4][static_cast<int>(bucket[i])] += mass_of(weight[i]);
+  });
+  for (int i = 0; i < kMassBuckets; ++i) {
+    buckets[i] += copies[0][i] + copies[1][i] + copies[2][i] + copies[3][i];
+  }
+}
+
+template <typename T>
+int64_t collect_of_bucket(const T* x, const Row& row, Softmax s, int bucket, uint64_t* keys) {
+  int64_t count = 0;
+  const vf from = vset(static_cast<float>(bucket)), to = vset(static_cast<float>(bucket + 1));
+  for (int64_t b = 0; b * row.block < row.size; ++b) {
+    const float best = (row.block_max[b] - s.max) * s.inv_temperature * -16.0f;
+    if (!(best < static_cast<float>(bucket + 1)) && bucket != kMassBuckets - 1) continue;
+    const int64_t first = b * row.block;
+    const int64_t last = first + row.block < row.size ? first + row.block : row.size;
+    for_wide(x, first, last, [&](int64_t i, vf l, int, int lanes) {
+      const vf at = bucket_of((l - vset(s.max)) * vset(s.inv_temperature));
+      const uint32_t exist = lanes >= 32 ? ~0u : (1u << lanes) - 1u;
+      for (uint32_t m = vge(at, from) & vgt(to, at) & exist; m != 0; m &= m - 1) {
+        const int64_t t = i + __builtin_ctz(m);
+        const float logit = to_float(x[t]);
+        if (logit > -kInf) keys[count++] = rank_key(logit, static_cast<uint32_t>(t));
+      }
+    });
+  }
+  return count;
+}
+
+}  // namespace
+
+void mass_histogram(const Row& row, int64_t begin, int64_t end, Softmax s, uint64_t* buckets) {
+  INFERLAB_BY_DTYPE(row, histogram, begin, end, s, buckets);
+}
+
+int64_t collect_bucket(const Row& row, Softmax s, int bucket, uint64_t* keys) {
+  return INFERLAB_BY_DTYPE(row, collect_of_bucket, row, s, bucket, keys);
+}
+
 void key_masses(const uint64_t* keys, int64_t n, Softmax s, uint64_t* masses) {
   float z[64], w[64];
   for (int64_t i = 0; i < n; i += 64) {
@@ -211,10 +272,7 @@ void key_masses(const uint64_t* keys, int64_t n, Softmax s, uint64_t* masses) {
       z[j] = j < m ? (key_logit(keys[i + j]) - s.max) * s.inv_temperature : 0.0f;
     }
     for (int j = 0; j < 64; j += kLanes) vstore(w + j, vexp(vload(z + j)));
-    for (int64_t j = 0; j < m; ++j) {
-      masses[i + j] = static_cast<uint64_t>(
-          static_cast<int64_t>(static_cast<double>(w[j]) * 1099511627776.0 + 0.5));
-    }
+    for (int64_t j = 0; j < m; ++j) masses[i + j] = mass_of(w[j]);
   }
 }
 
