@@ -47,10 +47,10 @@ def read_bandwidth() -> float:
 @pytest.fixture
 def rotate() -> Callable[[Callable[[], Any], int], Callable[[], Any]]:
     """rotate(make, num_bytes): a function that hands out copies of an input in turn, as many as
-    it takes to pass any cache, so that each call reads from memory."""
+    it takes to pass a core's own caches, so that no call finds what the last one left there."""
 
     def build(make: Callable[[], Any], num_bytes: int) -> Callable[[], Any]:
-        count = max(2, min(64, (1 << 30) // max(num_bytes, 1)))
+        count = max(3, min(64, (1 << 27) // max(num_bytes, 1)))
         copies = [make() for _ in range(count)]
         turn = 0
 
