@@ -62,6 +62,10 @@ def test_specdec_statistics_have_the_documented_keys():
     assert len(stats["raw_results"]) == 3
     assert stats["raw_results"][0]["token_ids"] == stats["raw_results"][2]["token_ids"]
     assert (stats["draft_mode"], stats["max_draft"], stats["device"]) == ("vanilla", 4, "cpu")
+    phases = stats["phases_ms_per_token"]
+    assert {"draft", "verify", "accept", "commit"} <= set(phases)
+    total = sum(phases.values()) * 36
+    assert total == pytest.approx(sum(stats["latency_ms"]["raw"]), rel=0.01)
     assert stats["environment"]["torch"] == torch.__version__
     assert stats["environment"]["cores"] >= 1
     assert stats["failures"] == []

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inferlab.benchmarks import report
-from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of
+from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, phases_of
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
 from inferlab.benchmarks.perplexity import add_perplexity
@@ -157,6 +157,7 @@ class BenchmarkRunner:
               measured, ``acceptance_rate``, ``mean_accepted_length``, ``target_forwards``,
               ``first_token_ms``, ``ttft_ms``, ``tpot_ms``: each with ``mean``, ``median``, ``std``,
               ``min``, ``max``, ``p90``, ``p99``, ``mean_ci95``, ``median_ci95`` and ``raw``;
+            * ``phases_ms_per_token`` in specdec mode: draft, verify, accept, commit, ...;
             * ``by_prompt``: medians of each prompt; ``runs``: a flat row per run of any mode;
               ``raw_results``: the runner's own results;
             * ``failures``: runs that failed and why; ``interrupted``;
@@ -221,6 +222,8 @@ class BenchmarkRunner:
             if self.eval_perplexity:
                 part["perplexity"] = add_perplexity(good, prompts, self._model)
             part.update(figures_of(measured, self.main_mode))
+            if phases := phases_of(measured, self.main_mode):
+                part["phases_ms_per_token"] = phases
             part["by_prompt"] = by_prompt(measured, self.main_mode, len(prompts))
             if isinstance(self.config, SpecdecConfig) and len(self.runners) > 1:
                 comparison = compare_modes(measured, list(self.runners), len(prompts))

@@ -26,6 +26,18 @@ def figures_of(measurements: Measurements, mode: str) -> dict[str, Any]:
     return figures
 
 
+def phases_of(measurements: Measurements, mode: str) -> dict[str, float]:
+    """Mean time by phase, in ms per generated token; empty where a mode tells no phases."""
+    results = [run.result for run in measurements.of(mode) if run.result is not None]
+    results = [result for result in results if "timings_ms" in result]
+    tokens = sum(result["num_tokens"] for result in results)
+    phases = dict.fromkeys(phase for result in results for phase in result["timings_ms"])
+    return {
+        phase: sum(result["timings_ms"].get(phase, 0.0) for result in results) / tokens
+        for phase in phases
+    }
+
+
 def by_prompt(measurements: Measurements, mode: str, num_prompts: int) -> list[dict[str, Any]]:
     """Medians over the iterations of each prompt that has any."""
     entries = []
@@ -73,6 +85,9 @@ def compare_modes(
         is of Hugging Face where it ran, else of plain decoding.
     """
     figures = {mode: figures_of(measurements, mode) for mode in modes}
+    for mode in modes:
+        if phases := phases_of(measurements, mode):
+            figures[mode]["phases_ms_per_token"] = phases
     comparison: dict[str, Any] = {"modes": figures}
     for baseline in modes[1:]:
         comparison[f"speedup_vs_{baseline}"] = speedup(

@@ -83,6 +83,9 @@ def print_summary(stats: Mapping[str, Any], console: Console | None = None) -> N
         _line(console, "error", stats["error"])
         return
     console.print(_figures_table(stats))
+    if "phases_ms_per_token" in stats:
+        phases = stats["phases_ms_per_token"].items()
+        _line(console, "ms per token", ", ".join(f"{name} {ms:.3f}" for name, ms in phases))
     if "perplexity" in stats:
         found = stats["perplexity"]
         _line(
@@ -188,4 +191,7 @@ def _number(value: float) -> str:
 
 
 def _interval(interval: Sequence[float] | None) -> str:
-    return f"{interval[0]:.3g} to {interval[1]:.3g}" if interval is not None else "-"
+    if interval is None:
+        return "-"
+    low, high = (f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}" for value in interval)
+    return f"{low} to {high}"
