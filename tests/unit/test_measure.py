@@ -307,6 +307,22 @@ def test_perplexity_of_generated_text_is_hugging_faces_loss(target):
     assert found == pytest.approx(math.exp(loss), rel=1e-4)
 
 
+def test_half_logits_are_judged_in_fp32():
+    """The log-softmax of bf16 logits, taken in fp32, differs from theirs in bf16 by a percent."""
+    row = torch.linspace(-3, 3, 50).to(torch.bfloat16)
+
+    class Constant:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids, use_cache):
+            logits = row.expand(1, input_ids.shape[1], -1)
+            return type("Output", (), {"logits": logits})
+
+    exact = row.double().log_softmax(-1)
+    found = log_probabilities(Constant(), [1, 2], [3, 25, 49])
+    assert found == pytest.approx([float(exact[t]) for t in (3, 25, 49)], rel=1e-6)
+
+
 def test_perplexity_by_hand():
     assert perplexity([math.log(0.25)] * 3) == pytest.approx(4.0)
     assert perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)

@@ -99,6 +99,16 @@ def test_fake_comparison_has_equal_ids(temperature):
     assert set(comparison["latency_ms"]) >= SEED_KEYS
 
 
+def test_the_plain_baseline_is_exact_under_a_lossy_policy():
+    benchmark = fake(compare_baseline=True, policy="topk_agree", k=3, draft_mode="vanilla")
+    assert benchmark.runners["plain"].describe()["policy"]["policy"] == "longest_prefix"
+    assert benchmark.runners["plain"].describe()["draft_mode"] == "none"
+    stats = benchmark.run_benchmark(PROMPT, iterations=2)
+    found = stats["baseline_comparison"]["token_ids"]
+    assert found["compared"] == ["plain"]
+    assert "topk_agree" in found["not_compared"]["specdec"]
+
+
 def test_comparison_sees_a_broken_engine(monkeypatch):
     """One wrong token of the speculative runs, as a bug in verification would make it."""
     original = runners.SpecdecRunner.run
