@@ -25,7 +25,7 @@ bool force_isa(const char* name);
   namespace avx512 {                            \
   ret name(__VA_ARGS__);                        \
   }
-#define INFERLAB_DISPATCH(name, ...)                                                    \
+#define INFERLAB_DISPATCH(name, ...)                                                          \
   (::inferlab::cpu::active_isa() == ::inferlab::cpu::Isa::kAvx512 ? avx512::name(__VA_ARGS__) \
                                                                   : avx2::name(__VA_ARGS__))
 #else

@@ -111,8 +111,8 @@ constexpr int kLanes = 4;
 struct vf {
   float v[4];
 };
-#define INFERLAB_LANES(expr)            \
-  vf r;                                 \
+#define INFERLAB_LANES(expr)                 \
+  vf r;                                      \
   for (int i = 0; i < 4; ++i) r.v[i] = expr; \
   return r
 inline vf vset(float x) { INFERLAB_LANES(x); }
@@ -137,8 +137,8 @@ inline float vreduce_max(vf a) {
   const float y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;
 }
-#define INFERLAB_MASK(cond)                        \
-  uint32_t m = 0;                                  \
+#define INFERLAB_MASK(cond)                               \
+  uint32_t m = 0;                                         \
   for (int i = 0; i < 4; ++i) m |= (cond) ? 1u << i : 0u; \
   return m
 inline uint32_t vgt(vf a, vf b) { INFERLAB_MASK(a.v[i] > b.v[i]); }

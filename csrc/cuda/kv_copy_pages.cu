@@ -1,8 +1,8 @@
 // kv_copy_pages: copies whole pages inside the K and V caches of all layers.
 //
 // Each block copies one kBlockBytes piece of one page of one layer of K or V; grid.x runs over the
-// pieces of a page, grid.y over the pairs (src, dst), grid.z over 2 * layers. Threads move 16 bytes at
-// a time where a page is a multiple of 16 bytes, 2 otherwise (elements are 2 or 4 bytes). Bytes:
+// pieces of a page, grid.y over the pairs (src, dst), grid.z over 2 * layers. Threads move 16 bytes
+// at a time where a page is a multiple of 16 bytes, 2 otherwise (elements are 2 or 4 bytes). Bytes:
 // 2 * L * M * page_bytes read and as many written. Pairs out of [0, pages) are skipped.
 #include <cuda_runtime.h>
 
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads) copy_pages_kernel(KvCopyPagesParams 
   for (int64_t i = blockIdx.y; i < p.moves; i += gridDim.y) {
     const int64_t src = p.src[i], dst = p.dst[i];
     if (src < 0 || src >= p.pages || dst < 0 || dst >= p.pages || src == dst) continue;
-    const Word* from = reinterpret_cast<const Word*>(cache + (layer * p.pages + src) * p.page_bytes);
+    const Word* from =
+        reinterpret_cast<const Word*>(cache + (layer * p.pages + src) * p.page_bytes);
     Word* to = reinterpret_cast<Word*>(cache + (layer * p.pages + dst) * p.page_bytes);
     for (int64_t w = begin + threadIdx.x; w < end; w += kThreads) to[w] = from[w];
   }

@@ -149,7 +149,7 @@ class NgramConfig(Section):
 class FakeConfig(Section):
     """FakeLM: how often its draft proposes what its target would have chosen."""
 
-    agreement: Fraction = 0.8
+    agreement: Fraction = 1.0
 
 
 class Sampled(Section):

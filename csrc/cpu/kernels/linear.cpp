@@ -3,7 +3,6 @@
 #include "inferlab/linear.h"
 
 #include <cmath>
-#include <vector>
 
 #include "simd.h"
 
@@ -153,31 +152,31 @@ void linear_widen(const LinearParams& p, float* wide) {
 
 void linear_outputs(const LinearParams& p, const float* x, int64_t x_stride, int64_t begin,
                     int64_t end) {
-  // Outputs at a time: their sums for all rows stay in the first-level cache.
+  // A block's sums stay in the first-level cache until they are rounded and stored.
   constexpr int64_t kSpan = 64;
-  thread_local std::vector<float> sums;
-  if (static_cast<int64_t>(sums.size()) < p.rows * kSpan) {
-    sums.resize(static_cast<size_t>(p.rows * kSpan));
-  }
+  constexpr int64_t kBlockRows = 48;
+  float sums[kBlockRows * kSpan];
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     for (int64_t from = begin; from < end; from += kSpan) {
       const int64_t to = from + kSpan < end ? from + kSpan : end;
-      const T* w = static_cast<const T*>(p.weight) + from * p.in;
-      float* out = sums.data();
-      int64_t n = from;
-      const auto advance = [&](int64_t count) {
-        n += count;
-        w += count * p.in;
-        out += count;
-      };
-      if (p.rows == 1) {
-        for (; n + 8 <= to; advance(8)) dot_block<T, 1, 8>(x, x_stride, w, p.in, out, kSpan);
-      }
-      for (; n + 4 <= to; advance(4)) all_rows<T, 4>(x, x_stride, p.rows, w, p.in, out, kSpan);
-      for (; n < to; advance(1)) all_rows<T, 1>(x, x_stride, p.rows, w, p.in, out, kSpan);
-      for (int64_t row = 0; row < p.rows; ++row) {
-        finish_row<T>(p, row, from, to, sums.data() + row * kSpan);
+      for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+        const int64_t rows = p.rows - row < kBlockRows ? p.rows - row : kBlockRows;
+        const float* block = x + row * x_stride;
+        const T* w = static_cast<const T*>(p.weight) + from * p.in;
+        float* out = sums;
+        int64_t n = from;
+        const auto advance = [&](int64_t count) {
+          n += count;
+          w += count * p.in;
+          out += count;
+        };
+        if (rows == 1) {
+          for (; n + 8 <= to; advance(8)) dot_block<T, 1, 8>(block, x_stride, w, p.in, out, kSpan);
+        }
+        for (; n + 4 <= to; advance(4)) all_rows<T, 4>(block, x_stride, rows, w, p.in, out, kSpan);
+        for (; n < to; advance(1)) all_rows<T, 1>(block, x_stride, rows, w, p.in, out, kSpan);
+        for (int64_t r = 0; r < rows; ++r) finish_row<T>(p, row + r, from, to, sums + r * kSpan);
       }
     }
   });

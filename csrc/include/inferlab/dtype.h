@@ -4,11 +4,17 @@
 #include <cstdint>
 #include <cstring>
 
+// Inline functions of headers that both baseline and per-instruction-set files include live in a
+// namespace of the file's instruction set: otherwise the linker might keep an AVX-512 copy for all.
+#if defined(INFERLAB_ISA)
+#define INFERLAB_INLINE_NAMESPACE INFERLAB_ISA
+#else
+#define INFERLAB_INLINE_NAMESPACE baseline
+#endif
+
 namespace inferlab {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
-
-inline int dtype_size(DType t) { return t == DType::kF32 ? 4 : 2; }
 
 struct bf16 {
   uint16_t bits;
@@ -16,6 +22,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+inline namespace INFERLAB_INLINE_NAMESPACE {
+
+inline int dtype_size(DType t) { return t == DType::kF32 ? 4 : 2; }
 
 inline float bits_to_float(uint32_t u) {
   float f;
@@ -67,4 +77,5 @@ inline f16 from_float<f16>(float x) {
   return f16{static_cast<uint16_t>(sign | ((mag - 0x38000000u + 0xfffu + odd) >> 13))};
 }
 
+}  // namespace INFERLAB_INLINE_NAMESPACE
 }  // namespace inferlab

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "inferlab/dtype.h"  // INFERLAB_INLINE_NAMESPACE
+
 #if defined(__CUDACC__)
 #define INFERLAB_HD __host__ __device__
 #else
@@ -31,6 +33,8 @@ struct PhiloxBlock {
   uint32_t w[4];
 };
 
+inline namespace INFERLAB_INLINE_NAMESPACE {
+
 INFERLAB_HD inline PhiloxBlock philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
                                              uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
@@ -50,8 +54,9 @@ INFERLAB_HD inline PhiloxBlock philox4x32_10(uint32_t c0, uint32_t c1, uint32_t 
 
 INFERLAB_HD inline uint32_t noise_word(uint64_t seed, uint32_t position, uint32_t token,
                                        uint32_t purpose) {
-  const PhiloxBlock b = philox4x32_10(position, token >> 2, purpose, 0u,
-                                      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+  const PhiloxBlock b =
+      philox4x32_10(position, token >> 2, purpose, 0u, static_cast<uint32_t>(seed),
+                    static_cast<uint32_t>(seed >> 32));
   return b.w[token & 3u];
 }
 
@@ -132,4 +137,5 @@ INFERLAB_HD inline float gumbel(uint64_t seed, uint32_t position, uint32_t token
   return noise_gumbel(noise_word(seed, position, token, purpose));
 }
 
+}  // namespace INFERLAB_INLINE_NAMESPACE
 }  // namespace inferlab

@@ -154,28 +154,34 @@ class Engine:
     def _prefill(self, sequence: Sequence) -> None:
         """The prompt, in chunks; the last chunk's logits give the first token."""
         batch = Batch([sequence], self.target.device, self.target.eos_token_ids)
-        prompt = sequence.prompt
-        logits = None
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            chunk = prompt[start : start + PREFILL_CHUNK]
-            batch.refresh()
-            positions = torch.arange(start, start + len(chunk), device=batch.device)
-            logits = self.target.forward(
-                ForwardBatch(
-                    tokens=torch.tensor([chunk], dtype=torch.int64).to(batch.device),
-                    positions=positions[None],
-                    seq_lens=batch.seq_lens,
-                    block_table=batch.block_table,
-                    last_only=True,
-                ),
-                self.cache,
-            )
-            sequence.num_cached += len(chunk)
-            sequence.stats.prefill_forwards += 1
-        position = torch.tensor([[len(prompt)]], dtype=torch.int64).to(batch.device)
+        starts = range(0, len(sequence.prompt), PREFILL_CHUNK)
+        for start in starts[:-1]:
+            self._prefill_chunk(batch, start)
+        logits = self._prefill_chunk(batch, starts[-1])
+        position = torch.tensor([[len(sequence.prompt)]], dtype=torch.int64).to(batch.device)
         token = int(kernels.sample(logits, position, batch.sampling)[0, 0, 0])
         self._emit(sequence, [token])
         self.clock.lap("prefill")
+
+    def _prefill_chunk(self, batch: Batch, start: int) -> torch.Tensor:
+        """Forwards the prompt from ``start`` on; logits of the chunk's last token, [1, 1, V]."""
+        (sequence,) = batch.sequences
+        chunk = sequence.prompt[start : start + PREFILL_CHUNK]
+        batch.refresh()
+        positions = torch.arange(start, start + len(chunk), device=batch.device)
+        logits = self.target.forward(
+            ForwardBatch(
+                tokens=torch.tensor([chunk], dtype=torch.int64).to(batch.device),
+                positions=positions[None],
+                seq_lens=batch.seq_lens,
+                block_table=batch.block_table,
+                last_only=True,
+            ),
+            self.cache,
+        )
+        sequence.num_cached += len(chunk)
+        sequence.stats.prefill_forwards += 1
+        return logits
 
     def _decode(self) -> None:
         """One step for the running batch."""
