@@ -23,5 +23,6 @@ target_compile_options(inferlab_cuda PRIVATE
   $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${INFERLAB_CUDA_WERROR}>>:-Xptxas=-warn-spills;-Xptxas=-Werror;-Werror=all-warnings>)
 target_link_libraries(inferlab_cuda PUBLIC CUDA::cudart_static)
 target_compile_definitions(inferlab_cuda PUBLIC INFERLAB_WITH_CUDA=1)
-target_compile_definitions(_C PRIVATE INFERLAB_CUDA_ARCHS="${INFERLAB_CUDA_ARCHITECTURES}"
+list(JOIN INFERLAB_CUDA_ARCHITECTURES "," arch_names)
+target_compile_definitions(_C PRIVATE INFERLAB_CUDA_ARCHS="${arch_names}"
   INFERLAB_CUDA_VERSION="${CUDAToolkit_VERSION}")

@@ -15,8 +15,10 @@ function(inferlab_add_simd_kernels target)
     target_compile_features(${target}_${isa} PRIVATE cxx_std_17)
     string(TOUPPER ${isa} upper)
     target_compile_definitions(${target}_${isa} PRIVATE INFERLAB_ISA=${isa} INFERLAB_ISA_${upper}=1)
-    target_compile_options(${target}_${isa} PRIVATE ${flags_${isa}})
     inferlab_strict(${target}_${isa})
+    # GCC before 13 takes the deliberately undefined operands of its AVX-512 headers for ours.
+    target_compile_options(${target}_${isa} PRIVATE ${flags_${isa}}
+      $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized;-Wno-maybe-uninitialized>)
     target_link_libraries(${target} INTERFACE ${target}_${isa})
     target_sources(${target} INTERFACE $<TARGET_OBJECTS:${target}_${isa}>)
   endforeach()

@@ -50,9 +50,10 @@ thread_local Workspace t_partials;
 
 struct Plan {
   const AttentionParams& p;
-  int64_t nodes_per_block, blocks, heads_per_task, head_groups, splits;
-  int64_t state_floats, scratch_floats;
-  float* partials;
+  int64_t nodes_per_block;
+  int64_t blocks = 0, heads_per_task = 0, head_groups = 0, splits = 0;
+  int64_t state_floats = 0, scratch_floats = 0;
+  float* partials = nullptr;
   std::atomic<bool> out_of_memory{false};
 
   // Task index -> sequence, KV heads, block; later blocks, which see more, first.
