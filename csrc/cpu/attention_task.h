@@ -38,15 +38,15 @@ inline int64_t own_list_length(int64_t words) {
 }
 
 // For `heads` KV heads, `nodes` nodes, `group` query heads per KV head: two lists of offsets, each
-// node's own, the nodes' ranges, q, the states of splits and rows; and for one head at a time the
-// scores, the chunk's state, a tile of keys or values in fp32.
+// node's own, the nodes' ranges, q, scores, three states (chunk, split, row), and a tile of keys or
+// values in fp32 with its list.
 inline int64_t attention_scratch_floats(int64_t heads, int64_t nodes, int64_t group,
                                         int64_t head_dim, int64_t words) {
-  const int64_t rows = nodes * group;
-  return 4 * (kChunk + kMaxLanes) + 2 * nodes * own_list_length(words) + 3 * padded(4 * nodes) +
-         heads * rows * padded(head_dim) + 2 * attention_state_floats(heads * rows, head_dim) +
-         rows * (kChunk + kMaxLanes) + attention_state_floats(rows, head_dim) +
-         (kTile + kMaxLanes) * padded(head_dim) + 2 * (kTile + kMaxLanes);
+  const int64_t rows = heads * nodes * group;
+  return 4 * (kChunk + kMaxLanes) + padded(2 * nodes * own_list_length(words)) +
+         3 * padded(4 * nodes) + rows * padded(head_dim) + rows * (kChunk + kMaxLanes) +
+         3 * attention_state_floats(rows, head_dim) + (kTile + kMaxLanes) * padded(head_dim) +
+         padded(2 * (kTile + kMaxLanes));
 }
 
 }  // namespace inferlab::cpu

@@ -30,10 +30,6 @@ struct State {
   float* m;
   float* l;
   float* acc;
-
-  State rows_from(int64_t row, int64_t stride) const {
-    return {m + row, l + row, acc + row * stride};
-  }
 };
 
 struct Range {
@@ -73,10 +69,10 @@ class Block {
     here_ = reinterpret_cast<Range*>(take(4 * nodes_));
     own_ = reinterpret_cast<Range*>(take(4 * nodes_));
     q_ = take(heads_ * rows_ * stride_);
-    split_ = state_at(take(state_floats()), heads_ * rows_);
-    row_ = state_at(take(state_floats()), heads_ * rows_);
-    scores_ = take(rows_ * kScoreStride);
-    chunk_ = state_at(take(attention_state_floats(rows_, p.head_dim)), rows_);
+    split_ = state_at(take(state_floats()));
+    row_ = state_at(take(state_floats()));
+    chunk_ = state_at(take(state_floats()));
+    scores_ = take(heads_ * rows_ * kScoreStride);
     tile_ = take((kTile + kMaxLanes) * stride_);
     tile_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kTile + kMaxLanes)));
     for (int64_t i = 0; convert_ && i < kTile + kMaxLanes; ++i) tile_offsets_[i] = i * stride_;
@@ -89,7 +85,7 @@ class Block {
     const int64_t last = std::min(t_.split_end, (highest_ + kSplit - 1) / kSplit);
     if (t_.partials != nullptr) {
       for (int64_t s = t_.split_begin; s < t_.split_end; ++s) {
-        split_ = state_at(t_.partials + s * state_floats(), heads_ * rows_);
+        split_ = state_at(t_.partials + s * state_floats());
         clear(split_);
         if (s >= first && s < last) run_split(s);
       }
@@ -98,7 +94,7 @@ class Block {
     for (int64_t s = first; s < last; ++s) {
       clear(split_);
       run_split(s);
-      merge(split_, row_, heads_ * rows_);
+      merge(split_, row_);
     }
     write_rows();
   }
@@ -107,14 +103,14 @@ class Block {
   void merge_partials() {
     clear(row_);
     for (int64_t s = t_.split_begin; s < t_.split_end; ++s) {
-      merge(state_at(t_.partials + s * state_floats(), heads_ * rows_), row_, heads_ * rows_);
+      merge(state_at(t_.partials + s * state_floats()), row_);
     }
     write_rows();
   }
 
  private:
   int64_t state_floats() const { return attention_state_floats(heads_ * rows_, p_.head_dim); }
-  static State state_at(float* f, int64_t rows) { return {f, f + rows, f + padded(2 * rows)}; }
+  State state_at(float* f) const { return {f, f + heads_ * rows_, f + padded(2 * heads_ * rows_)}; }
 
   // acc is left as it is: merging into an empty row (m = -inf) replaces it.
   void clear(const State& s) const {
@@ -193,34 +189,38 @@ class Block {
     const Range next{0, std::min(kChunk, committed_end - begin - kChunk)};
     list_shared(begin + kChunk, next, next_offsets_);
     list_own(begin);
-    for (int64_t h = 0; h < heads_; ++h) {
-      Ahead<T> keys_ahead{nullptr, offsets_};
-      if (h + 1 < heads_) {
-        keys_ahead.base = keys(h + 1);
-      } else if (!next.empty()) {
-        keys_ahead = {keys(0), next_offsets_};
+    for (int64_t i = shared.begin; i < shared.end; i += kTile) {
+      Ahead ahead = i + kTile < shared.end
+                        ? tile_ahead(keys(0), offsets_, i + kTile, shared.end)
+                        : tile_ahead(values(0), offsets_, shared.begin, shared.end);
+      for (int64_t h = 0; h < heads_; ++h) {
+        score_shared(h, {i, std::min(i + kTile, shared.end)}, &ahead);
       }
-      run_head(h, shared, keys_ahead);
     }
+    for (int64_t node = 0; node < nodes_; ++node) {
+      for (int64_t h = 0; h < heads_ && !own_[node].empty(); ++h) score_own(h, node);
+    }
+    for (int64_t r = 0; r < heads_ * rows_; ++r) soften(r);
+    std::fill_n(chunk_.acc, heads_ * rows_ * stride_, 0.0f);
+    for (int64_t i = shared.begin; i < shared.end; i += kTile) {
+      Ahead ahead = i + kTile < shared.end
+                        ? tile_ahead(values(0), offsets_, i + kTile, shared.end)
+                        : tile_ahead(keys(0), next_offsets_, next.begin, next.end);
+      for (int64_t h = 0; h < heads_; ++h) {
+        sum_shared(h, {i, std::min(i + kTile, shared.end)}, &ahead);
+      }
+    }
+    for (int64_t node = 0; node < nodes_; ++node) {
+      for (int64_t h = 0; h < heads_ && !own_[node].empty(); ++h) sum_own(h, node);
+    }
+    merge(chunk_, split_);
   }
 
-  void run_head(int64_t h, Range shared, Ahead<T> keys_ahead) {
-    const float* q = q_ + h * rows_ * stride_;
-    for (int64_t i = shared.begin; i < shared.end; i += kTile) {
-      score_shared(h, q, {i, std::min(i + kTile, shared.end)});
-    }
-    for (int64_t node = 0; node < nodes_; ++node) {
-      if (!own_[node].empty()) score_own(h, q, node);
-    }
-    for (int64_t r = 0; r < rows_; ++r) soften(r);
-    std::fill_n(chunk_.acc, rows_ * stride_, 0.0f);
-    for (int64_t i = shared.begin; i < shared.end; i += kTile) {
-      sum_shared(h, {i, std::min(i + kTile, shared.end)}, keys_ahead);
-    }
-    for (int64_t node = 0; node < nodes_; ++node) {
-      if (!own_[node].empty()) sum_own(h, node);
-    }
-    merge(chunk_, split_.rows_from(h * rows_, stride_), rows_);
+  // The tile from `begin` on, all heads.
+  Ahead tile_ahead(const T* base, const int64_t* offsets, int64_t begin, int64_t end) const {
+    if (begin >= end) return Ahead();
+    return Ahead(base, offsets + begin, offsets + std::min(begin + kTile, end),
+                 heads_ * p_.head_dim * static_cast<int64_t>(sizeof(T)), sizeof(T));
   }
 
   // Element offsets of the committed keys of a chunk, by place in the chunk; the last one is
@@ -259,7 +259,7 @@ class Block {
     }
   }
 
-  Range row_range(int64_t r) const { return here_[r / group_]; }
+  Range row_range(int64_t r) const { return here_[r % rows_ / group_]; }
 
   // Calls f(row, count as a constant) for rows [begin, end), in groups of R rows, then of 2,
   // then 1.
@@ -288,7 +288,8 @@ class Block {
     }
   }
 
-  void score_shared(int64_t h, const float* q, Range tile) {
+  void score_shared(int64_t h, Range tile, Ahead* ahead) {
+    const float* q = q_ + h * rows_ * stride_;
     const auto seen_by = [&](int64_t r, int64_t count) {  // of the tile, by any of the rows
       Range keys{tile.end, tile.begin};
       for (int64_t node = r / group_; node <= (r + count - 1) / group_; ++node) {
@@ -297,33 +298,27 @@ class Block {
       }
       return keys;
     };
-    if (convert_) {
-      convert(keys(h), tile);
-      for (int64_t i = tile.begin; i < tile.end; ++i) {
-        prefetch(values(h) + offsets_[i], p_.head_dim);
-      }
-    }
+    if (convert_) convert(keys(h), tile);
     in_groups<kKeyRows>(0, rows_, [&](int64_t r, auto count) {
-      const Range keys_seen = seen_by(r, count);
-      float* scores = scores_ + r * kScoreStride;
+      const Range seen = seen_by(r, count);
+      float* scores = scores_ + (h * rows_ + r) * kScoreStride;
+      Ahead* mine = r == 0 ? ahead : nullptr;
       if (convert_) {
-        score_rows<count>(q + r * stride_, stride_, tile_, tile_offsets_,
-                          keys_seen.begin - tile.begin, keys_seen.end - tile.begin, stride_,
-                          scores + tile.begin, Ahead<float>{nullptr, nullptr});
+        score_rows<count>(q + r * stride_, stride_, tile_, tile_offsets_, seen.begin - tile.begin,
+                          seen.end - tile.begin, stride_, scores + tile.begin, mine);
       } else {
-        score_rows<count>(q + r * stride_, stride_, keys(h), offsets_, keys_seen.begin,
-                          keys_seen.end, p_.head_dim, scores,
-                          Ahead<T>{r == 0 ? values(h) : nullptr, offsets_});
+        score_rows<count>(q + r * stride_, stride_, keys(h), offsets_, seen.begin, seen.end,
+                          p_.head_dim, scores, mine);
       }
     });
   }
 
-  void score_own(int64_t h, const float* q, int64_t node) {
+  void score_own(int64_t h, int64_t node) {
     const Range own = own_[node];
-    in_groups<kKeyRows>(node * group_, (node + 1) * group_, [&](int64_t r, auto count) {
-      score_rows<count>(q + r * stride_, stride_, keys(h), own_list(node), 0, own.end - own.begin,
-                        p_.head_dim, scores_ + r * kScoreStride + own.begin,
-                        Ahead<T>{values(h), own_list(node)});
+    const int64_t first = h * rows_ + node * group_;
+    in_groups<kKeyRows>(first, first + group_, [&](int64_t r, auto count) {
+      score_rows<count>(q_ + r * stride_, stride_, keys(h), own_list(node), 0, own.end - own.begin,
+                        p_.head_dim, scores_ + r * kScoreStride + own.begin, nullptr);
     });
   }
 
@@ -366,23 +361,18 @@ class Block {
     chunk_.l[r] = lost ? std::numeric_limits<float>::quiet_NaN() : vreduce_add(sum);
   }
 
-  void sum_shared(int64_t h, Range tile, Ahead<T> ahead) {
-    if (convert_) {
-      convert(values(h), tile);
-      for (int64_t i = tile.begin; ahead.base != nullptr && i < tile.end; ++i) {
-        prefetch(ahead.base + ahead.offsets[i], p_.head_dim);
-      }
-    }
-    in_groups<kValueRows>(0, rows_, [&](int64_t r, auto count) {
+  void sum_shared(int64_t h, Range tile, Ahead* ahead) {
+    if (convert_) convert(values(h), tile);
+    const int64_t first = h * rows_;
+    in_groups<kValueRows>(first, first + rows_, [&](int64_t r, auto count) {
       // Together what all of the rows see; what only some see, before and after it, row by row.
       Range common = tile;
       for (int i = 0; i < count; ++i) common = intersect(common, row_range(r + i));
       if (common.empty()) common = {tile.end, tile.end};
-      const Ahead<T> mine{r == 0 ? ahead.base : nullptr, ahead.offsets};
       for (int i = 0; count > 1 && i < count; ++i) {
         sum_rows<1>(h, r + i, tile, intersect(row_range(r + i), {tile.begin, common.begin}));
       }
-      sum_rows<count>(h, r, tile, common, mine);
+      sum_rows<count>(h, r, tile, common, r == first ? ahead : nullptr);
       for (int i = 0; count > 1 && i < count; ++i) {
         sum_rows<1>(h, r + i, tile, intersect(row_range(r + i), {common.end, tile.end}));
       }
@@ -390,14 +380,12 @@ class Block {
   }
 
   template <int R>
-  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, Ahead<T> ahead = {nullptr, nullptr}) {
-    if (keys.empty()) return;
+  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, Ahead* ahead = nullptr) {
     float* acc = chunk_.acc + r * stride_;
     const float* weights = scores_ + r * kScoreStride;
     if (convert_) {
       value_rows<R>(acc, stride_, weights + tile.begin, tile_, tile_offsets_,
-                    keys.begin - tile.begin, keys.end - tile.begin, stride_,
-                    Ahead<float>{nullptr, nullptr});
+                    keys.begin - tile.begin, keys.end - tile.begin, stride_, ahead);
     } else {
       value_rows<R>(acc, stride_, weights, values(h), offsets_, keys.begin, keys.end, p_.head_dim,
                     ahead);
@@ -406,15 +394,15 @@ class Block {
 
   void sum_own(int64_t h, int64_t node) {
     const Range own = own_[node];
-    in_groups<kValueRows>(node * group_, (node + 1) * group_, [&](int64_t r, auto count) {
+    const int64_t first = h * rows_ + node * group_;
+    in_groups<kValueRows>(first, first + group_, [&](int64_t r, auto count) {
       value_rows<count>(chunk_.acc + r * stride_, stride_, scores_ + r * kScoreStride + own.begin,
-                        values(h), own_list(node), 0, own.end - own.begin, p_.head_dim,
-                        Ahead<T>{nullptr, nullptr});
+                        values(h), own_list(node), 0, own.end - own.begin, p_.head_dim);
     });
   }
 
-  void merge(const State& from, const State& into, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r) {
+  void merge(const State& from, const State& into) const {
+    for (int64_t r = 0; r < heads_ * rows_; ++r) {
       if (from.m[r] == kNegInf) continue;
       float* to = into.acc + r * stride_;
       const float* add = from.acc + r * stride_;

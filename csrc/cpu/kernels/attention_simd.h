@@ -77,13 +77,6 @@ inline vf vload_half(const f16* p) {
 }
 #endif
 
-// Asks for `count` elements at p, into the caches.
-template <typename T>
-inline void prefetch(const T* p, int64_t count) {
-  constexpr int64_t kPerLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += kPerLine) __builtin_prefetch(p + i, 0, 3);
-}
-
 #if defined(INFERLAB_ISA_AVX512)
 inline vf vdiv(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }

@@ -24,32 +24,67 @@ constexpr int kValueRows = 4;
 constexpr int kValueVecs = 4;
 #endif
 
-// What to ask the memory for meanwhile: row i of `base` when key i is at hand. One head's rows lie
-// far apart, so the hardware does not guess them.
-template <typename T>
-struct Ahead {
-  const T* base;  // null: nothing
-  const int64_t* offsets;
+// What to ask the memory for meanwhile: the rows of the next tile, all KV heads of a slot together
+// and in order, so that the hardware's own prefetcher, which guesses straight runs, joins in.
+class Ahead {
+ public:
+  Ahead() = default;
+  // `run_bytes` from each of base + offsets[begin .. end) elements of `element_bytes`.
+  Ahead(const void* base, const int64_t* begin, const int64_t* end, int64_t run_bytes,
+        int element_bytes)
+      : base_(static_cast<const char*>(base)),
+        next_(begin),
+        end_(end),
+        run_bytes_(run_bytes),
+        element_bytes_(element_bytes) {}
+
+  bool done() const { return next_ == end_ && at_ >= stop_; }
+
+  // Asks for as many bytes as `elements` take, in whole lines.
+  void ask(int64_t elements) {
+    due_ += elements * element_bytes_;
+    for (; due_ >= 64; due_ -= 64) {
+      if (at_ >= stop_) {
+        if (next_ == end_) {
+          at_ = stop_;
+          return;
+        }
+        at_ = base_ + *next_++ * element_bytes_;
+        stop_ = at_ + run_bytes_;
+      }
+      __builtin_prefetch(at_, 0, 3);
+      at_ += 64;
+    }
+  }
+
+ private:
+  const char* base_ = nullptr;
+  const int64_t* next_ = nullptr;
+  const int64_t* end_ = nullptr;
+  int64_t run_bytes_ = 0;
+  int64_t element_bytes_ = 0;
+  const char* at_ = nullptr;
+  const char* stop_ = nullptr;
+  int64_t due_ = 0;
 };
 
 // scores[r][i] = q[r] . k(offsets[i]) for i in [begin, end), rounded up to whole tiles: the scores
 // row and the offset list (its last entry repeated) must have kMaxLanes entries of slack.
 template <int R, typename T>
 void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* offsets, int64_t begin,
-                int64_t end, int64_t dim, float* scores, Ahead<T> ahead) {
+                int64_t end, int64_t dim, float* scores, Ahead* ahead_or_null) {
+  Ahead ahead = ahead_or_null != nullptr ? *ahead_or_null : Ahead();
   constexpr int K = kLanes / R;
   for (int64_t i = begin; i < end; i += K) {
     const T* key[K];
 #pragma GCC unroll 16
     for (int j = 0; j < K; ++j) key[j] = k + offsets[i + j];
-    if (ahead.base != nullptr) {
-      for (int j = 0; j < K; ++j) prefetch(ahead.base + ahead.offsets[i + j], dim);
-    }
     vf acc[R * K];
 #pragma GCC unroll 16
     for (int j = 0; j < R * K; ++j) acc[j] = vset(0.0f);
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) {
+      if (!ahead.done()) ahead.ask(K * kLanes);
       vf row[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) row[r] = vload(q + r * q_stride + d);
@@ -82,12 +117,14 @@ void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* off
       for (int r = 0; r < R; ++r) std::memcpy(scores + r * kScoreStride + i, lanes + r * K, 4 * K);
     }
   }
+  if (ahead_or_null != nullptr) *ahead_or_null = ahead;
 }
 
 // acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i])
 template <int R, int V, bool kHalf, typename T>
 void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v,
-                const int64_t* offsets, int64_t begin, int64_t end, Ahead<T> ahead) {
+                const int64_t* offsets, int64_t begin, int64_t end, Ahead* ahead_or_null) {
+  Ahead ahead = ahead_or_null != nullptr ? *ahead_or_null : Ahead();
   vf sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -96,7 +133,7 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
   }
   for (int64_t i = begin; i < end; ++i) {
     const T* value = v + offsets[i];
-    if (ahead.base != nullptr) prefetch(ahead.base + ahead.offsets[i], V * kLanes);
+    if (!ahead.done()) ahead.ask(V * kLanes);
     vf x[V];
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) {
@@ -118,33 +155,31 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) vstore(acc + r * acc_stride + c * kLanes, sum[r][c]);
   }
+  if (ahead_or_null != nullptr) *ahead_or_null = ahead;
 }
 
 // sum_values over all channels.
 template <int R, typename T>
 void value_rows(float* acc, int64_t acc_stride, const float* weights, const T* v,
                 const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
-                Ahead<T> ahead = {nullptr, nullptr}) {
+                Ahead* ahead = nullptr) {
   if (begin >= end) return;
   constexpr int V = R == 1 ? 8 : kValueVecs;
-  const auto ahead_at = [&](int64_t d) {
-    return Ahead<T>{ahead.base == nullptr ? nullptr : ahead.base + d, ahead.offsets};
-  };
   int64_t d = 0;
   for (; d + V * kLanes <= dim; d += V * kLanes) {
-    sum_values<R, V, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
+    sum_values<R, V, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
   }
   for (; V > 4 && d + 4 * kLanes <= dim; d += 4 * kLanes) {
-    sum_values<R, 4, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
+    sum_values<R, 4, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
   }
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-    sum_values<R, 2, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
+    sum_values<R, 2, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
   }
   for (; d + kLanes <= dim; d += kLanes) {
-    sum_values<R, 1, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
+    sum_values<R, 1, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
   }
   if (d < dim)
-    sum_values<R, 1, true>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead_at(d));
+    sum_values<R, 1, true>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
 }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA
