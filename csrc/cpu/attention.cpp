@@ -22,7 +22,7 @@ INFERLAB_DECLARE_KERNEL(void, attention_merge, const AttentionParams&, const Att
 namespace {
 
 constexpr int64_t kRowsPerBlock = 64;  // of one KV head
-constexpr int64_t kRowsPerTask = 128;
+constexpr int64_t kRowsPerTask = 32;
 
 // Grows and never shrinks, so that a decoding loop allocates nothing.
 class Workspace {

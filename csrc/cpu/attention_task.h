@@ -1,6 +1,8 @@
 // The unit of attention work between csrc/cpu/attention.cpp (who does what) and the kernels (how).
 #pragma once
 
+#include <algorithm>
+
 #include "inferlab/attention.h"
 
 namespace inferlab::cpu {
@@ -12,6 +14,16 @@ constexpr int64_t kChunk = 256;
 constexpr int64_t kSplit = 1024;
 constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kTile = 64;  // keys that all rows of a head pass over while they are in L1
+
+// Of positions, places in a chunk or rows.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+inline Range intersect(Range a, Range b) {
+  return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+}
 
 // Nodes [node_begin, node_end) x the query heads of KV heads [head_begin, head_end), over splits
 // [split_begin, split_end). Rows are ordered by KV head, node, query head.
@@ -38,15 +50,15 @@ inline int64_t own_list_length(int64_t words) {
 }
 
 // For `heads` KV heads, `nodes` nodes, `group` query heads per KV head: two lists of offsets, each
-// node's own, the nodes' ranges, q, scores, three states (chunk, split, row), and a tile of keys or
-// values in fp32 with its list.
+// node's own, ranges of nodes and rows, q, scores, three states (chunk, split, row), and a tile of
+// keys or values in fp32 with its list.
 inline int64_t attention_scratch_floats(int64_t heads, int64_t nodes, int64_t group,
                                         int64_t head_dim, int64_t words) {
   const int64_t rows = heads * nodes * group;
   return 4 * (kChunk + kMaxLanes) + padded(2 * nodes * own_list_length(words)) +
-         3 * padded(4 * nodes) + rows * padded(head_dim) + rows * (kChunk + kMaxLanes) +
-         3 * attention_state_floats(rows, head_dim) + (kTile + kMaxLanes) * padded(head_dim) +
-         padded(2 * (kTile + kMaxLanes));
+         2 * padded(4 * nodes) + padded(4 * rows) + rows * padded(head_dim) +
+         rows * (kChunk + kMaxLanes) + 3 * attention_state_floats(rows, head_dim) +
+         (kTile + kMaxLanes) * padded(head_dim) + padded(2 * (kTile + kMaxLanes));
 }
 
 }  // namespace inferlab::cpu

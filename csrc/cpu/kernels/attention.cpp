@@ -17,28 +17,13 @@
 #include <limits>
 #include <type_traits>
 
+#include "attention_softmax.h"
 #include "attention_tiles.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
 constexpr int64_t kConvertRows = 8;  // from here on a 16-bit tile is converted once for all rows
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
-
-// Rows' running softmax: m (maximum), l (sum of exponentials), acc (weighted values).
-struct State {
-  float* m;
-  float* l;
-  float* acc;
-};
-
-struct Range {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-};
-
-Range intersect(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
-
 template <typename T>
 class Block {
  public:
@@ -66,7 +51,7 @@ class Block {
     next_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kChunk + kMaxLanes)));
     own_offsets_ = reinterpret_cast<int64_t*>(take(2 * nodes_ * own_list_length(p.words)));
     seen_ = reinterpret_cast<Range*>(take(4 * nodes_));
-    here_ = reinterpret_cast<Range*>(take(4 * nodes_));
+    here_ = reinterpret_cast<Range*>(take(4 * heads_ * rows_));
     own_ = reinterpret_cast<Range*>(take(4 * nodes_));
     q_ = take(heads_ * rows_ * stride_);
     split_ = state_at(take(state_floats()));
@@ -94,7 +79,7 @@ class Block {
     for (int64_t s = first; s < last; ++s) {
       clear(split_);
       run_split(s);
-      merge(split_, row_);
+      merge(split_, row_, heads_ * rows_, stride_);
     }
     write_rows();
   }
@@ -103,7 +88,7 @@ class Block {
   void merge_partials() {
     clear(row_);
     for (int64_t s = t_.split_begin; s < t_.split_end; ++s) {
-      merge(state_at(t_.partials + s * state_floats()), row_);
+      merge(state_at(t_.partials + s * state_floats()), row_, heads_ * rows_, stride_);
     }
     write_rows();
   }
@@ -178,7 +163,9 @@ class Block {
     for (int64_t i = 0; i < nodes_; ++i) {
       const Range here{std::clamp<int64_t>(seen_[i].begin - begin, 0, kChunk),
                        std::clamp<int64_t>(seen_[i].end - begin, 0, kChunk)};
-      here_[i] = here;
+      for (int64_t h = 0; h < heads_; ++h) {
+        std::fill_n(here_ + h * rows_ + i * group_, group_, here);
+      }
       own_[i] = {std::max(here.begin, shared_here), here.end};
       if (here.empty()) continue;
       shared.begin = std::min(shared.begin, here.begin);
@@ -200,7 +187,11 @@ class Block {
     for (int64_t node = 0; node < nodes_; ++node) {
       for (int64_t h = 0; h < heads_ && !own_[node].empty(); ++h) score_own(h, node);
     }
-    for (int64_t r = 0; r < heads_ * rows_; ++r) soften(r);
+    for (int64_t r = 0; r < heads_ * rows_; ++r) {
+      const Softened row = soften(scores_ + r * kScoreStride, here_[r], p_.softcap);
+      chunk_.m[r] = row.m;
+      chunk_.l[r] = row.l;
+    }
     std::fill_n(chunk_.acc, heads_ * rows_ * stride_, 0.0f);
     for (int64_t i = shared.begin; i < shared.end; i += kTile) {
       Ahead ahead = i + kTile < shared.end
@@ -213,7 +204,7 @@ class Block {
     for (int64_t node = 0; node < nodes_; ++node) {
       for (int64_t h = 0; h < heads_ && !own_[node].empty(); ++h) sum_own(h, node);
     }
-    merge(chunk_, split_);
+    merge(chunk_, split_, heads_ * rows_, stride_);
   }
 
   // The tile from `begin` on, all heads.
@@ -259,8 +250,6 @@ class Block {
     }
   }
 
-  Range row_range(int64_t r) const { return here_[r % rows_ / group_]; }
-
   // Calls f(row, count as a constant) for rows [begin, end), in groups of R rows, then of 2,
   // then 1.
   template <int R, typename F>
@@ -271,36 +260,15 @@ class Block {
     for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
   }
 
-  // A tile's keys or values in fp32, rows padded with zeros.
-  void convert(const T* from, Range tile) {
-    for (int64_t i = tile.begin; i < tile.end; ++i) {
-      const T* x = from + offsets_[i];
-      float* to = tile_ + (i - tile.begin) * stride_;
-      int64_t d = 0;
-      for (; d + kLanes <= p_.head_dim; d += kLanes) vstore(to + d, vload(x + d));
-#if defined(INFERLAB_ISA_AVX512)
-      if (d < p_.head_dim) {
-        vstore(to + d, vload_half(x + d));
-        d += kLanes;
-      }
-#endif
-      for (; d < stride_; ++d) to[d] = 0.0f;
-    }
-  }
-
   void score_shared(int64_t h, Range tile, Ahead* ahead) {
     const float* q = q_ + h * rows_ * stride_;
-    const auto seen_by = [&](int64_t r, int64_t count) {  // of the tile, by any of the rows
-      Range keys{tile.end, tile.begin};
-      for (int64_t node = r / group_; node <= (r + count - 1) / group_; ++node) {
-        keys.begin = std::min(keys.begin, std::max(tile.begin, here_[node].begin));
-        keys.end = std::max(keys.end, std::min(tile.end, here_[node].end));
-      }
-      return keys;
-    };
-    if (convert_) convert(keys(h), tile);
+    if (convert_) convert_rows(keys(h), offsets_, tile, p_.head_dim, stride_, tile_);
     in_groups<kKeyRows>(0, rows_, [&](int64_t r, auto count) {
-      const Range seen = seen_by(r, count);
+      Range seen{tile.end, tile.begin};  // of the tile, by any of the rows
+      for (int i = 0; i < count; ++i) {
+        seen.begin = std::min(seen.begin, std::max(tile.begin, here_[r + i].begin));
+        seen.end = std::max(seen.end, std::min(tile.end, here_[r + i].end));
+      }
       float* scores = scores_ + (h * rows_ + r) * kScoreStride;
       Ahead* mine = r == 0 ? ahead : nullptr;
       if (convert_) {
@@ -322,59 +290,20 @@ class Block {
     });
   }
 
-  // Scores of one row -> exponentials, with m and l. Lanes are counted from the chunk's start, and
-  // places outside the row's range count as e^-inf.
-  void soften(int64_t r) {
-    const Range keys = row_range(r);
-    chunk_.m[r] = kNegInf;
-    chunk_.l[r] = 0.0f;
-    if (keys.empty()) return;
-    float* s = scores_ + r * kScoreStride;
-    const int64_t first = keys.begin & ~int64_t{kMaxLanes - 1};
-    const int64_t last = (keys.end + kMaxLanes - 1) & ~int64_t{kMaxLanes - 1};
-    uint32_t nan = 0;
-    if (p_.softcap > 0.0f) {
-      const vf cap = vset(p_.softcap), inverse = vset(1.0f / p_.softcap);
-      for (int64_t i = keys.begin; i < keys.end; ++i) nan |= std::isnan(s[i]) ? 1u : 0u;
-      for (int64_t i = first; i < last; i += kLanes) {
-        vstore(s + i, cap * vtanh(vload(s + i) * inverse));
-      }
-    }
-    std::fill(s + first, s + keys.begin, kNegInf);
-    std::fill(s + keys.end, s + last, kNegInf);
-    vf top = vset(kNegInf);
-    for (int64_t i = first; i < last; i += kLanes) {
-      const vf x = vload(s + i);
-      nan |= visnan(x);
-      top = vmax(x, top);
-    }
-    const float m = vreduce_max(top);
-    const vf shift = vset(m);
-    vf sum = vset(0.0f);
-    for (int64_t i = first; i < last; i += kLanes) {
-      const vf e = vexp(vload(s + i) - shift);
-      vstore(s + i, e);
-      sum = sum + e;
-    }
-    const bool lost = nan != 0 || !std::isfinite(m);  // as a softmax would: the row is NaN
-    chunk_.m[r] = lost ? 0.0f : m;
-    chunk_.l[r] = lost ? std::numeric_limits<float>::quiet_NaN() : vreduce_add(sum);
-  }
-
   void sum_shared(int64_t h, Range tile, Ahead* ahead) {
-    if (convert_) convert(values(h), tile);
+    if (convert_) convert_rows(values(h), offsets_, tile, p_.head_dim, stride_, tile_);
     const int64_t first = h * rows_;
     in_groups<kValueRows>(first, first + rows_, [&](int64_t r, auto count) {
       // Together what all of the rows see; what only some see, before and after it, row by row.
       Range common = tile;
-      for (int i = 0; i < count; ++i) common = intersect(common, row_range(r + i));
+      for (int i = 0; i < count; ++i) common = intersect(common, here_[r + i]);
       if (common.empty()) common = {tile.end, tile.end};
       for (int i = 0; count > 1 && i < count; ++i) {
-        sum_rows<1>(h, r + i, tile, intersect(row_range(r + i), {tile.begin, common.begin}));
+        sum_rows<1>(h, r + i, tile, intersect(here_[r + i], {tile.begin, common.begin}));
       }
       sum_rows<count>(h, r, tile, common, r == first ? ahead : nullptr);
       for (int i = 0; count > 1 && i < count; ++i) {
-        sum_rows<1>(h, r + i, tile, intersect(row_range(r + i), {common.end, tile.end}));
+        sum_rows<1>(h, r + i, tile, intersect(here_[r + i], {common.end, tile.end}));
       }
     });
   }
@@ -401,41 +330,22 @@ class Block {
     });
   }
 
-  void merge(const State& from, const State& into) const {
-    for (int64_t r = 0; r < heads_ * rows_; ++r) {
-      if (from.m[r] == kNegInf) continue;
-      float* to = into.acc + r * stride_;
-      const float* add = from.acc + r * stride_;
-      if (into.m[r] == kNegInf) {
-        into.m[r] = from.m[r];
-        into.l[r] = from.l[r];
-        std::memcpy(to, add, sizeof(float) * static_cast<size_t>(stride_));
-        continue;
-      }
-      const float top = std::max(into.m[r], from.m[r]);
-      const float keep = std::exp(into.m[r] - top);
-      const float gain = std::exp(from.m[r] - top);
-      into.m[r] = top;
-      into.l[r] = into.l[r] * keep + from.l[r] * gain;
-      const vf a = vset(keep), b = vset(gain);
-      for (int64_t d = 0; d < stride_; d += kLanes) {
-        vstore(to + d, vfma(vload(add + d), b, vload(to + d) * a));
-      }
-    }
-  }
-
   void write_rows() const {
-    for (int64_t r = 0; r < heads_ * rows_; ++r) {
-      const int64_t n = t_.node_begin + r % rows_ / group_;
-      const int64_t head = (t_.head_begin + r / rows_) * group_ + r % group_;
-      T* out = static_cast<T*>(p_.out) + ((t_.b * p_.nodes + n) * p_.q_heads + head) * p_.head_dim;
-      if (row_.m[r] == kNegInf) {
-        std::fill_n(out, p_.head_dim, T{});
-        continue;
+    int64_t r = 0;
+    for (int64_t h = t_.head_begin; h < t_.head_end; ++h) {
+      for (int64_t n = t_.node_begin; n < t_.node_end; ++n) {
+        T* out = static_cast<T*>(p_.out) +
+                 ((t_.b * p_.nodes + n) * p_.q_heads + h * group_) * p_.head_dim;
+        for (int64_t g = 0; g < group_; ++g, ++r, out += p_.head_dim) {
+          const float* acc = row_.acc + r * stride_;
+          if (row_.m[r] == kNegInf) {  // padding
+            std::fill_n(out, p_.head_dim, T{});
+            continue;
+          }
+          const float inverse = 1.0f / row_.l[r];
+          for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(acc[d] * inverse);
+        }
       }
-      const float* acc = row_.acc + r * stride_;
-      const float inverse = 1.0f / row_.l[r];
-      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(acc[d] * inverse);
     }
   }
 
@@ -454,8 +364,8 @@ class Block {
   int64_t* next_offsets_;  // of the next chunk
   int64_t* own_offsets_;
   Range* seen_;  // per node: positions
-  Range* here_;  // per node: places in the chunk at hand
-  Range* own_;   // per node: of these, the ones with its own ancestors
+  Range* here_;  // per row: places in the chunk at hand
+  Range* own_;   // per node: the places of these with ancestors of its own
   float* q_;
   float* scores_;
   float* tile_;

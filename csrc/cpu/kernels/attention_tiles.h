@@ -3,6 +3,8 @@
 // same for every block shape, so shapes are chosen for speed alone.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_simd.h"
 #include "attention_task.h"
 
@@ -23,6 +25,24 @@ constexpr int kKeyRows = 2;
 constexpr int kValueRows = 4;
 constexpr int kValueVecs = 4;
 #endif
+
+// Rows of 16-bit keys or values in fp32, padded with zeros to `stride`.
+template <typename T>
+void convert_rows(const T* from, const int64_t* offsets, Range rows, int64_t dim, int64_t stride,
+                  float* to) {
+  for (int64_t i = rows.begin; i < rows.end; ++i, to += stride) {
+    const T* x = from + offsets[i];
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) vstore(to + d, vload(x + d));
+#if defined(INFERLAB_ISA_AVX512)
+    if (d < dim) {
+      vstore(to + d, vload_half(x + d));
+      d += kLanes;
+    }
+#endif
+    for (; d < stride; ++d) to[d] = 0.0f;
+  }
+}
 
 // What to ask the memory for meanwhile: the rows of the next tile, all KV heads of a slot together
 // and in order, so that the hardware's own prefetcher, which guesses straight runs, joins in.
@@ -70,10 +90,9 @@ class Ahead {
 
 // scores[r][i] = q[r] . k(offsets[i]) for i in [begin, end), rounded up to whole tiles: the scores
 // row and the offset list (its last entry repeated) must have kMaxLanes entries of slack.
-template <int R, typename T>
-void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* offsets, int64_t begin,
-                int64_t end, int64_t dim, float* scores, Ahead* ahead_or_null) {
-  Ahead ahead = ahead_or_null != nullptr ? *ahead_or_null : Ahead();
+template <int R, bool kAsk, typename T>
+void score_tiles(const float* q, int64_t q_stride, const T* k, const int64_t* offsets,
+                 int64_t begin, int64_t end, int64_t dim, float* scores, Ahead* ahead) {
   constexpr int K = kLanes / R;
   for (int64_t i = begin; i < end; i += K) {
     const T* key[K];
@@ -82,9 +101,10 @@ void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* off
     vf acc[R * K];
 #pragma GCC unroll 16
     for (int j = 0; j < R * K; ++j) acc[j] = vset(0.0f);
+    if (kAsk && R > 1) ahead->ask(K * dim);
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) {
-      if (!ahead.done()) ahead.ask(K * kLanes);
+      if (kAsk && R == 1) ahead->ask(K * kLanes);
       vf row[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) row[r] = vload(q + r * q_stride + d);
@@ -117,14 +137,22 @@ void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* off
       for (int r = 0; r < R; ++r) std::memcpy(scores + r * kScoreStride + i, lanes + r * K, 4 * K);
     }
   }
-  if (ahead_or_null != nullptr) *ahead_or_null = ahead;
+}
+
+template <int R, typename T>
+void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* offsets, int64_t begin,
+                int64_t end, int64_t dim, float* scores, Ahead* ahead) {
+  if (ahead != nullptr && !ahead->done()) {
+    score_tiles<R, true>(q, q_stride, k, offsets, begin, end, dim, scores, ahead);
+  } else {
+    score_tiles<R, false>(q, q_stride, k, offsets, begin, end, dim, scores, ahead);
+  }
 }
 
 // acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i])
-template <int R, int V, bool kHalf, typename T>
+template <int R, int V, bool kHalf, bool kAsk, typename T>
 void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v,
-                const int64_t* offsets, int64_t begin, int64_t end, Ahead* ahead_or_null) {
-  Ahead ahead = ahead_or_null != nullptr ? *ahead_or_null : Ahead();
+                const int64_t* offsets, int64_t begin, int64_t end, Ahead* ahead) {
   vf sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -133,7 +161,7 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
   }
   for (int64_t i = begin; i < end; ++i) {
     const T* value = v + offsets[i];
-    if (!ahead.done()) ahead.ask(V * kLanes);
+    if (kAsk && (i & 3) == 0) ahead->ask(4 * V * kLanes);
     vf x[V];
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) {
@@ -155,31 +183,37 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) vstore(acc + r * acc_stride + c * kLanes, sum[r][c]);
   }
-  if (ahead_or_null != nullptr) *ahead_or_null = ahead;
 }
 
 // sum_values over all channels.
+template <int R, bool kAsk, typename T>
+void value_tiles(float* acc, int64_t acc_stride, const float* weights, const T* v,
+                 const int64_t* offsets, int64_t begin, int64_t end, int64_t dim, Ahead* ahead) {
+  constexpr int V = R == 1 ? 8 : kValueVecs;
+  int64_t d = 0;
+  const auto slice = [&](auto vecs, auto half) {
+    sum_values<R, vecs, half, kAsk>(acc + d, acc_stride, weights, v + d, offsets, begin, end,
+                                    ahead);
+    d += vecs * kLanes;
+  };
+  using std::integral_constant;
+  while (d + V * kLanes <= dim) slice(integral_constant<int, V>{}, std::false_type{});
+  while (V > 4 && d + 4 * kLanes <= dim) slice(integral_constant<int, 4>{}, std::false_type{});
+  while (d + 2 * kLanes <= dim) slice(integral_constant<int, 2>{}, std::false_type{});
+  while (d + kLanes <= dim) slice(integral_constant<int, 1>{}, std::false_type{});
+  if (d < dim) slice(integral_constant<int, 1>{}, std::true_type{});
+}
+
 template <int R, typename T>
 void value_rows(float* acc, int64_t acc_stride, const float* weights, const T* v,
                 const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
                 Ahead* ahead = nullptr) {
   if (begin >= end) return;
-  constexpr int V = R == 1 ? 8 : kValueVecs;
-  int64_t d = 0;
-  for (; d + V * kLanes <= dim; d += V * kLanes) {
-    sum_values<R, V, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
+  if (ahead != nullptr && !ahead->done()) {
+    value_tiles<R, true>(acc, acc_stride, weights, v, offsets, begin, end, dim, ahead);
+  } else {
+    value_tiles<R, false>(acc, acc_stride, weights, v, offsets, begin, end, dim, ahead);
   }
-  for (; V > 4 && d + 4 * kLanes <= dim; d += 4 * kLanes) {
-    sum_values<R, 4, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
-  }
-  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-    sum_values<R, 2, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
-  }
-  for (; d + kLanes <= dim; d += kLanes) {
-    sum_values<R, 1, false>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
-  }
-  if (d < dim)
-    sum_values<R, 1, true>(acc + d, acc_stride, weights, v + d, offsets, begin, end, ahead);
 }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA
