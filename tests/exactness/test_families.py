@@ -6,9 +6,9 @@ from functools import cache
 
 import pytest
 import torch
-from tests.exactness.compare import assert_same_tokens
-from tests.helpers.tiny_models import FAMILIES, VOCAB, tiny_model
 
+from exactness.compare import assert_same_tokens
+from helpers.tiny_models import FAMILIES, VOCAB, tiny_model
 from inferlab.models import HFModel
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
