@@ -72,7 +72,7 @@ class Shelf:
 
     Attributes:
         tokens: int32 `[N, T + 1]`.
-        hidden: the target's last hidden states for all but the last token, `[N, T, hidden]`;
+        hidden: bf16 `[N, T, hidden]`, the target's last hidden states for all but the last token;
             its LM head turns them into logits when they are needed, which keeps them small.
     """
 
@@ -88,30 +88,32 @@ def generate(
     length: int,
     temperatures: Tensor,
     generator: torch.Generator,
-) -> Tensor:
+) -> Shelf:
     """Continues a batch of prompts of one length, without stopping at end of text.
 
     Args:
         prompts: int64 `[B, P]`.
-        length: tokens per row of the result.
+        length: tokens per row of the result, but for the last one.
         temperatures: fp32 `[B]`; rows with 0 are greedy.
 
     Returns:
-        int64 `[B, length]`.
+        Tokens `[B, length + 1]` and the hidden states that they were chosen from.
     """
     cache = DynamicCache(config=target.config)
-    tokens, step = prompts, prompts
-    noise_scale = temperatures[:, None]
-    while tokens.shape[1] < length:
-        hidden = target.base_model(
-            input_ids=step, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        logits = target.get_output_embeddings()(hidden).float()
-        exponential = torch.empty_like(logits).exponential_(generator=generator)
-        # Gumbel-max scaled by the temperature, so that temperature 0 is plain argmax.
-        step = (logits - noise_scale * exponential.log()).argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens, step], dim=1)
-    return tokens
+    sampled = temperatures > 0
+    noise_scale = temperatures[sampled, None]
+    tokens, hidden = [prompts], []
+    for _ in range(length + 1 - prompts.shape[1]):
+        states = target.base_model(
+            input_ids=tokens[-1], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits = target.get_output_embeddings()(states[:, -1]).float()
+        # Gumbel-max, scaled by the temperature; greedy rows are spared the noise.
+        exponential = torch.empty_like(logits[sampled]).exponential_(generator=generator)
+        logits[sampled] -= noise_scale * exponential.log()
+        tokens.append(logits.argmax(-1, keepdim=True))
+        hidden.append(states.bfloat16())
+    return Shelf(torch.cat(tokens, dim=1).int(), torch.cat(hidden, dim=1))
 
 
 def generate_windows(
@@ -121,7 +123,7 @@ def generate_windows(
     config: DistillConfig,
     *,
     seed: int,
-) -> Tensor:
+) -> Shelf:
     """Lets the target continue prompts that end where a line of the training text ends.
 
     Args:
@@ -129,7 +131,7 @@ def generate_windows(
         newline_ids: ids of the tokens that begin with a newline.
 
     Returns:
-        int32 `[generated_windows, window_length + 1]`.
+        `generated_windows` rows of `window_length` tokens.
     """
     rng = np.random.default_rng([seed, 1])
     generator = torch.Generator().manual_seed(seed)
@@ -138,30 +140,31 @@ def generate_windows(
     if not ends.size:
         raise ValueError("--corpus: no line end far enough into the text; use a larger corpus")
     low, high = config.temperatures
-    batches = []
     batch = min(config.generation_batch, config.generated_windows)
+    shelves = []
     for _ in track(range(-(-config.generated_windows // batch)), description="target writes"):
         length = int(rng.integers(config.min_prompt, config.max_prompt + 1))
         prompts = np.stack([stream[end - length : end] for end in rng.choice(ends, batch)])
         temperatures = torch.linspace(low, high, batch)
         temperatures[: round(config.greedy_share * batch)] = 0.0
-        batches.append(
+        shelves.append(
             generate(
                 target,
                 torch.from_numpy(prompts.astype(np.int64)),
-                length=config.window_length + 1,
+                length=config.window_length,
                 temperatures=temperatures,
                 generator=generator,
-            ).int()
+            )
         )
-    return torch.cat(batches)[: config.generated_windows]
+    return Shelf(
+        torch.cat([shelf.tokens for shelf in shelves])[: config.generated_windows],
+        torch.cat([shelf.hidden for shelf in shelves])[: config.generated_windows],
+    )
 
 
 @torch.no_grad()
-def shelve(target: LlamaForCausalLM, tokens: Tensor, *, batch_tokens: int = 8192) -> Shelf:
-    """Adds the target's hidden states to windows `[N, T + 1]`."""
-    if target.config.model_type == "llama":
-        use_training_attention(target)
+def read_windows(target: LlamaForCausalLM, tokens: Tensor, *, batch_tokens: int = 8192) -> Shelf:
+    """Adds the target's hidden states to corpus windows `[N, T + 1]`."""
     rows = max(1, batch_tokens // (tokens.shape[1] - 1))
     hidden = [
         target.base_model(
@@ -277,11 +280,15 @@ def _teaching_material(
     newline_ids = np.array(
         [index for token, index in tokenizer.get_vocab().items() if token.startswith("Ċ")]
     )
-    # Generation needs the cache-aware attention, reading the faster training attention.
+    # Writing needs an attention that knows the cache, reading has a faster one.
     target.set_attn_implementation("sdpa")
-    windows = [
-        generate_windows(target, sampler.epoch_stream(0), newline_ids, config, seed=seed),
-        sampler.batch(0, num_windows=config.corpus_windows, length=config.window_length).int(),
-        sampler.batch(0, num_windows=config.long_windows, length=config.long_length).int(),
-    ]
-    return [shelve(target, tokens) for tokens in windows]
+    shelves = [generate_windows(target, sampler.epoch_stream(0), newline_ids, config, seed=seed)]
+    if target.config.model_type == "llama":
+        use_training_attention(target)
+    for count, length in (
+        (config.corpus_windows, config.window_length),
+        (config.long_windows, config.long_length),
+    ):
+        tokens = sampler.batch(0, num_windows=count, length=length).int()
+        shelves.append(read_windows(target, tokens))
+    return shelves

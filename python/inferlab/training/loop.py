@@ -150,7 +150,7 @@ def train_loop(
             recent = sum(losses[-20:]) / len(losses[-20:])
             status = f"step {step} loss {recent:.3f}{heldout} {rate:,.0f} tokens/s"
             bar.update(task, completed=progress, status=status)
-            if not bar.console.is_terminal and (step <= 20 or step % 50 == 0):
+            if not bar.console.is_terminal and (step == 1 or step % 50 == 0):
                 bar.console.print(f"{title}: {status}", soft_wrap=True)
         bar.update(task, completed=1.0)
     save()
