@@ -44,9 +44,9 @@ class DistillConfig:
         generation_batch: sequences written at once.
     """
 
-    generated_windows: int = 12288
-    corpus_windows: int = 6144
-    long_windows: int = 512
+    generated_windows: int = 3072
+    corpus_windows: int = 1536
+    long_windows: int = 128
     window_length: int = 256
     long_length: int = 1024
     min_prompt: int = 16

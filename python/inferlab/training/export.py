@@ -83,7 +83,9 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
             f"{entry['new_tokens']} new tokens each; agreement {entry['agreement']:.1%}) |"
         )
     command = "inferlab train " + (
-        "draft --base-model tiny --output tiny-draft" if is_draft else "target --output tiny"
+        "draft --base-model inferlab/tiny --output tiny-draft"
+        if is_draft
+        else "target --output tiny"
     )
     lines += [
         "",
@@ -99,7 +101,7 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
             "training files, half of it greedily, and on the training files themselves."
             if is_draft
             else "Next-token prediction on the training files; Muon for matrices, AdamW for "
-            "embeddings and norms; windows of 256 tokens, at the end 512 and 1,024."
+            "embeddings and norms; windows of 256 tokens, at the end 1,024."
         ),
         "",
         f"The corpus is the source code of Python's standard library ({report['python']}), read in "

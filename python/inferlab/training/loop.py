@@ -36,7 +36,7 @@ class LoopConfig:
     lr: float = 5e-3
     warmup: float = 0.02
     cooldown: float = 0.45
-    phases: tuple[tuple[float, int], ...] = ((0.0, 256), (0.82, 512), (0.95, 1024))
+    phases: tuple[tuple[float, int], ...] = ((0.0, 256), (0.85, 1024))
     eval_every: int = 250
     checkpoint_every: int = 250
 
