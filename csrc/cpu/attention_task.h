@@ -15,7 +15,7 @@ constexpr int64_t kSplit = 1024;
 constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kTile = 64;  // keys that all rows of a head pass over while they are in L1
 
-// Of positions, places in a chunk or rows.
+// [begin, end) of positions, or of places in a chunk.
 struct Range {
   int64_t begin, end;
   bool empty() const { return begin >= end; }
@@ -32,9 +32,10 @@ struct AttentionTask {
   int64_t head_begin, head_end;
   int64_t node_begin, node_end;
   int64_t split_begin, split_end;
-  float* scratch;  // attention_scratch_floats, 64-byte aligned
-  float*
-      partials;  // null: finish the rows. Otherwise attention_state_floats per split, from split 0
+  // attention_scratch_floats, 64-byte aligned
+  float* scratch;
+  // Null: finish the rows. Otherwise attention_state_floats for each split, counted from split 0.
+  float* partials;
 };
 
 inline int64_t padded(int64_t floats) { return (floats + kMaxLanes - 1) & ~(kMaxLanes - 1); }
