@@ -9,17 +9,10 @@
 namespace inferlab {
 namespace {
 
-void check_dtype(const Tensor& t, const Tensor& like) {
-  if (t.float_dtype() != like.float_dtype()) {
-    throw py::type_error(std::string(t.name()) + " has dtype " + t.dtype_str() +
-                         "; it must be that of " + like.name() + ", " + like.dtype_str());
-  }
-}
-
 // The elements between rows, where all dimensions but the last fold into one.
 int64_t row_stride(const Tensor& t) {
   const int last = t.ndim() - 1;
-  require(t.ndim() >= 1, std::string(t.name()) + " has no dimensions");
+  require(t.ndim() >= 1, [&] { return std::string(t.name()) + " has no dimensions"; });
   t.last_dim_contiguous();
   int64_t stride = 0, rows = 1;
   for (int i = last - 1; i >= 0; --i) {
@@ -27,9 +20,10 @@ int64_t row_stride(const Tensor& t) {
     if (stride == 0) {
       stride = t.stride(i);
     } else {
-      require(
-          t.stride(i) == stride * rows,
-          std::string(t.name()) + " must have evenly spaced rows (shape " + t.shape_str() + ")");
+      require(t.stride(i) == stride * rows, [&] {
+        return std::string(t.name()) + " must have evenly spaced rows (shape " + t.shape_str() +
+               ")";
+      });
     }
     rows *= t.size(i);
   }
@@ -43,13 +37,14 @@ void rms_norm(py::handle x_, py::handle weight_, py::handle out_, double eps, do
   p.x_stride = row_stride(x);
   p.dim = x.size(x.ndim() - 1);
   weight.shape({p.dim}).contiguous().cpu();
-  check_dtype(weight, x);
-  check_dtype(out, x);
+  check_same_dtype(weight, x);
+  check_same_dtype(out, x);
   p.out_stride = row_stride(out);
-  require(out.numel() == x.numel() && out.size(out.ndim() - 1) == p.dim,
-          "out has shape " + out.shape_str() + "; it must be like x, " + x.shape_str());
+  require(out.numel() == x.numel() && out.size(out.ndim() - 1) == p.dim, [&] {
+    return "out has shape " + out.shape_str() + "; it must be like x, " + x.shape_str();
+  });
   out.cpu();
-  require(eps >= 0, "eps is " + std::to_string(eps) + "; it must be >= 0");
+  require(eps >= 0, [&] { return "eps is " + std::to_string(eps) + "; it must be >= 0"; });
   p.x = x.data();
   p.weight = weight.data();
   p.out = out.data();
@@ -65,13 +60,15 @@ void silu_mul(py::handle x_, py::handle out_) {
   Tensor x(x_, "x"), out(out_, "out");
   x.contiguous().cpu();
   out.contiguous().cpu();
-  check_dtype(out, x);
+  check_same_dtype(out, x);
   SiluMulParams p{};
   p.dim = out.size(out.ndim() - 1);
   require(
       x.ndim() == out.ndim() && x.size(x.ndim() - 1) == 2 * p.dim && x.numel() == 2 * out.numel(),
-      "x has shape " + x.shape_str() + "; its last dimension must be twice that of out, " +
-          out.shape_str());
+      [&] {
+        return "x has shape " + x.shape_str() + "; its last dimension must be twice that of out, " +
+               out.shape_str();
+      });
   p.x = x.data();
   p.out = out.data();
   p.rows = p.dim == 0 ? 0 : out.numel() / p.dim;
@@ -92,10 +89,10 @@ void linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle resi
   p.rows = x.size(0);
   p.x_stride = x.stride(0);
   y.shape({p.rows, p.out}).contiguous().cpu();
-  check_dtype(x, weight);
-  check_dtype(y, weight);
-  if (bias) check_dtype(bias->shape({p.out}).contiguous().cpu(), weight);
-  if (residual) check_dtype(residual->shape({p.rows, p.out}).contiguous().cpu(), weight);
+  check_same_dtype(x, weight);
+  check_same_dtype(y, weight);
+  if (bias) check_same_dtype(bias->shape({p.out}).contiguous().cpu(), weight);
+  if (residual) check_same_dtype(residual->shape({p.rows, p.out}).contiguous().cpu(), weight);
   p.x = x.data();
   p.weight = weight.data();
   p.bias = bias.ptr<const void>();
@@ -110,7 +107,7 @@ void linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle resi
 // [B, N, H, D] with contiguous heads; fills the strides of b and n.
 void check_heads(const Tensor& t, int64_t stride[2]) {
   require(t.stride(3) == 1 && (t.size(2) == 1 || t.stride(2) == t.size(3)),
-          std::string(t.name()) + " must be contiguous in its last two dimensions");
+          [&] { return std::string(t.name()) + " must be contiguous in its last two dimensions"; });
   stride[0] = t.stride(0);
   stride[1] = t.stride(1);
 }
@@ -137,22 +134,25 @@ void rope_append(py::handle q_, py::handle k_, py::handle v_, py::handle cos_, p
   v.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).cpu();
   cos.dims(3).contiguous().cpu();
   p.rotary = cos.size(2);
-  require((cos.size(0) == p.batch || cos.size(0) == 1) && cos.size(1) == p.nodes,
-          "cos has shape " + cos.shape_str() + "; it must be [" + std::to_string(p.batch) +
-              " or 1, " + std::to_string(p.nodes) + ", rotary]");
-  require(p.rotary % 2 == 0 && p.rotary <= p.head_dim,
-          "cos has " + std::to_string(p.rotary) +
-              " channels; it must be even and at most the head dimension, " +
-              std::to_string(p.head_dim));
+  require((cos.size(0) == p.batch || cos.size(0) == 1) && cos.size(1) == p.nodes, [&] {
+    return "cos has shape " + cos.shape_str() + "; it must be [" + std::to_string(p.batch) +
+           " or 1, " + std::to_string(p.nodes) + ", rotary]";
+  });
+  require(p.rotary % 2 == 0 && p.rotary <= p.head_dim, [&] {
+    return "cos has " + std::to_string(p.rotary) +
+           " channels; it must be even and at most the head dimension, " +
+           std::to_string(p.head_dim);
+  });
   sin.shape({cos.size(0), cos.size(1), cos.size(2)}).contiguous().cpu();
-  for (const Tensor* t : {&q, &k, &v, &cos, &sin, &v_pages}) check_dtype(*t, k_pages);
+  for (const Tensor* t : {&q, &k, &v, &cos, &sin, &v_pages}) check_same_dtype(*t, k_pages);
   check_heads(q, p.q_stride);
   check_heads(k, p.k_stride);
   check_heads(v, p.v_stride);
   check_block_table(table, p.batch);
   check_seq_lens(seq_lens, p.batch);
   check_num_nodes(num_nodes, p.batch, p.nodes);
-  require(node_offset >= 0, "node_offset is " + std::to_string(node_offset) + "; it must be >= 0");
+  require(node_offset >= 0,
+          [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
   p.q = q.data();
   p.k = k.data();
   p.v = v.data();

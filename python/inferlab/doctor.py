@@ -49,6 +49,8 @@ def examine() -> dict[str, Any]:
 
 def _build() -> dict[str, Any]:
     try:
+        import torch  # noqa: F401  the kernels join its OpenMP team once it is loaded
+
         from inferlab import _C
     except ImportError as error:
         return {"error": str(error)}

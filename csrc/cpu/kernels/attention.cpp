@@ -373,26 +373,14 @@ class Block {
   State chunk_, split_, row_;
 };
 
-template <typename F>
-void with_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF16:
-      return f(f16{});
-    case DType::kBF16:
-      return f(bf16{});
-  }
-}
-
 }  // namespace
 
 void attention_block(const AttentionParams& p, const AttentionTask& t) {
-  with_type(p.dtype, [&](auto type) { Block<decltype(type)>(p, t).run(); });
+  with_dtype(p.dtype, [&](auto type) { Block<decltype(type)>(p, t).run(); });
 }
 
 void attention_merge(const AttentionParams& p, const AttentionTask& t) {
-  with_type(p.dtype, [&](auto type) { Block<decltype(type)>(p, t).merge_partials(); });
+  with_dtype(p.dtype, [&](auto type) { Block<decltype(type)>(p, t).merge_partials(); });
 }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA

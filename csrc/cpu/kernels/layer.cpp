@@ -9,18 +9,6 @@
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
-template <typename F>
-void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF16:
-      return f(f16{});
-    case DType::kBF16:
-      return f(bf16{});
-  }
-}
-
 inline void vstore(bf16* p, vf a) {
   float lane[kLanes];
   vstore(lane, a);

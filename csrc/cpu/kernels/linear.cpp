@@ -17,18 +17,6 @@ constexpr int kRows = 3;  // 12 of 16
 constexpr int kRows = 4;  // 16 of 32 on arm64
 #endif
 
-template <typename F>
-void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF16:
-      return f(f16{});
-    case DType::kBF16:
-      return f(bf16{});
-  }
-}
-
 // The sums of four vectors' lanes, in a tree of fixed shape: its bits depend on each vector alone.
 inline void reduce_four(vf a, vf b, vf c, vf d, float* sums) {
 #if defined(INFERLAB_ISA_AVX512)
