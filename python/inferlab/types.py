@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -48,7 +49,27 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        check("max_tokens", self.max_tokens, self.max_tokens >= 1, "an integer >= 1")
+        for name in ("max_tokens", "min_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
+            value = getattr(self, name)
+            check(name, value, isinstance(value, Real) and not isinstance(value, bool), "a number")
+        for name, kind, allowed in (
+            ("stop", str, "a tuple of strings"),
+            ("stop_token_ids", Integral, "a tuple of token ids"),
+        ):
+            value = getattr(self, name)
+            ok = isinstance(value, (tuple, list)) and all(isinstance(v, kind) for v in value)
+            check(name, value, ok, allowed)
+        check("logit_bias", self.logit_bias, _is_bias(self.logit_bias), _BIAS)
+        check("max_tokens", self.max_tokens, 1 <= self.max_tokens < 2**31, "an integer >= 1")
         check(
             "min_tokens",
             self.min_tokens,
@@ -57,7 +78,12 @@ class SamplingParams:
         )
         finite = math.isfinite(self.temperature)
         check("temperature", self.temperature, finite and self.temperature >= 0, "a number >= 0")
-        check("top_k", self.top_k, self.top_k >= 0, "an integer >= 0 (0 keeps all tokens)")
+        check(
+            "top_k",
+            self.top_k,
+            0 <= self.top_k < 2**31,
+            "an integer from 0 to 2**31 - 1 (0 keeps all tokens)",
+        )
         check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         check(
@@ -79,6 +105,24 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+
+_BIAS = "a mapping from token ids to finite numbers (or -inf, which forbids the token)"
+
+
+def _integer(name: str, value: object) -> int:
+    ok = isinstance(value, Integral) and not isinstance(value, bool)
+    check(name, value, ok, "an integer")
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def _is_bias(bias: object) -> bool:
+    if bias is None:
+        return True
+    return isinstance(bias, Mapping) and all(
+        isinstance(token, Integral) and isinstance(value, Real) and value < math.inf
+        for token, value in bias.items()
+    )
 
 
 def check(name: str, value: object, ok: bool, allowed: str) -> None:

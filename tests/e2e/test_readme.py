@@ -55,4 +55,4 @@ def test_the_first_commands_are_the_install_and_the_tests():
 def test_every_public_name_is_listed():
     section = TEXT.split("## Public names")[1].split("\n## ")[0]
     listed = set(re.findall(r"`(\w+)`", section)) - {"inferlab"}
-    assert listed == set(inferlab.__all__) - {"__version__"}
+    assert listed == set(inferlab.__all__)

@@ -183,6 +183,21 @@ def test_a_stop_string_is_found_and_cut_off(drafter):
     assert result.token_ids == free.token_ids[: len(result.token_ids)]
 
 
+@pytest.mark.parametrize("drafter", ["none", "vanilla"])
+def test_a_stop_string_before_min_tokens_does_not_count(drafter):
+    free = make_engine("none").generate([(PROMPTS[0], SamplingParams(max_tokens=40))])[0]
+    words = free.text.split()
+    early, late = f" {words[3]}", f" {words[30]}"
+    stop = (early, late)
+    params = SamplingParams(max_tokens=40, min_tokens=20, stop=stop)
+    result = make_engine(drafter, agreement=1.0).generate([(PROMPTS[0], params)])[0]
+    assert len(result.token_ids) > 20
+    if result.finish_reason == "stop_string":
+        ends = [result.text + s for s in stop]
+        assert any(free.text.startswith(end) for end in ends)
+    assert early in result.text
+
+
 def test_long_prompts_are_processed_in_chunks():
     prompt = [260 + i % 200 for i in range(1300)]
     params = SamplingParams(max_tokens=8)
@@ -206,6 +221,9 @@ def test_requests_wait_for_pages():
         ([], SamplingParams(), "prompt is empty"),
         ([5, 512], SamplingParams(), "token id 512"),
         ([-1], SamplingParams(), "token id -1"),
+        ([5], SamplingParams(stop_token_ids=(512,)), "stop_token_ids contains token id 512"),
+        ([5], SamplingParams(logit_bias={600: 1.0}), "logit_bias contains token id 600"),
+        ([5] * 4096, SamplingParams(), r"\(4096 tokens\); shorten the prompt$"),
         ([5] * 4000, SamplingParams(max_tokens=97), r"exceed the context of fake \(4096 tokens\)"),
         ([5] * 600, SamplingParams(max_tokens=64), r"needs 42 K/V pages .* the cache has 16"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from inferlab.cli_common import (
     add_config_argument,
@@ -51,6 +52,23 @@ class _Collector:
 
     def end(self) -> None:
         """Part of the streamer's interface; there is nothing to flush."""
+
+
+class _RefuseNan(LogitsProcessor):
+    """Without it NaN logits decode greedily to token 0, often the end of text, in silence."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # NaN if any score is; -inf if all are.
+        highest = scores.max()
+        if highest.isnan() or highest == float("-inf"):
+            raise ValueError(
+                f"the logits of {self._model_name} at position {input_ids.shape[1]} are NaN or "
+                f"all -inf; no token can be chosen from them"
+            )
+        return scores
 
 
 class LocalBaselineRunner:
@@ -184,10 +202,11 @@ class LocalBaselineRunner:
             raise ValueError("prompt is empty; it must have at least one token")
         limit = self.context_length
         if limit is not None and prompt_length + max_new_tokens > limit:
+            room = limit - prompt_length
+            remedy = f" or ask for at most {room} new tokens" if room > 0 else ""
             raise ValueError(
                 f"prompt ({prompt_length} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
-                f"context of {self.model_name} ({limit} tokens); shorten the prompt or ask for at "
-                f"most {max(limit - prompt_length, 0)} new tokens"
+                f"context of {self.model_name} ({limit} tokens); shorten the prompt{remedy}"
             )
 
     @torch.inference_mode()
@@ -213,6 +232,7 @@ class LocalBaselineRunner:
                 max_new_tokens=config.max_new_tokens,
                 pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id,
                 streamer=streamer,
+                logits_processor=LogitsProcessorList([_RefuseNan(self.model_name)]),
                 **options,
             )
         return output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from inferlab.types import check
 
@@ -30,6 +30,7 @@ class StepObservation:
     caught_up: bool = False
 
 
+@runtime_checkable
 class Controller(Protocol):
     """Chooses K before each step and hears how it went."""
 

@@ -75,17 +75,24 @@ class Engine:
         """
         if not prompt:
             raise ValueError("prompt is empty; it must have at least one token")
-        worst = max(prompt, key=lambda t: abs(t - self.target.vocab_size // 2))
-        if not 0 <= worst < self.target.vocab_size:
-            raise ValueError(
-                f"prompt contains token id {worst}; ids must be in [0, {self.target.vocab_size})"
-            )
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+        ):
+            outside = [t for t in ids if not 0 <= t < self.target.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"{name} contains token id {outside[0]}; ids of {self.target.name} are in "
+                    f"[0, {self.target.vocab_size})"
+                )
         limit = self.target.context_length
         if limit is not None and len(prompt) + params.max_tokens > limit:
+            room = limit - len(prompt)
+            remedy = f" or ask for at most {room} new tokens" if room > 0 else ""
             raise ValueError(
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the "
-                f"context of {self.target.name} ({limit} tokens); shorten the prompt or ask for at "
-                f"most {max(limit - len(prompt), 0)} new tokens"
+                f"context of {self.target.name} ({limit} tokens); shorten the prompt{remedy}"
             )
         sequence = Sequence(next(self._ids), prompt, params, time.perf_counter())
         self.scheduler.add(sequence)
@@ -259,9 +266,16 @@ class Engine:
         """Whether the newest token completed a stop string."""
         longest = max(len(s.encode()) for s in sequence.params.stop)
         # A token carries at least one byte, but decoding may start inside a character: some spare.
-        tail = sequence.output[-(longest + 8) :]
-        text = self.target.tokenizer.decode(tail, skip_special_tokens=True)
-        return any(s in text for s in sequence.params.stop)
+        return self._stop_string_at(sequence, sequence.output[-(longest + 8) :]) is not None
+
+    def _stop_string_at(self, sequence: Sequence, tokens: list[int]) -> int | None:
+        """Where in the text of ``tokens`` a stop string starts that its last token completed."""
+        decode = self.target.tokenizer.decode
+        text = decode(tokens, skip_special_tokens=True)
+        # A character that is not complete yet decodes to U+FFFD.
+        before = len(decode(tokens[:-1], skip_special_tokens=True).rstrip("\ufffd"))
+        starts = [text.find(s, max(before - len(s) + 1, 0)) for s in sequence.params.stop]
+        return min((at for at in starts if at >= 0), default=None)
 
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
@@ -295,9 +309,10 @@ class Engine:
         )
 
     def _text(self, sequence: Sequence) -> str:
-        """The new text, cut before the first stop string."""
+        """The new text, cut before the stop string that ended it."""
         if self.target.tokenizer is None:
             return ""
         text: str = self.target.tokenizer.decode(sequence.output, skip_special_tokens=True)
-        cuts = [at for at in (text.find(s) for s in sequence.params.stop) if at >= 0]
-        return text[: min(cuts)] if cuts else text
+        if sequence.finish_reason == "stop_string":
+            return text[: self._stop_string_at(sequence, sequence.output)]
+        return text

@@ -6,6 +6,8 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 from inferlab.config import SpecdecConfig, load_config
@@ -63,8 +65,8 @@ class SpeculativePipeline:
         self,
         config_path: str | None = None,
         *,
-        base_model: str | None = None,
-        draft_model: str | None = None,
+        base_model: str | os.PathLike[str] | None = None,
+        draft_model: str | os.PathLike[str] | None = None,
         draft_mode: str | None = None,
         implementation: str | None = None,
         policy: str | Policy | None = None,
@@ -80,9 +82,13 @@ class SpeculativePipeline:
         config: SpecdecConfig | None = None,
         **overrides: Any,
     ) -> None:
+        if policy is not None and not isinstance(policy, (str, Policy)):
+            raise TypeError(f"policy is {policy!r}; it must be a name or a Policy")
+        if controller is not None and not isinstance(controller, (str, Controller)):
+            raise TypeError(f"controller is {controller!r}; it must be a name or a Controller")
         overrides.update(
-            base_model=base_model,
-            draft_model=draft_model,
+            base_model=os.fspath(base_model) if base_model is not None else None,
+            draft_model=os.fspath(draft_model) if draft_model is not None else None,
             draft_mode=draft_mode,
             implementation=implementation,
             policy=policy if isinstance(policy, str) else None,
@@ -95,8 +101,14 @@ class SpeculativePipeline:
         )
         if k is not None:
             overrides["max_draft"] = k
+        given = sorted(name for name, value in overrides.items() if value is not None)
         if config is None:
             config = load_config(SpecdecConfig, config_path, overrides)
+        elif config_path is not None or given:
+            raise ValueError(
+                f"config is given, and so is {config_path or ', '.join(given)}; put everything "
+                f"into the SpecdecConfig, or leave config out"
+            )
         self.config = config
         self.policy = policy if isinstance(policy, Policy) else self._make_policy()
         shape = TreeShape(config.tree) if config.tree is not None else None
@@ -145,7 +157,7 @@ class SpeculativePipeline:
                 its own seed only, so equal prompts with equal seeds give equal texts.
             stop: strings that end the text (and are cut off).
             on_result: called with index and result as prompts finish.
-            params: other fields of SamplingParams (``min_tokens``, ``logit_bias``, ...).
+            params: any other field of SamplingParams (``min_tokens``, ``logit_bias``, ...).
 
         Returns:
             A mapping for one prompt, a list of mappings for a list, with the keys
@@ -168,10 +180,13 @@ class SpeculativePipeline:
             GenerationError: a request failed while running (e.g. NaN logits).
             Interrupted: Ctrl-C; ``results`` holds what there was.
         """
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item,arg-type]
-        if not single and not prompts:
-            return []
+        unknown = sorted(params.keys() - _PARAMETERS)
+        if unknown:
+            raise TypeError(
+                f"generate() knows no {', '.join(unknown)}; beside its own arguments it takes "
+                f"{', '.join(sorted(_PARAMETERS))}"
+            )
+        single, prompts = _as_list(prompt)
         seeds = self._seeds(seed, len(prompts))
         if do_sample is False:
             temperature = 0.0
@@ -217,8 +232,8 @@ class SpeculativePipeline:
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
             return [self.config.seed] * count
-        if isinstance(seed, int):
-            return [seed] * count
+        if not isinstance(seed, (list, tuple)):
+            return [seed] * count  # type: ignore[list-item]
         if len(seed) != count:
             raise ValueError(f"seed has {len(seed)} entries for {count} prompts; give one each")
         return list(seed)
@@ -240,7 +255,7 @@ class SpeculativePipeline:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
+            return list(prompt)
         if self.target.tokenizer is None:
             raise ValueError(
                 f"{self.target.name} has no tokenizer; give the prompt as token ids, or add "
@@ -377,6 +392,36 @@ class SpeculativePipeline:
                 f"{per_token * c.page_size / 2**20:.3f} MB"
             )
         return pages
+
+
+_PARAMETERS = {field.name for field in fields(SamplingParams)}
+
+
+def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:
+    """Whether there is one prompt, and the prompts: texts or lists of token ids."""
+
+    def plain(value: Any) -> Any:
+        # Arrays and tensors of token ids.
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def is_ids(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(
+            isinstance(t, Integral) and not isinstance(t, bool) for t in value
+        )
+
+    prompt = plain(prompt)
+    if isinstance(prompt, str):
+        return True, [prompt]
+    if isinstance(prompt, (list, tuple)):
+        if prompt and is_ids(prompt):
+            return True, [list(map(int, prompt))]
+        prompts = [plain(p) for p in prompt]
+        if all(isinstance(p, str) or is_ids(p) for p in prompts):
+            return False, [p if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+    raise TypeError(
+        f"prompt is {str(prompt)[:60]!r} ({type(prompt).__name__}); it must be a text, a list of "
+        f"token ids, or a list of such"
+    )
 
 
 def _rss_mb() -> float:
