@@ -101,6 +101,19 @@ def add_config_argument(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
+def add_safety_arguments(parser: argparse._ActionsContainer) -> None:
+    """What is refused of a checkpoint unless it is asked for by name; a parser or a group."""
+    parser.add_argument(
+        "--max-memory-mb", type=float, metavar="MB", help="refuse models with larger weights"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python files of the checkpoint"
+    )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model.bin, which can run code"
+    )
+
+
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """``--prompt TEXT`` or ``--prompts FILE``; :func:`gather_prompts` reads them."""
     group = parser.add_mutually_exclusive_group(required=True)

@@ -74,8 +74,10 @@ class KVCache:
         try:
             for (heads, dim), layers in by_shape.items():
                 size = (len(layers), num_pages, page_size, heads, dim)
-                k = torch.zeros(size, dtype=dtype, device=self.device)
-                pools.append(Pool(tuple(layers), k, torch.zeros_like(k)))
+                # zeros() maps pages that the system fills on first use; zeros_like() would write
+                # them all now.
+                k, v = (torch.zeros(size, dtype=dtype, device=self.device) for _ in range(2))
+                pools.append(Pool(tuple(layers), k, v))
         except (RuntimeError, MemoryError) as error:
             raise MemoryError(self._does_not_fit("the allocation failed")) from error
         self.pools: tuple[Pool, ...] = tuple(pools)

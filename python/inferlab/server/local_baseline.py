@@ -16,6 +16,7 @@ from inferlab.cli_common import (
     add_config_argument,
     add_output_arguments,
     add_prompt_arguments,
+    add_safety_arguments,
     check_output,
     clean_stdout,
     command_main,
@@ -304,19 +305,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=choices(BaselineConfig, "torch_dtype"), help="(float32)")
     add_safety_arguments(parser)
     add_output_arguments(parser)
-
-
-def add_safety_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for what is refused unless it is asked for by name."""
-    parser.add_argument(
-        "--max-memory-mb", type=float, metavar="MB", help="refuse models with larger weights"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python files of the checkpoint"
-    )
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="read pytorch_model.bin, which can run code"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

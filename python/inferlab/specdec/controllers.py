@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
+from inferlab.config import MAX_DRAFT
 from inferlab.types import check
 
 CONTROLLERS = ("fixed", "adaptive", "cost")
-MAX_K = 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FixedController:
     """Always the same K."""
 
     def __init__(self, k: int = 4) -> None:
-        check("k", k, 0 <= k <= MAX_K, f"an integer from 0 to {MAX_K}")
+        check("k", k, 0 <= k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = k
 
     def choose(self, batch_size: int) -> int:
@@ -73,8 +73,8 @@ class AdaptiveController:
     WINDOW = 8
 
     def __init__(self, min_k: int = 1, max_k: int = 8, target_acceptance: float = 0.7) -> None:
-        check("min_k", min_k, 0 <= min_k <= MAX_K, f"an integer from 0 to {MAX_K}")
-        check("max_k", max_k, min_k <= max_k <= MAX_K, f"an integer from min_k to {MAX_K}")
+        check("min_k", min_k, 0 <= min_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
+        check("max_k", max_k, min_k <= max_k <= MAX_DRAFT, f"an integer from min_k to {MAX_DRAFT}")
         check("target_acceptance", target_acceptance, 0 <= target_acceptance <= 1, "in [0, 1]")
         self.min_k = min_k
         self.max_k = max_k
@@ -139,7 +139,7 @@ class CostController:
     MARGIN = 1.02  # what another K must promise before it is taken
 
     def __init__(self, max_k: int = 8) -> None:
-        check("max_k", max_k, 0 <= max_k <= MAX_K, f"an integer from 0 to {MAX_K}")
+        check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = max_k
         self._accepted = [0.0] * max_k
         self._reached = [0.0] * max_k

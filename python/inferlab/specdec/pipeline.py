@@ -113,9 +113,7 @@ class SpeculativePipeline:
         self.policy = policy if isinstance(policy, Policy) else self._make_policy()
         shape = TreeShape(config.tree) if config.tree is not None else None
         self.controller: Controller = (
-            controller
-            if controller is not None and not isinstance(controller, str)
-            else self._make_controller(shape)
+            controller if isinstance(controller, Controller) else self._make_controller(shape)
         )
         self.target = target if target is not None else self._load_target()
         self._draft: TargetModel | None = None

@@ -12,6 +12,7 @@ from inferlab.cli_common import (
     add_config_argument,
     add_output_arguments,
     add_prompt_arguments,
+    add_safety_arguments,
     check_output,
     clean_stdout,
     command_main,
@@ -87,15 +88,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
     group.add_argument("--force-device", choices=one_of("force_device"), help="beats --device")
     group.add_argument("--dtype", choices=one_of("dtype"), help="(auto)")
-    group.add_argument(
-        "--max-memory-mb", type=float, metavar="MB", help="refuse models with larger weights"
-    )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python files of the checkpoint"
-    )
-    group.add_argument(
-        "--allow-pickle", action="store_true", help="read pytorch_model.bin, which can run code"
-    )
+    add_safety_arguments(group)
 
 
 def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import TreeLinks, build_tree
-
-MAX_NODES = 256
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class TreeShape:
     def __post_init__(self) -> None:
         if any(w < 1 for w in self.widths):
             raise ValueError(f"tree is {list(self.widths)}; every width must be >= 1")
-        if self.num_nodes > MAX_NODES:
+        if self.num_nodes > MAX_TREE_NODES:
             raise ValueError(
                 f"tree is {list(self.widths)}, which makes {self.num_nodes} nodes; "
-                f"at most {MAX_NODES} are allowed"
+                f"at most {MAX_TREE_NODES} are allowed"
             )
 
     @classmethod
@@ -50,7 +49,7 @@ class TreeShape:
         sizes = [1]
         for width in self.widths:
             sizes.append(sizes[-1] * width)
-            if sizes[-1] > MAX_NODES:
+            if sizes[-1] > MAX_TREE_NODES:
                 break
         return sizes
 

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from inferlab import kernels
+from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, KVCache, TargetModel
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.tree import DraftTree, TreeShape
 
-PURPOSE_TOKEN = 0  # the target's own noise: coupled draws agree most often
-PURPOSE_DRAFT = 1  # noise of its own, for the ratio test of the `rejection` policy
 CATCH_UP_CHUNK = 256
 
 

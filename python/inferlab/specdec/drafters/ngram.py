@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.tree import MAX_NODES, DraftTree, TreeShape
+from inferlab.specdec.tree import DraftTree, TreeShape
 from inferlab.types import check
 
 
@@ -72,7 +73,7 @@ class NgramDrafter:
         self.branches = branches
         self.min_match = min_match
         self.max_match = max_match
-        self.max_nodes = min(1 + max_depth * branches, MAX_NODES)
+        self.max_nodes = min(1 + max_depth * branches, MAX_TREE_NODES)
         self._indexes: dict[int, NgramIndex] = {}
 
     def propose(self, batch: Batch, k: int) -> DraftTree:
