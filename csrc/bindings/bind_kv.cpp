@@ -193,6 +193,8 @@ void check_moves(const KvCopyPagesParams& p) {
 void kv_copy_pages(py::handle k_cache_, py::handle v_cache_, py::handle src_, py::handle dst_) {
   Tensor k_cache(k_cache_, "k_cache"), v_cache(v_cache_, "v_cache");
   Tensor src(src_, "src"), dst(dst_, "dst");
+  const Place place = k_cache.place();
+  for (const Tensor* t : {&v_cache, &src, &dst}) t->on(place);
   check_pool(k_cache, true);
   v_cache.contiguous();
   check_same(v_cache, k_cache);
@@ -210,19 +212,13 @@ void kv_copy_pages(py::handle k_cache_, py::handle v_cache_, py::handle src_, py
   p.page_bytes =
       layout.page_size * k_cache.size(3) * k_cache.size(4) * dtype_size(k_cache.float_dtype());
   if (k_cache.numel() == 0) return;
-#if defined(INFERLAB_WITH_CUDA)
-  if (k_cache.is_cuda()) {
-    for (const Tensor* t : {&v_cache, &src, &dst}) t->cuda(k_cache.device_id());
-    void* stream = current_cuda_stream(k_cache_, k_cache.device_id());
-    py::gil_scoped_release release;
-    check_status(cuda::kv_copy_pages(p, stream), "kv_copy_pages");
+  if (place.cuda) {
+    run_cuda(k_cache_, place, "kv_copy_pages",
+             [&](void* stream) { return cuda::kv_copy_pages(p, stream); });
     return;
   }
-#endif
-  for (const Tensor* t : {&k_cache, &v_cache, &src, &dst}) t->cpu();
   check_moves(p);
-  py::gil_scoped_release release;
-  check_status(cpu::kv_copy_pages(p), "kv_copy_pages");
+  run_cpu("kv_copy_pages", [&] { return cpu::kv_copy_pages(p); });
 }
 
 }  // namespace

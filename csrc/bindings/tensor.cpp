@@ -121,9 +121,23 @@ int64_t Tensor::numel() const {
   return n;
 }
 
-bool Tensor::is_cuda() const {
-  return tensor_.device.device_type == dlpack::kDLCUDA ||
-         tensor_.device.device_type == dlpack::kDLCUDAManaged;
+Place Tensor::place() const {
+  const int32_t type = tensor_.device.device_type;
+#if defined(INFERLAB_CUDA_SHIM)
+  const bool cuda = type == dlpack::kDLCPU;  // the tests' stand-in for a GPU
+#else
+  const bool cuda = type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged;
+#endif
+  if (!cuda) {
+    cpu();
+    return {false, 0};
+  }
+#if !defined(INFERLAB_WITH_CUDA)
+  throw py::value_error(std::string(name_) +
+                        " is on a CUDA device, but inferlab was built without CUDA: put nvcc on "
+                        "PATH and install it again");
+#endif
+  return {true, tensor_.device.device_id};
 }
 
 std::string Tensor::shape_str() const {
@@ -209,10 +223,16 @@ const Tensor& Tensor::cpu() const {
   return *this;
 }
 
-const Tensor& Tensor::cuda(int device_id) const {
-  if (!is_cuda() || this->device_id() != device_id) {
+const Tensor& Tensor::on(const Place& place) const {
+  if (!place.cuda) return cpu();
+  const int32_t type = tensor_.device.device_type;
+  const bool cuda = type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged;
+#if defined(INFERLAB_CUDA_SHIM)
+  if (type == dlpack::kDLCPU) return *this;
+#endif
+  if (!cuda || tensor_.device.device_id != place.device) {
     throw py::value_error(std::string(name_) + " must be on CUDA device " +
-                          std::to_string(device_id) + ", like the other arguments");
+                          std::to_string(place.device) + ", like the other arguments");
   }
   return *this;
 }
@@ -258,11 +278,26 @@ void* current_cuda_stream(py::handle tensor, int device_id) {
 
 void check_status(Status status, const char* op) {
   if (status == Status::kOk) return;
-  const char* what = "failed";
-  if (status == Status::kBadArgument) what = "was called with arguments it does not support";
-  if (status == Status::kOutOfMemory) what = "ran out of memory";
-  if (status == Status::kDeviceError) what = "failed on the device";
-  throw std::runtime_error(std::string("inferlab: ") + op + " " + what);
+  std::string what = std::string("inferlab: ") + op;
+  switch (status) {
+    case Status::kBadArgument:
+      what += " was called with arguments it does not support";
+      break;
+    case Status::kOutOfMemory:
+      PyErr_SetString(PyExc_MemoryError, (what + " ran out of memory").c_str());
+      throw py::error_already_set();
+    case Status::kNoKernelImage:
+      what +=
+          " has no kernel for this GPU: install again with "
+          "-Ccmake.define.INFERLAB_CUDA_ARCHITECTURES set to its compute capability";
+      break;
+    default:
+      what += " failed on the device";
+#if defined(INFERLAB_WITH_CUDA)
+      what += std::string(": ") + cuda::last_error();
+#endif
+  }
+  throw std::runtime_error(what);
 }
 
 }  // namespace inferlab

@@ -9,12 +9,19 @@
 #include <string>
 
 #include "dlpack_abi.h"
+#include "inferlab/cuda_device.h"
 #include "inferlab/dtype.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
 
 namespace py = pybind11;
+
+// Where an op runs; all of its tensors are there.
+struct Place {
+  bool cuda;
+  int device;
+};
 
 class Tensor {
  public:
@@ -37,8 +44,7 @@ class Tensor {
   T* ptr() const {
     return static_cast<T*>(data());
   }
-  bool is_cuda() const;
-  int device_id() const { return tensor_.device.device_id; }
+  Place place() const;  // ValueError for devices without kernels
   std::string shape_str() const;
   std::string dtype_str() const;
 
@@ -48,7 +54,7 @@ class Tensor {
   const Tensor& contiguous() const;
   const Tensor& last_dim_contiguous() const;
   const Tensor& cpu() const;
-  const Tensor& cuda(int device_id) const;
+  const Tensor& on(const Place& place) const;
   const Tensor& i32() const;
   const Tensor& i64() const;  // int64 or uint64: bit words and seeds are stored in either
   const Tensor& f32() const;
@@ -102,10 +108,42 @@ auto require(bool ok, const F& message) -> decltype(static_cast<void>(message())
   if (!ok) throw py::value_error(message());
 }
 
+// RuntimeError or MemoryError if the op failed.
+void check_status(Status status, const char* op);
+
 // The framework's current stream on a CUDA device; the default stream where it does not tell.
 void* current_cuda_stream(py::handle tensor, int device_id);
 
-// RuntimeError if the op failed.
-void check_status(Status status, const char* op);
+// Calls op(stream) -> Status on the CUDA device of `place`, on the current stream of `like`'s
+// framework, without the GIL.
+template <typename Op>
+void run_cuda(py::handle like, const Place& place, const char* name, Op op) {
+#if defined(INFERLAB_WITH_CUDA)
+  void* stream = current_cuda_stream(like, place.device);
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    const cuda::DeviceGuard guard(place.device);
+    status = op(stream);
+  }
+  check_status(status, name);
+#else
+  (void)like;
+  (void)place;
+  (void)name;
+  (void)op;
+#endif
+}
+
+// Calls op() -> Status on the CPU, without the GIL.
+template <typename Op>
+void run_cpu(const char* name, Op op) {
+  Status status;
+  {
+    const py::gil_scoped_release release;
+    status = op();
+  }
+  check_status(status, name);
+}
 
 }  // namespace inferlab

@@ -4,9 +4,8 @@
 // pieces of a page, grid.y over the pairs (src, dst), grid.z over 2 * layers. Threads move 16 bytes
 // at a time where a page is a multiple of 16 bytes, 2 otherwise (elements are 2 or 4 bytes). Bytes:
 // 2 * L * M * page_bytes read and as many written. Pairs out of [0, pages) are skipped.
-#include <cuda_runtime.h>
-
 #include "inferlab/kv.h"
+#include "launch.cuh"
 
 namespace inferlab::cuda {
 
@@ -45,13 +44,9 @@ Status kv_copy_pages(const KvCopyPagesParams& p, void* stream) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(p.k_cache) |
                          reinterpret_cast<uintptr_t>(p.v_cache) |
                          static_cast<uintptr_t>(p.page_bytes);
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (bits % sizeof(uint4) == 0) {
-    copy_pages_kernel<uint4><<<grid, kThreads, 0, s>>>(p);
-  } else {
-    copy_pages_kernel<uint16_t><<<grid, kThreads, 0, s>>>(p);
-  }
-  return cudaGetLastError() == cudaSuccess ? Status::kOk : Status::kDeviceError;
+  const auto kernel =
+      bits % sizeof(uint4) == 0 ? copy_pages_kernel<uint4> : copy_pages_kernel<uint16_t>;
+  return launch(kernel, grid, dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace inferlab::cuda

@@ -1,4 +1,4 @@
-"""Registration of ops with torch.library, so that torch.compile takes each one whole."""
+"""Who computes an op: the compiled module, Metal, or the reference; and torch.library's registry."""
 
 from __future__ import annotations
 
@@ -8,10 +8,40 @@ from typing import Any
 import numpy as np
 import torch
 
+from inferlab import _C
+
 LIBRARY = torch.library.Library("inferlab", "FRAGMENT")
 
 # is_compiling() is constant-folded by Dynamo: the eager path never pays for the dispatcher.
 is_compiling = torch.compiler.is_compiling
+
+# Device type -> who has the ops there, under the names and with the arguments of `_C`. A device
+# that is not listed gets the torch reference.
+BACKENDS: dict[str, Any] = {"cpu": _C}
+if _C.build_info()["cuda"] is not None:
+    BACKENDS["cuda"] = _C
+
+
+def ops_for(array: Any) -> Any:
+    """The ops of the array's device (NumPy: the CPU's), or None where only the reference serves."""
+    if isinstance(array, np.ndarray) or array.is_cpu:
+        return BACKENDS["cpu"]
+    return BACKENDS.get(array.device.type)
+
+
+def empty(shape: tuple[int, ...], like: Any, dtype: torch.dtype | None = None) -> Any:
+    """An uninitialised array of like's kind, device and (unless given) dtype."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, like.dtype)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def workspace(num_bytes: int, like: Any) -> torch.Tensor | None:
+    """Scratch memory on like's device; None where an op needs none."""
+    if num_bytes == 0:
+        return None
+    device = "cpu" if isinstance(like, np.ndarray) else like.device
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from inferlab import _C
-from inferlab.kernels._registry import is_compiling, is_numpy, register
+from inferlab.kernels._registry import empty, is_compiling, ops_for, register
 from inferlab.kernels.reference import attention as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
-
-_CONTIGUOUS = torch.contiguous_format
 
 
 def paged_tree_attention(
@@ -78,27 +74,25 @@ def paged_tree_attention(
             num_nodes,
         )
         return result if out is None else out.copy_(result)
-    if not is_numpy(q):
-        if not q.is_cpu:
-            result = reference.paged_tree_attention(
-                q,
-                k_pages,
-                v_pages,
-                block_table,
-                seq_lens,
-                ancestors,
-                scale=scale,
-                window=window,
-                softcap=softcap,
-                node_offset=node_offset,
-                num_nodes=num_nodes,
-            )
-            return result if out is None else out.copy_(result)
-        if out is None:
-            out = torch.empty_like(q, memory_format=_CONTIGUOUS)
-    elif out is None:
-        out = np.empty(q.shape, q.dtype)
-    _C.paged_tree_attention(
+    ops = ops_for(q)
+    if ops is None:
+        result = reference.paged_tree_attention(
+            q,
+            k_pages,
+            v_pages,
+            block_table,
+            seq_lens,
+            ancestors,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            node_offset=node_offset,
+            num_nodes=num_nodes,
+        )
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = empty(q.shape, q)
+    ops.paged_tree_attention(
         q,
         k_pages,
         v_pages,

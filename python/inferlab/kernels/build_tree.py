@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from inferlab import _C
 from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, register
+from inferlab.kernels._registry import as_tensor, empty, is_compiling, is_numpy, ops_for, register
 
 
 class TreeLinks(NamedTuple):
@@ -29,15 +28,16 @@ class TreeLinks(NamedTuple):
 
 
 def _run(parents: torch.Tensor) -> TreeLinks:
-    if not parents.is_cpu:
+    ops = ops_for(parents)
+    if ops is None:
         return TreeLinks(*reference.build_tree(parents))
     if parents.dim() != 2:
         raise ValueError(f"parents has shape {list(parents.shape)}; it must be [B, N]")
     batch, nodes = parents.shape
-    link = torch.empty((3, batch, nodes), dtype=torch.int32)
-    bits = torch.empty((batch, nodes, (nodes + 63) // 64), dtype=torch.int64)
+    link = empty((3, batch, nodes), parents, torch.int32)
+    bits = empty((batch, nodes, (nodes + 63) // 64), parents, torch.int64)
     depth, first_child, next_sibling = link.unbind(0)
-    _C.build_tree(parents, depth, first_child, next_sibling, bits)
+    ops.build_tree(parents, depth, first_child, next_sibling, bits)
     return TreeLinks(depth, first_child, next_sibling, bits)
 
 

@@ -3,24 +3,19 @@
 Pages are `[P, page_size, Hkv, D]` (f32, f16 or bf16, page_size a power of two); a cache of all
 layers is `[L, P, page_size, Hkv, D]`. `block_table[B, max_pages] i32` holds a sequence's page ids
 (-1: unused); slot s of a sequence is row `s % page_size` of page `block_table[b, s // page_size]`.
-Arguments are torch tensors or NumPy arrays. CPU arrays go to the native kernels; on other devices
-the reference serves, except where a CUDA kernel was built.
+Arguments are torch tensors or NumPy arrays.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from inferlab import _C
-from inferlab.kernels._registry import is_compiling, is_numpy, register
+from inferlab.kernels._registry import empty, is_compiling, ops_for, register
 from inferlab.kernels.reference import kv as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
-
-_HAS_CUDA = _C.build_info()["cuda"] is not None
 
 
 def kv_append(
@@ -53,7 +48,8 @@ def kv_append(
             k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
         )
         return
-    if not (is_numpy(k) or k.is_cpu):
+    ops = ops_for(k)
+    if ops is None:
         reference.kv_append(
             k,
             v,
@@ -65,7 +61,7 @@ def kv_append(
             num_nodes=num_nodes,
         )
         return
-    _C.kv_append(k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
+    ops.kv_append(k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
 
 
 def kv_compact(
@@ -97,10 +93,11 @@ def kv_compact(
             k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted
         )
         return
-    if not (is_numpy(k_cache) or k_cache.is_cpu):
+    ops = ops_for(k_cache)
+    if ops is None:
         reference.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
         return
-    _C.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
+    ops.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
 
 
 def kv_gather(
@@ -125,17 +122,13 @@ def kv_gather(
     if is_compiling():
         dense = torch.ops.inferlab.kv_gather(pages, block_table, seq_lens, max_len)
         return dense if out is None else out.copy_(dense)
-    if not (is_numpy(pages) or pages.is_cpu):
+    ops = ops_for(pages)
+    if ops is None:
         dense = reference.kv_gather(pages, block_table, seq_lens, max_len)
         return dense if out is None else out.copy_(dense)
     if out is None:
-        shape = (len(seq_lens), max_len, *pages.shape[2:])
-        out = (
-            np.empty(shape, pages.dtype)
-            if is_numpy(pages)
-            else torch.empty(shape, dtype=pages.dtype)
-        )
-    _C.kv_gather(pages, block_table, seq_lens, out)
+        out = empty((len(seq_lens), max_len, *pages.shape[2:]), pages)
+    ops.kv_gather(pages, block_table, seq_lens, out)
     return out
 
 
@@ -154,11 +147,11 @@ def kv_copy_pages(k_cache: Array, v_cache: Array, src: Array, dst: Array) -> Non
     if is_compiling():
         torch.ops.inferlab.kv_copy_pages(k_cache, v_cache, src, dst)
         return
-    native = is_numpy(k_cache) or k_cache.is_cpu or (_HAS_CUDA and k_cache.is_cuda)
-    if not native:
+    ops = ops_for(k_cache)
+    if ops is None:
         reference.kv_copy_pages(k_cache, v_cache, src, dst)
         return
-    _C.kv_copy_pages(k_cache, v_cache, src, dst)
+    ops.kv_copy_pages(k_cache, v_cache, src, dst)
 
 
 def _kv_append_op(

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
-from inferlab import _C
-from inferlab.kernels._registry import is_compiling, is_numpy, register
+from inferlab.kernels._registry import empty, is_compiling, ops_for, register
 from inferlab.kernels.reference import layer as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
@@ -37,10 +35,11 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-6, *, offset: float = 0.0)
     """
     if is_compiling():
         return torch.ops.inferlab.rms_norm(x, weight, eps, offset)
-    if not (is_numpy(x) or x.is_cpu):
+    ops = ops_for(x)
+    if ops is None:
         return reference.rms_norm(x, weight, eps, offset=offset)
-    out = np.empty(x.shape, x.dtype) if is_numpy(x) else torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm(x, weight, out, eps, offset)
+    out = empty(x.shape, x)
+    ops.rms_norm(x, weight, out, eps, offset)
     return out
 
 
@@ -60,11 +59,11 @@ def silu_mul(x: Array) -> Array:
     """
     if is_compiling():
         return torch.ops.inferlab.silu_mul(x)
-    if not (is_numpy(x) or x.is_cpu):
+    ops = ops_for(x)
+    if ops is None:
         return reference.silu_mul(x)
-    shape = (*x.shape[:-1], x.shape[-1] // 2)
-    out = np.empty(shape, x.dtype) if is_numpy(x) else torch.empty(shape, dtype=x.dtype)
-    _C.silu_mul(x, out)
+    out = empty((*x.shape[:-1], x.shape[-1] // 2), x)
+    ops.silu_mul(x, out)
     return out
 
 
@@ -91,11 +90,11 @@ def linear(
     """
     if is_compiling():
         return torch.ops.inferlab.linear(x, weight, bias, residual)
-    if not (is_numpy(x) or x.is_cpu):
+    ops = ops_for(x)
+    if ops is None:
         return reference.linear(x, weight, bias, residual)
-    shape = (x.shape[0], weight.shape[0])
-    out = np.empty(shape, x.dtype) if is_numpy(x) else torch.empty(shape, dtype=x.dtype)
-    _C.linear(x, weight, bias, residual, out)
+    out = empty((x.shape[0], weight.shape[0]), x)
+    ops.linear(x, weight, bias, residual, out)
     return out
 
 
@@ -138,7 +137,8 @@ def rope_append(
             q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
         )
         return
-    if not (is_numpy(q) or q.is_cpu):
+    ops = ops_for(q)
+    if ops is None:
         reference.rope_append(
             q,
             k,
@@ -153,7 +153,7 @@ def rope_append(
             num_nodes=num_nodes,
         )
         return
-    _C.rope_append(
+    ops.rope_append(
         q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
     )
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from inferlab import _C
 from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, register
+from inferlab.kernels._registry import as_tensor, empty, is_compiling, is_numpy, ops_for, register
 from inferlab.kernels.sampling_params import SamplingTensors
 
 # The fields of SamplingTensors, in order, as they stand in the ops' schemas.
@@ -29,7 +28,8 @@ def _run(
     num_samples: int,
     allowed_vocab: int | None,
 ) -> torch.Tensor:
-    if not logits.is_cpu:
+    ops = ops_for(logits)
+    if ops is None:
         return reference.sample(
             logits,
             positions,
@@ -38,9 +38,9 @@ def _run(
             num_samples=num_samples,
             allowed_vocab=allowed_vocab,
         )
-    out = torch.empty((*logits.shape[:-1], max(num_samples, 1)), dtype=torch.int32)
+    out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
     allowed = -1 if allowed_vocab is None else max(allowed_vocab, 0)
-    _C.sample(logits, positions, sampling.flat, purpose, num_samples, allowed, out)
+    ops.sample(logits, positions, sampling.flat, purpose, num_samples, allowed, out)
     return out
 
 

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from inferlab import _C
 from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, register
+from inferlab.kernels._registry import as_tensor, empty, is_compiling, is_numpy, ops_for, register
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sample import NUM_SAMPLING_FIELDS, SAMPLING_SCHEMA
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -44,9 +43,9 @@ def _outputs(logits: torch.Tensor) -> VerifyResult:
         raise ValueError(f"logits has shape {list(logits.shape)}; it must be [B, N, V]")
     batch, nodes, _ = logits.shape
     return VerifyResult(
-        torch.empty((batch, nodes), dtype=torch.int32),
-        torch.empty((batch, nodes), dtype=torch.int32),
-        torch.empty(batch, dtype=torch.int32),
+        empty((batch, nodes), logits, torch.int32),
+        empty((batch, nodes), logits, torch.int32),
+        empty((batch,), logits, torch.int32),
     )
 
 
@@ -62,14 +61,15 @@ def _run_match(
     sampling: SamplingTensors,
     allowed_vocab: int | None,
 ) -> VerifyResult:
-    if not logits.is_cpu:
+    ops = ops_for(logits)
+    if ops is None:
         return VerifyResult(
             *reference.verify_tree_match(
                 logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
             )
         )
     out = _outputs(logits)
-    _C.verify_tree_match(
+    ops.verify_tree_match(
         logits,
         tokens,
         links.first_child,
@@ -132,7 +132,8 @@ def _run_rejection(
     with_replacement: bool,
     allowed_vocab: int | None,
 ) -> VerifyResult:
-    if not logits.is_cpu:
+    ops = ops_for(logits)
+    if ops is None:
         return VerifyResult(
             *reference.verify_tree_rejection(
                 logits,
@@ -146,7 +147,7 @@ def _run_rejection(
             )
         )
     out = _outputs(logits)
-    _C.verify_tree_rejection(
+    ops.verify_tree_rejection(
         logits,
         draft_logits,
         tokens,
@@ -242,7 +243,8 @@ def _run_lossy(
             raise ValueError(f"threshold is {threshold}; k must be >= 1 for topk_agree")
     elif not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold is {threshold}; it must be in [0, 1] for {policy}")
-    if not logits.is_cpu:
+    ops = ops_for(logits)
+    if ops is None:
         return VerifyResult(
             *reference.verify_tree_lossy(
                 logits,
@@ -256,7 +258,7 @@ def _run_lossy(
             )
         )
     out = _outputs(logits)
-    _C.verify_tree_lossy(
+    ops.verify_tree_lossy(
         logits,
         tokens,
         links.first_child,
