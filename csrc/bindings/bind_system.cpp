@@ -48,12 +48,12 @@ void bind_system(py::module_& m) {
     require(cpu::force_isa(name.c_str()),
             "isa is '" + name + "'; this build and processor do not offer it");
   });
-  m.def("num_threads", &cpu::num_threads);
+  m.def("num_threads", [] { return cpu::num_threads(); });
   m.def("set_num_threads", [](int n) {
     require(n >= 0, "num_threads is " + std::to_string(n) + "; it must be >= 0 (0: all cores)");
     cpu::set_num_threads(n);
   });
-  m.def("threading_backend", &cpu::threading_backend);
+  m.def("threading_backend", [] { return cpu::threading_backend(); });
 
   // Reads a float32 array once, with all threads: time it to get the read bandwidth.
   m.def("read_memory", [](py::handle data) {

@@ -58,7 +58,7 @@ Status launch(void (*kernel)(P), dim3 grid, dim3 block, size_t shared_bytes, voi
     return to_status(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block,
                                                  args, shared_bytes, s));
   }
-  kernel<<<grid, block, shared_bytes, s>>>(params);
+  kernel<<<grid, block, shared_bytes, s> > >(params);
   return to_status(cudaGetLastError());
 #endif
 }

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from inferlab import _C
-from inferlab.kernels import kv_copy_pages, reference
 
 ROOT = Path(__file__).parents[2]
 NO_NVCC = {"CUDACXX": "/nonexistent/nvcc"}
@@ -76,21 +75,3 @@ def test_the_module_needs_no_cuda_library():
     ).stdout
     assert "libcudart" not in dynamic
     assert "libcuda." not in dynamic
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(_C.cuda_device_count() == 0, reason="no CUDA device, or built without CUDA")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [1, 64])
-def test_copy_pages_on_the_device(dtype, dim):
-    k, v = (torch.randn(3, 9, 16, 2, dim).to(dtype) for _ in range(2))
-    ids = torch.randperm(9).int()
-    src, dst = ids[:4], ids[4:8]
-    on_device = [x.cuda() for x in (k, v, src, dst)]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        kv_copy_pages(*on_device)
-    stream.synchronize()
-    reference.kv_copy_pages(k, v, src, dst)
-    assert torch.equal(on_device[0].cpu(), k)
-    assert torch.equal(on_device[1].cpu(), v)

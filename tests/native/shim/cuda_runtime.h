@@ -1,6 +1,6 @@
-// The part of CUDA that csrc/cuda uses, on the CPU: keywords, built-in variables, intrinsics and the
-// runtime calls, over the fibres of simt.h. Found in place of NVIDIA's header when a .cu file is
-// compiled by g++ with this folder in front; INFERLAB_CUDA_SHIM is then defined.
+// The part of CUDA that csrc/cuda uses, on the CPU: keywords, built-in variables, intrinsics and
+// the runtime calls, over the fibres of simt.h. Found in place of NVIDIA's header when a .cu file
+// is compiled by g++ with this folder in front; INFERLAB_CUDA_SHIM is then defined.
 #pragma once
 
 #include <algorithm>

@@ -78,7 +78,7 @@ struct Context {
   void* sp = nullptr;
   void init(char* stack, void (*entry)()) {
     auto* top = reinterpret_cast<uint64_t*>(stack + kStackBytes - 64);  // 16-byte aligned
-    *--top = 0;                                                          // as if called
+    *--top = 0;                                                         // as if called
     *--top = reinterpret_cast<uint64_t>(entry);
     for (int i = 0; i < 6; ++i) *--top = 0;
     sp = top;
@@ -143,7 +143,7 @@ struct Block {
   std::vector<Warp> warps;
   void* shared = nullptr;
   size_t alive = 0, at_barrier = 0;
-  int count = 0;         // true predicates so far
+  int count = 0;           // true predicates so far
   int last_count[2] = {};  // by generation
   unsigned generation = 0;
   char sync = 0;
