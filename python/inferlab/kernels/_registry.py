@@ -1,4 +1,4 @@
-"""Who computes an op: the compiled module, Metal, or the reference; and torch.library's registry."""
+"""Who computes an op: the compiled module, Metal or the reference; and torch.library entries."""
 
 from __future__ import annotations
 
