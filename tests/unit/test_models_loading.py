@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.hub_cache import write_hub_cache
 from helpers.paged import PagedRunner
@@ -224,12 +224,35 @@ def test_tokenizer_missing(model_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["bloom", "falcon", "mpt", "gptj", "gpt_neo", "codegen", "mamba", "jamba", "t5", "whisper"],
+    ["bloom", "falcon", "mpt", "gpt_neo", "mamba", "jamba", "t5", "whisper"],
 )
 def test_architectures_refused_by_name(tmp_path: Path, kind: str) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedArchitectureError, match=rf"'{kind}' .*Tested families: OPT"):
         HFModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "codegen"])
+def test_architectures_that_came_to_the_attention_interface_later(kind: str) -> None:
+    """transformers 5.24 took them there: they are compared with their own attention when loaded."""
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        n_ctx=64,
+        rotary_dim=8,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    if type(model)._supports_attention_backend:
+        assert len(HFModel(model).layers) == 2
+    else:
+        with pytest.raises(UnsupportedArchitectureError, match=f"'{kind}' does not call"):
+            HFModel(model)
 
 
 def test_multimodal_is_refused(tmp_path: Path) -> None:

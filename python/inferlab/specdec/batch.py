@@ -1,32 +1,36 @@
-"""The running sequences as arrays: what a step's kernels and forwards need, kept up to date."""
+"""The running sequences as tensors on the device: what a step's kernels and forwards need."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import SamplingTensors
+from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
+
+NO_LIMIT = 2**31 - 1
 
 
 class Batch:
     """A fixed set of sequences between two changes of the batch.
 
-    On the CPU the tensors share memory with NumPy arrays, so an update is a plain store; on other
-    devices ``refresh`` copies what changes each step (lengths, roots), some bytes per sequence.
+    Its tensors stay on the device and are moved on there, in place, by what a step kept
+    (``advance``): the host hears of the tokens later, in the step's one transfer.
 
     Attributes:
-        seq_lens: [B] int32, committed tokens whose K/V is in the cache.
+        seq_lens: [B] int32, committed tokens whose K/V is in the cache: the root's position.
         roots: [B] int32, the newest committed tokens.
         block_table: [B, max_pages] int32, -1 behind a sequence's pages.
         sampling: per-sequence sampling parameters.
+        limits: [B] int32, the most tokens a step may keep of each sequence, or None. Only where
+            end tokens are forbidden for some tokens more, since what follows those was chosen
+            under the same ban.
     """
 
     def __init__(
-        self,
-        sequences: list[Sequence],
-        device: torch.device,
-        end_token_ids: tuple[int, ...],
+        self, sequences: list[Sequence], device: torch.device, end_token_ids: tuple[int, ...]
     ) -> None:
         self.sequences = sequences
         self.device = device
@@ -35,51 +39,84 @@ class Batch:
         table = np.full((size, max(len(s.pages) for s in sequences)), -1, dtype=np.int32)
         for row, sequence in zip(table, sequences, strict=True):
             row[: len(sequence.pages)] = sequence.pages
-        self.block_table = torch.from_numpy(table).to(device)
-        self._seq_lens = np.zeros(size, dtype=np.int32)
-        self._roots = np.zeros(size, dtype=np.int32)
-        self._context: np.ndarray | None = None
-        self._context_lens = np.zeros(size, dtype=np.int32)
-        if any(s.params.has_penalties for s in sequences):
-            longest = max(len(s.prompt) + s.params.max_tokens for s in sequences)
-            self._context = np.zeros((size, longest), dtype=np.int32)
-        self._suppressed: list[bool] = []
+        self.block_table = upload(table, np.int32, device)
+        self.seq_lens = upload([s.num_cached for s in sequences], np.int32, device)
+        self.roots = upload([s.tokens[-1] for s in sequences], np.int32, device)
+        self._history: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._suppressed: list[bool] | None = None
+        self.limits: torch.Tensor | None = None
         self.refresh()
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def refresh(self) -> None:
-        """Takes over the sequences' new tokens after a step."""
-        suppressed = []
-        for i, sequence in enumerate(self.sequences):
-            self._seq_lens[i] = sequence.num_cached
-            self._roots[i] = sequence.tokens[-1]
-            suppressed.append(sequence.num_output < sequence.params.min_tokens)
-            if self._context is not None:
-                done = self._context_lens[i]
-                new = sequence.tokens[done:]
-                self._context[i, done : done + len(new)] = new
-                self._context_lens[i] += len(new)
-        self.seq_lens = torch.from_numpy(self._seq_lens).to(self.device)
-        self.roots = torch.from_numpy(self._roots).to(self.device)
-        if suppressed != self._suppressed or self._context is not None:
-            self._suppressed = suppressed
-            self.sampling = self._sampling_tensors()
+    @property
+    def history(self) -> torch.Tensor:
+        """[B, W] int32: prompt and output up to and with the root; ``lengths`` of a row count."""
+        return self._tokens()[0]
 
-    def _sampling_tensors(self) -> SamplingTensors:
-        params = [s.params for s in self.sequences]
-        device = self.device
-        extra: dict[str, torch.Tensor] = {}
-        if self._context is not None:
-            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-                extra[name] = torch.tensor([getattr(p, name) for p in params], dtype=torch.float32)
-            extra["context_tokens"] = torch.from_numpy(self._context)
-            extra["context_lens"] = torch.from_numpy(self._context_lens)
-            extra["prompt_lens"] = torch.tensor(
-                [len(s.prompt) for s in self.sequences], dtype=torch.int32
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] int32: tokens of each sequence, the root included."""
+        return self._tokens()[1]
+
+    def _tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """History and lengths, made when they are first asked for."""
+        if self._history is None:
+            # Whole walks are written behind the lengths, kept or not: room for the largest one.
+            most = max(len(s.tokens) + s.remaining for s in self.sequences)
+            rows = np.zeros((len(self), most + MAX_TREE_NODES), np.int32)
+            for row, sequence in zip(rows, self.sequences, strict=True):
+                row[: len(sequence.tokens)] = sequence.tokens
+            lengths = [len(s.tokens) for s in self.sequences]
+            self._history = (
+                upload(rows, np.int32, self.device),
+                upload(lengths, np.int32, self.device),
             )
-        biases = [self._bias(i) for i in range(len(params))]
+        return self._history
+
+    def advance(self, tokens: torch.Tensor, kept: torch.Tensor) -> None:
+        """Moves on by a step's result, on the device.
+
+        Args:
+            tokens: [B, N] int32, the walk of each sequence, bonus token last.
+            kept: [B] int32, how many of them count; at least one.
+        """
+        last = (kept - 1).to(torch.int64)[:, None]
+        self.roots = tokens.gather(1, last)[:, 0]
+        self.seq_lens += kept
+        if self._history is not None:
+            history, lengths = self._history
+            ahead = torch.arange(tokens.shape[1], device=self.device)
+            history.scatter_(1, lengths.to(torch.int64)[:, None] + ahead, tokens)
+            lengths += kept
+
+    def refresh(self) -> None:
+        """Takes over what the host alone decides: whether end tokens are still forbidden."""
+        missing = [max(s.params.min_tokens - s.num_output, 0) for s in self.sequences]
+        suppressed = [m > 0 for m in missing]
+        self.limits = None
+        if any(suppressed):
+            self.limits = upload([m or NO_LIMIT for m in missing], np.int32, self.device)
+        if suppressed != self._suppressed:
+            self._suppressed = suppressed
+            self.sampling = self._sampling_tensors(suppressed)
+
+    def _sampling_tensors(self, suppressed: list[bool]) -> SamplingTensors:
+        params = [s.params for s in self.sequences]
+
+        def column(name: str, dtype: type) -> torch.Tensor:
+            return upload([getattr(p, name) for p in params], dtype, self.device)
+
+        extra: dict[str, torch.Tensor] = {}
+        if any(p.has_penalties for p in params):
+            for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+                extra[name] = column(name, np.float32)
+            extra["context_tokens"] = self.history
+            extra["context_lens"] = self.lengths
+            prompts = [len(s.prompt) for s in self.sequences]
+            extra["prompt_lens"] = upload(prompts, np.int32, self.device)
+        biases = [self._bias(s, b) for s, b in zip(self.sequences, suppressed, strict=True)]
         most = max(len(b) for b in biases)
         if most:
             tokens = np.full((len(params), most), -1, dtype=np.int32)
@@ -87,25 +124,22 @@ class Batch:
             for i, bias in enumerate(biases):
                 tokens[i, : len(bias)] = list(bias.keys())
                 values[i, : len(bias)] = list(bias.values())
-            extra["bias_tokens"] = torch.from_numpy(tokens)
-            extra["bias_values"] = torch.from_numpy(values)
+            extra["bias_tokens"] = upload(tokens, np.int32, self.device)
+            extra["bias_values"] = upload(values, np.float32, self.device)
         seeds = np.array([p.seed for p in params], dtype=np.uint64).view(np.int64)
         return SamplingTensors(
-            temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32).to(
-                device
-            ),
-            top_k=torch.tensor([p.top_k for p in params], dtype=torch.int32).to(device),
-            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32).to(device),
-            min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32).to(device),
-            seed=torch.from_numpy(seeds).to(device),
-            **{name: value.to(device) for name, value in extra.items()},
+            temperature=column("temperature", np.float32),
+            top_k=column("top_k", np.int32),
+            top_p=column("top_p", np.float32),
+            min_p=column("min_p", np.float32),
+            seed=upload(seeds, np.int64, self.device),
+            **extra,
         )
 
-    def _bias(self, index: int) -> dict[int, float]:
+    def _bias(self, sequence: Sequence, suppressed: bool) -> dict[int, float]:
         """Logit bias of a sequence; end tokens are forbidden before ``min_tokens``."""
-        params = self.sequences[index].params
-        bias = dict(params.logit_bias or {})
-        if self._suppressed[index]:
-            for token in (*self._end_token_ids, *params.stop_token_ids):
+        bias = dict(sequence.params.logit_bias or {})
+        if suppressed:
+            for token in (*self._end_token_ids, *sequence.params.stop_token_ids):
                 bias[token] = float("-inf")
         return bias

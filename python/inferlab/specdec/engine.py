@@ -8,10 +8,12 @@ from collections.abc import Sequence as SequenceOf
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 
 from inferlab import kernels
 from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.models.transfer import upload
 from inferlab.scheduler import PageAllocator, Scheduler, Sequence
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
@@ -165,7 +167,7 @@ class Engine:
         for start in starts[:-1]:
             self._prefill_chunk(batch, start)
         logits = self._prefill_chunk(batch, starts[-1])
-        position = torch.tensor([[len(sequence.prompt)]], dtype=torch.int64).to(batch.device)
+        position = batch.seq_lens[:, None].to(torch.int64)
         token = int(kernels.sample(logits, position, batch.sampling)[0, 0, 0])
         self._emit(sequence, [token])
         self.clock.lap("prefill")
@@ -174,11 +176,10 @@ class Engine:
         """Forwards the prompt from ``start`` on; logits of the chunk's last token, [1, 1, V]."""
         (sequence,) = batch.sequences
         chunk = sequence.prompt[start : start + PREFILL_CHUNK]
-        batch.refresh()
         positions = torch.arange(start, start + len(chunk), device=batch.device)
         logits = self.target.forward(
             ForwardBatch(
-                tokens=torch.tensor([chunk], dtype=torch.int64).to(batch.device),
+                tokens=upload([chunk], np.int64, batch.device),
                 positions=positions[None],
                 seq_lens=batch.seq_lens,
                 block_table=batch.block_table,
@@ -186,6 +187,7 @@ class Engine:
             ),
             self.cache,
         )
+        batch.seq_lens += len(chunk)
         sequence.num_cached += len(chunk)
         sequence.stats.prefill_forwards += 1
         return logits
@@ -206,21 +208,18 @@ class Engine:
         spent += self.clock.lap("verify")
         walk = step.verify(self.policy, logits, tree, batch)
         spent += self.clock.lap("accept")
-        accepted = [len(tokens) - 1 for tokens in walk.tokens]
-        kept = []
-        for i, sequence in enumerate(batch.sequences):
-            tokens = walk.tokens[i]
-            missing = sequence.params.min_tokens - sequence.num_output
-            if missing > 0:
-                # What follows was chosen with the end tokens forbidden: only while they are.
-                tokens = tokens[:missing]
+        step.commit(self.cache, self.drafter, batch, tree, walk)
+        spent += self.clock.lap("commit")
+        counts, walks = step.read(walk)
+        spent += self.clock.lap("accept")
+        accepted = [n - 1 for n in counts]
+        for i, (sequence, tokens) in enumerate(zip(batch.sequences, walks, strict=True)):
             emitted = self._emit(sequence, tokens)
-            kept.append(emitted)
             sequence.stats.record(
                 tree.depths[i], tree.node_counts[i] - 1, min(accepted[i], emitted), emitted
             )
-        step.commit(self.cache, self.drafter, batch, tree, walk, kept)
-        for sequence in batch.sequences:
+            if self.drafter is not None:
+                self.drafter.settle(sequence, tree, emitted)
             sequence.num_cached = len(sequence.tokens) - 1
         if not any(s.finished for s in batch.sequences):
             batch.refresh()

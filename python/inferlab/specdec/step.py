@@ -1,14 +1,20 @@
-"""One decoding step of a batch: propose -> forward -> verify -> commit."""
+"""One decoding step of a batch: propose -> forward -> verify -> commit -> read.
+
+Everything up to `read` is queued on the device without asking it; `read` is the one place where the
+host waits for it.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from inferlab.kernels import VerifyResult
 from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.models.transfer import upload
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.policies import Policy
@@ -19,7 +25,10 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
 @dataclass
 class Clock:
-    """Milliseconds spent per phase since the engine started."""
+    """Milliseconds the host spent per phase since the engine started.
+
+    On a CUDA device a phase ends when its work is queued: the wait for all of it is in ``accept``.
+    """
 
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _mark: float = 0.0
@@ -51,9 +60,7 @@ def forward(target: TargetModel, cache: KVCache, batch: Batch, tree: DraftTree) 
     if limit is not None:
         # Nodes that a sequence near its end can not keep anyway, and padding (depth -1).
         positions = positions.clamp(0, limit - 1)
-    num_nodes = None
-    if tree.is_ragged:
-        num_nodes = torch.tensor(tree.node_counts, dtype=torch.int32).to(batch.device)
+    num_nodes = upload(tree.node_counts, np.int32, batch.device) if tree.is_ragged else None
     return target.forward(
         ForwardBatch(
             tokens=tree.tokens.to(torch.int64),
@@ -67,47 +74,43 @@ def forward(target: TargetModel, cache: KVCache, batch: Batch, tree: DraftTree) 
     )
 
 
-@dataclass
-class Walk:
-    """What verification accepted, on the host.
+class Walk(NamedTuple):
+    """What verification accepted, on the device: walks from the roots, entries behind them -1.
 
-    ``nodes[b]`` and ``tokens[b]``: the walk of sequence b from its root, and the token emitted at
-    each of its nodes, the bonus token last. A token of -1 marks logits that were NaN or all -inf.
+    Attributes:
+        nodes: [B, S] int32, the nodes visited.
+        tokens: [B, S] int32, the token emitted at each, the bonus token last; -1 marks logits that
+            were NaN or all -inf.
+        accepted: [B] int32, entries of each walk.
+        kept: [B] int32, how many of them are committed: all, but for `Batch.limits`.
     """
 
-    nodes: list[list[int]]
-    tokens: list[list[int]]
-    device_nodes: torch.Tensor  # [B, S] int32
+    nodes: torch.Tensor
+    tokens: torch.Tensor
+    accepted: torch.Tensor
+    kept: torch.Tensor
 
 
 def verify(policy: Policy, logits: torch.Tensor, tree: DraftTree, batch: Batch) -> Walk:
-    """Walks the trees; this is where the host waits for the device."""
-    result: VerifyResult = policy.verify(logits, tree, batch)
-    counts = result.num_accepted.tolist()
-    nodes = result.accepted_nodes.tolist()
-    tokens = result.accepted_tokens.tolist()
-    return Walk(
-        [row[:n] for row, n in zip(nodes, counts, strict=True)],
-        [row[:n] for row, n in zip(tokens, counts, strict=True)],
-        result.accepted_nodes,
-    )
+    """Walks the trees of a batch."""
+    result = policy.verify(logits, tree, batch)
+    accepted = result.num_accepted
+    kept = accepted if batch.limits is None else torch.minimum(accepted, batch.limits)
+    return Walk(result.accepted_nodes, result.accepted_tokens, accepted, kept)
 
 
 def commit(
-    cache: KVCache,
-    drafter: Drafter | None,
-    batch: Batch,
-    tree: DraftTree,
-    walk: Walk,
-    kept: list[int],
+    cache: KVCache, drafter: Drafter | None, batch: Batch, tree: DraftTree, walk: Walk
 ) -> None:
-    """Moves the K/V of the kept nodes to the front, in the target's and the drafter's cache."""
-    if tree.num_nodes == 1:
-        return
-    count = torch.tensor(kept, dtype=torch.int32).to(batch.device)
-    if not tree.is_chain and any(
-        nodes[:n] != list(range(n)) for nodes, n in zip(walk.nodes, kept, strict=True)
-    ):
-        cache.compact(batch.block_table, batch.seq_lens, walk.device_nodes, count)
-    if drafter is not None:
-        drafter.commit(batch, tree, walk.device_nodes, count)
+    """Moves the K/V of the kept nodes to the front, in both caches, and the batch behind them."""
+    if not tree.is_chain:
+        cache.compact(batch.block_table, batch.seq_lens, walk.nodes, walk.kept)
+    if drafter is not None and tree.num_nodes > 1:
+        drafter.commit(batch, tree, walk.nodes, walk.kept)
+    batch.advance(walk.tokens, walk.kept)
+
+
+def read(walk: Walk) -> tuple[list[int], list[list[int]]]:
+    """Waits for the step: tokens accepted per sequence (bonus included), and the tokens kept."""
+    packed = torch.cat((walk.accepted[:, None], walk.kept[:, None], walk.tokens), dim=1).tolist()
+    return [row[0] for row in packed], [row[2 : 2 + row[1]] for row in packed]

@@ -31,12 +31,16 @@ class Drafter(Protocol):
     def commit(
         self, batch: Batch, tree: DraftTree, nodes: torch.Tensor, kept: torch.Tensor
     ) -> None:
-        """Hears which nodes were kept, before the batch moves on.
+        """Keeps its own cache in step, on the device, before the batch moves on.
 
         Args:
             nodes: [B, S] int32, the walk from the root.
             kept: [B] int32, how many entries of the walk are committed.
         """
+        ...
+
+    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
+        """Hears on the host how many tokens of a step a sequence kept, before its length moves."""
         ...
 
     def is_lagging(self, batch: Batch) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from inferlab import kernels
 from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.tree import DraftTree, TreeShape
@@ -42,6 +44,8 @@ class ModelDrafter:
         self.keep_logits = keep_logits
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
+        self._batch: Batch | None = None  # the one that _cached belongs to
+        self._cached = torch.empty(0, dtype=torch.int32)  # [B]: draft_cached, on the device
 
     def propose(self, batch: Batch, k: int) -> DraftTree:
         longest = max(len(s.tokens) for s in batch.sequences)
@@ -129,63 +133,54 @@ class ModelDrafter:
 
     def _catch_up(self, batch: Batch) -> torch.Tensor:
         """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V]."""
+        if self._batch is not batch:
+            self._batch = batch
+            cached = [s.draft_cached for s in batch.sequences]
+            self._cached = upload(cached, np.int32, batch.device)
         pending = [len(s.tokens) - s.draft_cached for s in batch.sequences]
-        for i, sequence in enumerate(batch.sequences):
+        for i in range(len(pending)):
             while pending[i] > CATCH_UP_CHUNK:
-                self._forward_tokens(batch, [i], [CATCH_UP_CHUNK])
-                pending[i] = len(sequence.tokens) - sequence.draft_cached
-        shortest, longest = min(pending), max(pending)
-        if longest > 4 * shortest:
-            # Very uneven (a new prompt beside running ones): the long ones go alone.
-            for i in range(len(pending)):
-                if pending[i] > 4 * shortest:
-                    self._forward_tokens(batch, [i], [pending[i] - 1])
-                    pending[i] = 1
-        return self._forward_tokens(batch, list(range(len(pending))), pending)
+                self._forward_tokens(batch, slice(i, i + 1), [CATCH_UP_CHUNK])
+                pending[i] -= CATCH_UP_CHUNK
+        return self._forward_tokens(batch, slice(None), pending)
 
-    def _forward_tokens(self, batch: Batch, rows: list[int], counts: list[int]) -> torch.Tensor:
+    def _forward_tokens(self, batch: Batch, rows: slice, counts: list[int]) -> torch.Tensor:
         """Forwards the next ``counts`` uncached tokens of some sequences: last logits [R, 1, V]."""
-        device = batch.device
-        sequences = [batch.sequences[i] for i in rows]
+        cached = self._cached[rows]
         longest = max(counts)
-        padded = [
-            s.tokens[s.draft_cached : s.draft_cached + n] + [0] * (longest - n)
-            for s, n in zip(sequences, counts, strict=True)
-        ]
-        cached = torch.tensor([s.draft_cached for s in sequences], dtype=torch.int32).to(device)
-        positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=device)
-        everyone = len(rows) == len(batch)
         even = min(counts) == longest
+        positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
+        # Behind a row's own tokens there may be a walk's -1.
+        tokens = batch.history[rows].gather(1, positions).clamp_min(0)
         logits = self.model.forward(
             ForwardBatch(
-                tokens=torch.tensor(padded, dtype=torch.int64).to(device),
+                tokens=tokens.to(torch.int64),
                 positions=positions,
                 seq_lens=cached,
-                block_table=batch.block_table if everyone else batch.block_table[rows],
-                num_nodes=None if even else torch.tensor(counts, dtype=torch.int32).to(device),
-                last_only=even,
+                block_table=batch.block_table[rows],
+                num_nodes=None if even else batch.lengths - cached,
+                last_only=True,
             ),
             self.cache,
         )
-        for sequence, count in zip(sequences, counts, strict=True):
+        # Uneven counts run up to the roots.
+        self._cached[rows] = cached + longest if even else batch.lengths
+        for sequence, count in zip(batch.sequences[rows], counts, strict=True):
             sequence.draft_cached += count
-        if even:
-            return logits
-        last = torch.tensor(counts, device=device) - 1
-        return logits[torch.arange(len(rows), device=device), last][:, None]
+        return logits
 
     def commit(
         self, batch: Batch, tree: DraftTree, nodes: torch.Tensor, kept: torch.Tensor
     ) -> None:
         # The deepest level was drafted but not forwarded, so its K/V is missing.
-        forwarded = max(tree.depths)
-        if not forwarded:
-            return
+        count = kept.clamp_max(max(tree.depths))
         if not tree.is_chain:
-            count = kept.clamp_max(forwarded)
             self.cache.compact(batch.block_table, batch.seq_lens, nodes, count)
-        for sequence, num in zip(batch.sequences, kept.tolist(), strict=True):
-            sequence.draft_cached = sequence.num_cached + min(num, forwarded)
+        torch.add(batch.seq_lens, count, out=self._cached)
+
+    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
+        if tree.num_nodes > 1:
+            sequence.draft_cached = sequence.num_cached + min(kept, max(tree.depths))
 
     def is_lagging(self, batch: Batch) -> bool:
         return any(len(s.tokens) - s.draft_cached > 2 for s in batch.sequences)

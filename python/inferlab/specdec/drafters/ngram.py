@@ -9,6 +9,7 @@ import torch
 
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
+from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.tree import DraftTree, TreeShape
@@ -90,9 +91,9 @@ class NgramDrafter:
         if is_chain and all(len(t) == width for t, _ in trees):
             links = TreeShape.chain(width - 1).links(len(trees), batch.device)
         else:
-            links = build_tree(torch.from_numpy(parents).to(batch.device))
+            links = build_tree(upload(parents, np.int32, batch.device))
         return DraftTree(
-            torch.from_numpy(tokens).to(batch.device),
+            upload(tokens, np.int32, batch.device),
             links,
             is_chain,
             [_depth(p) for _, p in trees],
@@ -125,6 +126,9 @@ class NgramDrafter:
     def commit(
         self, batch: Batch, tree: DraftTree, nodes: torch.Tensor, kept: torch.Tensor
     ) -> None:
+        pass
+
+    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
         pass
 
     def is_lagging(self, batch: Batch) -> bool:

@@ -1,0 +1,22 @@
+"""Host to device without waiting: a plain ``.to("cuda")`` stalls until the device has caught up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def upload(values: Sequence[Any] | np.ndarray, dtype: Any, device: torch.device) -> torch.Tensor:
+    """Host values as a tensor on ``device``; the copy is queued on the current stream.
+
+    Args:
+        values: numbers, nested or not, or an array.
+        dtype: a NumPy dtype.
+    """
+    host = torch.from_numpy(np.array(values, dtype=dtype))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

@@ -1,0 +1,69 @@
+"""Decoding on a device: the same tokens, and the host waits once a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from exactness.test_families import GREEDY, PAGES, PROMPTS, SAMPLED, draft_of, target_of
+from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import make_policy
+from inferlab.specdec.tree import TreeShape
+from inferlab.types import SamplingParams
+
+PENALISED = SamplingParams(
+    max_tokens=24, temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=3
+)
+
+
+WAITS = {
+    getattr(torch.Tensor, name)
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__")
+}
+
+
+class Reads(TorchFunctionMode):
+    """Counts what would make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def make_engine(family: str, drafter: str, widths: tuple[int, ...], policy: str) -> Engine:
+    target = target_of(family)
+    made: Any = NgramDrafter(max_depth=4, branches=max(widths), max_match=2)
+    if drafter == "vanilla":
+        draft = draft_of(family)
+        made = ModelDrafter(
+            draft, draft.new_cache(PAGES), TreeShape(widths), keep_logits=policy == "rejection"
+        )
+    rule = make_policy(policy)
+    return Engine(target, target.new_cache(PAGES), rule, FixedController(4), made)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "top-p", "penalty"])
+@pytest.mark.parametrize("widths", [(1, 1, 1), (3, 2, 1)], ids=["chain", "tree"])
+@pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
+@pytest.mark.parametrize("policy", ["longest_prefix", "rejection", "typical"])
+def test_the_host_reads_once_a_step(policy, drafter, widths, params):
+    engine = make_engine("gpt2", drafter, widths, policy)
+    for prompt in PROMPTS[:3]:
+        engine.submit(prompt, params)
+    engine.step()  # admits and prefills: one read for each first token
+    steps = 0
+    with Reads() as reads:
+        while engine.scheduler.running and steps < 6:
+            engine.step()
+            steps += 1
+    assert steps > 2
+    assert reads.count == steps
