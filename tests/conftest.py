@@ -1,6 +1,10 @@
 """Settings of all tests: no downloads, no busy waiting. Makes ``helpers`` importable from tests."""
 
 import os
+import shutil
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,3 +18,16 @@ def pytest_addoption(parser):
         metavar="PATH",
         help="a module built by tests/helpers/shim_build.py, e.g. one with a sanitizer",
     )
+
+
+@pytest.fixture(scope="session")
+def cuda_shim(request):
+    """The module whose CUDA kernels run on the CPU."""
+    from helpers import shim_build
+
+    path = request.config.getoption("--cuda-shim")
+    if path is None:
+        if shutil.which(shim_build.COMPILER) is None:
+            pytest.skip(f"{shim_build.COMPILER} is not installed")
+        path = shim_build.build()
+    return shim_build.load(Path(path))

@@ -12,7 +12,8 @@ from inferlab.types import SamplingParams
 def scores_after(target: HFModel, tokens: list[int], params: SamplingParams) -> torch.Tensor:
     """What the choice after ``tokens`` is the arg-max of: logit / T + noise, in float64, [V]."""
     with target.plain() as model, torch.inference_mode():
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].double()
+        ids = torch.tensor([tokens], device=target.device)
+        logits = model(ids, use_cache=False).logits[0, -1].double().cpu()
     if params.temperature == 0:
         return logits
     noise = torch.empty(logits.shape[0], dtype=torch.float32)

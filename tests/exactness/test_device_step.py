@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from exactness.test_families import GREEDY, PAGES, PROMPTS, SAMPLED, draft_of, target_of
+from exactness.compare import assert_same_tokens
+from exactness.test_families import (
+    GREEDY,
+    PAGES,
+    PROMPTS,
+    SAMPLED,
+    draft_of,
+    engine,
+    needs_gpu,
+    plain_tokens,
+    target_of,
+)
+from helpers.backends import Backend
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -67,3 +80,46 @@ def test_the_host_reads_once_a_step(policy, drafter, widths, params):
             steps += 1
     assert steps > 2
     assert reads.count == steps
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_cuda_is_waited_for_once_a_step(drafter, tree):
+    decoding = engine("gpt2", drafter, tree, device="cuda")
+    for prompt in PROMPTS[:3]:
+        decoding.submit(prompt, SAMPLED)
+    decoding.step()
+    decoding.step()  # static trees are uploaded once
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                decoding.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(w.message) for w in caught) == 3
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "top-p", "penalty"])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("drafter", ["none", "vanilla", "ngram"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_the_cuda_kernels_decode_the_cpus_tokens(
+    cuda_shim, monkeypatch, family, drafter, tree, params
+):
+    """The whole pipeline over csrc/cuda: the models in torch, everything between in its kernels."""
+    expected = plain_tokens(family, params)
+    target = target_of(family)
+    # Off the CPU a model runs through its own modules.
+    monkeypatch.setattr(target, "_fused", None)
+    monkeypatch.setattr(draft_of(family), "_fused", None)
+    decoding = engine(family, drafter, tree)
+    with Backend("cuda-shim", "cpu", cuda_shim).active():
+        results = decoding.generate([(p, params) for p in PROMPTS])
+    for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
+        what = f"{family}, {drafter}, {'tree' if tree else 'chain'}"
+        assert_same_tokens(target, prompt, tokens, result.token_ids, params, what)

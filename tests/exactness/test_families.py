@@ -18,6 +18,7 @@ from inferlab.specdec.tree import TreeShape
 from inferlab.types import SamplingParams
 
 PAGES = 128
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 NEW_TOKENS = 24
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 SAMPLED = SamplingParams(
@@ -32,13 +33,16 @@ PROMPTS = [
 ]
 
 
-@cache
-def target_of(family: str) -> HFModel:
-    return HFModel(tiny_model(family))
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
 @cache
-def draft_of(family: str) -> HFModel:
+def target_of(family: str, device: str = "cpu") -> HFModel:
+    return HFModel(tiny_model(family).to(device))
+
+
+@cache
+def draft_of(family: str, device: str = "cpu") -> HFModel:
     """The target with its weights disturbed: agrees often, but not always."""
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(1)
@@ -46,35 +50,45 @@ def draft_of(family: str) -> HFModel:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.08 * parameter.std() * noise if parameter.numel() > 1 else 0)
-    return HFModel(model)
+    return HFModel(model.to(device))
 
 
-def engine(family: str, drafter: str = "none", tree: bool = False, max_batch: int = 8) -> Engine:
-    target = target_of(family)
+def engine(
+    family: str,
+    drafter: str = "none",
+    tree: bool = False,
+    max_batch: int = 8,
+    device: str = "cpu",
+) -> Engine:
+    target = target_of(family, device)
     made = None
     if drafter == "vanilla":
         shape = TreeShape((3, 2, 1)) if tree else TreeShape.chain(3)
-        made = ModelDrafter(draft_of(family), draft_of(family).new_cache(PAGES), shape)
+        draft = draft_of(family, device)
+        made = ModelDrafter(draft, draft.new_cache(PAGES), shape)
     elif drafter == "ngram":
         made = NgramDrafter(max_depth=4, branches=3 if tree else 1, max_match=2)
     return Engine(target, target.new_cache(PAGES), Policy(), FixedController(4), made, max_batch)
 
 
 @cache
-def plain_tokens(family: str, params: SamplingParams) -> list[list[int]]:
-    results = engine(family).generate([(p, params) for p in PROMPTS[:1]])
-    results += engine(family, max_batch=1).generate([(p, params) for p in PROMPTS[1:]])
+def plain_tokens(family: str, params: SamplingParams, device: str = "cpu") -> list[list[int]]:
+    results = engine(family, device=device).generate([(p, params) for p in PROMPTS[:1]])
+    alone = engine(family, max_batch=1, device=device)
+    results += alone.generate([(p, params) for p in PROMPTS[1:]])
     return [r.token_ids for r in results]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_decoding_is_generate(family):
-    target = target_of(family)
-    for prompt, tokens in zip(PROMPTS, plain_tokens(family, GREEDY), strict=True):
+@pytest.mark.parametrize("device", DEVICES)
+def test_plain_decoding_is_generate(device, family):
+    target = target_of(family, device)
+    for prompt, tokens in zip(PROMPTS, plain_tokens(family, GREEDY, device), strict=True):
+        ids = torch.tensor([prompt], device=device)
         with target.plain() as model, torch.inference_mode():
             output = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 eos_token_id=None,
@@ -88,12 +102,13 @@ def test_plain_decoding_is_generate(family):
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_speculation_changes_no_token(family, drafter, tree, params):
-    target = target_of(family)
-    expected = plain_tokens(family, params)
+@pytest.mark.parametrize("device", DEVICES)
+def test_speculation_changes_no_token(device, family, drafter, tree, params):
+    target = target_of(family, device)
+    expected = plain_tokens(family, params, device)
     accepted = 0
     for batch in (1, 5):
-        speculative = engine(family, drafter, tree, max_batch=batch)
+        speculative = engine(family, drafter, tree, batch, device)
         results = speculative.generate([(p, params) for p in PROMPTS])
         for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
             what = f"{family}, {drafter}, {'tree' if tree else 'chain'}, batch {batch}"

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
-from helpers import shim_build
 from helpers.backends import Backend
 from inferlab.kernels import _registry
-
-
-@pytest.fixture(scope="session")
-def cuda_shim(request: pytest.FixtureRequest):
-    """The module whose CUDA kernels run on the CPU."""
-    path = request.config.getoption("--cuda-shim")
-    if path is None:
-        if shutil.which(shim_build.COMPILER) is None:
-            pytest.skip(f"{shim_build.COMPILER} is not installed")
-        path = shim_build.build()
-    return shim_build.load(Path(path))
 
 
 @pytest.fixture(params=["cuda-shim", pytest.param("cuda", marks=pytest.mark.gpu)])
