@@ -18,5 +18,5 @@ def upload(values: Sequence[Any] | np.ndarray, dtype: Any, device: torch.device)
     """
     host = torch.from_numpy(np.array(values, dtype=dtype))
     if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
