@@ -31,20 +31,21 @@ void kv_append(py::handle k_, py::handle v_, py::handle k_pages_, py::handle v_p
   Tensor k(k_, "k"), v(v_, "v"), k_pages(k_pages_, "k_pages"), v_pages(v_pages_, "v_pages");
   Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
   OptionalTensor num_nodes(num_nodes_, "num_nodes");
+  const Place place = k.place();
   check_pool(k_pages, false);
-  k_pages.cpu();
-  v_pages.contiguous().cpu();
+  k_pages.on(place);
+  v_pages.contiguous().on(place);
   check_same(v_pages, k_pages);
   const PagedLayout layout = paged_layout(k_pages);
   const int64_t heads = k_pages.size(2), dim = k_pages.size(3);
-  k.dims(4).shape({Tensor::kAny, Tensor::kAny, heads, dim}).last_dim_contiguous().cpu();
+  k.dims(4).shape({Tensor::kAny, Tensor::kAny, heads, dim}).last_dim_contiguous();
   const int64_t batch = k.size(0), nodes = k.size(1);
-  v.shape({batch, nodes, heads, dim}).last_dim_contiguous().cpu();
+  v.shape({batch, nodes, heads, dim}).last_dim_contiguous().on(place);
   check_same_dtype(k, k_pages);
   check_same_dtype(v, k_pages);
-  check_block_table(table, batch);
-  check_seq_lens(seq_lens, batch);
-  check_num_nodes(num_nodes, batch, nodes);
+  check_block_table(table, batch, place);
+  check_seq_lens(seq_lens, batch, place);
+  check_num_nodes(num_nodes, batch, nodes, place);
   require(node_offset >= 0,
           [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
   const int64_t s = dtype_size(k_pages.float_dtype());
@@ -64,49 +65,26 @@ void kv_append(py::handle k_, py::handle v_, py::handle k_pages_, py::handle v_p
   p.batch = batch;
   p.nodes = nodes;
   p.heads = heads;
+  p.pages = layout.pages;
   p.page_size = layout.page_size;
+  p.max_pages = table.size(1);
   p.node_offset = node_offset;
   p.head_bytes = dim * s;
   if (nodes == 0 || batch == 0 || heads * dim == 0) return;
+  if (place.cuda) {
+    run_cuda(k_, place, "kv_append", [&](void* stream) { return cuda::kv_append(p, stream); });
+    return;
+  }
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = p.seq_lens[b] + node_offset;
     check_slots(table, b, first, first + (p.num_nodes != nullptr ? p.num_nodes[b] : nodes), layout);
   }
-  py::gil_scoped_release release;
-  check_status(cpu::kv_append(p), "kv_append");
+  run_cpu("kv_append", [&] { return cpu::kv_append(p); });
 }
 
-void kv_compact(py::handle k_cache_, py::handle v_cache_, py::handle block_table_,
-                py::handle seq_lens_, py::handle accepted_, py::handle num_accepted_) {
-  Tensor k_cache(k_cache_, "k_cache"), v_cache(v_cache_, "v_cache");
-  Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
-  Tensor accepted(accepted_, "accepted_nodes"), num_accepted(num_accepted_, "num_accepted");
-  check_pool(k_cache, true);
-  k_cache.cpu();
-  v_cache.contiguous().cpu();
-  check_same(v_cache, k_cache);
-  const PagedLayout layout = paged_layout(k_cache);
-  table.dims(2);
-  const int64_t batch = table.size(0);
-  check_block_table(table, batch);
-  check_seq_lens(seq_lens, batch);
-  accepted.i32().shape({batch, Tensor::kAny}).contiguous().cpu();
-  num_accepted.i32().shape({batch}).contiguous().cpu();
-  KvCompactParams p{};
-  p.k_cache = k_cache.ptr<char>();
-  p.v_cache = v_cache.ptr<char>();
-  p.block_table = table.ptr<const int32_t>();
-  p.table_stride = table.stride(0);
-  p.seq_lens = seq_lens.ptr<const int32_t>();
-  p.accepted = accepted.ptr<const int32_t>();
-  p.num_accepted = num_accepted.ptr<const int32_t>();
-  p.layers = k_cache.size(0);
-  p.pages = layout.pages;
-  p.page_size = layout.page_size;
-  p.batch = batch;
-  p.steps = accepted.size(1);
-  p.row_bytes = k_cache.size(3) * k_cache.size(4) * dtype_size(k_cache.float_dtype());
-  for (int64_t b = 0; b < batch; ++b) {
+// The nodes of each path increase, and stand in slots that exist.
+void check_accepted(const KvCompactParams& p, const Tensor& table, const PagedLayout& layout) {
+  for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t count = p.num_accepted[b];
     if (count < 0 || count > p.steps) {
       throw py::value_error("num_accepted[" + std::to_string(b) + "] is " + std::to_string(count) +
@@ -125,22 +103,60 @@ void kv_compact(py::handle k_cache_, py::handle v_cache_, py::handle block_table
     }
     check_slots(table, b, p.seq_lens[b], p.seq_lens[b] + previous + 1, layout);
   }
+}
+
+void kv_compact(py::handle k_cache_, py::handle v_cache_, py::handle block_table_,
+                py::handle seq_lens_, py::handle accepted_, py::handle num_accepted_) {
+  Tensor k_cache(k_cache_, "k_cache"), v_cache(v_cache_, "v_cache");
+  Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
+  Tensor accepted(accepted_, "accepted_nodes"), num_accepted(num_accepted_, "num_accepted");
+  const Place place = k_cache.place();
+  check_pool(k_cache, true);
+  v_cache.contiguous().on(place);
+  check_same(v_cache, k_cache);
+  const PagedLayout layout = paged_layout(k_cache);
+  table.dims(2);
+  const int64_t batch = table.size(0);
+  check_block_table(table, batch, place);
+  check_seq_lens(seq_lens, batch, place);
+  accepted.i32().shape({batch, Tensor::kAny}).contiguous().on(place);
+  num_accepted.i32().shape({batch}).contiguous().on(place);
+  KvCompactParams p{};
+  p.k_cache = k_cache.ptr<char>();
+  p.v_cache = v_cache.ptr<char>();
+  p.block_table = table.ptr<const int32_t>();
+  p.table_stride = table.stride(0);
+  p.seq_lens = seq_lens.ptr<const int32_t>();
+  p.accepted = accepted.ptr<const int32_t>();
+  p.num_accepted = num_accepted.ptr<const int32_t>();
+  p.layers = k_cache.size(0);
+  p.pages = layout.pages;
+  p.page_size = layout.page_size;
+  p.max_pages = table.size(1);
+  p.batch = batch;
+  p.steps = accepted.size(1);
+  p.row_bytes = k_cache.size(3) * k_cache.size(4) * dtype_size(k_cache.float_dtype());
+  if (place.cuda) {
+    run_cuda(k_cache_, place, "kv_compact",
+             [&](void* stream) { return cuda::kv_compact(p, stream); });
+    return;
+  }
+  check_accepted(p, table, layout);
   if (p.row_bytes == 0) return;
-  py::gil_scoped_release release;
-  check_status(cpu::kv_compact(p), "kv_compact");
+  run_cpu("kv_compact", [&] { return cpu::kv_compact(p); });
 }
 
 void kv_gather(py::handle pages_, py::handle block_table_, py::handle seq_lens_, py::handle out_) {
   Tensor pages(pages_, "pages"), table(block_table_, "block_table");
   Tensor seq_lens(seq_lens_, "seq_lens"), out(out_, "out");
+  const Place place = pages.place();
   check_pool(pages, false);
-  pages.cpu();
   const PagedLayout layout = paged_layout(pages);
   table.dims(2);
   const int64_t batch = table.size(0);
-  check_block_table(table, batch);
-  check_seq_lens(seq_lens, batch);
-  out.shape({batch, Tensor::kAny, pages.size(2), pages.size(3)}).contiguous().cpu();
+  check_block_table(table, batch, place);
+  check_seq_lens(seq_lens, batch, place);
+  out.shape({batch, Tensor::kAny, pages.size(2), pages.size(3)}).contiguous().on(place);
   check_same_dtype(out, pages);
   KvGatherParams p{};
   p.pages = pages.ptr<const char>();
@@ -150,8 +166,14 @@ void kv_gather(py::handle pages_, py::handle block_table_, py::handle seq_lens_,
   p.out = out.ptr<char>();
   p.batch = batch;
   p.max_len = out.size(1);
+  p.num_pages = layout.pages;
   p.page_size = layout.page_size;
+  p.max_pages = table.size(1);
   p.row_bytes = pages.size(2) * pages.size(3) * dtype_size(pages.float_dtype());
+  if (place.cuda) {
+    run_cuda(pages_, place, "kv_gather", [&](void* stream) { return cuda::kv_gather(p, stream); });
+    return;
+  }
   for (int64_t b = 0; b < batch; ++b) {
     require(p.seq_lens[b] <= p.max_len, [&] {
       return "seq_lens[" + std::to_string(b) + "] is " + std::to_string(p.seq_lens[b]) +
@@ -160,8 +182,7 @@ void kv_gather(py::handle pages_, py::handle block_table_, py::handle seq_lens_,
     check_slots(table, b, 0, p.seq_lens[b], layout);
   }
   if (out.numel() == 0) return;
-  py::gil_scoped_release release;
-  check_status(cpu::kv_gather(p), "kv_gather");
+  run_cpu("kv_gather", [&] { return cpu::kv_gather(p); });
 }
 
 void check_moves(const KvCopyPagesParams& p) {

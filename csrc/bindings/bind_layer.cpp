@@ -32,18 +32,18 @@ int64_t row_stride(const Tensor& t) {
 
 void rms_norm(py::handle x_, py::handle weight_, py::handle out_, double eps, double offset) {
   Tensor x(x_, "x"), weight(weight_, "weight"), out(out_, "out");
-  x.cpu();
+  const Place place = x.place();
   RmsNormParams p{};
   p.x_stride = row_stride(x);
   p.dim = x.size(x.ndim() - 1);
-  weight.shape({p.dim}).contiguous().cpu();
+  weight.shape({p.dim}).contiguous().on(place);
   check_same_dtype(weight, x);
   check_same_dtype(out, x);
   p.out_stride = row_stride(out);
   require(out.numel() == x.numel() && out.size(out.ndim() - 1) == p.dim, [&] {
     return "out has shape " + out.shape_str() + "; it must be like x, " + x.shape_str();
   });
-  out.cpu();
+  out.on(place);
   require(eps >= 0, [&] { return "eps is " + std::to_string(eps) + "; it must be >= 0"; });
   p.x = x.data();
   p.weight = weight.data();
@@ -52,14 +52,18 @@ void rms_norm(py::handle x_, py::handle weight_, py::handle out_, double eps, do
   p.eps = static_cast<float>(eps);
   p.offset = static_cast<float>(offset);
   p.dtype = x.float_dtype();
-  py::gil_scoped_release release;
-  check_status(cpu::rms_norm(p), "rms_norm");
+  if (place.cuda) {
+    run_cuda(x_, place, "rms_norm", [&](void* stream) { return cuda::rms_norm(p, stream); });
+  } else {
+    run_cpu("rms_norm", [&] { return cpu::rms_norm(p); });
+  }
 }
 
 void silu_mul(py::handle x_, py::handle out_) {
   Tensor x(x_, "x"), out(out_, "out");
-  x.contiguous().cpu();
-  out.contiguous().cpu();
+  const Place place = x.place();
+  x.contiguous();
+  out.contiguous().on(place);
   check_same_dtype(out, x);
   SiluMulParams p{};
   p.dim = out.size(out.ndim() - 1);
@@ -73,12 +77,16 @@ void silu_mul(py::handle x_, py::handle out_) {
   p.out = out.data();
   p.rows = p.dim == 0 ? 0 : out.numel() / p.dim;
   p.dtype = x.float_dtype();
-  py::gil_scoped_release release;
-  check_status(cpu::silu_mul(p), "silu_mul");
+  if (place.cuda) {
+    run_cuda(x_, place, "silu_mul", [&](void* stream) { return cuda::silu_mul(p, stream); });
+  } else {
+    run_cpu("silu_mul", [&] { return cpu::silu_mul(p); });
+  }
 }
 
-void linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_,
-            py::handle y_) {
+// On the CPU alone: on CUDA, products are cuBLAS's, by torch, and the tests' stand-in has none.
+[[maybe_unused]] void linear(py::handle x_, py::handle weight_, py::handle bias_,
+                             py::handle residual_, py::handle y_) {
   Tensor x(x_, "x"), weight(weight_, "weight"), y(y_, "y");
   OptionalTensor bias(bias_, "bias"), residual(residual_, "residual");
   weight.dims(2).contiguous().cpu();
@@ -100,8 +108,7 @@ void linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle resi
   p.y = y.data();
   p.dtype = weight.float_dtype();
   if (p.rows == 0 || p.out == 0) return;
-  py::gil_scoped_release release;
-  check_status(cpu::linear(p), "linear");
+  run_cpu("linear", [&] { return cpu::linear(p); });
 }
 
 // [B, N, H, D] with contiguous heads; fills the strides of b and n.
@@ -119,20 +126,21 @@ void rope_append(py::handle q_, py::handle k_, py::handle v_, py::handle cos_, p
   Tensor k_pages(k_pages_, "k_pages"), v_pages(v_pages_, "v_pages");
   Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
   OptionalTensor num_nodes(num_nodes_, "num_nodes");
-  k_pages.dims(4).contiguous().cpu();
+  const Place place = q.place();
+  k_pages.dims(4).contiguous().on(place);
   const PagedLayout layout = paged_layout(k_pages);
   RopeAppendParams p{};
   p.kv_heads = k_pages.size(2);
   p.head_dim = k_pages.size(3);
-  v_pages.shape({layout.pages, layout.page_size, p.kv_heads, p.head_dim}).contiguous().cpu();
-  q.dims(4).cpu();
+  v_pages.shape({layout.pages, layout.page_size, p.kv_heads, p.head_dim}).contiguous().on(place);
+  q.dims(4);
   p.batch = q.size(0);
   p.nodes = q.size(1);
   p.q_heads = q.size(2);
   q.shape({p.batch, p.nodes, p.q_heads, p.head_dim});
-  k.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).cpu();
-  v.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).cpu();
-  cos.dims(3).contiguous().cpu();
+  k.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).on(place);
+  v.shape({p.batch, p.nodes, p.kv_heads, p.head_dim}).on(place);
+  cos.dims(3).contiguous().on(place);
   p.rotary = cos.size(2);
   require((cos.size(0) == p.batch || cos.size(0) == 1) && cos.size(1) == p.nodes, [&] {
     return "cos has shape " + cos.shape_str() + "; it must be [" + std::to_string(p.batch) +
@@ -143,14 +151,14 @@ void rope_append(py::handle q_, py::handle k_, py::handle v_, py::handle cos_, p
            " channels; it must be even and at most the head dimension, " +
            std::to_string(p.head_dim);
   });
-  sin.shape({cos.size(0), cos.size(1), cos.size(2)}).contiguous().cpu();
+  sin.shape({cos.size(0), cos.size(1), cos.size(2)}).contiguous().on(place);
   for (const Tensor* t : {&q, &k, &v, &cos, &sin, &v_pages}) check_same_dtype(*t, k_pages);
   check_heads(q, p.q_stride);
   check_heads(k, p.k_stride);
   check_heads(v, p.v_stride);
-  check_block_table(table, p.batch);
-  check_seq_lens(seq_lens, p.batch);
-  check_num_nodes(num_nodes, p.batch, p.nodes);
+  check_block_table(table, p.batch, place);
+  check_seq_lens(seq_lens, p.batch, place);
+  check_num_nodes(num_nodes, p.batch, p.nodes, place);
   require(node_offset >= 0,
           [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
   p.q = q.data();
@@ -165,16 +173,21 @@ void rope_append(py::handle q_, py::handle k_, py::handle v_, py::handle cos_, p
   p.table_stride = table.stride(0);
   p.seq_lens = seq_lens.ptr<const int32_t>();
   p.num_nodes = num_nodes.ptr<const int32_t>();
+  p.pages = layout.pages;
   p.page_size = layout.page_size;
+  p.max_pages = table.size(1);
   p.node_offset = node_offset;
   p.dtype = k_pages.float_dtype();
+  if (place.cuda) {
+    run_cuda(q_, place, "rope_append", [&](void* stream) { return cuda::rope_append(p, stream); });
+    return;
+  }
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t first = p.seq_lens[b] + node_offset;
     const int64_t count = p.num_nodes != nullptr ? p.num_nodes[b] : p.nodes;
     check_slots(table, b, first, first + count, layout);
   }
-  py::gil_scoped_release release;
-  check_status(cpu::rope_append(p), "rope_append");
+  run_cpu("rope_append", [&] { return cpu::rope_append(p); });
 }
 
 }  // namespace
@@ -183,7 +196,9 @@ void bind_layer(py::module_& m) {
   m.def("rms_norm", &rms_norm);
   m.def("silu_mul", &silu_mul);
   m.def("rope_append", &rope_append);
+#if !defined(INFERLAB_CUDA_SHIM)
   m.def("linear", &linear);
+#endif
 }
 
 }  // namespace inferlab

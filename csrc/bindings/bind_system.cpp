@@ -1,6 +1,6 @@
 #include <pybind11/stl.h>
 
-#include <map>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -69,19 +69,39 @@ void bind_system(py::module_& m) {
     return params.sum;
   });
 
-  // The noise itself, for known-answer tests and for the reference.
-  m.def("philox4x32_10",
-        [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
-          require(counter.size() == 4, "counter must have 4 words");
-          require(key.size() == 2, "key must have 2 words");
+  // The noise itself, for known-answer tests and for the reference: where `out` is, on its device.
+  m.def(
+      "philox4x32_10",
+      [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key, py::handle out) {
+        require(counter.size() == 4, "counter must have 4 words");
+        require(key.size() == 2, "key must have 2 words");
+        if (out.is_none()) {
           const PhiloxBlock b =
               philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
-          return std::vector<uint32_t>(b.w, b.w + 4);
-        });
+          return py::cast(std::vector<uint32_t>(b.w, b.w + 4));
+        }
+        Tensor t(out, "out");
+        const Place place = t.i32().shape({4}).contiguous().place();
+        require(place.cuda, "out must be on a CUDA device; leave it out for the CPU's words");
+        cuda::PhiloxParams p{};
+        std::copy(counter.begin(), counter.end(), p.counter);
+        std::copy(key.begin(), key.end(), p.key);
+        p.out = t.ptr<uint32_t>();
+        run_cuda(out, place, "philox4x32_10",
+                 [&](void* stream) { return cuda::philox4x32_10(p, stream); });
+        return py::reinterpret_borrow<py::object>(out);
+      },
+      py::arg("counter"), py::arg("key"), py::arg("out") = py::none());
   m.def("gumbel_row", [](int64_t seed, uint32_t position, uint32_t purpose, py::handle out) {
     Tensor t(out, "out");
-    t.dims(1).f32().contiguous().cpu();
-    cpu::gumbel_row(static_cast<uint64_t>(seed), position, purpose, t.ptr<float>(), t.size(0));
+    const Place place = t.dims(1).f32().contiguous().place();
+    const cuda::GumbelRowParams p{static_cast<uint64_t>(seed), position, purpose, t.ptr<float>(),
+                                  t.size(0)};
+    if (place.cuda) {
+      run_cuda(out, place, "gumbel_row", [&](void* stream) { return cuda::gumbel_row(p, stream); });
+      return;
+    }
+    cpu::gumbel_row(p.seed, position, purpose, p.out, p.tokens);
   });
 }
 

@@ -13,12 +13,13 @@ void bind_tree(py::module_& m) {
                          py::handle next_sibling, py::handle ancestors) {
     Tensor p(parents, "parents"), d(depth, "depth"), f(first_child, "first_child"),
         s(next_sibling, "next_sibling"), a(ancestors, "ancestors");
-    p.dims(2).i32().contiguous().cpu();
+    const Place place = p.place();
+    p.dims(2).i32().contiguous();
     const int64_t batch = p.size(0), nodes = p.size(1), words = (nodes + 63) / 64;
     require(batch >= 1 && nodes >= 1,
             "parents has shape " + p.shape_str() + "; it must have at least one node");
-    for (const Tensor* t : {&d, &f, &s}) t->i32().shape({batch, nodes}).contiguous().cpu();
-    a.i64().shape({batch, nodes, words}).contiguous().cpu();
+    for (const Tensor* t : {&d, &f, &s}) t->i32().shape({batch, nodes}).contiguous().on(place);
+    a.i64().shape({batch, nodes, words}).contiguous().on(place);
     const BuildTreeParams params{p.ptr<const int32_t>(),
                                  d.ptr<int32_t>(),
                                  f.ptr<int32_t>(),
@@ -27,11 +28,13 @@ void bind_tree(py::module_& m) {
                                  batch,
                                  nodes,
                                  words};
-    BadParent bad;
-    {
-      py::gil_scoped_release release;
-      check_status(cpu::build_tree(params, bad), "build_tree");
+    if (place.cuda) {
+      run_cuda(parents, place, "build_tree",
+               [&](void* stream) { return cuda::build_tree(params, stream); });
+      return;
     }
+    BadParent bad;
+    run_cpu("build_tree", [&] { return cpu::build_tree(params, bad); });
     if (bad.sequence >= 0) {
       const int32_t value = params.parents[bad.sequence * nodes + bad.node];
       std::string must = "it must be -1, the root's";

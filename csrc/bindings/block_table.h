@@ -1,5 +1,6 @@
-// What pages and block tables must satisfy before an op follows them: checked on the host, over the
-// part that is used.
+// What pages and block tables must satisfy before an op follows them. Shapes, dtypes and devices
+// are checked everywhere; values only on the CPU, over the part that is used: on a device they stay
+// there, and its kernels skip what does not exist.
 #pragma once
 
 #include <string>
@@ -31,12 +32,15 @@ inline PagedLayout paged_layout(const Tensor& t) {
   return {pages, page_size, __builtin_ctzll(static_cast<uint64_t>(page_size))};
 }
 
-inline void check_block_table(const Tensor& table, int64_t batch) {
-  table.i32().shape({batch, Tensor::kAny}).last_dim_contiguous().cpu();
+constexpr Place kHost{false, 0};
+
+inline void check_block_table(const Tensor& table, int64_t batch, const Place& place = kHost) {
+  table.i32().shape({batch, Tensor::kAny}).last_dim_contiguous().on(place);
 }
 
-inline void check_seq_lens(const Tensor& seq_lens, int64_t batch) {
-  seq_lens.i32().shape({batch}).contiguous().cpu();
+inline void check_seq_lens(const Tensor& seq_lens, int64_t batch, const Place& place = kHost) {
+  seq_lens.i32().shape({batch}).contiguous().on(place);
+  if (place.cuda) return;
   for (int64_t b = 0; b < batch; ++b) {
     if (seq_lens.ptr<const int32_t>()[b] < 0) {
       throw py::value_error("seq_lens[" + std::to_string(b) + "] is " +
@@ -46,9 +50,11 @@ inline void check_seq_lens(const Tensor& seq_lens, int64_t batch) {
 }
 
 // Rows of each sequence that count: null (all) or [B] i32 in [0, rows].
-inline void check_num_nodes(const OptionalTensor& num_nodes, int64_t batch, int64_t rows) {
+inline void check_num_nodes(const OptionalTensor& num_nodes, int64_t batch, int64_t rows,
+                            const Place& place = kHost) {
   if (!num_nodes) return;
-  num_nodes->i32().shape({batch}).contiguous().cpu();
+  num_nodes->i32().shape({batch}).contiguous().on(place);
+  if (place.cuda) return;
   for (int64_t b = 0; b < batch; ++b) {
     const int32_t n = num_nodes.ptr<const int32_t>()[b];
     if (n < 0 || n > rows) {

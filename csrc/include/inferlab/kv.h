@@ -1,6 +1,7 @@
 // The paged KV cache. Slot s of sequence b is row s % page_size of page block_table[b][s /
 // page_size]; a row is [Hkv, D] elements. All sizes in bytes where they say so: these ops only move
-// memory.
+// memory. On CUDA nobody reads lengths and ids before the kernels do: a slot outside the table or
+// on a page outside the pool is neither read nor written.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ struct KvAppendParams {
   int64_t table_stride;        // elements between rows of block_table
   const int32_t* seq_lens;     // [B]
   const int32_t* num_nodes;    // [B] or null: all N
-  int64_t batch, nodes, heads, page_size, node_offset;
+  int64_t batch, nodes, heads, pages, page_size, max_pages, node_offset;
   int64_t head_bytes;  // D elements
 };
 
@@ -35,7 +36,7 @@ struct KvCompactParams {
   const int32_t* seq_lens;      // [B]
   const int32_t* accepted;      // [B, S]
   const int32_t* num_accepted;  // [B]
-  int64_t layers, pages, page_size, batch, steps;
+  int64_t layers, pages, page_size, max_pages, batch, steps;
   int64_t row_bytes;  // Hkv * D elements
 };
 
@@ -46,7 +47,7 @@ struct KvGatherParams {
   int64_t table_stride;
   const int32_t* seq_lens;  // [B]
   char* out;                // [B, max_len, Hkv, D]
-  int64_t batch, max_len, page_size;
+  int64_t batch, max_len, num_pages, page_size, max_pages;
   int64_t row_bytes;
 };
 
@@ -67,8 +68,12 @@ Status kv_gather(const KvGatherParams& params);
 Status kv_copy_pages(const KvCopyPagesParams& params);
 }  // namespace cpu
 
+// Pointers on the device, ids and lengths included; launched on `stream`.
 namespace cuda {
-// Pointers on the device, ids included; launched on `stream`. Pairs out of [0, pages) are skipped.
+Status kv_append(const KvAppendParams& params, void* stream);
+Status kv_compact(const KvCompactParams& params, void* stream);
+Status kv_gather(const KvGatherParams& params, void* stream);
+// Pairs out of [0, pages) are skipped.
 Status kv_copy_pages(const KvCopyPagesParams& params, void* stream);
 }  // namespace cuda
 

@@ -47,7 +47,8 @@ struct RopeAppendParams {
   int64_t table_stride;
   const int32_t* seq_lens;   // [B]
   const int32_t* num_nodes;  // [B] or null: all N
-  int64_t batch, nodes, q_heads, kv_heads, head_dim, rotary, page_size, node_offset;
+  int64_t batch, nodes, q_heads, kv_heads, head_dim, rotary;
+  int64_t pages, page_size, max_pages, node_offset;
   DType dtype;
 };
 
@@ -56,5 +57,13 @@ Status rms_norm(const RmsNormParams& params);
 Status silu_mul(const SiluMulParams& params);
 Status rope_append(const RopeAppendParams& params);
 }  // namespace cpu
+
+// Pointers on the device, lengths and page ids included. A token whose slot lies outside the table
+// or the pool has its q rotated and nothing written to the pages.
+namespace cuda {
+Status rms_norm(const RmsNormParams& params, void* stream);
+Status silu_mul(const SiluMulParams& params, void* stream);
+Status rope_append(const RopeAppendParams& params, void* stream);
+}  // namespace cuda
 
 }  // namespace inferlab

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "inferlab/dtype.h"  // INFERLAB_INLINE_NAMESPACE
+#include "inferlab/status.h"
 
 #if defined(__CUDACC__)
 #define INFERLAB_HD __host__ __device__
@@ -138,4 +139,21 @@ INFERLAB_HD inline float gumbel(uint64_t seed, uint32_t position, uint32_t token
 }
 
 }  // namespace INFERLAB_INLINE_NAMESPACE
+
+namespace cuda {
+// The noise of noise_word and gumbel as the device computes it, for tests. Pointers on the device.
+struct PhiloxParams {
+  uint32_t counter[4], key[2];
+  uint32_t* out;  // [4]
+};
+struct GumbelRowParams {
+  uint64_t seed;
+  uint32_t position, purpose;
+  float* out;  // [tokens]
+  int64_t tokens;
+};
+Status philox4x32_10(const PhiloxParams& params, void* stream);
+Status gumbel_row(const GumbelRowParams& params, void* stream);
+}  // namespace cuda
+
 }  // namespace inferlab

@@ -1,7 +1,7 @@
 // build_tree: what verification and attention need to know of a draft tree, from parent links.
 //
-// One pass over the nodes in order; a node's ancestor row is its parent's plus its own bit. Bytes
-// moved: per node 4 read, 12 + 8 * words written, 8 * words read of the parent's row.
+// Bytes moved: per node 4 read, 12 + 8 * words written; on the CPU, one pass over the nodes in
+// order, 8 * words more are read, the parent's row.
 #pragma once
 
 #include <cstdint>
@@ -30,4 +30,10 @@ struct BadParent {
 namespace cpu {
 Status build_tree(const BuildTreeParams& params, BadParent& bad);
 }  // namespace cpu
+
+namespace cuda {
+// Pointers on the device. A node whose parent does not make a tree becomes padding, and so does all
+// that hangs on it: nobody is there to report it to, and no link leads out of the tree.
+Status build_tree(const BuildTreeParams& params, void* stream);
+}  // namespace cuda
 }  // namespace inferlab

@@ -52,7 +52,8 @@ def build_tree(parents: torch.Tensor) -> TreeLinks:
         TreeLinks.
 
     Raises:
-        ValueError: a parent that is not below its node, not in the tree, or a missing root.
+        ValueError: a parent that is not below its node, not in the tree, or a missing root. On CUDA
+            parents stay on the device: such a node, and all that hangs on it, becomes padding.
         TypeError: parents is not int32.
     """
     if is_compiling():

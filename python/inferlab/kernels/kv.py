@@ -4,6 +4,10 @@ Pages are `[P, page_size, Hkv, D]` (f32, f16 or bf16, page_size a power of two);
 layers is `[L, P, page_size, Hkv, D]`. `block_table[B, max_pages] i32` holds a sequence's page ids
 (-1: unused); slot s of a sequence is row `s % page_size` of page `block_table[b, s // page_size]`.
 Arguments are torch tensors or NumPy arrays.
+
+Shapes, dtypes and devices are checked everywhere. Lengths, page ids and node numbers are checked on
+the CPU only: on CUDA they stay on the device, and a row whose slot does not exist (outside the
+block table, or on a page outside [0, P)) is neither read nor written.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ def kv_append(
         num_nodes: [B] i32, rows of each sequence to write; None for all N.
 
     Raises:
-        ValueError: a shape does not fit, or a slot lies outside the block table or its pages.
+        ValueError: a shape or device does not fit; on the CPU, a slot lies outside the block table
+            or its pages.
         TypeError: a dtype does not fit.
     """
     if is_compiling():
@@ -84,8 +89,9 @@ def kv_compact(
         num_accepted: [B] i32.
 
     Raises:
-        ValueError: a shape does not fit, accepted nodes do not increase, or a slot lies outside the
-            block table or its pages.
+        ValueError: a shape or device does not fit; on the CPU, accepted nodes do not increase or a
+            slot lies outside the block table or its pages. On CUDA a node below its step stays, and
+            what it would have been read from may have been overwritten.
         TypeError: a dtype does not fit.
     """
     if is_compiling():
@@ -116,7 +122,8 @@ def kv_gather(
         [B, max_len, Hkv, D] in the pages' dtype, zeros behind each sequence's length.
 
     Raises:
-        ValueError: a shape does not fit, or a slot lies outside the block table or its pages.
+        ValueError: a shape or device does not fit; on the CPU, a length is above max_len or a slot
+            lies outside the block table or its pages. On CUDA slots that do not exist give zeros.
         TypeError: a dtype does not fit.
     """
     if is_compiling():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from inferlab.kernels._registry import empty, is_compiling, ops_for, register
+from inferlab.kernels._registry import empty, is_compiling, is_numpy, ops_for, register
 from inferlab.kernels.reference import layer as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
@@ -74,7 +74,8 @@ def linear(
 
     Each output is one chain of fp32 fused multiply-adds in a fixed order: a row's result is the
     same bits whatever rows are beside it and however many threads there are. Made for up to some
-    30 rows; a matrix product for many rows is better done by a BLAS.
+    30 rows; a matrix product for many rows is better done by a BLAS. All this is the CPU's: on
+    other devices `linear` is torch's product, with no such promise.
 
     Args:
         x: [rows, in], contiguous in its last dimension.
@@ -90,8 +91,8 @@ def linear(
     """
     if is_compiling():
         return torch.ops.inferlab.linear(x, weight, bias, residual)
-    ops = ops_for(x)
-    if ops is None:
+    ops = ops_for(x) if is_numpy(x) or x.is_cpu else None
+    if not hasattr(ops, "linear"):
         return reference.linear(x, weight, bias, residual)
     out = empty((x.shape[0], weight.shape[0]), x)
     ops.linear(x, weight, bias, residual, out)
@@ -129,7 +130,9 @@ def rope_append(
         num_nodes: [B] i32, rows of each sequence that count; None for all N.
 
     Raises:
-        ValueError: a shape does not fit, or a slot lies outside the block table or its pages.
+        ValueError: a shape or device does not fit, or a slot lies outside the block table or its
+            pages. On CUDA lengths and ids stay on the device: a token whose slot does not exist is
+            not written.
         TypeError: a dtype does not fit.
     """
     if is_compiling():
