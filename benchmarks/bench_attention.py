@@ -23,7 +23,7 @@ CPU_MAX_BYTES = 1 << 30  # of K and V in one case: what a sweep on the CPU leave
 
 
 def run(kernel_bench: Any, device: Any, variant: str, s: Shape, bound: str | None) -> None:
-    q_heads, kv_heads = (int(h) for h in s["H"].split("-"))
+    q_heads, kv_heads = s["Hq"], s["Hkv"]
     size, scale = DTYPES[s["dtype"]].itemsize, s["D"] ** -0.5
     kv_bytes = 2 * s["B"] * (s["L"] + s["N"]) * kv_heads * s["D"] * size
     if device.name == "cpu" and kv_bytes > CPU_MAX_BYTES:
@@ -56,22 +56,21 @@ def run(kernel_bench: Any, device: Any, variant: str, s: Shape, bound: str | Non
     "shape",
     shapes(
         [
-            shape(32, 1, "chain", "32-8", 128, 4096, "bf16"),
-            shape(32, 16, "binary", "32-8", 128, 4096, "bf16"),
-            shape(16, 1, "chain", "8-8", 128, 4096, "f32"),
-            shape(16, 1, "chain", "8-8", 128, 4096, "bf16"),
-            shape(16, 1, "chain", "32-8", 128, 4096, "f32"),
-            shape(16, 4, "chain", "8-8", 64, 4096, "bf16"),
-            shape(1, 1, "chain", "8-8", 128, 32768, "f32"),
-            shape(1, 1, "chain", "8-8", 128, 32768, "bf16"),
-            shape(1, 64, "binary", "32-8", 128, 4096, "bf16"),
+            shape(32, 1, "chain", 32, 8, 128, 4096, "bf16"),
+            shape(32, 16, "binary", 32, 8, 128, 4096, "bf16"),
+            shape(16, 1, "chain", 8, 8, 128, 4096, "f32"),
+            shape(16, 1, "chain", 8, 8, 128, 4096, "bf16"),
+            shape(16, 1, "chain", 32, 8, 128, 4096, "f32"),
+            shape(16, 4, "chain", 8, 8, 64, 4096, "bf16"),
+            shape(1, 1, "chain", 8, 8, 128, 32768, "f32"),
+            shape(1, 1, "chain", 8, 8, 128, 32768, "bf16"),
+            shape(1, 64, "binary", 32, 8, 128, 4096, "bf16"),
         ],
         sweep=[
-            shape(b, n, tree, heads, d, length, dtype)
-            for b in (1, 8, 32, 64)
+            shape(b, n, tree, hq, hkv, d, length, dtype)
+            for b in (1, 32)
             for n, tree in ((1, "chain"), (4, "chain"), (16, "binary"), (64, "binary"))
-            for heads in ("8-8", "32-8", "64-8")
-            for d in (64, 128)
+            for hq, hkv, d in ((8, 8, 64), (32, 8, 128), (64, 8, 128))
             for length in (1024, 4096, 16384)
             for dtype in ("f32", "bf16")
         ],
@@ -85,10 +84,10 @@ def bench_decode(kernel_bench: Any, device: Any, shape: Shape) -> None:
     "shape",
     shapes(
         [
-            shape(1, 1, "chain", "4-4", 32, 32, "f32"),
-            shape(1, 5, "chain", "8-4", 32, 100, "f32"),
-            shape(1, 1, "chain", "8-8", 64, 300, "f32"),
-            shape(1, 32, "binary", "8-8", 64, 300, "f32"),
+            shape(1, 1, "chain", 4, 4, 32, 32, "f32"),
+            shape(1, 5, "chain", 8, 4, 32, 100, "f32"),
+            shape(1, 1, "chain", 8, 8, 64, 300, "f32"),
+            shape(1, 32, "binary", 8, 8, 64, 300, "f32"),
         ]
     ),
 )
@@ -100,12 +99,12 @@ def bench_tiny(kernel_bench: Any, device: Any, shape: Shape) -> None:
     "shape",
     shapes(
         [
-            shape(1, 100, "chain", "8-4", 64, 0, "f32"),
-            shape(1, 500, "chain", "8-8", 64, 0, "f32"),
-            shape(1, 1000, "chain", "16-8", 128, 0, "bf16"),
+            shape(1, 100, "chain", 8, 4, 64, 0, "f32"),
+            shape(1, 500, "chain", 8, 8, 64, 0, "f32"),
+            shape(1, 1000, "chain", 16, 8, 128, 0, "bf16"),
         ],
         sweep=[
-            shape(1, n, "chain", "32-8", 128, length, dtype)
+            shape(1, n, "chain", 32, 8, 128, length, dtype)
             for n in (128, 512, 2048)
             for length in (0, 4096)
             for dtype in ("f32", "bf16")

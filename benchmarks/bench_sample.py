@@ -26,7 +26,7 @@ SETTINGS = {
     "shape",
     shapes(
         grid(B=[1, 8], V=[4096, 151_936], dtype=["bf16"]),
-        sweep=grid(B=[1, 8, 64], V=[4096, 32_000, 128_256, 151_936, 262_144], dtype=DTYPES),
+        sweep=grid(B=[1, 8, 64], V=[32_000, 128_256, 262_144], dtype=["f32", "bf16"]),
     ),
 )
 def bench_sample(kernel_bench: Any, device: Any, setting: str, shape: dict[str, Any]) -> None:

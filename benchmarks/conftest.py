@@ -23,7 +23,7 @@ import peers as peer_ops
 import table
 from inferlab import _C
 from inferlab.benchmarks.environment import describe_environment
-from shapes import Shape, label
+from table import Shape, label
 
 BUDGET_S = 0.8  # of timed rounds per row
 HAS_CUDA = torch.cuda.is_available() and _C.build_info()["cuda"] is not None
@@ -130,8 +130,10 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
 
         rounds = measure.rounds_within([own, *rivals.values()], flush_s, BUDGET_S)
         benchmark.pedantic(own.run, setup=between, rounds=rounds, warmup_rounds=1)
-        median_s = benchmark.stats.stats.median
-        bandwidth = device.bandwidth()
+        stats = benchmark.stats.stats
+        median_s = stats.median
+        gb_per_s = num_bytes / median_s / 1e9
+        bandwidth = {k: v / 1e9 for k, v in device.bandwidth.items()} if kind else {}
         row = {
             "op": op,
             "variant": variant,
@@ -139,10 +141,14 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
             "shape": shape,
             "note": note,
             "time_us": median_s * 1e6,
+            "spread": stats.iqr / median_s,
             "bytes": num_bytes,
-            "gb_per_s": num_bytes / median_s / 1e9,
+            "gb_per_s": gb_per_s,
             "bound": kind,
-            "fraction_of_bandwidth": num_bytes / median_s / bandwidth[kind] if kind else None,
+            "fraction_of_bandwidth": num_bytes / median_s / device.bandwidth[kind]
+            if kind
+            else None,
+            "bandwidth_gb_per_s": bandwidth,
             "fraction_of_plain": rivals["plain"].median_s / median_s if kind else None,
             "times_as_fast_as": {
                 name: rival.median_s / median_s for name, rival in rivals.items() if name != "plain"
@@ -155,6 +161,12 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
         _ROWS.append(row)
 
     return run
+
+
+def bandwidth_of(device: str) -> dict[str, float]:
+    """As measured in this run, if any row asked for it; GB/s."""
+    measured = (row["bandwidth_gb_per_s"] for row in _ROWS if row["device"] == device)
+    return next((speeds for speeds in measured if speeds), {})
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
@@ -171,7 +183,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
         "command": "pytest " + shlex.join(str(a) for a in arguments),
         "devices": {
             name: {
-                "bandwidth_gb_per_s": {k: v / 1e9 for k, v in device.bandwidth().items()},
+                "bandwidth_gb_per_s": bandwidth_of(name),
                 "flush_bytes": device.flush_bytes,
             }
             for name, device in _DEVICES.items()
@@ -184,16 +196,22 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any)
         commit_info.pop(name, None)
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: Any) -> None:
+    for bench in output_json["benchmarks"]:
+        bench["stats"].pop("data", None)  # quartiles are kept; single samples nobody reads
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for name, device in _DEVICES.items():
+    for name in _DEVICES:
         rows = [row for row in _ROWS if row["device"] == name]
         if not rows:
             continue
-        speeds = ", ".join(f"{k} {v / 1e9:.1f} GB/s" for k, v in device.bandwidth().items())
         who = f"{_C.num_threads()} threads, {_C.active_isa()}"
         if name == "cuda":
             who = torch.cuda.get_device_name(0)
-        terminalreporter.section(f"{name}: {who}; measured {speeds}")
+        for kind, speed in bandwidth_of(name).items():
+            who += f"; {kind} {speed:.1f} GB/s"
+        terminalreporter.section(f"{name}: {who}")
         for line in table.text(rows):
             terminalreporter.write_line(line)
     for row in _ROWS:

@@ -63,15 +63,15 @@ class AttentionCase(NamedTuple):
 
 
 def attention_shape(
-    b: int, n: int, tree: str, heads: str, d: int, length: int, dtype: str
+    b: int, n: int, tree: str, hq: int, hkv: int, d: int, length: int, dtype: str
 ) -> Shape:
-    """heads: query heads-KV heads."""
-    return {"B": b, "N": n, "tree": tree, "H": heads, "D": d, "L": length, "dtype": dtype}
+    heads = {"Hq": hq, "Hkv": hkv, "D": d}
+    return {"B": b, "N": n, "tree": tree, **heads, "L": length, "dtype": dtype}
 
 
 def attention_case(device: Device, s: Shape) -> AttentionCase:
     batch, nodes, dim, length, dtype = s["B"], s["N"], s["D"], s["L"], DTYPES[s["dtype"]]
-    q_heads, kv_heads = (int(h) for h in s["H"].split("-"))
+    q_heads, kv_heads = s["Hq"], s["Hkv"]
     table = block_table(device, batch, length + nodes, PAGE_SIZE)
     pool = (table.numel(), PAGE_SIZE, kv_heads, dim)
     k, v = (device.randn(*pool, dtype=dtype) for _ in range(2))

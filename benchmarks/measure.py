@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from inferlab import _C
 
 MIB = 1 << 20
-YARDSTICK_BYTES = 1024 * MIB  # what bandwidth is measured over
 MAX_CALLS = 16  # input sets of one round
 ROUND_S = 0.01  # a round of more than one call is no longer than this
 WARM_ROUND_S = 200e-6  # length of a round whose inputs may lie in the cache
@@ -61,23 +61,31 @@ CLOCKS: dict[str, Any] = {"cpu": HostClock(), "cuda": CudaClock()}
 class Device:
     """Where a benchmark runs: its clock, its cache flush, its inputs, its measured bandwidth."""
 
-    def __init__(self, name: str, cache_bytes: int, case_bytes: int) -> None:
+    def __init__(self, name: str, yardstick_bytes: int, flush_bytes: int, case_bytes: int) -> None:
+        """
+        Args:
+            yardstick_bytes: what bandwidth is measured over.
+            flush_bytes: what is read to leave nothing else in the last cache.
+            case_bytes: memory that the input sets of one benchmark may take.
+        """
         self.name = name
         self.torch = torch.device(name)
         self.clock = CLOCKS[name]
-        self.case_bytes = case_bytes
+        self.flush_bytes, self.case_bytes = flush_bytes, case_bytes
         # Inputs have a generator of their own: CUDA graphs take hold of the default one.
         self.generator = torch.Generator(device=name)
-        self._data, self._trash = (
-            torch.ones(YARDSTICK_BYTES // 4, device=self.torch) for _ in range(2)
-        )
-        self.flush_bytes = min(YARDSTICK_BYTES, max(64 * MIB, cache_bytes))
-        self._bandwidth: dict[str, float] | None = None
+        self._yardstick_bytes = max(yardstick_bytes, flush_bytes)
+
+    @cached_property
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What yardsticks read; what they write, and what a flush reads."""
+        data, trash = (torch.ones(self._yardstick_bytes // 4, device=self.torch) for _ in range(2))
+        return data, trash
 
     def flush(self) -> None:
         """Reads more than the last cache holds. (Written lines would be written back at the cost
         of whoever comes next.)"""
-        self._read(self._trash[: self.flush_bytes // 4])
+        self._read(self._buffers[1][: self.flush_bytes // 4])
 
     def _read(self, data: torch.Tensor) -> None:
         raise NotImplementedError
@@ -89,9 +97,10 @@ class Device:
     def plain(self, kind: str, num_bytes: int) -> tuple[Callable[[Any], object], list[Any]]:
         """A plain read or copy that moves about `num_bytes`, as a function and its cases."""
         unit = 256 if kind == "read" else 512  # bytes moved by 64 floats
-        floats = min(max(num_bytes // unit, 1) * 64, self._data.numel())
-        count = min(MAX_CALLS, self._data.numel() // floats)
-        pairs = list(zip(self._data.split(floats), self._trash.split(floats), strict=True))[:count]
+        data, trash = self._buffers
+        floats = min(max(num_bytes // unit, 1) * 64, data.numel())
+        count = min(MAX_CALLS, data.numel() // floats)
+        pairs = list(zip(data.split(floats), trash.split(floats), strict=True))[:count]
         if kind == "read":
             return (lambda pair: self._read(pair[0])), pairs
         return (lambda pair: pair[1].copy_(pair[0])), pairs
@@ -102,19 +111,19 @@ class Device:
         run()
         return self.clock() - start
 
+    @cached_property
     def bandwidth(self) -> dict[str, float]:
-        """Bytes per second of a copy (read + written) and, on the CPU, of a read of 1 GiB."""
-        if self._bandwidth is None:
-            yardsticks: dict[str, tuple[int, Callable[[], object]]] = {
-                "copy": (2 * YARDSTICK_BYTES, lambda: self._trash.copy_(self._data))
-            }
-            if self.name == "cpu":
-                yardsticks["read"] = (YARDSTICK_BYTES, lambda: self._read(self._data))
-            self._bandwidth = {
-                kind: num_bytes / statistics.median([self.seconds(run) for _ in range(12)][2:])
-                for kind, (num_bytes, run) in yardsticks.items()
-            }
-        return self._bandwidth
+        """Bytes per second of a large copy (read + written) and, on the CPU, of a large read."""
+        data, trash = self._buffers
+        yardsticks: dict[str, tuple[int, Callable[[], object]]] = {
+            "copy": (2 * self._yardstick_bytes, lambda: trash.copy_(data))
+        }
+        if self.name == "cpu":
+            yardsticks["read"] = (self._yardstick_bytes, lambda: self._read(data))
+        return {
+            kind: num_bytes / statistics.median([self.seconds(run) for _ in range(12)][2:])
+            for kind, (num_bytes, run) in yardsticks.items()
+        }
 
     def cases(self, make: Callable[[], Any], num_bytes: int) -> list[Any]:
         """As many input sets as a round takes, of `num_bytes` each, within the memory meant for
@@ -131,35 +140,47 @@ class Device:
         return torch.randint(high, shape, generator=self.generator, device=self.torch)
 
 
+def each(fn: Callable[[Any], object], cases: Sequence[Any]) -> Callable[[], None]:
+    def run() -> None:
+        for case in cases:
+            fn(case)
+
+    return run
+
+
 class Host(Device):
     def __init__(self) -> None:
-        super().__init__("cpu", cache_bytes=5 * last_cache_bytes() // 4, case_bytes=256 * MIB)
+        cache = last_cache_bytes()
+        super().__init__(
+            "cpu",
+            yardstick_bytes=max(256 * MIB, 2 * cache),
+            flush_bytes=max(64 * MIB, cache + cache // 4),
+            case_bytes=256 * MIB,
+        )
 
     def _read(self, data: torch.Tensor) -> None:
         _C.read_memory(data)
 
     def prepare(self, fn: Callable[[Any], object], cases: Sequence[Any]) -> tuple[Any, str]:
-        def run() -> None:
-            for case in cases:
-                fn(case)
-
-        return run, "clock"
+        return each(fn, cases), "clock"
 
 
 class Cuda(Device):
     def __init__(self) -> None:
-        self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-        super().__init__("cuda", cache_bytes=4 * self.cache_bytes, case_bytes=4096 * MIB)
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        super().__init__(
+            "cuda",
+            yardstick_bytes=1024 * MIB,
+            flush_bytes=max(64 * MIB, 4 * cache),
+            case_bytes=4096 * MIB,
+        )
         self._sum = torch.empty((), device=self.torch)
 
     def _read(self, data: torch.Tensor) -> None:
         torch.sum(data, dim=0, out=self._sum)
 
     def prepare(self, fn: Callable[[Any], object], cases: Sequence[Any]) -> tuple[Any, str]:
-        def run() -> None:
-            for case in cases:
-                fn(case)
-
+        run = each(fn, cases)
         graph = capture(run)
         return (run, "events") if graph is None else (graph.replay, "graph")
 
@@ -221,8 +242,8 @@ def rounds_within(contestants: Sequence[Contestant], flush_s: float, budget_s: f
 
 
 def last_cache_bytes() -> int:
-    """Size of the largest cache of the first core; 64 MiB where the system does not tell."""
-    sizes = [64 * MIB]
+    """Size of the largest cache of the first core; 32 MiB where the system does not tell."""
+    sizes = [32 * MIB]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text(encoding="ascii").strip()
         scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:])

@@ -18,8 +18,7 @@ from typing import Any
 
 import table
 from must_hold import REQUIREMENTS
-from shapes import label
-from table import Row
+from table import Row, label
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -74,9 +73,10 @@ def run_lines(run: dict[str, Any]) -> list[str]:
         f"  - {info.get('system', '?')}; {info.get('simd', '?')}; {versions}; built by {built}",
     ]
     for device, measured in info.get("devices", {}).items():
-        speeds = ", ".join(f"{k} {v:.1f} GB/s" for k, v in measured["bandwidth_gb_per_s"].items())
-        flush = table.amount(measured["flush_bytes"])
-        lines.append(f"  - {device}: {machine(run, device)}; {speeds}; {flush} read as cache flush")
+        facts = [machine(run, device)]
+        facts += [f"{k} {v:.1f} GB/s" for k, v in measured["bandwidth_gb_per_s"].items()]
+        facts += [f"{table.amount(measured['flush_bytes'])} read to flush the cache"]
+        lines.append(f"  - {device}: {'; '.join(facts)}")
     return lines
 
 
@@ -106,8 +106,8 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
     lines = ["# Kernel benchmarks", ""]
     for run in runs:
         lines += run_lines(run)
-    meaning = (table.__doc__ or "").split(":", 1)[1].strip("\n")
-    lines += ["", "Columns:", "", "```", meaning, "```", "", "## What must hold", ""]
+    meaning = (table.__doc__ or "").partition("\n\n")[2].rstrip()
+    lines += ["", "```", meaning, "```", "", "## What must hold", ""]
     lines += ["| device | requirement | limit | worst measured | | where |"]
     lines += ["| --- | --- | ---: | ---: | --- | --- |"]
     lines += [f"| {r.device} | " + " | ".join(r.cells(rows)) + " |" for r in REQUIREMENTS]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+from table import Shape, label
 
-Shape = dict[str, Any]
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def grid(**axes: Sequence[Any]) -> list[Shape]:
@@ -20,15 +20,11 @@ def grid(**axes: Sequence[Any]) -> list[Shape]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def label(shape: Shape) -> str:
-    """How a shape is written in tables: sizes with their names, words (dtypes, trees) alone."""
-    return " ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in shape.items())
-
-
 def shapes(default: Sequence[Shape], sweep: Sequence[Shape] = ()) -> list[Any]:
-    """Parameters for `pytest.mark.parametrize("shape", ...)`."""
+    """Parameters for `pytest.mark.parametrize("shape", ...)`; -k finds B8-V4096-bf16."""
+
+    def parameter(shape: Shape, *marks: Any) -> Any:
+        return pytest.param(shape, id=label(shape).replace("=", "").replace(" ", "-"), marks=marks)
+
     more = [shape for shape in sweep if shape not in default]
-    return [pytest.param(shape, id=label(shape).replace(" ", "-")) for shape in default] + [
-        pytest.param(shape, id=label(shape).replace(" ", "-"), marks=pytest.mark.sweep)
-        for shape in more
-    ]
+    return [parameter(s) for s in default] + [parameter(s, pytest.mark.sweep) for s in more]

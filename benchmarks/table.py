@@ -1,10 +1,11 @@
 """A measured row as text: the columns of the table that a run prints and that a report holds.
 
     time us     median time of one call
+    spread      distance of the quartiles over the median: how quiet the machine was
     must move   bytes that any implementation moves (floors.py)
     GB/s        those bytes over that time
-    of b/w      of the device's bandwidth, measured in the same run over 1 GiB: by a read where the
-                op reads (CPU), by a copy where it copies, and on CUDA always
+    of b/w      of the device's bandwidth, measured in the same run far beyond its caches: by a read
+                where the op reads (CPU), by a copy where it copies, and on CUDA always
     of plain    time of a plain read or copy of as many bytes, timed in turns with the op, over the
                 op's time: 1 is as fast as memory allows at this size
     x torch     how many times as fast as the torch way; likewise each peer
@@ -17,11 +18,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shapes import label
-
 Row = dict[str, Any]
+Shape = dict[str, Any]
 
 RIVALS = ("torch", "FlashInfer", "sgl-kernel")
+
+
+def label(shape: Shape) -> str:
+    """How a shape is written in tables: sizes with their names, words (dtypes, trees) alone."""
+    return " ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in shape.items())
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -54,6 +59,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
     return [
         ("case", [case(row) for row in rows]),
         ("time us", [number(row["time_us"]) for row in rows]),
+        ("spread", [f"{100 * row['spread']:.0f} %" for row in rows]),
         ("must move", [amount(row["bytes"]) for row in rows]),
         ("GB/s", [number(row["gb_per_s"]) if row["bound"] else "" for row in rows]),
         (
