@@ -1,19 +1,38 @@
 """build_tree: a batch of draft trees, as every speculative step builds it."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from inferlab.kernels import build_tree, reference
+import floors
+import torch_ways
+from inferlab.kernels import build_tree
+from inputs import TREES, parents_of
+from shapes import grid, shapes
 
 
-@pytest.mark.parametrize(("batch", "nodes"), [(1, 5), (1, 64), (32, 64), (8, 256)])
-def bench_build_tree(kernel_bench, batch, nodes):
-    parents = torch.tensor([[-1] + [(n - 1) // 2 for n in range(1, nodes)]] * batch)
-    parents = parents.int()
-    words = (nodes + 63) // 64
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        [
+            *grid(B=[1], N=[5, 64], tree=["binary"]),
+            *grid(B=[32], N=[64], tree=TREES),
+            *grid(B=[8], N=[256], tree=["binary"]),
+        ],
+        sweep=grid(B=[1, 8, 64, 256], N=[2, 16, 64, 256], tree=TREES),
+    ),
+)
+def bench_build_tree(kernel_bench: Any, device: Any, shape: dict[str, Any]) -> None:
+    batch, nodes = shape["B"], shape["N"]
+    parents = torch.tensor([parents_of(shape["tree"], nodes)] * batch, dtype=torch.int32)
     kernel_bench(
-        f"build_tree B={batch} N={nodes}",
-        lambda: build_tree(parents),
-        num_bytes=batch * nodes * (4 + 3 * 4 + 8 * words),
-        torch_fn=lambda: reference.build_tree(parents),
+        "build_tree",
+        "",
+        shape,
+        build_tree,
+        [parents.to(device.torch)],
+        num_bytes=floors.build_tree(batch, nodes),
+        bound=None,
+        torch_fn=torch_ways.build_tree,
     )

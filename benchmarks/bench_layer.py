@@ -1,67 +1,144 @@
 """The ops of a decoder layer beside attention: few-row products, RMSNorm, gated SiLU, rotary."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 
+import floors
+import peers
 from inferlab import kernels
 from inferlab.kernels.reference import layer as reference
+from inputs import block_table
+from shapes import DTYPES, Shape, grid, shapes
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-# (in, out): the bundled target's gate and up, a 100 M model's, its vocabulary.
-SHAPES = [(160, 896), (768, 4096), (768, 32000)]
+# The bundled target's gate and up; a 100 M model's, and its vocabulary; an 8 B model's.
+LINEAR = [(160, 896), (768, 4096), (768, 32_000), (4096, 14_336)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 8])
-@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-def bench_linear(kernel_bench, rotate, inputs, outputs, rows, dtype):
-    num_bytes = inputs * outputs * DTYPES[dtype].itemsize
-    weight = rotate(lambda: torch.randn(outputs, inputs).to(DTYPES[dtype]), num_bytes)
-    x = torch.randn(rows, inputs).to(DTYPES[dtype])
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        [
+            {"rows": rows, "in": i, "out": o, "dtype": dtype}
+            for i, o in LINEAR
+            for rows in (1, 5)
+            for dtype in ("f32", "bf16")
+            if (i, dtype) != (4096, "f32")
+        ],
+        sweep=[
+            {"rows": rows, "in": i, "out": o, "dtype": dtype}
+            for i, o in LINEAR
+            for rows in (1, 4, 8, 16, 32)
+            for dtype in ("f32", "bf16")
+        ],
+    ),
+)
+def bench_linear(kernel_bench: Any, device: Any, shape: Shape) -> None:
+    rows, inputs, outputs, dtype = shape["rows"], shape["in"], shape["out"], DTYPES[shape["dtype"]]
+    num_bytes = floors.linear(rows, inputs, outputs, dtype.itemsize)
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        x = device.randn(rows, inputs, dtype=dtype)
+        return x, device.randn(outputs, inputs, dtype=dtype)
+
     kernel_bench(
-        f"linear {dtype} {rows} x {inputs} -> {outputs}",
-        lambda: kernels.linear(x, weight()),
+        "linear",
+        "",
+        shape,
+        lambda case: kernels.linear(*case),
+        device.cases(make, num_bytes),
         num_bytes=num_bytes,
-        torch_fn=lambda: torch.nn.functional.linear(x, weight()),
+        bound="read",
+        torch_fn=lambda case: torch.nn.functional.linear(*case),
     )
 
 
-@pytest.mark.parametrize("rows", [1, 5, 512])
-def bench_rms_norm(kernel_bench, rows):
-    x, weight = torch.randn(rows, 768), torch.ones(768)
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        grid(rows=[1, 5, 512], dim=[768], dtype=["f32"])
+        + grid(rows=[64], dim=[4096], dtype=["bf16"]),
+        sweep=grid(rows=[1, 16, 64, 512], dim=[768, 4096, 8192], dtype=DTYPES),
+    ),
+)
+def bench_rms_norm(kernel_bench: Any, device: Any, shape: Shape) -> None:
+    rows, dim, dtype = shape["rows"], shape["dim"], DTYPES[shape["dtype"]]
+    weight = torch.ones(dim, dtype=dtype, device=device.torch)
+    num_bytes = floors.rms_norm(rows, dim, dtype.itemsize)
     kernel_bench(
-        f"rms_norm f32 {rows} x 768",
-        lambda: kernels.rms_norm(x, weight),
-        num_bytes=2 * x.numel() * 4,
-        torch_fn=lambda: reference.rms_norm(x, weight),
+        "rms_norm",
+        "",
+        shape,
+        lambda x: kernels.rms_norm(x, weight),
+        device.cases(lambda: device.randn(rows, dim, dtype=dtype), num_bytes),
+        num_bytes=num_bytes,
+        bound="copy" if rows >= 64 else None,
+        torch_fn=lambda x: torch.nn.functional.rms_norm(x, (dim,), weight, 1e-6),
+        peers=lambda: peers.rms_norm(device.torch, weight),
     )
 
 
-@pytest.mark.parametrize("rows", [1, 5, 512])
-def bench_silu_mul(kernel_bench, rows):
-    x = torch.randn(rows, 2 * 2048)
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        grid(rows=[1, 5, 512], dim=[2048], dtype=["f32"])
+        + grid(rows=[64], dim=[14_336], dtype=["bf16"]),
+        sweep=grid(rows=[1, 16, 64, 512], dim=[2048, 14_336], dtype=DTYPES),
+    ),
+)
+def bench_silu_mul(kernel_bench: Any, device: Any, shape: Shape) -> None:
+    rows, dim, dtype = shape["rows"], shape["dim"], DTYPES[shape["dtype"]]
+    num_bytes = floors.silu_mul(rows, dim, dtype.itemsize)
     kernel_bench(
-        f"silu_mul f32 {rows} x 2048",
-        lambda: kernels.silu_mul(x),
-        num_bytes=3 * rows * 2048 * 4,
-        torch_fn=lambda: reference.silu_mul(x),
+        "silu_mul",
+        "",
+        shape,
+        kernels.silu_mul,
+        device.cases(lambda: device.randn(rows, 2 * dim, dtype=dtype), num_bytes),
+        num_bytes=num_bytes,
+        bound="copy" if rows >= 64 else None,
+        torch_fn=reference.silu_mul,
+        peers=lambda: peers.silu_mul(device.torch, dtype),
     )
 
 
-@pytest.mark.parametrize("nodes", [1, 5, 512])
-def bench_rope_append(kernel_bench, nodes):
-    q_heads, kv_heads, dim, page_size = 12, 4, 64, 16
-    q, k, v = (torch.randn(1, nodes, h, dim) for h in (q_heads, kv_heads, kv_heads))
-    # The angles of a pair are equal: a rotation keeps q's length over many calls in place.
-    angles = torch.randn(1, nodes, dim // 2).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    pages = [torch.zeros(64, page_size, kv_heads, dim) for _ in range(2)]
-    table = torch.arange(64, dtype=torch.int32)[None]
-    lengths = torch.tensor([100], dtype=torch.int32)
-    arguments = (q, k, v, cos, sin, *pages, table, lengths)
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        grid(B=[1], N=[1, 5, 512], Hq=[12], Hkv=[4], D=[64], dtype=["f32"])
+        + grid(B=[32], N=[16], Hq=[32], Hkv=[8], D=[128], dtype=["bf16"]),
+        sweep=grid(B=[1, 32], N=[1, 16, 64], Hq=[32], Hkv=[8], D=[128], dtype=DTYPES),
+    ),
+)
+def bench_rope_append(kernel_bench: Any, device: Any, shape: Shape) -> None:
+    batch, nodes, dtype = shape["B"], shape["N"], DTYPES[shape["dtype"]]
+    q_heads, kv_heads, dim, page_size = shape["Hq"], shape["Hkv"], shape["D"], 16
+    num_bytes = floors.rope_append(batch, nodes, q_heads, kv_heads, dim, dtype.itemsize)
+    table = block_table(device, batch, 100 + nodes, page_size)
+    lengths = torch.full((batch,), 100, dtype=torch.int32, device=device.torch)
+
+    def make() -> tuple[torch.Tensor, ...]:
+        q, k, v = (
+            device.randn(batch, nodes, h, dim, dtype=dtype) for h in (q_heads, kv_heads, kv_heads)
+        )
+        # The angles of a pair are equal: a rotation keeps q's length over many calls in place.
+        angles = device.randn(batch, nodes, dim // 2).repeat(1, 1, 2)
+        pages = [
+            torch.zeros(table.numel(), page_size, kv_heads, dim, dtype=dtype, device=device.torch)
+            for _ in range(2)
+        ]
+        return q, k, v, angles.cos().to(dtype), angles.sin().to(dtype), *pages, table, lengths
+
     kernel_bench(
-        f"rope_append f32 N={nodes}",
-        lambda: kernels.rope_append(*arguments),
-        num_bytes=2 * nodes * (q_heads + 2 * kv_heads) * dim * 4,
-        torch_fn=lambda: reference.rope_append(*arguments),
+        "rope_append",
+        "",
+        shape,
+        lambda case: kernels.rope_append(*case),
+        device.cases(make, num_bytes),
+        num_bytes=num_bytes,
+        bound="copy" if batch * nodes >= 64 else None,
+        torch_fn=lambda case: reference.rope_append(*case),
     )

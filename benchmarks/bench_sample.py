@@ -1,10 +1,16 @@
-"""sample: rows of logits to tokens, for the bundled model's vocabulary and for a large one."""
+"""sample: rows of logits to tokens, one each, and several siblings each as a tree is drafted."""
+
+from typing import Any
 
 import pytest
 import torch
 
+import floors
+import peers
 import torch_sampling
 from inferlab.kernels import SamplingTensors, sample
+from inputs import language_logits
+from shapes import DTYPES, grid, shapes
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -15,38 +21,53 @@ SETTINGS = {
 }
 
 
-def language_logits(*shape, dtype=torch.bfloat16):
-    """Logits spread like a language model's: a wide bulk and a few tokens far above it."""
-    logits = torch.randn(*shape) * 2.5
-    head = torch.randint(0, shape[-1], (*shape[:-1], 40))
-    return logits.scatter_add_(-1, head, torch.rand(head.shape) * 12).to(dtype)
-
-
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("batch", "vocab"), [(1, 4096), (8, 4096), (1, 151_936), (8, 151_936)])
-def bench_sample(kernel_bench, rotate, setting, batch, vocab):
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        grid(B=[1, 8], V=[4096, 151_936], dtype=["bf16"]),
+        sweep=grid(B=[1, 8, 64], V=[32_000, 128_256, 262_144], dtype=["f32", "bf16"]),
+    ),
+)
+def bench_sample(kernel_bench: Any, device: Any, setting: str, shape: dict[str, Any]) -> None:
+    batch, vocab, dtype = shape["B"], shape["V"], DTYPES[shape["dtype"]]
     options = SETTINGS[setting]
-    sampling = SamplingTensors.of(batch, **options)
-    positions = torch.full((batch,), 100)
-    num_bytes = batch * vocab * 2
-    take = rotate(lambda: language_logits(batch, vocab), num_bytes)
+    sampling = SamplingTensors.of(batch, **options, device=device.torch)
+    positions = torch.full((batch,), 100, device=device.torch)
+    num_bytes = floors.sample(batch, vocab, dtype.itemsize)
     kernel_bench(
-        f"sample {setting} B={batch} V={vocab} bf16",
-        lambda: sample(take(), positions, sampling),
+        "sample",
+        setting,
+        shape,
+        lambda logits: sample(logits, positions, sampling),
+        device.cases(lambda: language_logits(device, batch, vocab, dtype=dtype), num_bytes),
         num_bytes=num_bytes,
-        torch_fn=lambda: torch_sampling.sample(take(), **options),
+        bound="read",
+        torch_fn=lambda logits: torch_sampling.sample(logits, **options),
+        peers=lambda: peers.sample(device.torch, options),
     )
 
 
-@pytest.mark.parametrize("vocab", [4096, 151_936])
-def bench_draft_siblings(kernel_bench, rotate, vocab):
-    """Four siblings at each of 8 nodes: how a tree is drafted."""
-    sampling = SamplingTensors.of(1, temperature=0.8)
-    positions = torch.full((1, 8), 100)
-    take = rotate(lambda: language_logits(1, 8, vocab), 16 * vocab)
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
+        grid(B=[1], N=[8], V=[4096, 151_936], siblings=[4], dtype=["bf16"]),
+        sweep=grid(B=[1, 32], N=[1, 8], V=[32_000, 151_936], siblings=[2, 8], dtype=["bf16"]),
+    ),
+)
+def bench_draft_siblings(kernel_bench: Any, device: Any, shape: dict[str, Any]) -> None:
+    batch, nodes, vocab, count = (shape[k] for k in ("B", "N", "V", "siblings"))
+    dtype = DTYPES[shape["dtype"]]
+    sampling = SamplingTensors.of(batch, temperature=0.8, device=device.torch)
+    positions = torch.full((batch, nodes), 100, device=device.torch)
+    num_bytes = floors.sample(batch * nodes, vocab, dtype.itemsize, count)
     kernel_bench(
-        f"sample 4 of each, N=8 V={vocab} bf16",
-        lambda: sample(take(), positions, sampling, num_samples=4),
-        num_bytes=16 * vocab,
-        torch_fn=lambda: torch_sampling.sample(take()[0], 0.8, count=4),
+        "sample",
+        "several of each",
+        shape,
+        lambda logits: sample(logits, positions, sampling, num_samples=count),
+        device.cases(lambda: language_logits(device, batch, nodes, vocab, dtype=dtype), num_bytes),
+        num_bytes=num_bytes,
+        bound="read",
+        torch_fn=lambda logits: torch_sampling.sample(logits.flatten(0, 1), 0.8, count=count),
     )

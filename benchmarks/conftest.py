@@ -1,93 +1,161 @@
-"""Shared by the kernel benchmarks: measured bandwidth, counted bytes, the table at the end.
+"""Shared by the kernel benchmarks: devices, the `kernel_bench` fixture, the table at the end.
 
-Run `pytest benchmarks/bench_sample.py`. A benchmark calls `kernel_bench(name, fn, num_bytes=...,
-torch_fn=...)`: `fn` is timed by pytest-benchmark, `torch_fn` (the torch way of doing the same) in
-turns with it, and the table shows median time, bytes, GB/s, the fraction of the bandwidth that this
-machine reads memory with, and how many times faster than torch it is.
+    pytest benchmarks/bench_*.py                    every op, on the CPU and on CUDA where it is
+    pytest benchmarks/bench_sample.py -k cpu        one op, one device
+    pytest benchmarks/bench_sample.py -m sweep      the big sweep instead of the chosen shapes
+    ... --benchmark-json=FILE                       saved, for benchmarks/report.py
+
+How it is timed: measure.py. Bytes: floors.py. Columns: table.py.
 """
 
 from __future__ import annotations
 
+import shlex
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+import measure
+import peers as peer_ops
+import table
 from inferlab import _C
+from inferlab.benchmarks.environment import describe_environment
+from table import Shape, label
 
-_ROWS: list[dict[str, Any]] = []
+BUDGET_S = 0.8  # of timed rounds per row
+HAS_CUDA = torch.cuda.is_available() and _C.build_info()["cuda"] is not None
+_DEVICES: dict[str, measure.Device] = {}
+_ROWS: list[table.Row] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_")
+    config.addinivalue_line("markers", "sweep: one of the many shapes; run with -m sweep")
+    config.option.benchmark_quiet = True  # its table has no bytes; ours is printed instead
 
 
-def _median_s(fn: Callable[[], object], budget_s: float = 0.3, least: int = 5) -> float:
-    fn()
-    times: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(times) < least or (time.perf_counter() < end and len(times) < 1000):
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("_device")
+        if name:
+            item.add_marker(pytest.mark.benchmark(timer=measure.CLOCKS[name]))
+    if not config.option.markexpr:
+        chosen = [item for item in items if item.get_closest_marker("sweep") is None]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
-@pytest.fixture(scope="session")
-def read_bandwidth() -> float:
-    """Bytes per second of one pass over 1 GiB with all threads: beyond any cache."""
-    data = torch.ones(256 * 1024 * 1024, dtype=torch.float32)
-    return data.numel() * 4 / _median_s(lambda: _C.read_memory(data), 1.0)
-
-
-@pytest.fixture
-def rotate() -> Callable[[Callable[[], Any], int], Callable[[], Any]]:
-    """rotate(make, num_bytes): a function that hands out copies of an input in turn, as many as
-    it takes to pass a core's own caches, so that no call finds what the last one left there."""
-
-    def build(make: Callable[[], Any], num_bytes: int) -> Callable[[], Any]:
-        count = max(3, min(64, (1 << 27) // max(num_bytes, 1)))
-        copies = [make() for _ in range(count)]
-        turn = 0
-
-        def take() -> Any:
-            nonlocal turn
-            turn = (turn + 1) % count
-            return copies[turn]
-
-        return take
-
-    return build
+@pytest.fixture(
+    scope="session",
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not HAS_CUDA, reason="torch finds no CUDA device, or inferlab is built without CUDA"
+            ),
+        ),
+    ],
+)
+def _device(request: pytest.FixtureRequest) -> measure.Device:
+    name = request.param
+    _DEVICES[name] = measure.Host() if name == "cpu" else measure.Cuda()
+    return _DEVICES[name]
 
 
 @pytest.fixture
-def kernel_bench(benchmark: Any, read_bandwidth: float) -> Callable[..., None]:
-    """Times `fn`; `num_bytes` is what it must move (0: not bound by memory)."""
+def device(_device: measure.Device) -> measure.Device:
+    """The device of this row, with its random numbers at their beginning."""
+    _device.generator.manual_seed(0)
+    torch.manual_seed(0)
+    return _device
+
+
+@pytest.fixture
+def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
+    """Times one op at one shape, and its rivals in turns with it."""
 
     def run(
-        name: str,
-        fn: Callable[[], object],
+        op: str,
+        variant: str,
+        shape: Shape,
+        fn: Callable[[Any], object],
+        cases: Sequence[Any],
         *,
         num_bytes: int,
-        torch_fn: Callable[[], object] | None = None,
+        bound: str | None,
+        torch_fn: Callable[[Any], object] | None = None,
+        peers: Callable[[], peer_ops.Peers] = dict,
+        note: str = "",
     ) -> None:
-        torch_s = _median_s(torch_fn) if torch_fn is not None else None
-        benchmark.pedantic(fn, rounds=max(5, min(200, int(0.5 / max(_median_s(fn, 0.1), 1e-6)))))
-        if benchmark.stats is None:  # --benchmark-disable
+        """
+        Args:
+            fn, torch_fn: the op and the torch way, called with one of `cases`.
+            cases: input sets, each used once in a round.
+            num_bytes: what one call must move (floors.py).
+            bound: "read" or "copy": memory bounds it, inputs are cold, and a plain read or copy of
+                as many bytes is timed beside it. None: a call's overhead or arithmetic does, and
+                inputs may lie in the cache.
+            peers: builds the peers' functions of a case.
+        """
+        if benchmark.disabled:
+            for way in (fn, torch_fn) if torch_fn else (fn,):
+                way(cases[0])
+            benchmark.pedantic(lambda: None)
             return
-        median_s = benchmark.stats.stats.median
+        cold = bound is not None
+        kind = None if bound is None else bound if device.name == "cpu" else "copy"
+        own = measure.Contestant(device, fn, cases, cold)
+        rivals: dict[str, measure.Contestant] = {}
+        failed: dict[str, str] = {}
+        if kind is not None:
+            rivals["plain"] = measure.Contestant(device, *device.plain(kind, num_bytes), cold)
+        if torch_fn is not None:
+            rivals["torch"] = measure.Contestant(device, torch_fn, cases, cold)
+        try:
+            for name, peer in peers().items():
+                rivals[name] = measure.Contestant(device, peer, cases, cold)
+        except Exception as error:  # another project's installation must not cost us our own row
+            failed["peers"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        flush_s = statistics.median(device.seconds(device.flush) for _ in range(3)) if cold else 0.0
+
+        def between() -> None:
+            for rival in rivals.values():
+                rival.round()
+            own.ready()
+
+        rounds = measure.rounds_within([own, *rivals.values()], flush_s, BUDGET_S)
+        benchmark.pedantic(own.run, setup=between, rounds=rounds, warmup_rounds=1)
+        stats = benchmark.stats.stats
+        median_s = stats.median
+        gb_per_s = num_bytes / median_s / 1e9
+        bandwidth = {k: v / 1e9 for k, v in device.bandwidth.items()} if kind else {}
         row = {
-            "name": name,
+            "op": op,
+            "variant": variant,
+            "device": device.name,
+            "shape": shape,
+            "note": note,
             "time_us": median_s * 1e6,
+            "spread": stats.iqr / median_s,
             "bytes": num_bytes,
-            "gb_per_s": num_bytes / median_s / 1e9,
-            "fraction_of_bandwidth": num_bytes / median_s / read_bandwidth,
-            "ratio_to_torch": None if torch_s is None else torch_s / median_s,
-            "read_bandwidth_gb_per_s": read_bandwidth / 1e9,
+            "gb_per_s": gb_per_s,
+            "bound": kind,
+            "fraction_of_bandwidth": num_bytes / median_s / device.bandwidth[kind]
+            if kind
+            else None,
+            "bandwidth_gb_per_s": bandwidth,
+            "fraction_of_plain": rivals["plain"].median_s / median_s if kind else None,
+            "times_as_fast_as": {
+                name: rival.median_s / median_s for name, rival in rivals.items() if name != "plain"
+            },
+            "timed_by": own.how,
+            "calls_per_round": own.calls,
+            "failed": failed,
         }
         benchmark.extra_info.update(row)
         _ROWS.append(row)
@@ -95,20 +163,58 @@ def kernel_bench(benchmark: Any, read_bandwidth: float) -> Callable[..., None]:
     return run
 
 
+def bandwidth_of(device: str) -> dict[str, float]:
+    """As measured in this run, if any row asked for it; GB/s."""
+    measured = (row["bandwidth_gb_per_s"] for row in _ROWS if row["device"] == device)
+    return next((speeds for speeds in measured if speeds), {})
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    """What a reader needs to judge the numbers; nothing that names the computer or its user."""
+    machine_info.pop("node", None)
+    cpu = machine_info.get("cpu", {})
+    machine_info["cpu"] = {k: cpu[k] for k in ("brand_raw", "arch", "count") if k in cpu}
+    arguments = [a for a in config.invocation_params.args if "benchmark-json" not in str(a)]
+    machine_info["inferlab"] = {
+        **describe_environment(),
+        "build": _C.build_info(),
+        "torch_cuda": torch.version.cuda,
+        "peers": peer_ops.versions(),
+        "command": "pytest " + shlex.join(str(a) for a in arguments),
+        "devices": {
+            name: {
+                "bandwidth_gb_per_s": bandwidth_of(name),
+                "flush_bytes": device.flush_bytes,
+            }
+            for name, device in _DEVICES.items()
+        },
+    }
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any) -> None:
+    for name in ("project", "branch"):
+        commit_info.pop(name, None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: Any) -> None:
+    for bench in output_json["benchmarks"]:
+        bench["stats"].pop("data", None)  # quartiles are kept; single samples nobody reads
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not _ROWS:
-        return
-    bandwidth = _ROWS[0]["read_bandwidth_gb_per_s"]
-    terminalreporter.section(
-        f"{_C.num_threads()} threads, {_C.active_isa()}, reads {bandwidth:.1f} GB/s"
-    )
-    width = max(len(r["name"]) for r in _ROWS)
-    terminalreporter.write_line(
-        f"{'op':<{width}} {'time us':>11} {'MB':>9} {'GB/s':>7} {'of b/w':>7} {'x torch':>8}"
-    )
-    for r in _ROWS:
-        ratio = "" if r["ratio_to_torch"] is None else f"{r['ratio_to_torch']:.1f}"
-        terminalreporter.write_line(
-            f"{r['name']:<{width}} {r['time_us']:>11.1f} {r['bytes'] / 1e6:>9.3f} "
-            f"{r['gb_per_s']:>7.2f} {r['fraction_of_bandwidth']:>7.2f} {ratio:>8}"
-        )
+    for name in _DEVICES:
+        rows = [row for row in _ROWS if row["device"] == name]
+        if not rows:
+            continue
+        who = f"{_C.num_threads()} threads, {_C.active_isa()}"
+        if name == "cuda":
+            who = torch.cuda.get_device_name(0)
+        for kind, speed in bandwidth_of(name).items():
+            who += f"; {kind} {speed:.1f} GB/s"
+        terminalreporter.section(f"{name}: {who}")
+        for line in table.text(rows):
+            terminalreporter.write_line(line)
+    for row in _ROWS:
+        for who, why in row["failed"].items():
+            case = f"{row['op']} {row['variant']} {label(row['shape'])}"
+            terminalreporter.write_line(f"{case}: {who} failed: {why}")
