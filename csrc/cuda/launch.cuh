@@ -41,11 +41,11 @@ Status launch(void (*kernel)(P), dim3 grid, dim3 block, size_t shared_bytes, voi
     void (*kernel)(P);
     const P& params;
   } call{kernel, params};
-  simt::launch(
+  const bool done = simt::launch(
       simt::Dim{grid.x, grid.y, grid.z}, simt::Dim{block.x, block.y, block.z}, shared_bytes,
       blocks == Blocks::kTogether,
       [](void* c) { static_cast<Call*>(c)->kernel(static_cast<Call*>(c)->params); }, &call);
-  return Status::kOk;
+  return to_status(done ? cudaSuccess : cudaErrorLaunchFailure);
 #else
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(

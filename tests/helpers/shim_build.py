@@ -1,6 +1,6 @@
-"""Builds the compiled module with the CUDA sources compiled for the CPU (tests/native/shim).
+"""Builds CUDA sources for the CPU (tests/native/shim): the compiled module, or a test program.
 
-The result is a `_C` whose ops run csrc/cuda on CPU tensors. The CPU kernels are not in it: nothing
+The module is a `_C` whose ops run csrc/cuda on CPU tensors. The CPU kernels are not in it: nothing
 calls them, and symbols are bound when they are first called. Objects are kept under build/shim by
 the hash of what they were made from, so only what changed is compiled again.
 """
@@ -11,25 +11,42 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 SHIM = ROOT / "tests" / "native" / "shim"
 CACHE = ROOT / "build" / "shim"
 COMPILER = os.environ.get("CXX", "g++")
 
-# What is instrumented: the kernels. The fibres tell the sanitizers themselves what they do.
-SANITIZERS = {
+# Flags of the kernels, which are instrumented, and of the fibres, which tell the sanitizers
+# themselves what they do.
+VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "plain": ([], []),
     "asan": (["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"], ["-DSIMT_ASAN"]),
-    "tsan": (["-fsanitize=thread"], ["-DSIMT_TSAN"]),
+    # A volatile access counts as a relaxed atomic one (sanitize.h).
+    "tsan": (["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"], ["-DSIMT_TSAN"]),
+    "ucontext": ([], ["-DSIMT_UCONTEXT"]),  # plain, by the way that every processor has
 }
+RUNTIME_LIBRARIES = {"asan": "libasan.so", "tsan": "libtsan.so"}
+# The first report ends the process. Python and torch leak by design.
+SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+# -O1 -g1: quick to compile, and the sanitizers' traces can be read.
+BASE = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 DEFINES = [
     "-DINFERLAB_WITH_CUDA=1",
@@ -41,7 +58,17 @@ DEFINES = [
 ]
 
 
-def build(variant: str = "plain", cuda_dir: Path = CSRC / "cuda") -> Path:
+@dataclass(frozen=True)
+class Job:
+    """One object file: what it is compiled from, how, and where its headers are looked for."""
+
+    source: Path
+    flags: list[str]
+    include: list[Path]
+    system: tuple[str, ...] = ()  # include paths whose files do not count as ours
+
+
+def build(variant: str = "plain", cuda_dir: Path = CUDA) -> Path:
     """The module's path. `cuda_dir` may be a changed copy of csrc/cuda.
 
     Raises:
@@ -49,31 +76,23 @@ def build(variant: str = "plain", cuda_dir: Path = CSRC / "cuda") -> Path:
     """
     import pybind11
 
-    kernel_flags, runtime_flags = SANITIZERS[variant]
-    include = [f"-I{SHIM}", f"-I{CSRC / 'include'}", f"-I{cuda_dir}", f"-I{CSRC / 'cpu'}"]
-    python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    # -O1 -g: quick to compile, and the sanitizers' traces can be read.
-    base = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
-    jobs: list[tuple[Path, list[str]]] = []
-    for source in sorted((CSRC / "bindings").glob("*.cpp")):
-        jobs.append((source, [*base, "-g0", *DEFINES, *include, *python]))
-    for source in sorted(cuda_dir.glob("*.cu")):
-        flags = [*base, *WARNINGS, *DEFINES, *kernel_flags, *include]
-        jobs.append((source, ["-x", "c++", *flags]))
-    jobs.append((SHIM / "simt.cpp", [*base, "-O2", *runtime_flags, *include]))
-    headers = _digest(
-        p for d in (CSRC, SHIM, cuda_dir) for p in d.rglob("*") if p.suffix in (".h", ".cuh")
-    )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, headers), jobs))
-    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-    module = CACHE / f"{variant}-{key}" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        module.parent.mkdir(parents=True, exist_ok=True)
-        part = module.with_suffix(f".{os.getpid()}")
-        _run([COMPILER, "-shared", "-Wl,-z,lazy", *kernel_flags, *map(str, objects), "-o", part])
-        part.replace(module)
-    return module
+    python = (pybind11.get_include(), sysconfig.get_path("include"))
+    include = [CSRC / "include", CSRC / "bindings", CSRC / "cpu"]
+    bindings = [
+        Job(source, [*BASE, "-g0", *DEFINES], include, python)
+        for source in sorted((CSRC / "bindings").glob("*.cpp"))
+    ]
+    kernels = [_kernel(source, variant, cuda_dir) for source in sorted(cuda_dir.glob("*.cu"))]
+    objects = _compile_all([*bindings, *kernels, _runtime(variant)])
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return _link(objects, ["-shared", "-Wl,-z,lazy", *VARIANTS[variant][0]], f"{variant}-", name)
+
+
+def build_program(source: Path, variant: str) -> Path:
+    """A program of one .cu file, with all that csrc/cuda/launch.cuh needs."""
+    kernels = [_kernel(path, variant, CUDA) for path in (source, CUDA / "device.cu")]
+    objects = _compile_all([*kernels, _runtime(variant)])
+    return _link(objects, VARIANTS[variant][0], f"{variant}-", source.stem)
 
 
 def load(path: Path) -> ModuleType:
@@ -91,30 +110,71 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def runtime_library(variant: str) -> str:
-    """The sanitizer's library, which must be loaded before Python itself (LD_PRELOAD)."""
-    name = {"asan": "libasan.so", "tsan": "libtsan.so"}[variant]
-    found = _run([COMPILER, f"-print-file-name={name}"]).strip()
-    return str(Path(found).resolve())
+def runtime_library(variant: str) -> Path | None:
+    """The sanitizer's library, which must be loaded before Python itself (LD_PRELOAD).
+
+    None where the compiler has none.
+    """
+    found = Path(_run([COMPILER, f"-print-file-name={RUNTIME_LIBRARIES[variant]}"]).strip())
+    return found.resolve() if found.is_absolute() else None
 
 
-def _compile(source: Path, flags: list[str], headers: str) -> Path:
-    key = hashlib.sha256(" ".join([COMPILER, *flags, headers]).encode())
-    key.update(source.read_bytes())
-    target = CACHE / "objects" / f"{source.stem}-{key.hexdigest()[:16]}.o"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}")
-        _run([COMPILER, *flags, "-c", str(source), "-o", str(part)])
-        part.replace(target)
+def _kernel(source: Path, variant: str, cuda_dir: Path) -> Job:
+    flags = ["-x", "c++", *BASE, *WARNINGS, *DEFINES, *VARIANTS[variant][0]]
+    return Job(source, flags, [SHIM, CSRC / "include", cuda_dir])
+
+
+def _runtime(variant: str) -> Job:
+    # Loops stay loops: a call of memcpy would be seen by TSan.
+    flags = [*BASE, *WARNINGS, "-O2", "-fno-tree-loop-distribute-patterns", *VARIANTS[variant][1]]
+    return Job(SHIM / "simt.cpp", flags, [SHIM])
+
+
+def _compile_all(jobs: list[Job]) -> list[Path]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_compile, jobs))
+
+
+def _compile(job: Job) -> Path:
+    # Not the folders' names: a copy of a source is the same source.
+    key = hashlib.sha256(" ".join([COMPILER, *job.flags]).encode())
+    for path in sorted(_sources(job.source, job.include), key=lambda p: p.name):
+        key.update(path.name.encode() + path.read_bytes())
+    target = CACHE / "objects" / f"{job.source.stem}-{key.hexdigest()[:16]}.o"
+    include = [f"-I{path}" for path in (*job.include, *job.system)]
+    _make(target, [COMPILER, *job.flags, *include, "-c", job.source])
     return target
 
 
-def _digest(paths) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+def _sources(source: Path, include: list[Path]) -> set[Path]:
+    """The file and all headers of ours that it includes."""
+    seen, todo = set(), [source]
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*["<]([^">]+)[">]', path.read_text(), re.M):
+            found = (folder / name for folder in (path.parent, *include))
+            todo.extend([p for p in found if p.exists()][:1])
+    return seen
+
+
+def _link(objects: list[Path], flags: Iterable[str], prefix: str, name: str) -> Path:
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    target = CACHE / f"{prefix}{key}" / name
+    _make(target, [COMPILER, *objects, *flags])
+    return target
+
+
+def _make(target: Path, command: list) -> None:
+    """Runs `command` with `-o target`, unless the target is there. Others may do the same."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}")
+    _run([*command, "-o", part])
+    part.replace(target)
 
 
 def _run(command: list) -> str:

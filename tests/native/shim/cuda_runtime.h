@@ -68,14 +68,21 @@ constexpr int warpSize = 32;
 
 // ---- barriers and fences ------------------------------------------------------------------------
 
-inline void __syncthreads() { simt::block_barrier(0); }
-inline int __syncthreads_count(int p) { return simt::block_barrier(p); }
-inline int __syncthreads_or(int p) { return simt::block_barrier(p) > 0; }
-inline int __syncthreads_and(int p) { return simt::block_barrier(!p) == 0; }
+using simt::Site;
+inline void __syncthreads(Site site = Site::here()) { simt::block_barrier(0, site); }
+inline int __syncthreads_count(int p, Site site = Site::here()) {
+  return simt::block_barrier(p, site);
+}
+inline int __syncthreads_or(int p, Site site = Site::here()) {
+  return simt::block_barrier(p, site) > 0;
+}
+inline int __syncthreads_and(int p, Site site = Site::here()) {
+  return simt::block_barrier(!p, site) == 0;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { simt::warp_barrier(mask); }
 inline void __threadfence() { simt::fence(); }
-inline void __threadfence_block() { simt::fence(); }
-inline void __nanosleep(unsigned) { simt::yield(); }
+inline void __threadfence_block() { simt::fence_block(); }
+inline void __nanosleep(unsigned, Site site = Site::here()) { simt::yield(site); }
 
 // ---- warp exchanges -----------------------------------------------------------------------------
 
@@ -173,59 +180,53 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned v) {
 
 // ---- atomics: relaxed, as on the device ---------------------------------------------------------
 
+template <typename T, typename F>
+T simt_update(T* p, F f) {
+  simt::observe();
+  T old, next;
+  __atomic_load(p, &old, __ATOMIC_RELAXED);
+  do {
+    next = f(old);
+  } while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return old;
+}
 template <typename T, typename U>
 T atomicAdd(T* p, U v) {
-  if constexpr (std::is_integral_v<T>) {
-    return __atomic_fetch_add(p, static_cast<T>(v), __ATOMIC_RELAXED);
-  } else {
-    T old, next;
-    __atomic_load(p, &old, __ATOMIC_RELAXED);
-    do {
-      next = old + static_cast<T>(v);
-    } while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    return old;
-  }
+  return simt_update(p, [v](T old) { return static_cast<T>(old + static_cast<T>(v)); });
 }
 template <typename T, typename U>
 T atomicSub(T* p, U v) {
-  return __atomic_fetch_sub(p, static_cast<T>(v), __ATOMIC_RELAXED);
+  return simt_update(p, [v](T old) { return static_cast<T>(old - static_cast<T>(v)); });
 }
 template <typename T, typename U>
 T atomicOr(T* p, U v) {
-  return __atomic_fetch_or(p, static_cast<T>(v), __ATOMIC_RELAXED);
+  return simt_update(p, [v](T old) { return old | static_cast<T>(v); });
 }
 template <typename T, typename U>
 T atomicAnd(T* p, U v) {
-  return __atomic_fetch_and(p, static_cast<T>(v), __ATOMIC_RELAXED);
-}
-template <typename T, typename U>
-T atomicExch(T* p, U v) {
-  return __atomic_exchange_n(p, static_cast<T>(v), __ATOMIC_RELAXED);
-}
-template <typename T, typename U, typename V>
-T atomicCAS(T* p, U expected, V v) {
-  T old = static_cast<T>(expected);
-  __atomic_compare_exchange_n(p, &old, static_cast<T>(v), false, __ATOMIC_RELAXED,
-                              __ATOMIC_RELAXED);
-  return old;
+  return simt_update(p, [v](T old) { return old & static_cast<T>(v); });
 }
 template <typename T, typename U>
 T atomicMax(T* p, U v) {
-  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (old < static_cast<T>(v) &&
-         !__atomic_compare_exchange_n(p, &old, static_cast<T>(v), false, __ATOMIC_RELAXED,
-                                      __ATOMIC_RELAXED)) {
-  }
-  return old;
+  return simt_update(p, [v](T old) { return std::max(old, static_cast<T>(v)); });
 }
 template <typename T, typename U>
 T atomicMin(T* p, U v) {
-  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (old > static_cast<T>(v) &&
-         !__atomic_compare_exchange_n(p, &old, static_cast<T>(v), false, __ATOMIC_RELAXED,
-                                      __ATOMIC_RELAXED)) {
-  }
-  return old;
+  return simt_update(p, [v](T old) { return std::min(old, static_cast<T>(v)); });
+}
+template <typename T, typename U>
+T atomicExch(T* p, U v) {
+  return simt_update(p, [v](T) { return static_cast<T>(v); });
+}
+template <typename T, typename U, typename V>
+T atomicCAS(T* p, U expected, V v) {
+  return simt_update(p, [expected, v](T old) {
+    return old == static_cast<T>(expected) ? static_cast<T>(v) : old;
+  });
+}
+// Counts up to `last`, then from 0 again.
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  return simt_update(p, [last](unsigned old) { return old >= last ? 0 : old + 1; });
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------
@@ -290,7 +291,10 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemory
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "launch failure"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? simt::last_error()
+                                         : "an error that the shim never makes";
+}
 inline cudaError_t cudaGetDeviceCount(int* n) {
   *n = 1;
   return cudaSuccess;
@@ -301,8 +305,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  // A device of few multiprocessors: grids stay small, and several blocks still share a row.
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 6 : 227 * 1024;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? static_cast<int>(simt::kMultiprocessors)
+                                                       : static_cast<int>(simt::kMaxSharedBytes);
   return cudaSuccess;
 }
 template <typename F>

@@ -1,41 +1,19 @@
 #include "simt.h"
 
-#include <sys/mman.h>
-#include <ucontext.h>
-
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
+#include <deque>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <vector>
 
-// This file is compiled without instrumentation and tells the sanitizers what it does.
-#if defined(SIMT_TSAN)
-extern "C" {
-void* __tsan_get_current_fiber(void);
-void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
-void __tsan_acquire(void* address);
-void __tsan_release(void* address);
-}
-#define TSAN(call) call
-#else
-#define TSAN(call)
-#endif
-#if defined(SIMT_ASAN)
-extern "C" {
-void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
-void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* size);
-void __asan_unpoison_memory_region(void const volatile* address, size_t size);
-}
-#define ASAN(call) call
-#else
-#define ASAN(call)
-#endif
+#include "context.h"
+#include "sanitize.h"
 
 namespace simt {
 
@@ -43,78 +21,21 @@ Thread* self = nullptr;
 
 namespace {
 
-constexpr unsigned kNoSync = 1;  // TSan: a switch orders nothing
-constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kIdleRounds = 100000;  // rounds of nothing but polling before we call it a livelock
-
-// ---- contexts -----------------------------------------------------------------------------------
-
-#if defined(__x86_64__)
-// Saves the callee-saved registers on the stack and swaps stack pointers.
-asm(R"(
-.text
-.type simt_switch, @function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, .-simt_switch
-)");
-extern "C" void simt_switch(void** save, void* load);
-
-struct Context {
-  void* sp = nullptr;
-  void init(char* stack, void (*entry)()) {
-    auto* top = reinterpret_cast<uint64_t*>(stack + kStackBytes - 64);  // 16-byte aligned
-    *--top = 0;                                                         // as if called
-    *--top = reinterpret_cast<uint64_t>(entry);
-    for (int i = 0; i < 6; ++i) *--top = 0;
-    sp = top;
-  }
-  static void swap(Context& from, Context& to) { simt_switch(&from.sp, to.sp); }
-};
-#else
-struct Context {
-  ucontext_t uc;
-  void init(char* stack, void (*entry)()) {
-    getcontext(&uc);
-    uc.uc_stack.ss_sp = stack;
-    uc.uc_stack.ss_size = kStackBytes;
-    uc.uc_link = nullptr;
-    makecontext(&uc, entry, 0);
-  }
-  static void swap(Context& from, Context& to) { swapcontext(&from.uc, &to.uc); }
-};
-#endif
-
-// ---- threads and their meeting points -----------------------------------------------------------
+constexpr unsigned kNoSync = 1;       // TSan: a switch orders nothing
+constexpr size_t kIdleTurns = 10000;  // each thread's, of nothing but polling, until a livelock
+constexpr size_t kCanaryBytes = 64;   // behind shared memory, where no sanitizer watches
+constexpr unsigned char kCanary = 0xA5;
+// TSan: so many fibres take their turns in a launch before one serves a second block. What a fibre
+// knows it keeps, so a race between two blocks that it served would go unseen.
+constexpr size_t kManyFibres = 1024;
 
 struct Block;
 
-// Lanes of one mask on their way through one exchange. Results of two rounds are kept: a lane may
-// still read the last one while others have arrived at the next.
-struct Meeting {
-  uint32_t arrived = 0;
-  unsigned round = 0;
-  uint64_t values[2][kWarpSize] = {};
-  char sync = 0;
-};
-
-struct Warp {
-  uint32_t alive = 0;
-  std::map<uint32_t, Meeting> meetings;
+// What runs a thread. It outlives the launch, since it is dear to make.
+struct Strand {
+  char* stack = nullptr;
+  size_t bytes = 0;
+  void* tsan = nullptr;
 };
 
 enum class State { kReady, kPolling, kAtBlockBarrier, kAtWarp, kDone };
@@ -122,69 +43,108 @@ enum class State { kReady, kPolling, kAtBlockBarrier, kAtWarp, kDone };
 struct Fiber {
   Thread thread;
   Context context;
-  char* stack = nullptr;
-  void* tsan = nullptr;
+  Strand strand;
   void* fake_stack = nullptr;
   Block* block = nullptr;
   unsigned warp = 0;
   State state = State::kReady;
-  Meeting* meeting = nullptr;  // where a lane waits, and for which round to pass
+  Site site;          // where it waits
+  uint32_t mask = 0;  // and for which lanes
+};
+
+// Lanes of one mask on their way through one exchange after another. Two rounds are kept: a lane
+// may still be leaving one while others come to the next. The same holds for barriers.
+struct Meeting {
+  uint32_t mask = 0, arrived = 0;
   unsigned round = 0;
-  unsigned generation = 0;  // of the block barrier it waits at
+  Site intrinsic;
+  uint64_t values[2][kWarpSize] = {};
+  char sync[2] = {};
+};
+
+struct Warp {
+  uint32_t alive = 0;
+  std::list<Meeting> meetings;
 };
 
 struct Block {
-  Block() = default;
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-  ~Block() { std::free(shared); }
-
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  void* shared = nullptr;
+  std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
   size_t alive = 0, at_barrier = 0;
-  int count = 0;           // true predicates so far
-  int last_count[2] = {};  // by generation
-  unsigned generation = 0;
-  char sync = 0;
+  unsigned round = 0;  // of the barrier
+  int count[2] = {};   // true predicates, by round
+  Site site;           // of the barrier under way
+  char sync[2] = {}, fence_sync = 0;
+  bool observed = false;  // has read what others may write at any time
 };
 
-// Stacks and TSan fibres outlive a launch: both are dear to make.
-struct Pool {
-  std::vector<char*> stacks;
-  std::vector<void*> tsan;
-} pool;
+// Fibres whose turn it is, first come, first served. Each is in it once at most.
+class Queue {
+ public:
+  void reset(size_t capacity) {
+    ring_.resize(std::max(capacity, size_t{1}));
+    head_ = size_ = 0;
+  }
+  void push(Fiber* f) { ring_[(head_ + size_++) % ring_.size()] = f; }
+  Fiber* pop() {
+    Fiber* f = ring_[head_];
+    head_ = (head_ + 1) % ring_.size();
+    --size_;
+    return f;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  std::vector<Fiber*> ring_;
+  size_t head_ = 0, size_ = 0;
+};
 
 struct Launch {
+  void (*body)(void*) = nullptr;
+  void* arg = nullptr;
+  Dim grid, dim;
+  size_t shared_bytes = 0;
+  unsigned threads = 0;                // in a block
+  std::vector<unsigned> warps, lanes;  // order of turns: of warps, of each warp's lanes
+  Queue ready;
+  bool failed = false;
   Context scheduler;
   void* scheduler_tsan = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_fake_stack = nullptr;
-  void (*body)(void*) = nullptr;
-  void* arg = nullptr;
-  bool progress = false;
-  const char* error = nullptr;
-  std::vector<std::unique_ptr<Block>> ended;  // for TSan a free is a write: all at the end
-  char start_sync = 0, end_sync = 0, fence_sync = 0;
 };
 
 std::mutex launch_mutex;
 Launch run;
 Fiber* current = nullptr;
-uint64_t order_state = 0x9E3779B97F4A7C15u;
+std::deque<Strand> strands;
+size_t strands_made = 0;
+char start_sync = 0, end_sync = 0, fence_sync = 0;
+char error_text[512] = "";
+uint64_t random_state = 0x9E3779B97F4A7C15u;
 
-uint64_t next_random() {
-  order_state ^= order_state << 13;
-  order_state ^= order_state >> 7;
-  order_state ^= order_state << 17;
-  return order_state;
+size_t random_below(size_t n) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return random_state % n;
 }
 
-template <typename T>
-void shuffle(std::vector<T>& items) {
-  for (size_t i = items.size(); i > 1; --i) std::swap(items[i - 1], items[next_random() % i]);
+template <typename It>
+void shuffle(It begin, It end) {
+  for (auto n = end - begin; n > 1; --n) std::swap(begin[n - 1], begin[random_below(n)]);
 }
+
+template <typename... Args>
+void set_error(const char* format, Args... args) {
+  run.failed = true;
+  std::snprintf(error_text, sizeof error_text, format, args...);
+}
+void set_error(const char* what) { set_error("%s", what); }
+
+// ---- turns --------------------------------------------------------------------------------------
 
 void to_scheduler(bool leaving) {
   Fiber* fiber = current;
@@ -199,226 +159,360 @@ void to_scheduler(bool leaving) {
 void resume(Fiber& fiber) {
   current = &fiber;
   self = &fiber.thread;
-  ASAN(__sanitizer_start_switch_fiber(&run.scheduler_fake_stack, fiber.stack, kStackBytes));
-  TSAN(__tsan_switch_to_fiber(fiber.tsan, kNoSync));
+  fiber.state = State::kReady;
+  ASAN(__sanitizer_start_switch_fiber(&run.scheduler_fake_stack, fiber.strand.stack,
+                                      fiber.strand.bytes));
+  TSAN(__tsan_switch_to_fiber(fiber.strand.tsan, kNoSync));
   Context::swap(run.scheduler, fiber.context);
   ASAN(__sanitizer_finish_switch_fiber(run.scheduler_fake_stack, nullptr, nullptr));
   self = nullptr;
   current = nullptr;
 }
 
-void release_barrier_if_full(Block& block) {
-  if (block.alive == 0 || block.at_barrier < block.alive) return;
-  block.last_count[block.generation & 1] = block.count;
-  block.count = 0;
-  block.at_barrier = 0;
-  ++block.generation;
-  for (Fiber& f : block.fibers) {
-    if (f.state == State::kAtBlockBarrier) f.state = State::kReady;
+// Ends the launch: an exception could not cross over to the scheduler's stack.
+template <typename... Args>
+[[noreturn]] void fail(const char* format, Args... args) {
+  set_error(format, args...);
+  for (;;) to_scheduler(false);
+}
+
+// The lanes of a warp that are in `state` and, at a warp's meeting, wait for `mask`.
+void wake(Block& block, unsigned warp, State state, uint32_t mask) {
+  const unsigned end = std::min((warp + 1) * kWarpSize, run.threads);
+  for (unsigned i = warp * kWarpSize; i < end; ++i) {
+    Fiber& f = block.fibers[run.lanes[i]];
+    if (f.state != state || f.mask != mask) continue;
+    f.state = State::kReady;
+    run.ready.push(&f);
   }
-  run.progress = true;
+}
+
+void end_barrier(Block& block) {
+  block.at_barrier = 0;
+  block.count[++block.round & 1] = 0;
+  for (const unsigned w : run.warps) wake(block, w, State::kAtBlockBarrier, 0);
 }
 
 void entry() {
   ASAN(__sanitizer_finish_switch_fiber(nullptr, &run.scheduler_stack, &run.scheduler_stack_bytes));
-  TSAN(__tsan_acquire(&run.start_sync));
+  TSAN(__tsan_acquire(&start_sync));
   run.body(run.arg);
-  TSAN(__tsan_release(&run.end_sync));
+  TSAN(__tsan_release(&end_sync));
   Fiber& fiber = *current;
-  fiber.state = State::kDone;
   Block& block = *fiber.block;
-  --block.alive;
+  fiber.state = State::kDone;
   block.warps[fiber.warp].alive &= ~(1u << fiber.thread.lane);
-  release_barrier_if_full(block);  // the exited need not come
-  run.progress = true;
+  --block.alive;
+  // A barrier waits for the threads that have not exited.
+  if (block.alive > 0 && block.at_barrier == block.alive) end_barrier(block);
   to_scheduler(true);
 }
 
-char* take_stack() {
-  if (!pool.stacks.empty()) {
-    char* stack = pool.stacks.back();
-    pool.stacks.pop_back();
-    return stack;
+// ---- blocks -------------------------------------------------------------------------------------
+
+Strand take_strand() {
+#if defined(SIMT_TSAN)
+  const bool make = strands.empty() || strands_made < kManyFibres;
+#else
+  const bool make = strands.empty();
+#endif
+  if (!make) {
+    const Strand strand = strands.front();
+    strands.pop_front();
+    return strand;
   }
-  void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  mprotect(p, 4096, PROT_NONE);
-  return static_cast<char*>(p);
+  Strand strand;
+  strand.stack = new_stack();
+  // Tops at different distances from a page's end, or all would share a few lines of the cache.
+  strand.bytes = kStackBytes - strands_made++ % 63 * 256;
+  TSAN(strand.tsan = __tsan_create_fiber(0));
+  return strand;
 }
 
-void open_block(Block& block, Dim index, Dim grid, Dim dim, size_t shared_bytes) {
-  const unsigned threads = dim.x * dim.y * dim.z;
-  if (posix_memalign(&block.shared, 1024, std::max<size_t>(shared_bytes, 1)) != 0) {
-    throw std::bad_alloc();
-  }
-  std::memset(block.shared, 0xff, shared_bytes);
-  block.fibers.resize(threads);
-  block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
-  block.alive = threads;
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& f = block.fibers[i];
-    f.thread = Thread{Dim{i % dim.x, i / dim.x % dim.y, i / (dim.x * dim.y)},
-                      index,
-                      dim,
-                      grid,
-                      i % kWarpSize,
-                      block.shared};
-    f.block = &block;
-    f.warp = i / kWarpSize;
-    block.warps[f.warp].alive |= 1u << f.thread.lane;
-    f.stack = take_stack();
-    ASAN(__asan_unpoison_memory_region(f.stack + 4096, kStackBytes - 4096));
-    f.context.init(f.stack, entry);
+// Strands go round under TSan (see kManyFibres); elsewhere the last one used is the warmest.
+void give_back(const Strand& strand) {
 #if defined(SIMT_TSAN)
-    if (pool.tsan.empty()) pool.tsan.push_back(__tsan_create_fiber(0));
-    f.tsan = pool.tsan.back();
-    pool.tsan.pop_back();
+  strands.push_back(strand);
+#else
+  strands.push_front(strand);
 #endif
+}
+
+// A thread that will not end: what it did counts as done, and its half-used strand is made new.
+void abandon(Fiber& fiber) {
+#if defined(SIMT_TSAN)
+  __tsan_switch_to_fiber(fiber.strand.tsan, kNoSync);
+  __tsan_release(&end_sync);
+  __tsan_switch_to_fiber(run.scheduler_tsan, kNoSync);
+  __tsan_destroy_fiber(fiber.strand.tsan);
+  fiber.strand.tsan = __tsan_create_fiber(0);
+#endif
+  ASAN(__asan_unpoison_memory_region(fiber.strand.stack, fiber.strand.bytes));
+  fiber.state = State::kDone;
+}
+
+std::unique_ptr<Block> open_block(Dim index) {
+  auto block = std::make_unique<Block>();
+#if defined(SIMT_ASAN)
+  const size_t bytes = std::max<size_t>(run.shared_bytes, 1);
+#else
+  const size_t bytes = run.shared_bytes + kCanaryBytes;
+#endif
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 1024, bytes) != 0) throw std::bad_alloc();
+  block->shared.reset(static_cast<unsigned char*>(shared));
+  std::memset(shared, kCanary, bytes);
+  std::memset(shared, 0xff, run.shared_bytes);
+  block->alive = run.threads;
+  block->warps.resize(run.warps.size());
+  block->fibers.resize(run.threads);
+  for (unsigned i = 0; i < run.threads; ++i) {
+    Fiber& f = block->fibers[i];
+    const Dim d = run.dim;
+    const Dim thread{i % d.x, i / d.x % d.y, i / (d.x * d.y)};
+    f.thread = Thread{thread, index, d, run.grid, i % kWarpSize, shared};
+    f.block = block.get();
+    f.warp = i / kWarpSize;
+    block->warps[f.warp].alive |= 1u << f.thread.lane;
+    f.strand = take_strand();
+    f.context.init(f.strand.stack, f.strand.bytes, entry);
   }
+  for (const unsigned w : run.warps) wake(*block, w, State::kReady, 0);
+  return block;
 }
 
 void close_block(std::unique_ptr<Block> block) {
-  // In reverse, so that thread i gets the same fibre in the next block: blocks stay unordered for
-  // TSan but for each thread's own accesses.
-  for (size_t i = block->fibers.size(); i-- > 0;) {
-    pool.stacks.push_back(block->fibers[i].stack);
-    if (block->fibers[i].tsan != nullptr) pool.tsan.push_back(block->fibers[i].tsan);
+  for (Fiber& f : block->fibers) {
+    if (f.state != State::kDone) abandon(f);
+    give_back(f.strand);
   }
-#if defined(SIMT_TSAN)
-  run.ended.push_back(std::move(block));
+#if !defined(SIMT_ASAN)
+  const unsigned char* canary = block->shared.get() + run.shared_bytes;
+  for (size_t i = 0; i < kCanaryBytes && !run.failed; ++i) {
+    if (canary[i] != kCanary) set_error("a block wrote past the end of its shared memory");
+  }
 #endif
+  const Uninstrumented scope;
+  block.reset();
 }
 
-const char* run_blocks(std::vector<std::unique_ptr<Block>>& blocks) {
-  std::vector<Fiber*> turns;
-  for (auto& block : blocks) {
-    for (Fiber& f : block->fibers) turns.push_back(&f);
-  }
-  shuffle(turns);
-  int idle = 0;
-  for (;;) {
-    run.progress = false;
-    bool any = false, ran = false;
-    for (Fiber* f : turns) {
-      if (f->state == State::kDone) continue;
-      any = true;
-      if (f->state != State::kReady && f->state != State::kPolling) continue;
-      if (f->state == State::kReady) run.progress = true;
-      ran = true;
-      f->state = State::kReady;
-      resume(*f);
-      if (run.error != nullptr) return run.error;
+// ---- the scheduler ------------------------------------------------------------------------------
+
+const char* name(const char* path) {
+  const char* slash = std::strrchr(path, '/');
+  return slash != nullptr ? slash + 1 : path;
+}
+
+void describe(const Fiber& f, char* text, size_t size) {
+  const Dim b = f.thread.block, t = f.thread.thread;
+  const int n =
+      std::snprintf(text, size, "thread (%u, %u, %u) of block (%u, %u, %u) waits at %s:%d", t.x,
+                    t.y, t.z, b.x, b.y, b.z, name(f.site.file), f.site.line);
+  if (f.state == State::kAtWarp) std::snprintf(text + n, size - n, " for lanes %#x", f.mask);
+}
+
+void report_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
+  const Fiber* first = nullptr;
+  const Fiber* other = nullptr;  // that waits elsewhere
+  for (const auto& block : blocks) {
+    for (const Fiber& f : block->fibers) {
+      if (f.state == State::kDone) continue;
+      if (first == nullptr) first = &f;
+      if (f.site.line != first->site.line || f.mask != first->mask) other = &f;
     }
-    if (!any) return nullptr;
-    if (!ran) return "deadlock: threads wait at barriers that others never reach";
-    idle = run.progress ? 0 : idle + 1;
-    if (idle > kIdleRounds) return "livelock: threads poll memory that never changes";
   }
+  char a[200], b[200] = "";
+  describe(*first, a, sizeof a);
+  if (other != nullptr) describe(*other, b, sizeof b);
+  set_error("deadlock: %s%s%s", a, other != nullptr ? ", " : "", b);
+}
+
+void run_blocks(const std::vector<std::unique_ptr<Block>>& blocks) {
+  size_t idle = 0;
+  while (run.ready.size() > 0) {
+    Fiber& f = *run.ready.pop();
+    resume(f);
+    if (run.failed) return;
+    if (f.state != State::kPolling) {
+      idle = 0;
+      continue;
+    }
+    run.ready.push(&f);
+    if (++idle > kIdleTurns * run.ready.size()) {
+      char text[200];
+      describe(f, text, sizeof text);
+      return set_error("livelock: threads poll memory that never changes; %s", text);
+    }
+  }
+  for (const auto& block : blocks) {
+    if (block->alive > 0) return report_deadlock(blocks);
+  }
+}
+
+bool check_launch(Dim grid, Dim block, size_t shared_bytes, bool together) {
+  const size_t threads = size_t{block.x} * block.y * block.z;
+  const size_t blocks = size_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > 1024 || block.z > 64) {
+    set_error("illegal launch: blocks of %zu threads", threads);
+  } else if (blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+    set_error("illegal launch: a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
+  } else if (shared_bytes > kMaxSharedBytes) {
+    set_error("illegal launch: %zu bytes of shared memory; the device has %zu", shared_bytes,
+              kMaxSharedBytes);
+  } else if (together && blocks > kMultiprocessors) {
+    set_error("illegal launch: %zu blocks together; the device runs %u at once", blocks,
+              kMultiprocessors);
+  }
+  return !run.failed;
+}
+
+Dim index_of(size_t i, Dim grid) {
+  return Dim{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+             static_cast<unsigned>(i / grid.x / grid.y)};
 }
 
 }  // namespace
 
-void launch(Dim grid, Dim block, size_t shared_bytes, bool together, void (*body)(void*),
+bool launch(Dim grid, Dim block, size_t shared_bytes, bool together, void (*body)(void*),
             void* arg) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
-  run = Launch{};
+  run.failed = false;
+  if (!check_launch(grid, block, shared_bytes, together)) return false;
   run.body = body;
   run.arg = arg;
-  next_random();
+  run.grid = grid;
+  run.dim = block;
+  run.shared_bytes = shared_bytes;
+  run.threads = block.x * block.y * block.z;
+  run.warps.resize((run.threads + kWarpSize - 1) / kWarpSize);
+  run.lanes.resize(run.threads);
+  std::iota(run.warps.begin(), run.warps.end(), 0);
+  std::iota(run.lanes.begin(), run.lanes.end(), 0);
+  shuffle(run.warps.begin(), run.warps.end());
+  for (unsigned i = 0; i < run.threads; i += kWarpSize) {
+    shuffle(run.lanes.begin() + i, run.lanes.begin() + std::min(i + kWarpSize, run.threads));
+  }
+  std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  shuffle(order.begin(), order.end());
+  const size_t at_once = together ? order.size() : 1;
+  run.ready.reset(at_once * run.threads);
   TSAN(run.scheduler_tsan = __tsan_get_current_fiber());
-  std::vector<Dim> indices;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) indices.push_back(Dim{x, y, z});
+  for (size_t i = 0; i < order.size() && !run.failed; i += at_once) {
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (size_t j = i; j < i + at_once; ++j) blocks.push_back(open_block(index_of(order[j], grid)));
+    TSAN(__tsan_release(&start_sync));
+    run_blocks(blocks);
+    while (!blocks.empty()) {
+      close_block(std::move(blocks.back()));
+      blocks.pop_back();
     }
   }
-  shuffle(indices);
-  const char* error = nullptr;
-  for (size_t i = 0; i < indices.size() && error == nullptr;) {
-    std::vector<std::unique_ptr<Block>> alive;
-    for (const size_t end = together ? indices.size() : i + 1; i < end; ++i) {
-      alive.push_back(std::make_unique<Block>());
-      open_block(*alive.back(), indices[i], grid, block, shared_bytes);
-    }
-    TSAN(__tsan_release(&run.start_sync));
-    error = run_blocks(alive);
-    for (auto& b : alive) close_block(std::move(b));
-  }
-  TSAN(__tsan_acquire(&run.end_sync));
-  run.ended.clear();
-  if (error != nullptr) throw LaunchError{error};
+  TSAN(__tsan_acquire(&end_sync));
+  return !run.failed;
 }
 
-int block_barrier(int predicate) {
+const char* last_error() { return error_text; }
+
+// ---- what kernels call --------------------------------------------------------------------------
+
+int block_barrier(int predicate, Site site) {
   Fiber& fiber = *current;
   Block& block = *fiber.block;
-  block.count += predicate != 0;
-  ++block.at_barrier;
-  fiber.generation = block.generation;
-  fiber.state = State::kAtBlockBarrier;
-  TSAN(__tsan_release(&block.sync));
-  release_barrier_if_full(block);
-  to_scheduler(false);
-  TSAN(__tsan_acquire(&block.sync));
-  return block.last_count[fiber.generation & 1];
+  const unsigned round = block.round & 1;
+  if (block.at_barrier == 0) block.site = site;
+  if (block.site.line != site.line || std::strcmp(block.site.file, site.file) != 0) {
+    fail("divergent barrier: one block's threads wait at %s:%d and at %s:%d", name(block.site.file),
+         block.site.line, name(site.file), site.line);
+  }
+  block.count[round] += predicate != 0;
+  TSAN(__tsan_release(&block.sync[round]));
+  if (++block.at_barrier == block.alive) {
+    end_barrier(block);
+  } else {
+    fiber.state = State::kAtBlockBarrier;
+    fiber.site = site;
+    fiber.mask = 0;
+    to_scheduler(false);
+  }
+  TSAN(__tsan_acquire(&block.sync[round]));
+  return block.count[round];
 }
 
 namespace {
 
-// Ends the launch: an exception could not cross over to the scheduler's stack.
-[[noreturn]] void fail(const char* what) {
-  run.error = what;
-  for (;;) to_scheduler(false);
+Meeting& meeting_of(Warp& warp, uint32_t mask) {
+  for (Meeting& m : warp.meetings) {
+    if (m.mask == mask) return m;
+  }
+  const Uninstrumented scope;
+  warp.meetings.emplace_back();
+  warp.meetings.back().mask = mask;
+  return warp.meetings.back();
 }
 
-Meeting& meet(uint32_t mask, uint64_t value, bool ordered) {
+// Returns the values that the lanes brought.
+const uint64_t* meet(uint32_t mask, uint64_t value, Site intrinsic, bool ordered) {
   Fiber& fiber = *current;
   Warp& warp = fiber.block->warps[fiber.warp];
-  const uint32_t me = 1u << fiber.thread.lane;
-  if ((mask & me) == 0) fail("a lane is not in the mask of its own warp operation");
-  if ((mask & ~warp.alive) != 0) fail("a warp operation waits for lanes that exited");
-  Meeting& m = warp.meetings[mask];
-  m.values[m.round & 1][fiber.thread.lane] = value;
-  m.arrived |= me;
-  fiber.meeting = &m;
-  fiber.round = m.round;
-  if (ordered) TSAN(__tsan_release(&m.sync));
+  const unsigned lane = fiber.thread.lane;
+  if ((mask >> lane & 1u) == 0) fail("lane %u is not in its own mask, %#x", lane, mask);
+  if ((mask & ~warp.alive) != 0) {
+    fail("lanes %#x of mask %#x have exited or never were", mask & ~warp.alive, mask);
+  }
+  Meeting& m = meeting_of(warp, mask);
+  const unsigned round = m.round & 1;
+  if (m.arrived == 0) m.intrinsic = intrinsic;
+  if (m.intrinsic.line != intrinsic.line) {
+    fail("divergent warp: lanes of mask %#x meet in different operations, %s:%d and %s:%d", mask,
+         name(m.intrinsic.file), m.intrinsic.line, name(intrinsic.file), intrinsic.line);
+  }
+  m.values[round][lane] = value;
+  m.arrived |= 1u << lane;
+  if (ordered) TSAN(__tsan_release(&m.sync[round]));
   if (m.arrived == mask) {
     m.arrived = 0;
     ++m.round;
-    std::vector<Fiber>& all = fiber.block->fibers;
-    const size_t first = size_t{fiber.warp} * kWarpSize;
-    for (size_t i = first; i < std::min(all.size(), first + kWarpSize); ++i) {
-      if (all[i].state == State::kAtWarp && all[i].meeting == &m) all[i].state = State::kReady;
-    }
-    run.progress = true;
+    wake(*fiber.block, fiber.warp, State::kAtWarp, mask);
   } else {
     fiber.state = State::kAtWarp;
+    fiber.site = intrinsic;
+    fiber.mask = mask;
     to_scheduler(false);
   }
-  if (ordered) TSAN(__tsan_acquire(&m.sync));
-  (void)ordered;
-  return m;
+  if (ordered) TSAN(__tsan_acquire(&m.sync[round]));
+  return m.values[round];
 }
 
 }  // namespace
 
-void warp_barrier(uint32_t mask) { meet(mask, 0, true); }
+void warp_barrier(uint32_t mask, Site intrinsic) { meet(mask, 0, intrinsic, true); }
 
-void warp_exchange(uint32_t mask, uint64_t value, uint64_t out[kWarpSize]) {
-  const Meeting& m = meet(mask, value, false);
-  std::memcpy(out, m.values[current->round & 1], sizeof(m.values[0]));
+void warp_exchange(uint32_t mask, uint64_t value, uint64_t out[kWarpSize], Site intrinsic) {
+  const uint64_t* values = meet(mask, value, intrinsic, false);
+  for (unsigned i = 0; i < kWarpSize; ++i) out[i] = values[i];  // no memcpy: TSan would see it
 }
 
-void yield() {
+void yield(Site site) {
   current->state = State::kPolling;
+  current->site = site;
   to_scheduler(false);
 }
 
+void observe() {
+  if (current != nullptr) current->block->observed = true;
+}
+
+// A fence orders what comes after it behind what others did before theirs only if an atomic read in
+// between has told that they did.
 void fence() {
-  TSAN(__tsan_acquire(&run.fence_sync));
-  TSAN(__tsan_release(&run.fence_sync));
+  if (current->block->observed) TSAN(__tsan_acquire(&fence_sync));
+  TSAN(__tsan_release(&fence_sync));
+}
+
+void fence_block() {
+  TSAN(__tsan_acquire(&current->block->fence_sync));
+  TSAN(__tsan_release(&current->block->fence_sync));
 }
 
 }  // namespace simt
