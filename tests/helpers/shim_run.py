@@ -1,0 +1,42 @@
+"""Runs device tests in a process of their own, on a given module of the CUDA shim."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import shim_build
+
+FOLDER = shim_build.ROOT / "tests" / "kernels" / "device"
+
+
+def device_tests(module: Path, variant: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest on tests/kernels/device, or on the tests of it that `arguments` name.
+
+    Returns: its exit status and, in stdout, all it said; a sanitizer's report is part of that.
+    """
+    env = {**os.environ, **shim_build.SANITIZER_OPTIONS}
+    # Torch's OpenMP threads are not instrumented: TSan would see races between them.
+    env["OMP_NUM_THREADS"] = "1"
+    if variant in shim_build.RUNTIME_LIBRARIES:
+        env["LD_PRELOAD"] = str(shim_build.runtime_library(variant))
+    tests = [a for a in arguments if not a.startswith("-")] or [""]
+    options = [a for a in arguments if a.startswith("-")]
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        # Not the file descriptors: a process that a sanitizer ends would take its report along.
+        *("--capture=sys", "--tb=short", "-k", "cuda-shim", "--cuda-shim", str(module)),
+        *options,
+        *(str(FOLDER / test) for test in tests),
+    ]
+    return subprocess.run(
+        command,
+        cwd=shim_build.ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
