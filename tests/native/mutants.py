@@ -1,0 +1,202 @@
+"""Deliberately broken kernels: one change to csrc/cuda each, and the test that must notice it.
+
+python tests/native/mutants.py     prints who catches what
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# What failed tests say: a comparison that does not hold, or a launch that the shim ended.
+WRONG_RESULT = r"AssertionError|^E +assert |not close"
+RACE = "WARNING: ThreadSanitizer: data race"
+OUT_OF_BOUNDS = "ERROR: AddressSanitizer: heap-buffer-overflow"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Attributes:
+    op, flaw: its name; the flaw in a word or two.
+    file: of csrc/cuda.
+    old, new: the change; `old` stands there exactly once.
+    why: what is wrong with it.
+    test: the device test that must fail, as pytest names it below tests/kernels/device.
+    variant: how it is compiled for that (shim_build.VARIANTS).
+    shows: what the failing test's output must hold.
+    """
+
+    op: str
+    flaw: str
+    file: str
+    old: str
+    new: str
+    why: str
+    test: str
+    variant: str = "plain"
+    shows: str = WRONG_RESULT
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}-{self.flaw}-by-{self.test.split('::')[1]}".replace(" ", "-")
+
+    def patch(self, cuda_dir: Path, target: Path) -> None:
+        """Makes `target` a copy of `cuda_dir` with the flaw."""
+        shutil.copytree(cuda_dir, target)
+        path = target / self.file
+        source = path.read_text()
+        count = source.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.name}: {self.file} has {count} times, not once: {self.old}")
+        path.write_text(source.replace(self.old, self.new))
+
+    def caught_by(self, status: int, output: str) -> bool:
+        """Whether pytest's exit status and words say that the test failed for the right reason."""
+        if re.search(r"^ERROR |\d+ errors?\b|no tests ran", output, re.MULTILINE):
+            return False
+        if re.search(self.shows, output, re.MULTILINE) is None:
+            return False
+        if self.variant == "plain":
+            return status == 1
+        return status != 0 and self.file in output  # the report ends the process
+
+
+KV = [
+    Mutant(
+        op="kv_compact",
+        flaw="downwards",
+        file="kv_compact.cu",
+        old="for (int j = 0; j < steps; j += kAhead) {",
+        new="for (int j = (steps - 1) / kAhead * kAhead; j >= 0; j -= kAhead) {",
+        why="accepted nodes increase, so only upwards is every row read before it is overwritten",
+        test="test_device_kv.py::test_compact",
+    ),
+    Mutant(
+        op="kv_compact",
+        flaw="barrier removed",
+        file="kv_compact.cu",
+        old="      __syncthreads();  // before the moves are replaced\n",
+        new="",
+        why="the next moves overwrite those that slower warps still read",
+        test="test_device_kv.py::test_compact_of_a_path_longer_than_a_block_of_threads",
+        variant="tsan",
+        shows=RACE,
+    ),
+    Mutant(
+        op="kv_pages",
+        flaw="page skipped at an edge",
+        file="pages.cuh",
+        old="const int64_t index = slot >> page_shift;",
+        new="const int64_t index = (slot + 1) >> page_shift;",
+        why="the last slot of a page is looked up in the page behind it",
+        test="test_device_kv.py::test_compact_moves_across_a_page_edge",
+    ),
+    Mutant(
+        op="kv_compact",
+        flaw="divergent barrier",
+        file="kv_compact.cu",
+        old="""      if (any && mine) move_column(cache, row_words, moves, steps);
+      __syncthreads();""",
+        new="""      if (!mine) continue;
+      if (any) move_column(cache, row_words, moves, steps);
+      __syncthreads();""",
+        why="threads without a column of their own go on to the next barrier",
+        test="test_device_kv.py::test_compact_of_a_path_longer_than_a_block_of_threads",
+        shows="kv_compact failed on the device: divergent barrier: .*kv_compact.cu",
+    ),
+    Mutant(
+        op="kv_pages",
+        flaw="table's end not checked",
+        file="pages.cuh",
+        old="if (slot < 0 || index >= max_pages) return -1;",
+        new="if (slot < 0) return -1;",
+        why="a length or a node may lead behind the table",
+        test="test_device_kv.py::test_compact_skips_rows_that_do_not_exist",
+        variant="asan",
+        shows=OUT_OF_BOUNDS,
+    ),
+    Mutant(
+        op="kv_append",
+        flaw="page offset off by one",
+        file="kv_append.cu",
+        old="slots.row_of(p.seq_lens[b] + p.node_offset + n)",
+        new="slots.row_of(p.seq_lens[b] + p.node_offset + n + 1)",
+        why="node n belongs in slot seq_len + n",
+        test="test_device_kv.py::test_append",
+    ),
+    Mutant(
+        op="kv_append",
+        flaw="32-bit overflow",
+        file="kv_append.cu",
+        old="const int64_t to = row * words + w;",
+        new="const int to = static_cast<int>(row) * words + w;",
+        why="a cache may have more than 2^31 words",
+        test="test_device_offsets.py::test_append_and_gather",
+        variant="asan",
+        shows="signed integer overflow",
+    ),
+    Mutant(
+        op="kv_gather",
+        flaw="32-bit offsets",
+        file="kv_gather.cu",
+        old="pages[row[i] * words + w]",
+        new="pages[static_cast<uint32_t>(row[i] * words + w)]",
+        why="a cache may have more than 2^32 words; no sanitizer minds unsigned numbers",
+        test="test_device_offsets.py::test_append_and_gather",
+    ),
+    Mutant(
+        op="kv_gather",
+        flaw="length off by one",
+        file="kv_gather.cu",
+        old="slot < length ? slots.row_of(slot) : -1",
+        new="slot <= length ? slots.row_of(slot) : -1",
+        why="what lies behind a sequence is zeros in the result",
+        test="test_device_kv.py::test_gather",
+    ),
+]
+
+TREE = [
+    Mutant(
+        op="build_tree",
+        flaw="ancestor bit dropped",
+        file="build_tree.cu",
+        old="for (; node >= w * 64; node = parents[node])",
+        new="for (; node > w * 64; node = parents[node])",
+        why="nodes 0, 64, ... are ancestors like others",
+        test="test_device_tree.py::test_matches_the_reference",
+    ),
+    Mutant(
+        op="build_tree",
+        flaw="padding node visible",
+        file="build_tree.cu",
+        old="int64_t node = inside ? n : -1;",
+        new="int64_t node = inside || parents[n] == -2 ? n : -1;",
+        why="padding sees nothing and nothing sees it, not even itself",
+        test="test_device_tree.py::test_matches_the_reference",
+    ),
+]
+
+LAYER = [
+    Mutant(
+        op="rms_norm",
+        flaw="barrier removed",
+        file="rms_norm.cu",
+        old="    __syncthreads();\n    sum = 0.0f;",
+        new="    sum = 0.0f;",
+        why="the sums of slower warps are not there yet",
+        test="test_device_layer.py::test_rms_norm",
+        variant="tsan",
+        shows=RACE,
+    ),
+]
+
+MUTANTS = [*KV, *TREE, *LAYER]
+
+
+if __name__ == "__main__":
+    width = max(len(f"{m.op}: {m.flaw}") for m in MUTANTS)
+    for m in MUTANTS:
+        sys.stdout.write(f"{m.op + ': ' + m.flaw:<{width}}  {m.variant:<5}  {m.test}\n")

@@ -1,0 +1,62 @@
+"""The tests can fail: every broken kernel of mutants.py is caught, by the test named in its id."""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+from mutants import MUTANTS
+
+from helpers import shim_build, shim_run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which(shim_build.COMPILER) is None, reason=f"no {shim_build.COMPILER}"
+    ),
+]
+VARIANTS = sorted({m.variant for m in MUTANTS})
+
+
+def need_sanitizer(variant):
+    if variant in shim_build.RUNTIME_LIBRARIES and shim_build.runtime_library(variant) is None:
+        pytest.skip(f"{shim_build.COMPILER} comes without the sanitizer's library")
+
+
+@pytest.fixture(scope="module")
+def builds(request, tmp_path_factory) -> dict[str, Future]:
+    """Modules of the mutants to be run: compiled ahead, while tests of the first ones run."""
+    folder = tmp_path_factory.mktemp("mutants")
+    chosen = {
+        item.callspec.params.get("mutant")
+        for item in request.session.items
+        if item.module is request.module and hasattr(item, "callspec")
+    }
+
+    def build(mutant):
+        source = folder / mutant.name
+        mutant.patch(shim_build.CUDA, source)
+        return shim_build.build(mutant.variant, source)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield {m.name: pool.submit(build, m) for m in MUTANTS if m in chosen}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_themselves_pass(variant):
+    need_sanitizer(variant)
+    tests = sorted({m.test for m in MUTANTS if m.variant == variant})
+    result = shim_run.device_tests(shim_build.build(variant), variant, *tests)
+    assert result.returncode == 0, result.stdout[-10000:]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant, builds):
+    need_sanitizer(mutant.variant)
+    module = builds[mutant.name].result()
+    result = shim_run.device_tests(module, mutant.variant, "-x", mutant.test)
+    if not mutant.caught_by(result.returncode, result.stdout):
+        pytest.fail(f"{mutant.test} ended with {result.returncode}:\n{result.stdout[-10000:]}")
+
+
+def test_names_are_unique():
+    assert len({m.name for m in MUTANTS}) == len(MUTANTS)
