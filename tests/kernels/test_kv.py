@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from helpers.kv_cases import block_table
 from inferlab import _C
 from inferlab.kernels import kv_append, kv_compact, kv_copy_pages, kv_gather, reference
 
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {
     "seed": st.integers(0, 2**31),

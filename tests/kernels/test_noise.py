@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.isas import ISAS
 from inferlab import _C
 from inferlab.kernels.reference import noise
 
@@ -28,7 +29,6 @@ KNOWN_ANSWERS = [
     ),
 ]
 STREAMS = [(0, 0, 0), (123456789012345, 17, 2), (-5, 2**32 - 1, 1), (2**63 - 1, 4096, 3)]
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 
 
 @pytest.fixture(params=ISAS)

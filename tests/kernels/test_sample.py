@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from helpers.sampling_cases import random_logits, random_sampling
 from inferlab import _C
 from inferlab.kernels import SamplingTensors, reference, sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 
 
 @pytest.fixture(autouse=True)

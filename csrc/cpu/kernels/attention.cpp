@@ -3,7 +3,8 @@
 // head:
 //
 //   1. scores of all rows against the committed keys of the chunk, in tiles of keys that stay in L1
-//      while the rows pass over them; then each node's own ancestors, through a list of its own
+//      while the rows pass over them; then each node's own ancestors, through a list of its own.
+//      bf16 keys of whole 32 channels go to AMX (attention_amx.h) where the processor has it
 //   2. per row: soft cap, maximum, exponentials, their sum
 //   3. weighted values, in the same tiles
 //   4. merged into the row's state: M = max(m, m'), l = l e^(m-M) + l' e^(m'-M), acc likewise
@@ -15,16 +16,22 @@
 // are small beside them.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <optional>
 #include <type_traits>
 
 #include "attention_softmax.h"
 #include "attention_tiles.h"
+#if defined(INFERLAB_ISA_AVX512)
+#include "attention_amx.h"
+#endif
 
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
 constexpr int64_t kConvertRows = 8;  // from here on a 16-bit tile is converted once for all rows
+
 template <typename T>
 class Block {
  public:
@@ -63,10 +70,20 @@ class Block {
     tile_ = take((kTile + kMaxLanes) * stride_);
     tile_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kTile + kMaxLanes)));
     for (int64_t i = 0; convert_ && i < kTile + kMaxLanes; ++i) tile_offsets_[i] = i * stride_;
+#if defined(INFERLAB_ISA_AVX512)
+    if (std::is_same_v<T, bf16> && QueryTiles::usable(p.head_dim)) {
+      float* memory = take(query_tile_floats(heads_, rows_, p.head_dim));
+      query_tiles_.emplace(memory, heads_, rows_, p.head_dim, p.scale);
+    }
+#endif
   }
 
   void run() {
     load_rows();
+#if defined(INFERLAB_ISA_AVX512)
+    std::optional<TileScope> scope;
+    if (query_tiles_) scope.emplace(query_tiles_->columns());
+#endif
     clear(row_);
     const int64_t first = std::max(t_.split_begin, lowest_ / kSplit);
     const int64_t last = std::min(t_.split_end, (highest_ + kSplit - 1) / kSplit);
@@ -145,6 +162,14 @@ class Block {
                      (t_.head_begin + h) * group_ * p_.q_stride[2];
         float* to = q_ + (h * rows_ + i * group_) * stride_;
         for (int64_t g = 0; g < group_; ++g, q += p_.q_stride[2], to += stride_) {
+#if defined(INFERLAB_ISA_AVX512)
+          if constexpr (std::is_same_v<T, bf16>) {
+            if (query_tiles_) {
+              query_tiles_->set_row(h, i * group_ + g, q);
+              continue;
+            }
+          }
+#endif
           for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = to_float(q[d]) * p_.scale;
           for (int64_t d = p_.head_dim; d < stride_; ++d) to[d] = 0.0f;
         }
@@ -258,6 +283,11 @@ class Block {
   }
 
   void score_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
+#if defined(INFERLAB_ISA_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (query_tiles_) return score_shared_by_tiles(h, tile, ahead);
+    }
+#endif
     const float* q = q_ + h * rows_ * stride_;
     if (convert_) convert_rows(keys(h), offsets_, tile, p_.head_dim, stride_, ahead, tile_);
     in_groups<kKeyRows>(0, rows_, [&](int64_t r, auto count) {
@@ -279,12 +309,36 @@ class Block {
 
   void score_own(int64_t h, int64_t node) {
     const Range own = own_[node];
+#if defined(INFERLAB_ISA_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (query_tiles_) return score_own_by_tiles(h, node);
+    }
+#endif
     const int64_t first = h * rows_ + node * group_;
     in_groups<kKeyRows>(first, first + group_, [&](int64_t r, auto count) {
       score_rows<count>(q_ + r * stride_, stride_, keys(h), own_list(node), 0, own.end - own.begin,
                         p_.head_dim, scores_ + r * kScoreStride + own.begin);
     });
   }
+
+#if defined(INFERLAB_ISA_AVX512)
+  void score_shared_by_tiles(int64_t h, Range tile, const Ahead<T>& ahead) {
+    query_tiles_->copy_keys(keys(h), offsets_, tile, ahead);
+    query_tiles_->score(h, {0, rows_}, tile.end - tile.begin,
+                        scores_ + h * rows_ * kScoreStride + tile.begin);
+  }
+
+  void score_own_by_tiles(int64_t h, int64_t node) {
+    const int64_t count = own_[node].end - own_[node].begin;
+    float* scores = scores_ + h * rows_ * kScoreStride + own_[node].begin;
+    for (int64_t i = 0; i < count; i += kTile) {
+      const Range some{i, std::min(i + kTile, count)};
+      query_tiles_->copy_keys(keys(h), own_list(node), some, Ahead<T>{});
+      query_tiles_->score(h, {node * group_, (node + 1) * group_}, some.end - some.begin,
+                          scores + i);
+    }
+  }
+#endif
 
   void sum_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
     if (convert_) convert_rows(values(h), offsets_, tile, p_.head_dim, stride_, ahead, tile_);
@@ -370,6 +424,9 @@ class Block {
   float* tile_;
   int64_t* tile_offsets_;
   State chunk_, split_, row_;
+#if defined(INFERLAB_ISA_AVX512)
+  std::optional<QueryTiles> query_tiles_;  // bf16 only: scores are taken by AMX
+#endif
 };
 
 }  // namespace

@@ -34,6 +34,7 @@ struct Ahead {
   const T* base = nullptr;  // null: nothing
   const int64_t* offsets = nullptr;
 
+  // Elements [begin, end) of row i.
   void ask(int64_t i, int64_t begin, int64_t end) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t d = begin; d < end; d += kLine) __builtin_prefetch(base + offsets[i] + d, 0, 2);
