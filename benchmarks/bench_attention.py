@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inferlab.kernels import paged_tree_attention
+from inferlab.kernels import advise_large_pages, paged_tree_attention
 
 PAGE_SIZE = 16
 
@@ -29,7 +29,10 @@ def inputs(
     pages_each = (length + nodes + PAGE_SIZE - 1) // PAGE_SIZE
     table = torch.randperm(batch * pages_each).int().reshape(batch, pages_each)
     pool = (batch * pages_each, PAGE_SIZE, kv_heads, dim)
-    k, v = (torch.randn(pool).to(dtype) for _ in range(2))
+    k, v = (torch.zeros(pool, dtype=dtype) for _ in range(2))
+    for pages in (k, v):
+        advise_large_pages(pages)  # as KVCache does
+        pages.copy_(torch.randn(pool))
     q = torch.randn(batch, q_heads, nodes, dim).to(dtype).transpose(1, 2)
     return q, k, v, table, torch.full((batch,), length, dtype=torch.int32)
 

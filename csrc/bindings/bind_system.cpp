@@ -7,6 +7,7 @@
 #include "bind.h"
 #include "inferlab/bandwidth.h"
 #include "inferlab/cuda_device.h"
+#include "inferlab/memory.h"
 #include "inferlab/noise.h"
 #include "inferlab/sampling.h"
 #include "isa.h"
@@ -67,6 +68,12 @@ void bind_system(py::module_& m) {
       check_status(cpu::read_memory(params), "read_memory");
     }
     return params.sum;
+  });
+
+  m.def("advise_large_pages", [](py::handle data) {
+    Tensor t(data, "data");
+    t.contiguous().cpu();
+    return cpu::advise_large_pages(t.ptr<void>(), t.numel() * dtype_size(t.float_dtype()));
   });
 
   // The noise itself, for known-answer tests and for the reference.

@@ -127,7 +127,7 @@ class QueryTiles {
     tile_store<kTile>(sums, 4 * columns_);
     const int64_t first = b * columns_;
     const Range here = intersect(rows, {first, std::min(first + columns_, rows_)});
-    for (int64_t r = first + (here.begin - first & ~int64_t{3}); r < here.end; r += 4) {
+    for (int64_t r = first + ((here.begin - first) & ~int64_t{3}); r < here.end; r += 4) {
       vf columns[4];
       tile_columns(sums + r - first, columns_, scale_, columns);
       for (int64_t j = std::max(r, here.begin); j < std::min(r + 4, here.end); ++j) {
