@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 import torch_ways
-from inferlab.kernels import build_tree
+from inferlab.kernels import advise_large_pages, build_tree
 from measure import Device
 from shapes import DTYPES, Shape
 
@@ -69,12 +69,20 @@ def attention_shape(
     return {"B": b, "N": n, "tree": tree, **heads, "L": length, "dtype": dtype}
 
 
+def kv_pool(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Random pages in memory that was asked for as `KVCache` asks for it."""
+    pages = torch.zeros(shape, dtype=dtype, device=device.torch)
+    if pages.is_cpu:
+        advise_large_pages(pages)
+    return pages.copy_(device.randn(*shape, dtype=dtype))
+
+
 def attention_case(device: Device, s: Shape) -> AttentionCase:
     batch, nodes, dim, length, dtype = s["B"], s["N"], s["D"], s["L"], DTYPES[s["dtype"]]
     q_heads, kv_heads = s["Hq"], s["Hkv"]
     table = block_table(device, batch, length + nodes, PAGE_SIZE)
     pool = (table.numel(), PAGE_SIZE, kv_heads, dim)
-    k, v = (device.randn(*pool, dtype=dtype) for _ in range(2))
+    k, v = (kv_pool(device, pool, dtype) for _ in range(2))
     q = device.randn(batch, q_heads, nodes, dim, dtype=dtype).transpose(1, 2)
     lens = torch.full((batch,), length, dtype=torch.int32, device=device.torch)
     ancestors = mask = None

@@ -7,6 +7,7 @@
 #include "bind.h"
 #include "inferlab/bandwidth.h"
 #include "inferlab/cuda_device.h"
+#include "inferlab/memory.h"
 #include "inferlab/noise.h"
 #include "inferlab/sampling.h"
 #include "isa.h"
@@ -30,7 +31,7 @@ void bind_system(py::module_& m) {
     d["cuda_architectures"] = py::none();
 #endif
 #if defined(INFERLAB_X86)
-    d["isas"] = std::vector<std::string>{"avx2", "avx512"};
+    d["isas"] = std::vector<std::string>{"avx2", "avx512", "amx"};
 #else
     d["isas"] = std::vector<std::string>{"generic"};
 #endif
@@ -67,6 +68,12 @@ void bind_system(py::module_& m) {
       check_status(cpu::read_memory(params), "read_memory");
     }
     return params.sum;
+  });
+
+  m.def("advise_large_pages", [](py::handle data) {
+    Tensor t(data, "data");
+    t.contiguous().cpu();
+    return cpu::advise_large_pages(t.ptr<void>(), t.numel() * dtype_size(t.float_dtype()));
   });
 
   // The noise itself, for known-answer tests and for the reference: where `out` is, on its device.

@@ -13,7 +13,8 @@ namespace inferlab::cpu {
 constexpr int64_t kChunk = 256;
 constexpr int64_t kSplit = 1024;
 constexpr int64_t kMaxLanes = 16;
-constexpr int64_t kTile = 64;  // keys that all rows of a head pass over while they are in L1
+constexpr int64_t kTile =
+    64;  // keys, at most, that all rows of a head pass over while they are in L1
 
 // [begin, end) of positions, or of places in a chunk.
 struct Range {
@@ -45,21 +46,31 @@ inline int64_t attention_state_floats(int64_t rows, int64_t head_dim) {
   return padded(2 * rows) + rows * padded(head_dim);
 }
 
+// Offsets of a chunk's keys, and the slack that is read: by score tiles, and by asking for the tile
+// after the last.
+constexpr int64_t kListLength = kChunk + kTile + kMaxLanes;
+
 // Ancestors of one node that fall into a chunk, and the slack that score tiles read.
 inline int64_t own_list_length(int64_t words) {
   return (64 * words < kChunk ? 64 * words : kChunk) + kMaxLanes;
 }
 
+// What AMX reads: a tile of bf16 keys side by side, and q as bf16 in blocks of 4 or 16 rows.
+inline int64_t query_tile_floats(int64_t heads, int64_t rows, int64_t head_dim) {
+  const int64_t block_rows = rows <= 4 ? 4 : (rows + 15) / 16 * 16;
+  return padded((kTile + heads * block_rows) * head_dim / 2);
+}
+
 // For `heads` KV heads, `nodes` nodes, `group` query heads per KV head: two lists of offsets, each
-// node's own, ranges of nodes and rows, q, scores, three states (chunk, split, row), and a tile of
-// keys or values in fp32 with its list.
+// node's own, ranges of nodes and rows, q, scores, three states (chunk, split, row), a tile of keys
+// or values in fp32 with its list, and AMX's copies.
 inline int64_t attention_scratch_floats(int64_t heads, int64_t nodes, int64_t group,
                                         int64_t head_dim, int64_t words) {
   const int64_t rows = heads * nodes * group;
-  return 4 * (kChunk + kMaxLanes) + padded(2 * nodes * own_list_length(words)) +
-         2 * padded(4 * nodes) + padded(4 * rows) + rows * padded(head_dim) +
-         rows * (kChunk + kMaxLanes) + 3 * attention_state_floats(rows, head_dim) +
-         (kTile + kMaxLanes) * padded(head_dim) + padded(2 * (kTile + kMaxLanes));
+  return 4 * kListLength + padded(2 * nodes * own_list_length(words)) + 2 * padded(4 * nodes) +
+         padded(4 * rows) + rows * padded(head_dim) + rows * (kChunk + kMaxLanes) +
+         3 * attention_state_floats(rows, head_dim) + (kTile + kMaxLanes) * padded(head_dim) +
+         padded(2 * (kTile + kMaxLanes)) + query_tile_floats(heads, nodes * group, head_dim);
 }
 
 }  // namespace inferlab::cpu

@@ -3,12 +3,14 @@
 
 namespace inferlab::cpu {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+// In order: each runs the code of those before it. kAmx is kAvx512's code, with AMX tiles for bf16
+// inside some kernels.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
 
 Isa active_isa();
 const char* isa_name(Isa isa);
 
-// For tests: run on a lower instruction set ("avx2", "avx512", "generic"; "auto" undoes it).
+// For tests: run on a lower instruction set ("avx2", "avx512", "amx", "generic"; "auto" undoes it).
 // False if this build or this processor does not have it.
 bool force_isa(const char* name);
 
@@ -26,7 +28,7 @@ bool force_isa(const char* name);
   ret name(__VA_ARGS__);                        \
   }
 #define INFERLAB_DISPATCH(name, ...)                                                          \
-  (::inferlab::cpu::active_isa() == ::inferlab::cpu::Isa::kAvx512 ? avx512::name(__VA_ARGS__) \
+  (::inferlab::cpu::active_isa() >= ::inferlab::cpu::Isa::kAvx512 ? avx512::name(__VA_ARGS__) \
                                                                   : avx2::name(__VA_ARGS__))
 #else
 #define INFERLAB_DECLARE_KERNEL(ret, name, ...) \

@@ -117,11 +117,32 @@ void for_chunks(const Row& row, bool threaded, Body body) {
   }
 }
 
+// Long stretches, since reading ahead ends with each; four per thread, since threads differ.
+int64_t stretch_of(const Row& row) {
+  const int64_t share = row.size / (4 * num_threads());
+  return std::max(kChunk, share - share % kChunk);
+}
+
+// The best token at temperature 0: the largest element, with nothing kept of the others.
+bool choose_largest(const Row& row, Top& top, Workspace& ws, bool threaded) {
+  const int64_t stretch = threaded ? stretch_of(row) : row.size;
+  const int64_t parts = (row.size + stretch - 1) / stretch;
+  float* scores = grow(ws.top_scores, parts);
+  int32_t* tokens = grow(ws.top_tokens, parts);
+  std::atomic<bool> valid{true};
+  parallel_for(parts, row.size * dtype_size(row.dtype), [&](int64_t c) {
+    const int64_t begin = c * stretch, end = std::min(row.size, begin + stretch);
+    if (!INFERLAB_DISPATCH(find_largest, row, begin, end, scores + c, tokens + c)) {
+      valid.store(false, std::memory_order_relaxed);
+    }
+  });
+  for (int64_t c = 0; c < parts; ++c) top.offer(scores[c], tokens[c]);
+  return valid.load() && top.count > 0 && top.score[0] < kInf;
+}
+
 // Draws on the threads; with `scan`, scans on the way. False: a NaN.
 bool draw_threaded(const Row& row, Draw draw, Top& top, bool scan) {
-  // Long stretches, since reading ahead ends with each; four per thread, since threads differ.
-  const int64_t share = row.size / (4 * num_threads());
-  const int64_t stretch = std::max(kChunk, share - share % kChunk);
+  const int64_t stretch = stretch_of(row);
   const int64_t parts = (row.size + stretch - 1) / stretch;
   Workspace& ws = Workspace::of_thread();
   const int n = top.capacity;
@@ -171,6 +192,7 @@ void draw_row(const Row& row, const Draw& draw, Top& top, bool threaded) {
 
 bool choose(const Row& row, const Choice& choice, uint32_t position, uint32_t purpose, Top& top,
             Workspace& ws, bool threaded) {
+  if (choice.greedy && top.capacity == 1) return choose_largest(row, top, ws, threaded);
   Draw draw{choice.greedy ? Score::kLogit : Score::kGumbel,
             choice.temperature,
             choice.seed,

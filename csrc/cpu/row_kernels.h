@@ -113,6 +113,9 @@ INFERLAB_DECLARE_KERNEL(bool, scan_blocks, const Row&, int64_t, int64_t)
 INFERLAB_DECLARE_KERNEL(void, draw_blocks, const Row&, int64_t, int64_t, const Draw&, Top&)
 // Both in one, in pieces: noise is computed for one while the next is read from memory.
 INFERLAB_DECLARE_KERNEL(bool, scan_and_draw, const Row&, int64_t, int64_t, const Draw&, Top&)
+// The largest element of [begin, end), begin a multiple of kPiece, and the first token that has it
+// (-1: all are -inf); false if there is a NaN.
+INFERLAB_DECLARE_KERNEL(bool, find_largest, const Row&, int64_t, int64_t, float*, int32_t*)
 // Rank keys of all elements >= least; returns how many.
 INFERLAB_DECLARE_KERNEL(int64_t, collect_keys, const Row&, float, uint64_t*)
 INFERLAB_DECLARE_KERNEL(int64_t, count_at_least, const Row&, float)

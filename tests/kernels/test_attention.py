@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from helpers.kv_cases import ancestor_words, attention_case, path_of, random_parents
 from inferlab import _C
 from inferlab.kernels import paged_tree_attention, reference
 from inferlab.kernels.reference.attention import visible_slots
 from inferlab.kernels.reference.kv import gather_slots
 
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 # fp32 accumulates up to some hundred terms; 16-bit results are rounded once, to 8 or 11 bits.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -148,6 +148,16 @@ def test_a_tree_row_is_the_same_as_plain_decoding(length, window, dtype, isa):
         rows = everything[:length] + path
         plain = attend(rows, q[None, path[-1:]], len(rows) - 1, None)
         assert torch.equal(plain[0, 0], tree[0, node])
+
+
+def test_torch_and_this_take_turns_with_the_tile_registers():
+    case = attention_case(3, [300], 5, dtype=torch.bfloat16, kv_heads=2, group=2, dim=64)
+    a, b = (torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    product = a.bfloat16() @ b.bfloat16()
+    out = case.run(paged_tree_attention)
+    for _ in range(3):
+        assert torch.equal(a.bfloat16() @ b.bfloat16(), product)
+        assert torch.equal(case.run(paged_tree_attention), out)
 
 
 def test_a_nan_in_a_sibling_stays_there():

@@ -6,11 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from helpers.kv_cases import block_table
 from inferlab import _C
-from inferlab.kernels import kv_append, kv_compact, kv_copy_pages, kv_gather, reference
+from inferlab.kernels import (
+    advise_large_pages,
+    kv_append,
+    kv_compact,
+    kv_copy_pages,
+    kv_gather,
+    reference,
+)
 
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {
     "seed": st.integers(0, 2**31),
@@ -349,3 +356,12 @@ def test_compiles_whole():
     assert torch.equal(actual, expected)
     assert torch.equal(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
+
+
+def test_large_pages_change_no_value():
+    small, pool = torch.ones(8), torch.arange(1 << 20, dtype=torch.float32)
+    assert advise_large_pages(small) is False
+    assert advise_large_pages(pool) in (True, False)
+    assert torch.equal(pool, torch.arange(1 << 20, dtype=torch.float32))
+    with pytest.raises(ValueError, match="data"):
+        advise_large_pages(pool[::2])

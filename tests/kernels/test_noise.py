@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.isas import ISAS
 from helpers.noise_cases import KNOWN_ANSWERS, STREAMS
 from inferlab import _C
 from inferlab.kernels.reference import noise
-
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 
 
 @pytest.fixture(params=ISAS)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from helpers.sampling_cases import random_logits, random_sampling
 from inferlab import _C
 from inferlab.kernels import SamplingTensors, reference, sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 
 
 @pytest.fixture(autouse=True)
@@ -331,3 +331,21 @@ def test_torch_compile(backend):
     compiled = torch.compile(choose, fullgraph=True, backend=backend)
     expected = choose(logits, at(2, 3), sampling)
     assert torch.equal(compiled(logits, at(2, 3), sampling), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 255, 256, 4096 + 300, 40_000])
+def test_greedy_is_the_first_of_the_largest(vocab, dtype, isa):
+    _C.force_isa(isa)
+    rows = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    rows[1] = -rows[1].abs() - 0.5  # all negative
+    rows[2] = rows[2].clamp(max=-0.0)  # the largest is a zero, of either sign
+    rows[2, vocab // 2 :: 3] = 0.0
+    rows[3, : vocab - 1] = -torch.inf
+    rows[4] = 1.5  # all tie
+    rows[5, vocab - 1] = 1000.0
+    sampling = SamplingTensors.of(6, temperature=0.0)
+    tokens = sample(rows, torch.zeros(6, dtype=torch.int64), sampling)[:, 0]
+    first = [int((row == row.max()).nonzero()[0]) for row in rows.float()]
+    assert tokens.tolist() == first

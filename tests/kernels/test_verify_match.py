@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from helpers.sampling_cases import (
     chain,
     likely_tokens,
@@ -26,7 +27,6 @@ from inferlab.kernels import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [i for i in _C.build_info()["isas"] if i != "avx512" or _C.active_isa() == "avx512"]
 
 
 @pytest.fixture(autouse=True)

@@ -3,27 +3,35 @@
 // head:
 //
 //   1. scores of all rows against the committed keys of the chunk, in tiles of keys that stay in L1
-//      while the rows pass over them; then each node's own ancestors, through a list of its own
+//      while the rows pass over them; then each node's own ancestors, through a list of its own.
+//      bf16 keys of whole 32 channels go to AMX (attention_amx.h) where the processor has it
 //   2. per row: soft cap, maximum, exponentials, their sum
 //   3. weighted values, in the same tiles
 //   4. merged into the row's state: M = max(m, m'), l = l e^(m-M) + l' e^(m'-M), acc likewise
 //
-// Step 1 prefetches the values, step 3 the keys of the next head or chunk. A key that a row does
-// not see is not in the row's range: it is never multiplied by zero, so garbage there, NaN
-// included, has no effect. Mapping: one thread per task. Bytes: K and V of the positions once per
-// task, 2 * positions * heads * D * s; q and out are small beside them.
+// Each tile prefetches the one that comes after it, values after the chunk's last keys and the next
+// chunk's keys after the last values. A key that a row does not see is not in the row's range: it
+// is never multiplied by zero, so garbage there, NaN included, has no effect. Mapping: one thread
+// per task. Bytes: K and V of the positions once per task, 2 * positions * heads * D * s; q and out
+// are small beside them.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <optional>
 #include <type_traits>
 
 #include "attention_softmax.h"
 #include "attention_tiles.h"
+#if defined(INFERLAB_ISA_AVX512)
+#include "attention_amx.h"
+#endif
 
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
 constexpr int64_t kConvertRows = 8;  // from here on a 16-bit tile is converted once for all rows
+
 template <typename T>
 class Block {
  public:
@@ -40,15 +48,16 @@ class Block {
         table_(p.block_table + t.b * p.table_stride),
         len_(p.seq_lens[t.b]),
         shared_end_(p.ancestors != nullptr ? len_ : std::numeric_limits<int64_t>::max()),
-        convert_(!std::is_same_v<T, float> && rows_ >= kConvertRows) {
+        convert_(!std::is_same_v<T, float> && rows_ >= kConvertRows),
+        tile_keys_(rows_ >= kConvertRows ? kTile : kTile / 2) {
     float* f = t.scratch;
     const auto take = [&f](int64_t n) {
       float* start = f;
       f += padded(n);
       return start;
     };
-    offsets_ = reinterpret_cast<int64_t*>(take(2 * (kChunk + kMaxLanes)));
-    next_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kChunk + kMaxLanes)));
+    offsets_ = reinterpret_cast<int64_t*>(take(2 * kListLength));
+    next_offsets_ = reinterpret_cast<int64_t*>(take(2 * kListLength));
     own_offsets_ = reinterpret_cast<int64_t*>(take(2 * nodes_ * own_list_length(p.words)));
     seen_ = reinterpret_cast<Range*>(take(4 * nodes_));
     here_ = reinterpret_cast<Range*>(take(4 * heads_ * rows_));
@@ -61,10 +70,20 @@ class Block {
     tile_ = take((kTile + kMaxLanes) * stride_);
     tile_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kTile + kMaxLanes)));
     for (int64_t i = 0; convert_ && i < kTile + kMaxLanes; ++i) tile_offsets_[i] = i * stride_;
+#if defined(INFERLAB_ISA_AVX512)
+    if (std::is_same_v<T, bf16> && QueryTiles::usable(p.head_dim)) {
+      float* memory = take(query_tile_floats(heads_, rows_, p.head_dim));
+      query_tiles_.emplace(memory, heads_, rows_, p.head_dim, p.scale);
+    }
+#endif
   }
 
   void run() {
     load_rows();
+#if defined(INFERLAB_ISA_AVX512)
+    std::optional<TileScope> scope;
+    if (query_tiles_) scope.emplace(query_tiles_->columns());
+#endif
     clear(row_);
     const int64_t first = std::max(t_.split_begin, lowest_ / kSplit);
     const int64_t last = std::min(t_.split_end, (highest_ + kSplit - 1) / kSplit);
@@ -143,6 +162,14 @@ class Block {
                      (t_.head_begin + h) * group_ * p_.q_stride[2];
         float* to = q_ + (h * rows_ + i * group_) * stride_;
         for (int64_t g = 0; g < group_; ++g, q += p_.q_stride[2], to += stride_) {
+#if defined(INFERLAB_ISA_AVX512)
+          if constexpr (std::is_same_v<T, bf16>) {
+            if (query_tiles_) {
+              query_tiles_->set_row(h, i * group_ + g, q);
+              continue;
+            }
+          }
+#endif
           for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = to_float(q[d]) * p_.scale;
           for (int64_t d = p_.head_dim; d < stride_; ++d) to[d] = 0.0f;
         }
@@ -176,12 +203,12 @@ class Block {
     const Range next{0, std::min(kChunk, committed_end - begin - kChunk)};
     list_shared(begin + kChunk, next, next_offsets_);
     list_own(begin);
-    for (int64_t i = shared.begin; i < shared.end; i += kTile) {
-      Ahead ahead = i + kTile < shared.end
-                        ? tile_ahead(keys(0), offsets_, i + kTile, shared.end)
-                        : tile_ahead(values(0), offsets_, shared.begin, shared.end);
+    for (int64_t i = shared.begin; i < shared.end; i += tile_keys_) {
+      const bool more = i + tile_keys_ < shared.end;
       for (int64_t h = 0; h < heads_; ++h) {
-        score_shared(h, {i, std::min(i + kTile, shared.end)}, &ahead);
+        const Ahead<T> ahead{more ? keys(h) : values(h),
+                             offsets_ + (more ? tile_keys_ : shared.begin - i)};
+        score_shared(h, {i, std::min(i + tile_keys_, shared.end)}, ahead);
       }
     }
     for (int64_t node = 0; node < nodes_; ++node) {
@@ -193,25 +220,20 @@ class Block {
       chunk_.l[r] = row.l;
     }
     std::fill_n(chunk_.acc, heads_ * rows_ * stride_, 0.0f);
-    for (int64_t i = shared.begin; i < shared.end; i += kTile) {
-      Ahead ahead = i + kTile < shared.end
-                        ? tile_ahead(values(0), offsets_, i + kTile, shared.end)
-                        : tile_ahead(keys(0), next_offsets_, next.begin, next.end);
+    for (int64_t i = shared.begin; i < shared.end; i += tile_keys_) {
+      const bool more = i + tile_keys_ < shared.end;
       for (int64_t h = 0; h < heads_; ++h) {
-        sum_shared(h, {i, std::min(i + kTile, shared.end)}, &ahead);
+        const Ahead<T> ahead{more           ? values(h)
+                             : next.empty() ? nullptr
+                                            : keys(h),
+                             more ? offsets_ + tile_keys_ : next_offsets_ - i};
+        sum_shared(h, {i, std::min(i + tile_keys_, shared.end)}, ahead);
       }
     }
     for (int64_t node = 0; node < nodes_; ++node) {
       for (int64_t h = 0; h < heads_ && !own_[node].empty(); ++h) sum_own(h, node);
     }
     merge(chunk_, split_, heads_ * rows_, stride_);
-  }
-
-  // The tile from `begin` on, all heads.
-  Ahead tile_ahead(const T* base, const int64_t* offsets, int64_t begin, int64_t end) const {
-    if (begin >= end) return Ahead();
-    return Ahead(base, offsets + begin, offsets + std::min(begin + kTile, end),
-                 heads_ * p_.head_dim * static_cast<int64_t>(sizeof(T)), sizeof(T));
   }
 
   // Element offsets of the committed keys of a chunk, by place in the chunk; the last one is
@@ -224,7 +246,7 @@ class Block {
       const int64_t stop = std::min(shared.end, i + p_.page_size - (slot & (p_.page_size - 1)));
       for (; i < stop; ++i, offset += slot_elems_) offsets[i] = offset;
     }
-    std::fill(offsets + shared.end, offsets + kChunk + kMaxLanes, offsets[shared.end - 1]);
+    std::fill(offsets + shared.end, offsets + kListLength, offsets[shared.end - 1]);
   }
 
   int64_t* own_list(int64_t node) const { return own_offsets_ + node * own_list_length(p_.words); }
@@ -260,9 +282,14 @@ class Block {
     for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
   }
 
-  void score_shared(int64_t h, Range tile, Ahead* ahead) {
+  void score_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
+#if defined(INFERLAB_ISA_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (query_tiles_) return score_shared_by_tiles(h, tile, ahead);
+    }
+#endif
     const float* q = q_ + h * rows_ * stride_;
-    if (convert_) convert_rows(keys(h), offsets_, tile, p_.head_dim, stride_, tile_);
+    if (convert_) convert_rows(keys(h), offsets_, tile, p_.head_dim, stride_, ahead, tile_);
     in_groups<kKeyRows>(0, rows_, [&](int64_t r, auto count) {
       Range seen{tile.end, tile.begin};  // of the tile, by any of the rows
       for (int i = 0; i < count; ++i) {
@@ -270,28 +297,51 @@ class Block {
         seen.end = std::max(seen.end, std::min(tile.end, here_[r + i].end));
       }
       float* scores = scores_ + (h * rows_ + r) * kScoreStride;
-      Ahead* mine = r == 0 ? ahead : nullptr;
       if (convert_) {
         score_rows<count>(q + r * stride_, stride_, tile_, tile_offsets_, seen.begin - tile.begin,
-                          seen.end - tile.begin, stride_, scores + tile.begin, mine);
+                          seen.end - tile.begin, stride_, scores + tile.begin);
       } else {
         score_rows<count>(q + r * stride_, stride_, keys(h), offsets_, seen.begin, seen.end,
-                          p_.head_dim, scores, mine);
+                          p_.head_dim, scores, r == 0 ? ahead : Ahead<T>{});
       }
     });
   }
 
   void score_own(int64_t h, int64_t node) {
     const Range own = own_[node];
+#if defined(INFERLAB_ISA_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (query_tiles_) return score_own_by_tiles(h, node);
+    }
+#endif
     const int64_t first = h * rows_ + node * group_;
     in_groups<kKeyRows>(first, first + group_, [&](int64_t r, auto count) {
       score_rows<count>(q_ + r * stride_, stride_, keys(h), own_list(node), 0, own.end - own.begin,
-                        p_.head_dim, scores_ + r * kScoreStride + own.begin, nullptr);
+                        p_.head_dim, scores_ + r * kScoreStride + own.begin);
     });
   }
 
-  void sum_shared(int64_t h, Range tile, Ahead* ahead) {
-    if (convert_) convert_rows(values(h), offsets_, tile, p_.head_dim, stride_, tile_);
+#if defined(INFERLAB_ISA_AVX512)
+  void score_shared_by_tiles(int64_t h, Range tile, const Ahead<T>& ahead) {
+    query_tiles_->copy_keys(keys(h), offsets_, tile, ahead);
+    query_tiles_->score(h, {0, rows_}, tile.end - tile.begin,
+                        scores_ + h * rows_ * kScoreStride + tile.begin);
+  }
+
+  void score_own_by_tiles(int64_t h, int64_t node) {
+    const int64_t count = own_[node].end - own_[node].begin;
+    float* scores = scores_ + h * rows_ * kScoreStride + own_[node].begin;
+    for (int64_t i = 0; i < count; i += kTile) {
+      const Range some{i, std::min(i + kTile, count)};
+      query_tiles_->copy_keys(keys(h), own_list(node), some, Ahead<T>{});
+      query_tiles_->score(h, {node * group_, (node + 1) * group_}, some.end - some.begin,
+                          scores + i);
+    }
+  }
+#endif
+
+  void sum_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
+    if (convert_) convert_rows(values(h), offsets_, tile, p_.head_dim, stride_, ahead, tile_);
     const int64_t first = h * rows_;
     in_groups<kValueRows>(first, first + rows_, [&](int64_t r, auto count) {
       // Together what all of the rows see; what only some see, before and after it, row by row.
@@ -301,7 +351,7 @@ class Block {
       for (int i = 0; count > 1 && i < count; ++i) {
         sum_rows<1>(h, r + i, tile, intersect(here_[r + i], {tile.begin, common.begin}));
       }
-      sum_rows<count>(h, r, tile, common, r == first ? ahead : nullptr);
+      sum_rows<count>(h, r, tile, common, r == first ? ahead : Ahead<T>{});
       for (int i = 0; count > 1 && i < count; ++i) {
         sum_rows<1>(h, r + i, tile, intersect(here_[r + i], {common.end, tile.end}));
       }
@@ -309,12 +359,12 @@ class Block {
   }
 
   template <int R>
-  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, Ahead* ahead = nullptr) {
+  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, const Ahead<T>& ahead = {}) {
     float* acc = chunk_.acc + r * stride_;
     const float* weights = scores_ + r * kScoreStride;
     if (convert_) {
       value_rows<R>(acc, stride_, weights + tile.begin, tile_, tile_offsets_,
-                    keys.begin - tile.begin, keys.end - tile.begin, stride_, ahead);
+                    keys.begin - tile.begin, keys.end - tile.begin, stride_);
     } else {
       value_rows<R>(acc, stride_, weights, values(h), offsets_, keys.begin, keys.end, p_.head_dim,
                     ahead);
@@ -359,6 +409,9 @@ class Block {
   const int64_t len_;
   const int64_t shared_end_;  // positions from here on are a row's own
   const bool convert_;
+  // Many rows use a tile often; for few what counts is that its pages and the next tile's have
+  // their addresses at hand (TLB).
+  const int64_t tile_keys_;
   int64_t lowest_ = 0, highest_ = 0;  // positions that any row sees
   int64_t* offsets_;
   int64_t* next_offsets_;  // of the next chunk
@@ -371,6 +424,9 @@ class Block {
   float* tile_;
   int64_t* tile_offsets_;
   State chunk_, split_, row_;
+#if defined(INFERLAB_ISA_AVX512)
+  std::optional<QueryTiles> query_tiles_;  // bf16 only: scores are taken by AMX
+#endif
 };
 
 }  // namespace

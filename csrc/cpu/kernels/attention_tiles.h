@@ -26,12 +26,28 @@ constexpr int kValueRows = 4;
 constexpr int kValueVecs = 4;
 #endif
 
+// The rows to ask the memory for while a tile is worked on: row i of the tile asks for
+// base + offsets[i]. They come no nearer than the second-level cache: the first level's few miss
+// buffers are left to the tile at hand.
+template <typename T>
+struct Ahead {
+  const T* base = nullptr;  // null: nothing
+  const int64_t* offsets = nullptr;
+
+  // Elements [begin, end) of row i.
+  void ask(int64_t i, int64_t begin, int64_t end) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t d = begin; d < end; d += kLine) __builtin_prefetch(base + offsets[i] + d, 0, 2);
+  }
+};
+
 // Rows of 16-bit keys or values in fp32, padded with zeros to `stride`.
 template <typename T>
 void convert_rows(const T* from, const int64_t* offsets, Range rows, int64_t dim, int64_t stride,
-                  float* to) {
+                  const Ahead<T>& ahead, float* to) {
   for (int64_t i = rows.begin; i < rows.end; ++i, to += stride) {
     const T* x = from + offsets[i];
+    if (ahead.base != nullptr) ahead.ask(i, 0, dim);
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) vstore(to + d, vload(x + d));
 #if defined(INFERLAB_ISA_AVX512)
@@ -44,55 +60,11 @@ void convert_rows(const T* from, const int64_t* offsets, Range rows, int64_t dim
   }
 }
 
-// What to ask the memory for meanwhile: the rows of the next tile, all KV heads of a slot together
-// and in order, so that the hardware's own prefetcher, which guesses straight runs, joins in.
-class Ahead {
- public:
-  Ahead() = default;
-  // `run_bytes` from each of base + offsets[begin .. end) elements of `element_bytes`.
-  Ahead(const void* base, const int64_t* begin, const int64_t* end, int64_t run_bytes,
-        int element_bytes)
-      : base_(static_cast<const char*>(base)),
-        next_(begin),
-        end_(end),
-        run_bytes_(run_bytes),
-        element_bytes_(element_bytes) {}
-
-  bool done() const { return next_ == end_ && at_ >= stop_; }
-
-  // Asks for as many bytes as `elements` take, in whole lines.
-  void ask(int64_t elements) {
-    due_ += elements * element_bytes_;
-    for (; due_ >= 64; due_ -= 64) {
-      if (at_ >= stop_) {
-        if (next_ == end_) {
-          at_ = stop_;
-          return;
-        }
-        at_ = base_ + *next_++ * element_bytes_;
-        stop_ = at_ + run_bytes_;
-      }
-      __builtin_prefetch(at_, 0, 3);
-      at_ += 64;
-    }
-  }
-
- private:
-  const char* base_ = nullptr;
-  const int64_t* next_ = nullptr;
-  const int64_t* end_ = nullptr;
-  int64_t run_bytes_ = 0;
-  int64_t element_bytes_ = 0;
-  const char* at_ = nullptr;
-  const char* stop_ = nullptr;
-  int64_t due_ = 0;
-};
-
 // scores[r][i] = q[r] . k(offsets[i]) for i in [begin, end), rounded up to whole tiles: the scores
 // row and the offset list (its last entry repeated) must have kMaxLanes entries of slack.
 template <int R, bool kAsk, typename T>
 void score_tiles(const float* q, int64_t q_stride, const T* k, const int64_t* offsets,
-                 int64_t begin, int64_t end, int64_t dim, float* scores, Ahead* ahead) {
+                 int64_t begin, int64_t end, int64_t dim, float* scores, const Ahead<T>& ahead) {
   constexpr int K = kLanes / R;
   for (int64_t i = begin; i < end; i += K) {
     const T* key[K];
@@ -101,10 +73,12 @@ void score_tiles(const float* q, int64_t q_stride, const T* k, const int64_t* of
     vf acc[R * K];
 #pragma GCC unroll 16
     for (int j = 0; j < R * K; ++j) acc[j] = vset(0.0f);
-    if (kAsk && R > 1) ahead->ask(K * dim);
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) {
-      if (kAsk && R == 1) ahead->ask(K * kLanes);
+      if (kAsk && d * sizeof(T) % 64 == 0) {
+#pragma GCC unroll 16
+        for (int j = 0; j < K; ++j) ahead.ask(i + j, d, d + 1);
+      }
       vf row[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) row[r] = vload(q + r * q_stride + d);
@@ -141,8 +115,8 @@ void score_tiles(const float* q, int64_t q_stride, const T* k, const int64_t* of
 
 template <int R, typename T>
 void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* offsets, int64_t begin,
-                int64_t end, int64_t dim, float* scores, Ahead* ahead) {
-  if (ahead != nullptr && !ahead->done()) {
+                int64_t end, int64_t dim, float* scores, const Ahead<T>& ahead = {}) {
+  if (ahead.base != nullptr) {
     score_tiles<R, true>(q, q_stride, k, offsets, begin, end, dim, scores, ahead);
   } else {
     score_tiles<R, false>(q, q_stride, k, offsets, begin, end, dim, scores, ahead);
@@ -152,7 +126,7 @@ void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* off
 // acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i])
 template <int R, int V, bool kHalf, bool kAsk, typename T>
 void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v,
-                const int64_t* offsets, int64_t begin, int64_t end, Ahead* ahead) {
+                const int64_t* offsets, int64_t begin, int64_t end, const Ahead<T>& ahead) {
   vf sum[R][V];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -161,7 +135,7 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
   }
   for (int64_t i = begin; i < end; ++i) {
     const T* value = v + offsets[i];
-    if (kAsk && (i & 3) == 0) ahead->ask(4 * V * kLanes);
+    if (kAsk) ahead.ask(i, 0, V * kLanes);
     vf x[V];
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) {
@@ -188,12 +162,13 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
 // sum_values over all channels.
 template <int R, bool kAsk, typename T>
 void value_tiles(float* acc, int64_t acc_stride, const float* weights, const T* v,
-                 const int64_t* offsets, int64_t begin, int64_t end, int64_t dim, Ahead* ahead) {
+                 const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
+                 const Ahead<T>& ahead) {
   constexpr int V = R == 1 ? 8 : kValueVecs;
   int64_t d = 0;
   const auto slice = [&](auto vecs, auto half) {
     sum_values<R, vecs, half, kAsk>(acc + d, acc_stride, weights, v + d, offsets, begin, end,
-                                    ahead);
+                                    Ahead<T>{ahead.base + (kAsk ? d : 0), ahead.offsets});
     d += vecs * kLanes;
   };
   using std::integral_constant;
@@ -207,9 +182,9 @@ void value_tiles(float* acc, int64_t acc_stride, const float* weights, const T* 
 template <int R, typename T>
 void value_rows(float* acc, int64_t acc_stride, const float* weights, const T* v,
                 const int64_t* offsets, int64_t begin, int64_t end, int64_t dim,
-                Ahead* ahead = nullptr) {
+                const Ahead<T>& ahead = {}) {
   if (begin >= end) return;
-  if (ahead != nullptr && !ahead->done()) {
+  if (ahead.base != nullptr) {
     value_tiles<R, true>(acc, acc_stride, weights, v, offsets, begin, end, dim, ahead);
   } else {
     value_tiles<R, false>(acc, acc_stride, weights, v, offsets, begin, end, dim, ahead);

@@ -14,10 +14,13 @@ inline vi iload(const void* p) { return _mm512_loadu_si512(p); }
 inline vi iset16(int x) { return _mm512_set1_epi16(static_cast<int16_t>(x)); }
 inline vi iset32(int x) { return _mm512_set1_epi32(x); }
 inline vi iand(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi ixor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 inline vi ordered16(vi a) {
   return _mm512_ternarylogic_epi32(a, _mm512_srai_epi16(a, 15), iset16(0x7fff), 0x78);
 }
 inline vi imax16(vi a, vi b) { return _mm512_max_epi16(a, b); }
+inline vi imaxu16(vi a, vi b) { return _mm512_max_epu16(a, b); }
+inline vi imaxu32(vi a, vi b) { return _mm512_max_epu32(a, b); }
 inline vi imax32(vi a, vi b) { return _mm512_max_epi32(a, b); }
 inline __m256i ifold16(vi a) {
   return _mm256_max_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
@@ -31,10 +34,13 @@ inline vi iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m
 inline vi iset16(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
 inline vi iset32(int x) { return _mm256_set1_epi32(x); }
 inline vi iand(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi ixor(vi a, vi b) { return _mm256_xor_si256(a, b); }
 inline vi ordered16(vi a) {
   return _mm256_xor_si256(a, iand(_mm256_srai_epi16(a, 15), iset16(0x7fff)));
 }
 inline vi imax16(vi a, vi b) { return _mm256_max_epi16(a, b); }
+inline vi imaxu16(vi a, vi b) { return _mm256_max_epu16(a, b); }
+inline vi imaxu32(vi a, vi b) { return _mm256_max_epu32(a, b); }
 inline vi imax32(vi a, vi b) { return _mm256_max_epi32(a, b); }
 inline __m256i ifold16(vi a) { return a; }
 inline __m256i ifold32(vi a) { return a; }
@@ -83,6 +89,76 @@ float block_largest(const float* x, int block, vi& magnitudes) {
   return vreduce_max(vmax(m0, m1));
 }
 
+// The largest element as bits, while it is not negative: signed integers order as such floats do.
+// Among unsigned ones a negative NaN is the largest. Two operations per vector.
+inline vi largest_signed(vi a, vi b, const float*) { return imax32(a, b); }
+inline vi largest_unsigned(vi a, vi b, const float*) { return imaxu32(a, b); }
+inline int32_t reduce(vi a, const float*) { return reduce32(a); }
+template <typename T>
+vi largest_signed(vi a, vi b, const T*) {
+  return imax16(a, b);
+}
+template <typename T>
+vi largest_unsigned(vi a, vi b, const T*) {
+  return imaxu16(a, b);
+}
+template <typename T>
+int32_t reduce(vi a, const T*) {
+  return reduce16(a);
+}
+inline vi flip_sign(vi a, const float*) { return ixor(a, iset32(INT32_MIN)); }
+template <typename T>
+vi flip_sign(vi a, const T*) {
+  return ixor(a, iset16(INT16_MIN));
+}
+inline int32_t infinity_bits(const float*) { return 0x7f800000; }
+inline int32_t infinity_bits(const bf16*) { return 0x7f80; }
+inline int32_t infinity_bits(const f16*) { return 0x7c00; }
+inline float float_of(int32_t bits, const float*) {
+  return bits_to_float(static_cast<uint32_t>(bits));
+}
+template <typename T>
+float float_of(int32_t bits, const T*) {
+  return to_float(T{static_cast<uint16_t>(bits)});
+}
+
+// Largest element of x[0 .. size), size a multiple of kSpan; false: a NaN.
+constexpr int64_t kSpan = 256;
+template <typename T>
+bool span_largest(const T* x, int64_t size, float* best) {
+  constexpr int kStep = static_cast<int>(sizeof(vi) / sizeof(T));
+  const vi least = flip_sign(iset32(0), x);  // the smallest signed integer in every lane
+  vi top[4] = {least, least, least, least};
+  vi bottom[4] = {iset32(0), iset32(0), iset32(0), iset32(0)};
+  for (int64_t i = 0; i < size; i += 4 * kStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vi v = iload(x + i + j * kStep);
+      top[j] = largest_signed(top[j], v, x);
+      bottom[j] = largest_unsigned(bottom[j], v, x);
+    }
+  }
+  const auto join = [&](const vi* a, auto larger) {
+    return larger(larger(a[0], a[1], x), larger(a[2], a[3], x), x);
+  };
+  const int32_t high =
+      reduce(join(top, [](vi a, vi b, auto p) { return largest_signed(a, b, p); }), x);
+  const vi low = join(bottom, [](vi a, vi b, auto p) { return largest_unsigned(a, b, p); });
+  // As signed integers once the sign bit is flipped back; -inf is then infinity's bits.
+  if (high > infinity_bits(x) || reduce(flip_sign(low, x), x) > infinity_bits(x)) return false;
+  if (high >= 0) {
+    *best = float_of(high, x);
+    return true;
+  }
+  vi magnitudes = iset32(0);
+  *best = -kInf;
+  for (int64_t i = 0; i < size; i += kSpan) {
+    const float block = block_largest(x + i, kSpan, magnitudes);
+    *best = block > *best ? block : *best;
+  }
+  return true;
+}
+
 inline bool any_nan(const vi& magnitudes, const float*) {
   return reduce32(magnitudes) > 0x7f800000;
 }
@@ -110,6 +186,14 @@ bool any_nan(const vi& nan, const T*) {
 }
 inline vi no_magnitudes() { return 0; }
 
+constexpr int64_t kSpan = 4 * kLanes;
+template <typename T>
+bool span_largest(const T* x, int64_t size, float* best) {
+  vi nan = 0;
+  *best = block_largest(x, static_cast<int>(size), nan);
+  return nan == 0;
+}
+
 #endif
 
 template <typename T>
@@ -131,6 +215,38 @@ bool scan(const T* x, const Row& row, int64_t begin, int64_t end) {
     row.block_max[b] = best;
   }
   return !tail_nan && !any_nan(magnitudes, x);
+}
+
+template <typename T>
+bool largest(const T* x, int64_t begin, int64_t end, float* best, int32_t* token) {
+  *best = -kInf;
+  *token = -1;
+  for (int64_t i = begin; i < end;) {
+    const int64_t left = end - i < kPiece ? end - i : kPiece;
+    const int64_t size = left < kSpan ? left : left - left % kSpan;
+    float here = -kInf;
+    bool valid = true;
+    if (size < kSpan) {
+      for (int64_t j = i; j < i + size; ++j) {
+        const float l = to_float(x[j]);
+        valid &= l == l;
+        here = l > here ? l : here;
+      }
+    } else {
+      valid = span_largest(x + i, size, &here);
+    }
+    if (!valid) return false;
+    if (here > *best) {
+      int64_t j = i;
+      const vf bound = vset(here);
+      while (j + kLanes <= i + size && vge(vload(x + j), bound) == 0) j += kLanes;
+      while (to_float(x[j]) != here) ++j;
+      *best = here;
+      *token = static_cast<int32_t>(j);
+    }
+    i += size;
+  }
+  return true;
 }
 
 template <typename T>
@@ -178,6 +294,10 @@ void copy(const T* x, int64_t begin, int64_t end, float* out) {
 
 bool scan_blocks(const Row& row, int64_t begin, int64_t end) {
   return INFERLAB_BY_DTYPE(row, scan, row, begin, end);
+}
+
+bool find_largest(const Row& row, int64_t begin, int64_t end, float* best, int32_t* token) {
+  return INFERLAB_BY_DTYPE(row, largest, begin, end, best, token);
 }
 
 int64_t collect_keys(const Row& row, float least, uint64_t* keys) {

@@ -2,7 +2,13 @@
 
 from inferlab.kernels.attention import paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
-from inferlab.kernels.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
+from inferlab.kernels.kv import (
+    advise_large_pages,
+    kv_append,
+    kv_compact,
+    kv_copy_pages,
+    kv_gather,
+)
 from inferlab.kernels.layer import linear, rms_norm, rope_append, silu_mul
 from inferlab.kernels.sample import sample
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -17,6 +23,7 @@ __all__ = [
     "SamplingTensors",
     "TreeLinks",
     "VerifyResult",
+    "advise_large_pages",
     "build_tree",
     "kv_append",
     "kv_compact",

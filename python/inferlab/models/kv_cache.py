@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from inferlab.kernels import kv_compact, kv_copy_pages
+from inferlab.kernels import advise_large_pages, kv_compact, kv_copy_pages
 
 
 class LayerShape(NamedTuple):
@@ -77,6 +77,9 @@ class KVCache:
                 # zeros() maps pages that the system fills on first use; zeros_like() would write
                 # them all now.
                 k, v = (torch.zeros(size, dtype=dtype, device=self.device) for _ in range(2))
+                if self.device.type == "cpu":
+                    advise_large_pages(k)
+                    advise_large_pages(v)
                 pools.append(Pool(tuple(layers), k, v))
         except (RuntimeError, MemoryError) as error:
             raise MemoryError(self._does_not_fit("the allocation failed")) from error

@@ -1,0 +1,26 @@
+// KV pages are read in an order that only the block table knows. In 4 KiB pages of the system each
+// few KiB of them cost a walk through the system's page tables, itself a miss; large pages do not.
+#include "inferlab/memory.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace inferlab::cpu {
+
+bool advise_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  if (begin >= end) return false;
+  return madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)data;
+  (void)bytes;
+  return false;
+#endif
+}
+
+}  // namespace inferlab::cpu

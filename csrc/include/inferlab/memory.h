@@ -1,0 +1,12 @@
+// What the system is told about memory.
+#pragma once
+
+#include <cstdint>
+
+namespace inferlab::cpu {
+
+// Asks for large pages (2 MiB on Linux) for the whole ones inside [data, data + bytes), before they
+// are first written. False: the system has none to give; the memory is as it was.
+bool advise_large_pages(void* data, int64_t bytes);
+
+}  // namespace inferlab::cpu
