@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if name:
             item.add_marker(pytest.mark.benchmark(timer=measure.CLOCKS[name]))
     if not config.option.markexpr:
-        chosen = [item for item in items if item.get_closest_marker("sweep") is None]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        sweep = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=sweep)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
 
 
 @pytest.fixture(
