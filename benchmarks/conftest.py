@@ -145,9 +145,7 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
             "bytes": num_bytes,
             "gb_per_s": gb_per_s,
             "bound": kind,
-            "fraction_of_bandwidth": num_bytes / median_s / device.bandwidth[kind]
-            if kind
-            else None,
+            "fraction_of_bandwidth": gb_per_s / bandwidth[kind] if kind else None,
             "bandwidth_gb_per_s": bandwidth,
             "fraction_of_plain": rivals["plain"].median_s / median_s if kind else None,
             "times_as_fast_as": {

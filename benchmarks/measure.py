@@ -227,9 +227,13 @@ class Contestant:
         self.samples: list[float] = []
 
     def ready(self) -> None:
-        """Brings cache and clock into the state in which a round begins."""
+        """Brings cache and clock into the state in which a round begins: the cache is flushed, or
+        has seen an untimed round. On CUDA the round is queued behind that, so that the device need
+        not wait for the host when the timing starts."""
         if self.cold:
             self.device.flush()
+        else:
+            self.run()
         self.device.clock.begin(self.calls)
 
     def round(self) -> None:
@@ -243,8 +247,8 @@ class Contestant:
 
 def rounds_within(contestants: Sequence[Contestant], flush_s: float, budget_s: float) -> int:
     """How many rounds of all of them fit into the budget: 7 at least, 100 at most."""
-    each = sum(c.calls * c.once_s + (flush_s if c.cold else 0.0) for c in contestants)
-    return max(7, min(100, int(budget_s / each)))
+    turn_s = sum(c.calls * c.once_s + (flush_s if c.cold else 0.0) for c in contestants)
+    return max(7, min(100, int(budget_s / turn_s)))
 
 
 def last_cache_bytes() -> int:
