@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if name:
             item.add_marker(pytest.mark.benchmark(timer=measure.CLOCKS[name]))
     if not config.option.markexpr:
-        chosen = [item for item in items if item.get_closest_marker("sweep") is None]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        sweep = [item for item in items if item.get_closest_marker("sweep")]
+        config.hook.pytest_deselected(items=sweep)
+        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
 
 
 @pytest.fixture(
@@ -145,9 +145,7 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
             "bytes": num_bytes,
             "gb_per_s": gb_per_s,
             "bound": kind,
-            "fraction_of_bandwidth": num_bytes / median_s / device.bandwidth[kind]
-            if kind
-            else None,
+            "fraction_of_bandwidth": gb_per_s / bandwidth[kind] if kind else None,
             "bandwidth_gb_per_s": bandwidth,
             "fraction_of_plain": rivals["plain"].median_s / median_s if kind else None,
             "times_as_fast_as": {

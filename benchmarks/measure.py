@@ -31,18 +31,24 @@ class HostClock:
 
     calls = 1
 
+    def begin(self, calls: int) -> None:
+        """A round of so many calls comes next."""
+        self.calls = calls
+
     def __call__(self) -> float:
         return time.perf_counter() / self.calls
 
 
-class CudaClock:
+class CudaClock(HostClock):
     """The same from CUDA events; calls come in pairs, and the second waits for the device."""
-
-    calls = 1
 
     def __init__(self, new_event: Callable[[], Any] | None = None) -> None:
         self._new_event = new_event or (lambda: torch.cuda.Event(enable_timing=True))
         self._start: Any = None
+
+    def begin(self, calls: int) -> None:
+        super().begin(calls)
+        self._start = None  # a round that raised has left its start behind
 
     def __call__(self) -> float:
         event = self._new_event()
@@ -55,7 +61,7 @@ class CudaClock:
         return start.elapsed_time(event) / 1e3 / self.calls
 
 
-CLOCKS: dict[str, Any] = {"cpu": HostClock(), "cuda": CudaClock()}
+CLOCKS: dict[str, HostClock] = {"cpu": HostClock(), "cuda": CudaClock()}
 
 
 class Device:
@@ -106,7 +112,7 @@ class Device:
         return (lambda pair: pair[1].copy_(pair[0])), pairs
 
     def seconds(self, run: Callable[[], object], calls: int = 1) -> float:
-        self.clock.calls = calls
+        self.clock.begin(calls)
         start = self.clock()
         run()
         return self.clock() - start
@@ -221,10 +227,14 @@ class Contestant:
         self.samples: list[float] = []
 
     def ready(self) -> None:
-        """Brings cache and clock into the state in which a round begins."""
+        """Brings cache and clock into the state in which a round begins: the cache is flushed, or
+        has seen an untimed round. On CUDA the round is queued behind that, so that the device need
+        not wait for the host when the timing starts."""
         if self.cold:
             self.device.flush()
-        self.device.clock.calls = self.calls
+        else:
+            self.run()
+        self.device.clock.begin(self.calls)
 
     def round(self) -> None:
         self.ready()
@@ -237,8 +247,8 @@ class Contestant:
 
 def rounds_within(contestants: Sequence[Contestant], flush_s: float, budget_s: float) -> int:
     """How many rounds of all of them fit into the budget: 7 at least, 100 at most."""
-    each = sum(c.calls * c.once_s + (flush_s if c.cold else 0.0) for c in contestants)
-    return max(7, min(100, int(budget_s / each)))
+    turn_s = sum(c.calls * c.once_s + (flush_s if c.cold else 0.0) for c in contestants)
+    return max(7, min(100, int(budget_s / turn_s)))
 
 
 def last_cache_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import types
@@ -47,12 +48,25 @@ def test_cuda_clock_gives_seconds_per_call_of_each_pair():
     from measure import CudaClock
 
     clock = CudaClock(FakeEvent)
-    clock.calls = 4
+    clock.begin(4)
     for milliseconds in (2.0, 6.0):  # a second pair begins anew
         start = clock()
         FakeEvent.now += milliseconds
         assert clock() - start == pytest.approx(milliseconds / 1e3 / 4)
         FakeEvent.now += 100.0  # between pairs: nobody's time
+
+
+def test_a_round_that_raised_leaves_no_start_behind():
+    from measure import CudaClock
+
+    clock = CudaClock(FakeEvent)
+    clock.begin(1)
+    clock()
+    FakeEvent.now += 50.0  # here the timed call raised: no second reading
+    clock.begin(2)
+    start = clock()
+    FakeEvent.now += 3.0
+    assert clock() - start == pytest.approx(0.0015)
 
 
 def test_host_clock_gives_seconds_per_call(monkeypatch):
@@ -61,7 +75,7 @@ def test_host_clock_gives_seconds_per_call(monkeypatch):
     ticks = iter([10.0, 10.8])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
     clock = measure.HostClock()
-    clock.calls = 8
+    clock.begin(8)
     start = clock()
     assert clock() - start == pytest.approx(0.1)
 
@@ -71,7 +85,7 @@ class FakeDevice:
 
     def __init__(self):
         self.now, self.log = 0.0, []
-        self.clock = types.SimpleNamespace(calls=1)
+        self.clock = types.SimpleNamespace(begin=lambda calls: self.log.append(calls))
 
     def flush(self):
         self.log.append("flush")
@@ -100,7 +114,7 @@ def test_a_cold_round_flushes_first_and_uses_each_case_once():
     contestant = Contestant(device, device.work(0.001), list("abcd"), cold=True)
     device.log.clear()
     contestant.round()
-    assert device.log == ["flush", *"abcd"]
+    assert device.log == ["flush", 4, *"abcd"]
     assert contestant.samples == [pytest.approx(0.001)]  # the flush is not in it
 
 
@@ -114,7 +128,7 @@ def test_a_slow_op_gets_fewer_cases_and_a_warm_one_repeats_them():
     assert warm.calls == 10
     device.log.clear()
     warm.round()
-    assert device.log == ["a"] * 10
+    assert device.log == [*["a"] * 10, 10, *["a"] * 10]  # an untimed round first
 
 
 def test_rounds_fill_the_budget_within_bounds():
@@ -124,6 +138,76 @@ def test_rounds_fill_the_budget_within_bounds():
     assert rounds_within([fast, fast], flush_s=0.01, budget_s=0.8) == 20
     assert rounds_within([fast], flush_s=10.0, budget_s=0.8) == 7
     assert rounds_within([fast], flush_s=0.0, budget_s=1e6) == 100
+
+
+class FakeGraph:
+    """A CUDA graph that holds what was called while it was captured."""
+
+    capturing = None
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+def launch(call):
+    """A kernel launch: recorded under capture, else run."""
+    if FakeGraph.capturing is None:
+        call()
+    else:
+        FakeGraph.capturing.calls.append(call)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    @contextlib.contextmanager
+    def graph(g):
+        FakeGraph.capturing, g.calls = g, []
+        try:
+            yield
+        finally:
+            FakeGraph.capturing = None
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": FakeGraph,
+        "graph": graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_round_on_cuda_is_one_graph_of_all_its_calls(fake_cuda):
+    from measure import Cuda
+
+    done = []
+    device = object.__new__(Cuda)
+    run, how = device.prepare(lambda case: launch(lambda: done.append(case)), "abc")
+    assert how == "graph"
+    assert done == list("abc"), "once before the capture, which runs nothing"
+    run()
+    assert done == list("abcabc")
+
+
+def test_what_no_graph_can_hold_is_called_between_events(fake_cuda):
+    from measure import Cuda
+
+    done = []
+
+    def waits_for_the_device(case):
+        if FakeGraph.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        done.append(case)
+
+    run, how = object.__new__(Cuda).prepare(waits_for_the_device, "ab")
+    assert how == "events"
+    done.clear()
+    run()
+    assert done == list("ab")
 
 
 # ---- bytes --------------------------------------------------------------------------------------
