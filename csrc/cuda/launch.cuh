@@ -52,14 +52,12 @@ Status launch(void (*kernel)(P), dim3 grid, dim3 block, size_t shared_bytes, voi
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return to_status(error);
   }
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  void* args[] = {const_cast<P*>(&params)};
   const auto s = static_cast<cudaStream_t>(stream);
-  if (blocks == Blocks::kTogether) {
-    void* args[] = {const_cast<P*>(&params)};
-    return to_status(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block,
-                                                 args, shared_bytes, s));
-  }
-  kernel<<<grid, block, shared_bytes, s> > >(params);
-  return to_status(cudaGetLastError());
+  return to_status(blocks == Blocks::kTogether
+                       ? cudaLaunchCooperativeKernel(function, grid, block, args, shared_bytes, s)
+                       : cudaLaunchKernel(function, grid, block, args, shared_bytes, s));
 #endif
 }
 
