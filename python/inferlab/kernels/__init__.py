@@ -1,6 +1,6 @@
 """The ops: thin wrappers over the compiled module on the CPU, torch reference ops elsewhere."""
 
-from inferlab.kernels.attention import paged_tree_attention
+from inferlab.kernels.attention import attention_workspace_bytes, paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
 from inferlab.kernels.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
 from inferlab.kernels.layer import linear, rms_norm, rope_append, silu_mul
@@ -17,6 +17,7 @@ __all__ = [
     "SamplingTensors",
     "TreeLinks",
     "VerifyResult",
+    "attention_workspace_bytes",
     "build_tree",
     "kv_append",
     "kv_compact",
