@@ -258,6 +258,11 @@ const Tensor& Tensor::f32() const {
   return *this;
 }
 
+const Tensor& Tensor::u8() const {
+  if (tensor_.dtype.code != dlpack::kUInt || tensor_.dtype.bits != 8) fail_type("uint8");
+  return *this;
+}
+
 DType Tensor::float_dtype() const {
   if (tensor_.dtype.code == dlpack::kFloat && tensor_.dtype.bits == 32) return DType::kF32;
   if (tensor_.dtype.code == dlpack::kFloat && tensor_.dtype.bits == 16) return DType::kF16;

@@ -28,7 +28,8 @@ struct AttentionParams {
   void* out;                   // [B, N, Hq, D] contiguous, zeros in padding rows
   int64_t batch, nodes, words;
   int64_t q_heads, kv_heads, head_dim;  // head_dim a multiple of 8
-  int64_t page_size;                    // a power of two
+  int64_t pages, max_pages;
+  int64_t page_size;  // a power of two
   int64_t node_offset;
   int64_t window;  // 0: none
   float scale;
@@ -39,5 +40,14 @@ struct AttentionParams {
 namespace cpu {
 Status paged_tree_attention(const AttentionParams& params);
 }
+
+namespace cuda {
+// Of `workspace` below, on the current device, for these shapes (pointers are not read).
+int64_t attention_workspace_bytes(const AttentionParams& params);
+
+// Pointers on the device, lengths included; launched on `stream`. k_pages, v_pages, out and
+// workspace are aligned to 16 bytes. Slots and pages that do not exist are not read.
+Status paged_tree_attention(const AttentionParams& params, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace inferlab

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from inferlab.kernels import _registry
 from inferlab.kernels._registry import empty, is_compiling, ops_for, register
 from inferlab.kernels.reference import attention as reference
 
@@ -26,13 +27,15 @@ def paged_tree_attention(
     node_offset: int = 0,
     num_nodes: Array | None = None,
     out: Array | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> Array:
     """softmax(cap(q k^T * scale)) v over the committed prefix and each node's path in the tree.
 
     Row n is node `node_offset + n`. It sees cache slots [0, seq_len) and slot `seq_len + j` for
     each ancestor bit j; a node's i-th ancestor stands at position `seq_len + i`. On the CPU a row's
     result depends on nothing but that row's path: the bits are the same alone, in a batch, with any
-    number of threads, and when the path is committed and the node is decoded plainly.
+    number of threads, and when the path is committed and the node is decoded plainly. On CUDA it
+    depends on nothing but the slots that the row sees: the bits are the same alone and in a batch.
 
     Args:
         q: [B, N, Hq, D], the pages' dtype; any strides with D contiguous. D a multiple of 8 in
@@ -47,6 +50,9 @@ def paged_tree_attention(
         softcap: c > 0 replaces a score s by c * tanh(s / c) (Gemma-2); 0 for none.
         num_nodes: [B] i32, rows of each sequence that count; None for all N.
         out: [B, N, Hq, D] to write to, contiguous.
+        workspace: u8, at least `attention_workspace_bytes(q, k_pages, block_table)`, to call this
+            without an allocation; its contents do not matter. On CUDA, a row of the block table
+            that can hold no more than 256 slots needs none.
 
     Returns:
         [B, N, Hq, D], contiguous, q's dtype; padding rows are zeros.
@@ -92,6 +98,9 @@ def paged_tree_attention(
         return result if out is None else out.copy_(result)
     if out is None:
         out = empty(q.shape, q)
+    if workspace is None:
+        num_bytes = ops.attention_workspace_bytes(q, k_pages, block_table)
+        workspace = _registry.workspace(num_bytes, q)
     ops.paged_tree_attention(
         q,
         k_pages,
@@ -105,8 +114,19 @@ def paged_tree_attention(
         softcap,
         node_offset,
         num_nodes,
+        workspace,
     )
     return out
+
+
+def attention_workspace_bytes(q: Array, k_pages: Array, block_table: Array) -> int:
+    """Bytes of `workspace` that paged_tree_attention needs for tensors of these shapes.
+
+    They depend on shapes, dtype and device only: on what the block table could hold, not on
+    lengths. 0 where no workspace is needed, as on the CPU.
+    """
+    ops = ops_for(q)
+    return 0 if ops is None else int(ops.attention_workspace_bytes(q, k_pages, block_table))
 
 
 def _paged_tree_attention_op(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from inferlab import _C
 from inferlab.kernels._registry import empty, is_compiling, ops_for, register
 from inferlab.kernels.reference import kv as reference
 
