@@ -92,7 +92,7 @@ def linear(
     if is_compiling():
         return torch.ops.inferlab.linear(x, weight, bias, residual)
     ops = ops_for(x) if is_numpy(x) or x.is_cpu else None
-    if not hasattr(ops, "linear"):
+    if ops is None or not hasattr(ops, "linear"):
         return reference.linear(x, weight, bias, residual)
     out = empty((x.shape[0], weight.shape[0]), x)
     ops.linear(x, weight, bias, residual, out)
