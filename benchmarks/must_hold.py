@@ -127,6 +127,10 @@ def time_us(row: Row) -> float:
     return row["time_us"]
 
 
+def over_call_bound(row: Row) -> float:
+    return row["time_us"] / (3 + 0.5 * row["shape"]["tensors"])
+
+
 REQUIREMENTS = (
     Requirement(
         "attention, B * L >= 32768, up to 4 query rows per KV head: of a plain read of its bytes",
@@ -148,6 +152,10 @@ REQUIREMENTS = (
     Requirement(
         "sample with top-k and top-p, V = 152k: times as fast as torch",
         "cpu", filtered_sample, times_as_fast_as("torch"), 5, " x",
+    ),
+    Requirement(
+        "overhead of a call, over 3 us + 0.5 us per tensor",
+        "cpu", lambda row: row["op"] == "overhead", over_call_bound, 1, " x", at_most=True,
     ),
     Requirement(
         "attention, L >= 4096, B * Hkv >= 256, N <= 16: of the copy bandwidth",

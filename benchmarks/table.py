@@ -38,6 +38,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def amount(num_bytes: float) -> str:
+    if not num_bytes:
+        return ""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= scale:
             return f"{number(num_bytes / scale)} {unit}"
@@ -54,9 +56,9 @@ def case(row: Row) -> str:
 
 
 def columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Titles and cells; rivals that no row met have no column."""
+    """Titles and cells of the columns in which any row has something to say."""
     present = [r for r in RIVALS if any(r in row["times_as_fast_as"] for row in rows)]
-    return [
+    table = [
         ("case", [case(row) for row in rows]),
         ("time us", [number(row["time_us"]) for row in rows]),
         ("spread", [f"{100 * row['spread']:.0f} %" for row in rows]),
@@ -76,6 +78,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         ),
         ("timed by", [row["timed_by"] for row in rows]),
     ]
+    return [(title, cells) for title, cells in table if any(cells)]
 
 
 def text(rows: Sequence[Row]) -> list[str]:

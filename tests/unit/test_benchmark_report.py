@@ -94,6 +94,7 @@ def test_report_has_a_table_per_op_under_where_it_is_from(saved):
     assert re.fullmatch(r"\d+\.\d\d read", row["of b/w"])
     (_, tree) = found["build_tree"]
     assert tree[0] == "B=1 N=5 binary"
+    assert "of b/w" not in found["build_tree"][0], "a column without a cell"
     top = done.stdout.split("## What must hold")[0]
     assert "pytest benchmarks/bench_build_tree.py" in top
     for word in ("inferlab", "torch", "python", "copy", "read", "threads"):
