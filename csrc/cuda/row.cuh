@@ -107,29 +107,33 @@ __device__ __forceinline__ void for_vectors(const Group& group, const Row<T>& ro
   for_vectors<kThreads, kAhead>(row, group.begin(row.size), group.end(row.size), threadIdx.x, f);
 }
 
-// What one sequence asks for.
+// What one sequence asks for. Kept in shared memory: it would take too many registers.
 struct Choice {
   float temperature, inv_temperature;
   uint32_t top_k;  // 0: off
   float top_p;     // 1: off
   float min_p;     // 0: off
-  uint64_t seed;
   bool greedy;
-
-  __device__ __forceinline__ Choice(const SamplingParams& s, int64_t b, uint32_t size) {
-    temperature = s.temperature[b];
-    inv_temperature = 1.0f / temperature;
-    const int32_t k = s.top_k[b];
-    top_k = k > 0 && static_cast<uint32_t>(k) < size ? static_cast<uint32_t>(k) : 0u;
-    const float p = s.top_p[b], m = s.min_p[b];
-    top_p = p < 1.0f ? p : 1.0f;
-    min_p = m > 0.0f ? m : 0.0f;
-    seed = static_cast<uint64_t>(s.seed[b]);
-    greedy = temperature < kGreedyTemperature;
-  }
+  uint64_t seed;
 
   __device__ __forceinline__ bool filters() const {
-    return top_k > 0 || top_p < 1.0f || min_p > 0.0f;
+    return !greedy && (top_k > 0 || top_p < 1.0f || min_p > 0.0f);
+  }
+
+  // By the whole block: that of sequence b, for rows of `size` columns.
+  __device__ __forceinline__ void read(const SamplingParams& s, int64_t b, uint32_t size) {
+    __syncthreads();  // the last one may still be in use
+    if (threadIdx.x == 0) {
+      const int32_t k = s.top_k[b];
+      temperature = s.temperature[b];
+      inv_temperature = 1.0f / temperature;
+      top_k = k > 0 && static_cast<uint32_t>(k) < size ? static_cast<uint32_t>(k) : 0u;
+      top_p = s.top_p[b] < 1.0f ? s.top_p[b] : 1.0f;
+      min_p = s.min_p[b] > 0.0f ? s.min_p[b] : 0.0f;
+      greedy = temperature < kGreedyTemperature;
+      seed = static_cast<uint64_t>(s.seed[b]);
+    }
+    __syncthreads();
   }
 };
 

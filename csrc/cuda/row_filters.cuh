@@ -126,7 +126,7 @@ class Filter {
 
   // Lists the places of s; above(first token, elements) gets those before them, the others as -inf.
   template <typename F>
-  __device__ void list(const Search& s, F above) {
+  __device__ __forceinline__ void list(const Search& s, F above) {
     for_vectors(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
       float sure[kPer];
 #pragma unroll
@@ -355,7 +355,7 @@ template <typename T>
 __device__ int32_t choose(Group& group, const Row<T>& row, const Choice& choice, uint32_t position,
                           uint32_t purpose) {
   const Draw draw(choice, position, purpose);
-  if (choice.greedy || !choice.filters()) return choose_unfiltered(group, row, choice, draw);
+  if (!choice.filters()) return choose_unfiltered(group, row, choice, draw);
   const Extent extent = scan(group, row);
   if (!extent.valid) return -1;
   Filter<T> filter(group, row, choice, extent);

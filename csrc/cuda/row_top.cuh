@@ -25,17 +25,18 @@ class TopList {
     return floor_ == 0 ? -infinity() : key_value(floor_);
   }
 
-  // All threads together; 0 is nothing.
-  template <int kCount>
-  __device__ void offer(const uint64_t (&keys)[kCount]) {
+  // All threads together: the keys key_at(0), ..., key_at(kCount - 1); 0 is nothing.
+  template <int kCount, typename F>
+  __device__ __forceinline__ void offer(F key_at) {
     bool any = false;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) any |= wanted(keys[i]);
+    for (int i = 0; i < kCount; ++i) any |= wanted(key_at(i));
     if (!__syncthreads_or(any)) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (count_ + kThreads > kListed) tidy();
-      if (wanted(keys[i])) shared_.list[atomicAdd(&shared_.mine.listed, 1u)] = ~keys[i];
+      const uint64_t key = key_at(i);
+      if (wanted(key)) shared_.list[atomicAdd(&shared_.mine.listed, 1u)] = ~key;
       __syncthreads();
       count_ = static_cast<int>(shared_.mine.listed);
       __syncthreads();
@@ -80,30 +81,28 @@ __device__ void choose_many(Group& group, const Row<T>& row, const Choice& choic
   const Draw draw(choice, position, purpose);
   const Extent extent = scan(group, row);
   Cut cut = keep_all();
-  if (extent.valid && !choice.greedy && choice.filters()) {
-    cut = find_cut(group, row, choice, extent);
-  }
+  if (extent.valid && choice.filters()) cut = find_cut(group, row, choice, extent);
   int done = 0;
   uint64_t below = ~uint64_t{0};
   for (bool more = extent.valid; more && done < n;) {
     const int want = n - done < kTop ? n - done : kTop;
     TopList own(group.shared, want, below);
     for_vectors(group, row, [&](uint32_t first, const float (&x)[kPer]) {
-      uint64_t found[kPer];
+      float scores[kPer];
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        found[i] = choice.greedy && x[i] > -infinity() ? rank_key(x[i], first + i) : 0;
-      }
+      for (int i = 0; i < kPer; ++i) scores[i] = choice.greedy ? x[i] : -infinity();
       if (!choice.greedy) {
         draw.near(x, first, own.floor(), [&](uint32_t token, float l, float score) {
-          const bool kept = cut.keeps(l, token) && score > -infinity();
+          const bool kept = cut.keeps(l, token);
 #pragma unroll
           for (int i = 0; i < kPer; ++i) {
-            if (kept && first + i == token) found[i] = rank_key(score, token);
+            if (kept && first + i == token) scores[i] = score;
           }
         });
       }
-      own.offer(found);
+      own.offer<kPer>([&](int i) {
+        return scores[i] > -infinity() ? rank_key(scores[i], first + i) : uint64_t{0};
+      });
     });
     int count = own.tidy();
     if (group.size > 1) {
@@ -113,9 +112,9 @@ __device__ void choose_many(Group& group, const Row<T>& row, const Choice& choic
       const int total = static_cast<int>(group.size) * want;
       for (int base = 0; base < total; base += kThreads) {
         const int at = base + me;
-        const uint64_t key[1] = {at < total ? __ldcg(&merged[at / want * kTop + at % want])
-                                            : uint64_t{0}};
-        all.offer(key);
+        const uint64_t key =
+            at < total ? __ldcg(&merged[at / want * kTop + at % want]) : uint64_t{0};
+        all.offer<1>([&](int) { return key; });
       }
       count = all.tidy();
     }

@@ -17,26 +17,31 @@ struct SampleKernel {
   RowWorkspace work;  // keys: [groups, size, kTop]
 };
 
-template <typename T>
+struct SampleShared {
+  RowShared row;
+  Choice choice;
+};
+
+template <typename T, bool kSeveral>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleKernel k) {
-  RowShared& shared = shared_memory<RowShared>();
+  SampleShared& shared = shared_memory<SampleShared>();
   const SampleParams& p = k.op;
   const uint32_t size = static_cast<uint32_t>(p.logits.allowed);
-  Group group = join_group(shared, k.plan, k.work);
+  Group group = join_group(shared.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
   for (int64_t r = group_index(k.plan); r < p.batch * p.nodes; r += k.plan.groups) {
     const int64_t b = r / p.nodes;
-    const Choice choice(p.sampling, b, size);
+    shared.choice.read(p.sampling, b, size);
     penalties.begin(b);
     const Row<T> row = open_row<T>(p.logits, b, r % p.nodes, penalties);
     const uint32_t position = static_cast<uint32_t>(p.positions[r]);
     int32_t* out = p.tokens + r * p.num_samples;
-    if (p.num_samples == 1) {
-      const int32_t token = choose(group, row, choice, position, p.purpose);
-      if (group.leads() && threadIdx.x == 0) out[0] = token;
-    } else {
+    if constexpr (kSeveral) {
       uint64_t* merged = k.work.keys + r * k.plan.size * kTop;  // one row per group, if it is used
-      choose_many(group, row, choice, position, p.purpose, p.num_samples, merged, out);
+      choose_many(group, row, shared.choice, position, p.purpose, p.num_samples, merged, out);
+    } else {
+      const int32_t token = choose(group, row, shared.choice, position, p.purpose);
+      if (group.leads() && threadIdx.x == 0) out[0] = token;
     }
   }
 }
@@ -60,8 +65,10 @@ Status sample(const SampleParams& p, void* workspace, int64_t workspace_bytes, v
   const SampleKernel kernel{p, {}, {}};
   const RowNeeds needs = needs_of(p.logits.allowed, changes_logits(p.sampling), p.num_samples > 1);
   return with_dtype(p.logits.dtype, [&](auto element) {
-    return launch_rows(sample_kernel<decltype(element)>, sizeof(RowShared), p.batch * p.nodes,
-                       needs, workspace, workspace_bytes, stream, kernel);
+    using T = decltype(element);
+    const auto one_or_more = p.num_samples > 1 ? sample_kernel<T, true> : sample_kernel<T, false>;
+    return launch_rows(one_or_more, sizeof(SampleShared), p.batch * p.nodes, needs, workspace,
+                       workspace_bytes, stream, kernel);
   });
 }
 

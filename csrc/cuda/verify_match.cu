@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) match_kernel(MatchKern
   const uint32_t size = static_cast<uint32_t>(p.logits.allowed);
   Group group = join_group(shared.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
+  const Choice& choice = shared.choice;
   for (int64_t b = group_index(k.plan); b < p.batch; b += k.plan.groups) {
-    const Choice choice(p.sampling, b, size);
+    shared.choice.read(p.sampling, b, size);
     const Tree tree(p, b, shared);
     penalties.begin(b);
     if (k.at_once && group.size > 1 && choice.greedy && !penalties.change_logits()) {

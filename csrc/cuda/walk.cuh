@@ -13,6 +13,7 @@ constexpr int kTreeNodes = 256;  // trees up to this size are kept in shared mem
 
 struct WalkShared {
   RowShared row;
+  Choice choice;
   int32_t tree[3][kTreeNodes];
 };
 
