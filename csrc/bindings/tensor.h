@@ -39,6 +39,7 @@ class Tensor {
   int64_t size(int dim) const { return tensor_.shape[dim]; }
   int64_t stride(int dim) const { return strides_[dim]; }  // in elements
   int64_t numel() const;
+  int64_t bytes() const { return numel() * tensor_.dtype.bits / 8; }
   void* data() const { return static_cast<char*>(tensor_.data) + tensor_.byte_offset; }
   template <typename T>
   T* ptr() const {

@@ -10,14 +10,13 @@ namespace inferlab::cpu {
 namespace {
 
 constexpr int64_t kSortAtOnce = 768;
-constexpr double kMassUnits = 1099511627776.0;  // 2^40, as in key_masses
 
 Cut stricter(Cut a, Cut b) {
   if (a.logit != b.logit) return a.logit > b.logit ? a : b;
   return a.token < b.token ? a : b;
 }
 
-Cut cut_at(uint64_t key) { return Cut{key_logit(key), key_token(key)}; }
+Cut cut_at(uint64_t key) { return Cut{key_value(key), key_token(key)}; }
 
 uint64_t* key_buffer(Workspace& ws, int64_t size) {
   if (static_cast<int64_t>(ws.keys.size()) < size) ws.keys.resize(static_cast<size_t>(size));
@@ -29,14 +28,14 @@ float min_p_logit(float max, const Softmax& softmax, float min_p) {
   uint64_t low = rank_key(kLowest, 0) >> 32, high = rank_key(max, 0) >> 32;
   while (low < high) {
     const uint64_t mid = low + (high - low) / 2;
-    const float z = (key_logit(mid << 32) - max) * softmax.inv_temperature;
+    const float z = (key_value(mid << 32) - max) * softmax.inv_temperature;
     if (INFERLAB_DISPATCH(exp_one, z) >= min_p) {
       high = mid;
     } else {
       low = mid + 1;
     }
   }
-  return key_logit(high << 32);
+  return key_value(high << 32);
 }
 
 // A logit that at least k elements reach (if so many are finite), and hardly more than twice k.
@@ -90,7 +89,7 @@ Cut mass_cut(uint64_t* keys, int64_t n, uint64_t target, const Softmax& softmax,
   while (n > kSortAtOnce) {
     float high = -kInf, low = kInf;
     for (int64_t i = 0; i < n; ++i) {
-      const float l = key_logit(keys[i]);
+      const float l = key_value(keys[i]);
       high = std::max(high, l);
       low = std::min(low, l);
     }
@@ -98,7 +97,7 @@ Cut mass_cut(uint64_t* keys, int64_t n, uint64_t target, const Softmax& softmax,
     const float scale = (kBuckets - 1) / (high - low);
     if (!(scale < kInf)) break;  // all equal, or next to it
     const auto bucket = [&](uint64_t key) {
-      return static_cast<int>((high - key_logit(key)) * scale);
+      return static_cast<int>((high - key_value(key)) * scale);
     };
     uint64_t mass[kBuckets] = {};
     for (int64_t i = 0; i < n; ++i) mass[bucket(keys[i])] += masses[i];
@@ -123,18 +122,26 @@ Cut mass_cut(uint64_t* keys, int64_t n, uint64_t target, const Softmax& softmax,
   return cut_at(keys[last]);
 }
 
-uint64_t mass_target(float top_p, double total) {
-  return std::max<uint64_t>(1,
-                            static_cast<uint64_t>(std::ceil(static_cast<double>(top_p) * total)));
+// body(begin, end, chunk) for each chunk of the row, on the threads if `threaded`.
+template <typename Body>
+void for_chunks(const Row& row, bool threaded, Body body) {
+  const int64_t chunks = (row.size + kChunk - 1) / kChunk;
+  const auto one = [&](int64_t c) { body(c * kChunk, std::min(row.size, (c + 1) * kChunk), c); };
+  if (threaded) {
+    parallel_for(chunks, row.size * 4, one);
+  } else {
+    for (int64_t c = 0; c < chunks; ++c) one(c);
+  }
 }
 
 // Most rows have most of their mass near the top: those few tokens are tried first. Else one pass
 // adds up masses by bucket, and only the bucket that the cut falls into is looked at closely.
 Cut top_p_cut(const Row& row, const Softmax& softmax, float top_p, Workspace& ws, bool threaded) {
-  const double all = kMassUnits * ordered_sum(row.size, ws, threaded, [&](int64_t i, int64_t j) {
-                       return INFERLAB_DISPATCH(sum_weights, row, i, j, softmax, kKeepAll, nullptr);
-                     });
-  uint64_t target = mass_target(top_p, all);
+  std::atomic<uint64_t> all{0};
+  for_chunks(row, threaded, [&](int64_t begin, int64_t end, int64_t) {
+    all.fetch_add(INFERLAB_DISPATCH(sum_masses, row, begin, end, softmax));
+  });
+  uint64_t target = mass_target(top_p, all.load());
   uint64_t* keys = key_buffer(ws, row.size);
   const float near_top = std::max(softmax.max - 4.0f / softmax.inv_temperature, kLowest);
   const int64_t near_count = INFERLAB_DISPATCH(collect_keys, row, near_top, keys);
@@ -144,15 +151,9 @@ Cut top_p_cut(const Row& row, const Softmax& softmax, float top_p, Workspace& ws
   const int64_t chunks = (row.size + kChunk - 1) / kChunk;
   ws.histograms.assign(static_cast<size_t>(chunks * kMassBuckets), 0);
   uint64_t* mass = ws.histograms.data();
-  const auto one = [&](int64_t c) {
-    INFERLAB_DISPATCH(mass_histogram, row, c * kChunk, std::min(row.size, (c + 1) * kChunk),
-                      softmax, mass + c * kMassBuckets);
-  };
-  if (threaded) {
-    parallel_for(chunks, row.size * 4, one);
-  } else {
-    for (int64_t c = 0; c < chunks; ++c) one(c);
-  }
+  for_chunks(row, threaded, [&](int64_t begin, int64_t end, int64_t c) {
+    INFERLAB_DISPATCH(mass_histogram, row, begin, end, softmax, mass + c * kMassBuckets);
+  });
   for (int64_t i = kMassBuckets; i < chunks * kMassBuckets; ++i) mass[i % kMassBuckets] += mass[i];
   int bucket = 0;
   while (bucket + 1 < kMassBuckets && mass[bucket] < target) target -= mass[bucket++];
@@ -179,8 +180,7 @@ Cut find_cut(const Row& row, float max, const Choice& choice, Workspace& ws, boo
     uint64_t* keys = ws.keys.data();
     if (n == choice.top_k) cut = stricter(cut, cut_at(*std::min_element(keys, keys + n)));
     if (choice.top_p < 1.0f) {
-      const auto total = static_cast<double>(total_mass(keys, n, softmax, ws));
-      const uint64_t target = mass_target(choice.top_p, total);
+      const uint64_t target = mass_target(choice.top_p, total_mass(keys, n, softmax, ws));
       cut = stricter(cut, mass_cut(keys, n, target, softmax, ws));
     }
   } else if (choice.top_p < 1.0f) {

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "inferlab/dtype.h"
+#include "inferlab/weights.h"
 #include "isa.h"
 
 namespace inferlab::cpu {
@@ -38,20 +39,6 @@ struct Cut {
   }
 };
 constexpr Cut kKeepAll{kLowest, std::numeric_limits<int32_t>::max()};  // all but -inf
-
-// The same ranking as one integer, larger is better.
-INFERLAB_INLINE uint64_t rank_key(float logit, uint32_t token) {
-  const uint32_t bits = float_to_bits(logit + 0.0f);  // -0 becomes +0: they tie
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - token);
-}
-INFERLAB_INLINE float key_logit(uint64_t key) {
-  const uint32_t ordered = static_cast<uint32_t>(key >> 32);
-  return bits_to_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-INFERLAB_INLINE int32_t key_token(uint64_t key) {
-  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key));
-}
 
 // The best `capacity` (score, token) pairs so far: descending score, then ascending token.
 struct Top {
@@ -123,6 +110,8 @@ INFERLAB_DECLARE_KERNEL(int64_t, count_at_least, const Row&, float)
 INFERLAB_DECLARE_KERNEL(void, widen, const Row&, int64_t, int64_t, float*)
 // Sum of the weights that `cut` keeps in [begin, end); stores them (0 where not kept) unless null.
 INFERLAB_DECLARE_KERNEL(double, sum_weights, const Row&, int64_t, int64_t, Softmax, Cut, float*)
+// Sum of the masses of [begin, end).
+INFERLAB_DECLARE_KERNEL(uint64_t, sum_masses, const Row&, int64_t, int64_t, Softmax)
 // Sum of weight * log weight over the kept.
 INFERLAB_DECLARE_KERNEL(double, sum_weighted_logs, const Row&, int64_t, int64_t, Softmax, Cut)
 // Sum of the kept weights whose |log weight - center| is below `distance`, or equal and the token
@@ -133,9 +122,9 @@ INFERLAB_DECLARE_KERNEL(double, sum_nearer, const Row&, int64_t, int64_t, Softma
 INFERLAB_DECLARE_KERNEL(double, sum_residual, const float*, const float*, float, float, int64_t,
                         float*)
 INFERLAB_DECLARE_KERNEL(double, sum_floats, const float*, int64_t)
-// Weights of keys in units of 2^-40, so that any order adds up to the same.
+// Masses of keys.
 INFERLAB_DECLARE_KERNEL(void, key_masses, const uint64_t*, int64_t, Softmax, uint64_t*)
-// The same masses of all finite elements of [begin, end), added up by how far their log weight is
+// The masses of all finite elements of [begin, end), added up by how far their log weight is
 // below 0: kMassBuckets of 1/16 each, the last one open.
 constexpr int kMassBuckets = 512;
 INFERLAB_DECLARE_KERNEL(void, mass_histogram, const Row&, int64_t, int64_t, Softmax, uint64_t*)

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "inferlab/dtype.h"
+#include "inferlab/weights.h"
 
 #if defined(INFERLAB_ISA_AVX2) || defined(INFERLAB_ISA_AVX512)
 #include <immintrin.h>
@@ -148,18 +149,18 @@ inline uint32_t visnan(vf a) { INFERLAB_MASK(a.v[i] != a.v[i]); }
 
 #endif
 
-// e^x, about 1 ulp in the normal range; 0 below -104, inf above 88.7.
+// weight_exp of weights.h on vectors: the same operations in the same order, so the same bits.
 inline vf vexp(vf x) {
-  x = vmin(vmax(x, vset(-104.0f)), vset(88.8f));
-  const vf n = vround(x * vset(1.44269504f));
-  vf r = vfma(n, vset(-0.693359375f), x);
-  r = vfma(n, vset(2.12194440e-4f), r);
-  vf p = vset(1.9875691500e-4f);
-  p = vfma(p, r, vset(1.3981999507e-3f));
-  p = vfma(p, r, vset(8.3334519073e-3f));
-  p = vfma(p, r, vset(4.1665795894e-2f));
-  p = vfma(p, r, vset(1.6666665459e-1f));
-  p = vfma(p, r, vset(5.0000001201e-1f));
+  x = vmin(vmax(x, vset(exp_terms::kLowest)), vset(exp_terms::kHighest));
+  const vf n = vround(x * vset(exp_terms::kLog2e));
+  vf r = vfma(n, vset(exp_terms::kMinusLn2High), x);
+  r = vfma(n, vset(exp_terms::kMinusLn2Low), r);
+  vf p = vset(exp_terms::kP5);
+  p = vfma(p, r, vset(exp_terms::kP4));
+  p = vfma(p, r, vset(exp_terms::kP3));
+  p = vfma(p, r, vset(exp_terms::kP2));
+  p = vfma(p, r, vset(exp_terms::kP1));
+  p = vfma(p, r, vset(exp_terms::kP0));
   p = vfma(p, r * r, r);
   p = p + vset(1.0f);
   return vexp2_scale(p, n);

@@ -12,6 +12,19 @@ namespace {
 constexpr int kWide = 16;
 
 #if defined(INFERLAB_ISA_AVX512)
+// Masses, in 64-bit integers.
+struct MassSums {
+  __m512i sum = _mm512_setzero_si512();
+  static __m512i masses(__m256 w) {
+    const __m512d units = _mm512_mul_pd(_mm512_cvtps_pd(w), _mm512_set1_pd(kMassUnits));
+    return _mm512_cvttpd_epi64(_mm512_add_pd(units, _mm512_set1_pd(0.5)));
+  }
+  void add(int, vf a) {
+    sum = _mm512_add_epi64(sum, masses(_mm512_castps512_ps256(a.v)));
+    sum = _mm512_add_epi64(sum, masses(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+  uint64_t total() const { return static_cast<uint64_t>(_mm512_reduce_add_epi64(sum)); }
+};
 struct Sums {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
   void add(int, vf a) {
@@ -28,6 +41,26 @@ inline vf keep_lanes(vf a, uint32_t mask) {
 }
 inline vf vabs(vf a) { return {_mm512_abs_ps(a.v)}; }
 #elif defined(INFERLAB_ISA_AVX2)
+// Masses, in doubles that hold integers: a lane adds up to 2^50 over a chunk.
+struct MassSums {
+  __m256d lanes[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(),
+                      _mm256_setzero_pd()};
+  static __m256d masses(__m128 w) {
+    const __m256d units = _mm256_mul_pd(_mm256_cvtps_pd(w), _mm256_set1_pd(kMassUnits));
+    return _mm256_floor_pd(_mm256_add_pd(units, _mm256_set1_pd(0.5)));
+  }
+  void add(int part, vf a) {
+    lanes[2 * part] = _mm256_add_pd(lanes[2 * part], masses(_mm256_castps256_ps128(a.v)));
+    lanes[2 * part + 1] = _mm256_add_pd(lanes[2 * part + 1], masses(_mm256_extractf128_ps(a.v, 1)));
+  }
+  uint64_t total() const {
+    double lane[kWide];
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lane + 4 * i, lanes[i]);
+    uint64_t sum = 0;
+    for (const double l : lane) sum += static_cast<uint64_t>(l);
+    return sum;
+  }
+};
 struct Sums {
   __m256d lanes[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(),
                       _mm256_setzero_pd()};
@@ -47,6 +80,13 @@ inline vf keep_lanes(vf a, uint32_t mask) {
 }
 inline vf vabs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 #else
+struct MassSums {
+  uint64_t sum = 0;
+  void add(int, vf a) {
+    for (int i = 0; i < kLanes; ++i) sum += mass_of(a.v[i]);
+  }
+  uint64_t total() const { return sum; }
+};
 struct Sums {
   double lanes[kWide] = {};
   void add(int part, vf a) {
@@ -129,6 +169,16 @@ double weights(const T* x, int64_t begin, int64_t end, Softmax s, Cut cut, float
 }
 
 template <typename T>
+uint64_t masses(const T* x, int64_t begin, int64_t end, Softmax s) {
+  MassSums sums;
+  for_wide(x, begin, end, [&](int64_t, vf l, int part, int lanes) {
+    const vf w = vexp((l - vset(s.max)) * vset(s.inv_temperature));
+    sums.add(part, keep_lanes(w, lanes >= 32 ? ~0u : (1u << lanes) - 1u));
+  });
+  return sums.total();
+}
+
+template <typename T>
 double weighted_logs(const T* x, int64_t begin, int64_t end, Softmax s, Cut cut) {
   Sums sums;
   for_wide(x, begin, end, [&](int64_t i, vf l, int part, int lanes) {
@@ -162,6 +212,10 @@ double nearer(const T* x, int64_t begin, int64_t end, Softmax s, Cut cut, float 
 
 double sum_weights(const Row& row, int64_t begin, int64_t end, Softmax s, Cut cut, float* out) {
   return INFERLAB_BY_DTYPE(row, weights, begin, end, s, cut, out);
+}
+
+uint64_t sum_masses(const Row& row, int64_t begin, int64_t end, Softmax s) {
+  return INFERLAB_BY_DTYPE(row, masses, begin, end, s);
 }
 
 double sum_weighted_logs(const Row& row, int64_t begin, int64_t end, Softmax s, Cut cut) {
@@ -204,11 +258,6 @@ double sum_floats(const float* x, int64_t n) {
 }
 
 namespace {
-
-inline uint64_t mass_of(float weight) {
-  return static_cast<uint64_t>(
-      static_cast<int64_t>(static_cast<double>(weight) * 1099511627776.0 + 0.5));
-}
 
 // Log weight to bucket, as a float so that comparing needs no conversion.
 inline vf bucket_of(vf z) {
@@ -269,17 +318,13 @@ void key_masses(const uint64_t* keys, int64_t n, Softmax s, uint64_t* masses) {
   for (int64_t i = 0; i < n; i += 64) {
     const int64_t m = n - i < 64 ? n - i : 64;
     for (int64_t j = 0; j < 64; ++j) {
-      z[j] = j < m ? (key_logit(keys[i + j]) - s.max) * s.inv_temperature : 0.0f;
+      z[j] = j < m ? (key_value(keys[i + j]) - s.max) * s.inv_temperature : 0.0f;
     }
     for (int j = 0; j < 64; j += kLanes) vstore(w + j, vexp(vload(z + j)));
     for (int64_t j = 0; j < m; ++j) masses[i + j] = mass_of(w[j]);
   }
 }
 
-float exp_one(float x) {
-  float lane[kLanes];
-  vstore(lane, vexp(vset(x)));
-  return lane[0];
-}
+float exp_one(float x) { return weight_exp(x); }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA

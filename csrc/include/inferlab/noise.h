@@ -58,7 +58,9 @@ INFERLAB_HD inline uint32_t noise_word(uint64_t seed, uint32_t position, uint32_
   const PhiloxBlock b =
       philox4x32_10(position, token >> 2, purpose, 0u, static_cast<uint32_t>(seed),
                     static_cast<uint32_t>(seed >> 32));
-  return b.w[token & 3u];
+  const uint32_t low = token & 1u ? b.w[1] : b.w[0];  // an index would put b into memory on GPUs
+  const uint32_t high = token & 1u ? b.w[3] : b.w[2];
+  return token & 2u ? high : low;
 }
 
 INFERLAB_HD inline float noise_fma(float a, float b, float c) {

@@ -61,4 +61,11 @@ Status sample(const SampleParams& params);
 // Gumbel noise of tokens [0, count) at one position.
 void gumbel_row(uint64_t seed, uint32_t position, uint32_t purpose, float* out, int64_t count);
 }  // namespace cpu
+
+namespace cuda {
+// Pointers on the device; launched on `stream`. What is out of range among tokens and lengths is
+// skipped or clamped. The workspace may hold anything; `penalised`: there are penalties or a bias.
+int64_t sample_workspace_bytes(int64_t rows, int64_t vocab, bool penalised, bool several_samples);
+Status sample(const SampleParams& params, void* workspace, int64_t workspace_bytes, void* stream);
+}  // namespace cuda
 }  // namespace inferlab

@@ -41,4 +41,11 @@ Status verify_tree_match(const VerifyParams& params);
 Status verify_tree_rejection(const RejectionParams& params);
 Status verify_tree_lossy(const LossyParams& params);
 }  // namespace cpu
+
+namespace cuda {
+// As cuda::sample. Links that do not go up in index end the walk.
+int64_t verify_match_workspace_bytes(int64_t batch, int64_t nodes, int64_t vocab, bool penalised);
+Status verify_tree_match(const VerifyParams& params, void* workspace, int64_t workspace_bytes,
+                         void* stream);
+}  // namespace cuda
 }  // namespace inferlab

@@ -10,13 +10,14 @@ from inferlab.kernels.kv import (
     kv_gather,
 )
 from inferlab.kernels.layer import linear, rms_norm, rope_append, silu_mul
-from inferlab.kernels.sample import sample
+from inferlab.kernels.sample import sample, sample_workspace
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import (
     VerifyResult,
     verify_tree_lossy,
     verify_tree_match,
     verify_tree_rejection,
+    verify_workspace,
 )
 
 __all__ = [
@@ -35,8 +36,10 @@ __all__ = [
     "rms_norm",
     "rope_append",
     "sample",
+    "sample_workspace",
     "silu_mul",
     "verify_tree_lossy",
     "verify_tree_match",
     "verify_tree_rejection",
+    "verify_workspace",
 ]

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, empty, is_compiling, is_numpy, ops_for, register
+from inferlab.kernels._registry import (
+    as_tensor,
+    empty,
+    is_compiling,
+    is_numpy,
+    ops_for,
+    register,
+    workspace as new_workspace,
+)
 from inferlab.kernels.sampling_params import SamplingTensors
 
 # The fields of SamplingTensors, in order, as they stand in the ops' schemas.
@@ -27,10 +35,12 @@ def _run(
     purpose: int,
     num_samples: int,
     allowed_vocab: int | None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     ops = ops_for(logits)
     if ops is None:
-        return reference.sample(
+        tokens = reference.sample(
             logits,
             positions,
             sampling,
@@ -38,10 +48,29 @@ def _run(
             num_samples=num_samples,
             allowed_vocab=allowed_vocab,
         )
-    out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
+        return tokens if out is None else out.copy_(tokens)
+    if out is None:
+        out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
+    if workspace is None:
+        workspace = sample_workspace(logits, sampling, num_samples)
     allowed = -1 if allowed_vocab is None else max(allowed_vocab, 0)
-    ops.sample(logits, positions, sampling.flat, purpose, num_samples, allowed, out)
+    ops.sample(logits, positions, sampling.flat, purpose, num_samples, allowed, out, workspace)
     return out
+
+
+def sample_workspace(
+    logits: torch.Tensor, sampling: SamplingTensors, num_samples: int = 1
+) -> torch.Tensor | None:
+    """Scratch memory that serves `sample` for these shapes; None where it needs none.
+
+    Its contents do not matter, before and after. To be given where the call may not allocate, or
+    is made again and again.
+    """
+    ops = ops_for(logits)
+    if ops is None:
+        return None
+    size = ops.sample_workspace_bytes(logits, sampling.changes_logits, num_samples)
+    return new_workspace(size, logits)
 
 
 def sample(
@@ -52,6 +81,8 @@ def sample(
     purpose: int = 0,
     num_samples: int = 1,
     allowed_vocab: int | None = None,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draws the best `num_samples` tokens of each row by filtered_logit / temperature + Gumbel.
 
@@ -68,6 +99,8 @@ def sample(
             `rejection`, 2 acceptance, 3 recovery.
         num_samples: n >= 1.
         allowed_vocab: columns from here on are padding and never chosen.
+        out: where the result goes.
+        workspace: of `sample_workspace`.
 
     Returns:
         i32[B, n] or [B, N, n]; -1 where fewer than n tokens survive the filters, and everywhere in
@@ -85,7 +118,9 @@ def sample(
             as_tensor(logits), as_tensor(positions), sampling, purpose, num_samples, allowed_vocab
         )
         return out.numpy()  # type: ignore[return-value]
-    return _run(logits, positions, sampling, purpose, num_samples, allowed_vocab)
+    return _run(
+        logits, positions, sampling, purpose, num_samples, allowed_vocab, out, workspace
+    )
 
 
 def _impl(logits: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -82,6 +82,11 @@ class SamplingTensors:
             or self.frequency_penalty is not None
         )
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether there are penalties or a bias: a row is then copied before it is chosen from."""
+        return self.uses_context or self.bias_tokens is not None
+
     def to(self, device: torch.device | str) -> SamplingTensors:
         """The same parameters on another device."""
         moved: list[Any] = [None if t is None else t.to(device) for t in self.flat]

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 
 from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, empty, is_compiling, is_numpy, ops_for, register
+from inferlab.kernels._registry import (
+    as_tensor,
+    empty,
+    is_compiling,
+    is_numpy,
+    ops_for,
+    register,
+    workspace as new_workspace,
+)
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sample import NUM_SAMPLING_FIELDS, SAMPLING_SCHEMA
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -49,6 +57,26 @@ def _outputs(logits: torch.Tensor) -> VerifyResult:
     )
 
 
+def _result(
+    values: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: VerifyResult | None
+) -> VerifyResult:
+    if out is None:
+        return VerifyResult(*values)
+    return VerifyResult(*(o.copy_(v) for o, v in zip(out, values, strict=True)))
+
+
+def verify_workspace(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor | None:
+    """Scratch memory that serves the verifiers for these shapes; None where they need none.
+
+    Its contents do not matter, before and after. To be given where the call may not allocate, or
+    is made again and again.
+    """
+    ops = ops_for(logits)
+    if ops is None:
+        return None
+    return new_workspace(ops.verify_workspace_bytes(logits, sampling.changes_logits), logits)
+
+
 def _allowed(allowed_vocab: int | None) -> int:
     return -1 if allowed_vocab is None else max(allowed_vocab, 0)
 
@@ -60,15 +88,19 @@ def _run_match(
     seq_lens: torch.Tensor,
     sampling: SamplingTensors,
     allowed_vocab: int | None,
+    out: VerifyResult | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> VerifyResult:
     ops = ops_for(logits)
     if ops is None:
-        return VerifyResult(
-            *reference.verify_tree_match(
-                logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
-            )
+        result = reference.verify_tree_match(
+            logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
         )
-    out = _outputs(logits)
+        return _result(result, out)
+    if out is None:
+        out = _outputs(logits)
+    if workspace is None:
+        workspace = verify_workspace(logits, sampling)
     ops.verify_tree_match(
         logits,
         tokens,
@@ -78,6 +110,7 @@ def _run_match(
         sampling.flat,
         _allowed(allowed_vocab),
         *out,
+        workspace,
     )
     return out
 
@@ -90,6 +123,8 @@ def verify_tree_match(
     sampling: SamplingTensors,
     *,
     allowed_vocab: int | None = None,
+    out: VerifyResult | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> VerifyResult:
     """Accepts a child where it is the target's own choice: lossless and seed-exact.
 
@@ -104,6 +139,8 @@ def verify_tree_match(
         seq_lens: i32[B], committed tokens: the root's absolute position.
         sampling: penalties count the context and the path from the root to the node.
         allowed_vocab: columns from here on are padding and never chosen.
+        out: where the result goes.
+        workspace: of `verify_workspace`.
 
     Returns:
         VerifyResult.
@@ -119,7 +156,7 @@ def verify_tree_match(
     if is_numpy(logits):
         arrays = as_tensor(logits), as_tensor(tokens), _tensor_links(links), as_tensor(seq_lens)
         return _numpy_result(_run_match(*arrays, sampling, allowed_vocab))
-    return _run_match(logits, tokens, links, seq_lens, sampling, allowed_vocab)
+    return _run_match(logits, tokens, links, seq_lens, sampling, allowed_vocab, out, workspace)
 
 
 def _run_rejection(
