@@ -59,7 +59,7 @@ class Tensor {
   const Tensor& i32() const;
   const Tensor& i64() const;  // int64 or uint64: bit words and seeds are stored in either
   const Tensor& f32() const;
-  const Tensor& u8() const;  // scratch memory
+  const Tensor& u8() const;   // scratch memory
   DType float_dtype() const;  // f32, f16 or bf16; TypeError otherwise
 
  private:

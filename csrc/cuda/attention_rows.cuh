@@ -20,12 +20,18 @@ struct AttentionLaunch {
   AttentionParams a;
   int slots;       // that the block table can name
   int page_shift;  // log2(page_size)
-  int group;       // query heads per KV head
-  int rows;        // of one KV head: nodes x group
-  int row_blocks;  // of one KV head
-  int part;        // slots of a block: kSplit or kSpan
-  int parts;       // of `slots`
-  bool q_pairs;    // q can be read two elements at a time
+  int page_mask;   // page_size - 1
+  unsigned pages;
+  int row_bytes;        // of a slot: all KV heads
+  int group;            // query heads per KV head
+  int rows;             // of one KV head: nodes x group
+  int part;             // slots of a block: kSplit or kSpan
+  unsigned heads;       // of K and V
+  unsigned row_blocks;  // of one KV head
+  unsigned parts;       // of `slots`
+  float cap;            // softcap in powers of two; 0: none
+  float dot_scale;      // of q . k: to a score in powers of two, or to 2x of cap * tanh(x)
+  bool q_pairs;         // q can be read two elements at a time
   // Unnormalised output, and (maximum, sum) of each part of each row [B, N, Hq].
   float* part_out;     // [parts, B * N * Hq, D]
   float2* part_state;  // [parts, B * N * Hq]
@@ -83,6 +89,7 @@ struct Row {
     }
     const uint64_t* words = p.a.ancestors + (b * p.a.nodes + node) * p.a.words;
     int path = 0;
+#pragma unroll 1
     for (int64_t w = 0; w < p.a.words; ++w) path += __popcll(words[w]);
     if (path == 0) return;  // a padding node
     ancestors = words;
@@ -119,10 +126,12 @@ __device__ __forceinline__ uint64_t visible_slots(const Row& row, int64_t words,
   path &= bit_range(length - slot, row.end - slot);
   if (row.begin > length) {  // the window ends inside the path: rank i stands at length + i
     int rank = 0;
+#pragma unroll 1
     for (int64_t w = 0; w < word; ++w) rank += __popcll(row.ancestors[w]);
     if (node > 0 && shift != 0) {
       rank += __popcll(word_or_zero(row.ancestors, words, word) & bit_range(0, shift));
     }
+#pragma unroll 1
     for (; rank < row.begin - length && path != 0; ++rank) path &= path - 1;
   }
   return seen | path;

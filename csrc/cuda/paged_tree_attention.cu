@@ -57,9 +57,9 @@ struct BlockPlace {
   int head, first_row, part;
 
   __device__ __forceinline__ BlockPlace(const AttentionLaunch& p, int rows_per_block) {
-    int64_t i = blockIdx.x;
-    head = static_cast<int>(i % p.a.kv_heads);
-    i /= p.a.kv_heads;
+    unsigned i = blockIdx.x;
+    head = static_cast<int>(i % p.heads);
+    i /= p.heads;
     first_row = static_cast<int>(i % p.row_blocks) * rows_per_block;
     i /= p.row_blocks;
     part = static_cast<int>(i % p.parts);
@@ -68,23 +68,31 @@ struct BlockPlace {
 };
 
 // Copies tiles of K and V to their stages. Page ids of tile i come with tile i - (kStages - 1), so
-// that no copy waits for the block table.
+// that no copy waits for the block table. A thread copies one column chunk of every kKeysAtOnce-th
+// key.
 template <typename T, int D, typename Shared>
 struct TileLoader {
   using Layout = TileLayout<T, D>;
+  static constexpr int kKeysAtOnce = kThreads / Layout::kChunks;
   const AttentionLaunch& p;
   Shared& shared;
   const int32_t* table;
-  int head, end;
+  const char *k, *v;  // this thread's chunk of slot 0 of page 0
+  int first_key, chunk, end;
+  bool column_exists;
   AsyncCopies copies;
 
   __device__ __forceinline__ TileLoader(const AttentionLaunch& p_, Shared& shared_, int64_t b,
-                                        int head_, int end_)
-      : p(p_),
-        shared(shared_),
-        table(p_.a.block_table + b * p_.a.table_stride),
-        head(head_),
-        end(end_) {}
+                                        int head, int end_)
+      : p(p_), shared(shared_), table(p_.a.block_table + b * p_.a.table_stride), end(end_) {
+    chunk = threadIdx.x % Layout::kChunks;
+    first_key = threadIdx.x / Layout::kChunks;
+    const int column = chunk * Layout::kChunkElements;
+    column_exists = column < p.a.head_dim;
+    const int64_t element = head * p.a.head_dim + (column_exists ? column : 0);
+    k = static_cast<const char*>(p.a.k_pages) + element * sizeof(T);
+    v = static_cast<const char*>(p.a.v_pages) + element * sizeof(T);
+  }
 
   __device__ __forceinline__ void copy_page_ids(int tile) {
     const int slot = tile * Layout::kKeys + static_cast<int>(threadIdx.x);
@@ -94,31 +102,34 @@ struct TileLoader {
 
   // Slots at or behind `end`, pages that do not exist and columns behind head_dim become zeros.
   __device__ __forceinline__ void copy_tile(int tile) {
-    const int stage = tile % kStages;
-    const T* k = static_cast<const T*>(p.a.k_pages);
-    const T* v = static_cast<const T*>(p.a.v_pages);
-    for (int i = threadIdx.x; i < Layout::kKeys * Layout::kChunks; i += kThreads) {
-      const int key = i / Layout::kChunks, chunk = i % Layout::kChunks;
+    if (Layout::kChunks * kKeysAtOnce < kThreads && first_key >= kKeysAtOnce) return;
+    const int* pages = shared.pages[tile % kPageStages];
+    unsigned char* to_k = shared.k[tile % kStages];
+    unsigned char* to_v = shared.v[tile % kStages];
+#pragma unroll
+    for (int first = 0; first < Layout::kKeys; first += kKeysAtOnce) {
+      const int key = first + first_key;
+      if (Layout::kKeys % kKeysAtOnce != 0 && key >= Layout::kKeys) break;
       const int slot = tile * Layout::kKeys + key;
-      const int column = chunk * Layout::kChunkElements;
-      int64_t page = slot < end ? shared.pages[tile % kPageStages][key] : -1;
-      const bool valid = page >= 0 && page < p.a.pages && column < p.a.head_dim;
-      if (!valid) page = 0;
-      const int64_t row = page * p.a.page_size + (slot & (p.a.page_size - 1));
-      const int64_t from = valid ? (row * p.a.kv_heads + head) * p.a.head_dim + column : 0;
+      const int page = pages[key];
+      const bool exists = slot < end && static_cast<unsigned>(page) < p.pages;
+      const int row = (page << p.page_shift) + (slot & p.page_mask);
+      const int64_t from = exists ? int64_t{row} * p.row_bytes : 0;
       const int to = Layout::offset(key, chunk);
-      copies.copy16(shared.k[stage] + to, k + from, valid);
-      copies.copy16(shared.v[stage] + to, v + from, valid);
+      copies.copy16(to_k + to, k + from, exists && column_exists);
+      copies.copy16(to_v + to, v + from, exists && column_exists);
     }
   }
 
   __device__ __forceinline__ void start(int first_tile, int end_tile) {
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) {
       if (first_tile + i < end_tile) copy_page_ids(first_tile + i);
     }
     copies.commit();
-    copies.wait<0>();
+    copies.template wait<0>();
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) request(first_tile + i, end_tile);
   }
 
@@ -173,12 +184,17 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// In powers of two. tanh(x) = 1 - 2 / (e^2x + 1).
-__device__ __forceinline__ float scaled_score(const AttentionLaunch& p, float dot) {
-  const float score = dot * p.a.scale;
-  if (p.a.softcap == 0.0f) return score * kLog2E;
-  const float e2x = exp2_approx(score / p.a.softcap * (2.0f * kLog2E));
-  return p.a.softcap * kLog2E * (1.0f - __fdividef(2.0f, e2x + 1.0f));
+// Scores in powers of two; tanh(x) = 1 - 2 / (e^2x + 1).
+template <int kBlocks>
+__device__ __forceinline__ void scale_scores(const AttentionLaunch& p, float (&s)[kBlocks][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kBlocks; ++i) s[i / 4][i % 4] *= p.dot_scale;
+  if (p.cap == 0.0f) return;
+#pragma unroll
+  for (int i = 0; i < 4 * kBlocks; ++i) {
+    const float e2x = exp2_approx(s[i / 4][i % 4]);
+    s[i / 4][i % 4] = p.cap * (1.0f - __fdividef(2.0f, e2x + 1.0f));
+  }
 }
 
 // One warp's softmax over the tiles of a split, and over the splits of its block.
@@ -214,12 +230,12 @@ struct WarpSoftmax {
     const int t = threadIdx.x % 4;
     float s[kScoreBlocks][4];
     tile.scores(s, k);
+    scale_scores(p, s);
     float top[2] = {split[0].maximum, split[1].maximum};
 #pragma unroll
     for (int j = 0; j < kScoreBlocks; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[j][e] = scaled_score(p, s[j][e]);
         if (kMasked) {
           const int key = 8 * j + 2 * t + e % 2;
           if (!(seen[e / 2] >> key & 1)) s[j][e] = -INFINITY;
@@ -325,6 +341,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
     const int chunks = static_cast<int>(p.a.head_dim) / Layout::kChunkElements;
     const int first = max(place.first_row, sequence.nodes * p.group);
     const int padding = min(place.first_row + kRows, p.rows) - first;
+#pragma unroll 1
     for (int i = threadIdx.x; i < padding * chunks; i += kThreads) {
       T* to = out + out_row(first + i / chunks) * p.a.head_dim;
       reinterpret_cast<uint4*>(to)[i % chunks] = make_uint4(0, 0, 0, 0);
@@ -362,6 +379,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
   WarpSoftmax<T, D, kRowTiles> softmax;
   softmax.begin_split();
   softmax.begin_span(shared);
+#pragma unroll 1
   for (int i = first_tile; i < end_tile; ++i) {
     loader.await();
     loader.request(i + kStages - 1, end_tile);
@@ -473,7 +491,9 @@ __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionLaun
 
 // ---- launcher -----------------------------------------------------------------------------------
 
-constexpr int64_t kMaxSlots = int64_t{1} << 30;  // slot numbers are ints
+constexpr int64_t kMaxGrid = 0x7fffffff;
+constexpr int64_t kMaxSlots = int64_t{1} << 30;      // slots of a sequence: their numbers are ints
+constexpr int64_t kMaxPoolSlots = int64_t{1} << 31;  // and so are those of all pages
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -497,15 +517,21 @@ AttentionLaunch plan(const AttentionParams& a, void* workspace) {
   const int64_t slots = a.max_pages * a.page_size;
   p.slots = static_cast<int>(slots < kMaxSlots ? slots : kMaxSlots);
   while (int64_t{1} << p.page_shift < a.page_size) ++p.page_shift;
+  p.page_mask = static_cast<int>(a.page_size - 1);
+  p.pages = static_cast<unsigned>(a.pages);
+  p.row_bytes = static_cast<int>(a.kv_heads * a.head_dim * dtype_size(a.dtype));
   p.group = static_cast<int>(a.q_heads / a.kv_heads);
+  p.heads = static_cast<unsigned>(a.kv_heads);
   p.rows = static_cast<int>(a.nodes) * p.group;
-  p.row_blocks = static_cast<int>(ceil_div(p.rows, 16 * row_tiles(a)));
+  p.row_blocks = static_cast<unsigned>(ceil_div(p.rows, 16 * row_tiles(a)));
   const int64_t blocks_per_part = a.batch * a.kv_heads * p.row_blocks;
   p.part = blocks_per_part >= multiprocessors() ? kSpan : kSplit;
-  p.parts = static_cast<int>(p.slots <= p.part ? 1 : ceil_div(p.slots, p.part));
+  p.parts = static_cast<unsigned>(p.slots <= p.part ? 1 : ceil_div(p.slots, p.part));
   bool even = reinterpret_cast<uintptr_t>(a.q) % 4 == 0;
   for (const int64_t stride : a.q_stride) even &= stride % 2 == 0;
   p.q_pairs = even;
+  p.cap = a.softcap * kLog2E;
+  p.dot_scale = a.softcap > 0.0f ? a.scale / a.softcap * (2.0f * kLog2E) : a.scale * kLog2E;
   const int64_t part_rows = p.parts * a.batch * a.nodes * a.q_heads;
   p.part_out = static_cast<float*>(workspace);
   p.part_state = reinterpret_cast<float2*>(p.part_out + part_rows * a.head_dim);
@@ -515,7 +541,7 @@ AttentionLaunch plan(const AttentionParams& a, void* workspace) {
 template <typename T, int D, int kRowTiles>
 Status launch_attention(const AttentionLaunch& p, void* stream) {
   const int64_t blocks = p.a.batch * p.parts * p.row_blocks * p.a.kv_heads;
-  if (blocks > 0x7fffffff) return Status::kBadArgument;
+  if (blocks > kMaxGrid) return Status::kBadArgument;
   return launch(attention_kernel<T, D, kRowTiles>, dim3(static_cast<unsigned>(blocks)),
                 dim3(kThreads), sizeof(BlockShared<T, D, kRowTiles>), stream, p);
 }
@@ -563,6 +589,7 @@ int64_t attention_workspace_bytes(const AttentionParams& a) {
 
 Status paged_tree_attention(const AttentionParams& a, void* workspace, void* stream) {
   if (a.batch == 0 || a.nodes == 0) return Status::kOk;
+  if (a.pages * a.page_size > kMaxPoolSlots) return Status::kBadArgument;
   const AttentionLaunch p = plan(a, workspace);
   switch (a.dtype) {
     case DType::kF32:
