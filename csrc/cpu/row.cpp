@@ -125,7 +125,9 @@ int64_t stretch_of(const Row& row) {
 
 // The best token at temperature 0: the largest element, with nothing kept of the others.
 bool choose_largest(const Row& row, Top& top, Workspace& ws, bool threaded) {
-  const int64_t stretch = threaded ? stretch_of(row) : row.size;
+  const int64_t pieces = (row.size + kPiece - 1) / kPiece;
+  const int64_t share = threaded ? (pieces + num_threads() - 1) / num_threads() : pieces;
+  const int64_t stretch = std::max<int64_t>(1, share) * kPiece;
   const int64_t parts = (row.size + stretch - 1) / stretch;
   float* scores = grow(ws.top_scores, parts);
   int32_t* tokens = grow(ws.top_tokens, parts);
