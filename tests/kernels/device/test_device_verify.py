@@ -1,19 +1,17 @@
 """verify_tree_match on accelerators: the very tokens of the CPU and of the reference."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.sampling_cases import (
-    chain,
     likely_tokens,
     random_logits,
     random_parents,
     random_sampling,
 )
-from inferlab.kernels import SamplingTensors, build_tree, reference, verify_tree_match
+from inferlab.kernels import build_tree, reference, verify_tree_match
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "ties", "flat", "masked", "broken"]
