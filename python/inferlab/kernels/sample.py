@@ -14,6 +14,8 @@ from inferlab.kernels._registry import (
     is_numpy,
     ops_for,
     register,
+)
+from inferlab.kernels._registry import (
     workspace as new_workspace,
 )
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -118,9 +120,7 @@ def sample(
             as_tensor(logits), as_tensor(positions), sampling, purpose, num_samples, allowed_vocab
         )
         return out.numpy()  # type: ignore[return-value]
-    return _run(
-        logits, positions, sampling, purpose, num_samples, allowed_vocab, out, workspace
-    )
+    return _run(logits, positions, sampling, purpose, num_samples, allowed_vocab, out, workspace)
 
 
 def _impl(logits: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:

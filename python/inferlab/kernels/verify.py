@@ -14,6 +14,8 @@ from inferlab.kernels._registry import (
     is_numpy,
     ops_for,
     register,
+)
+from inferlab.kernels._registry import (
     workspace as new_workspace,
 )
 from inferlab.kernels.build_tree import TreeLinks
