@@ -8,7 +8,7 @@
 namespace inferlab::cuda {
 
 constexpr int kBlocksPerSm = 1;        // 512 threads with 128 registers each
-constexpr int64_t kLeastSlice = 2048;  // tokens that are worth a block
+constexpr int64_t kLeastSlice = 1024;  // tokens that are worth a block
 
 // Rows are given to `groups` groups of `size` blocks in turn. If size > 1, each group has one row.
 struct RowPlan {

@@ -14,7 +14,7 @@ namespace inferlab::cuda {
 
 // ---- kernel -------------------------------------------------------------------------------------
 
-constexpr uint32_t kItem = 2048;
+constexpr uint32_t kItem = 2048;  // tokens
 constexpr int64_t kAtOnceBytes = 32 << 20;  // of the batch; about 8 us, or three rows after another
 constexpr uint64_t kBadRow = ~uint64_t{0};
 
@@ -68,8 +68,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) match_kernel(MatchKern
       arg_max_all<T>(group, p.logits, b, p.nodes, best);
       group.meet();
       if (!group.leads()) continue;
+      const int32_t near = p.nodes < kListed ? static_cast<int32_t>(p.nodes) : kListed;
+      for (int32_t n = static_cast<int32_t>(threadIdx.x); n < near; n += kThreads) {
+        shared.row.list[n] = __ldcg(&best[n]);
+      }
+      __syncthreads();
       walk_tree(p, b, true, [&](int32_t node, uint32_t) {
-        const uint64_t key = __ldcg(&best[node]);
+        const uint64_t key = node < near ? shared.row.list[node] : __ldcg(&best[node]);
         return enter_if_chosen(tree, node, key == kBadRow ? -1 : token_of(key));
       });
       continue;

@@ -81,3 +81,146 @@ def test_large_vocabulary_on_every_path(backend, path, kind, rows):
     sampling = SamplingTensors.of(rows, seed=list(range(rows)), **PATHS[path])
     got = backend.call(sample, logits, at(rows), sampling)
     assert torch.equal(got, sample(logits, at(rows), sampling))
+
+
+@pytest.mark.parametrize("vocab", [19, 4097])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_top_k_1_is_argmax_on_ties(backend, vocab, rows):
+    logits = torch.zeros(rows, vocab)
+    logits[:, 7] = logits[:, 11] = 2.0
+    seeds = list(range(rows))
+    for options in ({"temperature": 1.0, "top_k": 1}, {"temperature": 0.0}):
+        got = backend.call(
+            sample, logits, at(rows), SamplingTensors.of(rows, seed=seeds, **options)
+        )
+        assert got.flatten().tolist() == [7] * rows
+
+
+def test_negative_zero_ties_with_zero(backend):
+    logits = torch.tensor([[-1.0, -0.0, 0.0]])
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 1}):
+        assert backend.call(sample, logits, at(1), SamplingTensors.of(1, **options)).item() == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 9e-6, 1.1e-5, 1e-3, 3e38])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}])
+def test_extreme_temperatures(backend, temperature, filters):
+    logits = torch.tensor([[1.0, 5.0, 4.9, -torch.inf, -3e38, 3e38, -1e-40]])
+    for row in (logits, logits[:, :5].contiguous(), logits[:, 3:].contiguous()):
+        sampling = SamplingTensors.of(1, temperature=temperature, seed=3, **filters)
+        expected = sample(row, at(1), sampling, num_samples=3)
+        assert torch.equal(backend.call(sample, row, at(1), sampling, num_samples=3), expected)
+        one = backend.call(sample, row, at(1), sampling)
+        assert torch.equal(one[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [5, 300, 5000])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_broken_rows_are_reported(backend, dtype, vocab, temperature, num_samples):
+    rows = torch.zeros(5, vocab, dtype=dtype)
+    rows[0, vocab - 1] = torch.nan
+    rows[1, 0] = -torch.nan
+    rows[2] = -torch.inf
+    rows[3, vocab // 2] = torch.inf
+    for some in (rows, rows[:1], rows[3:4]):
+        sampling = SamplingTensors.of(len(some), temperature=temperature, top_p=0.9)
+        tokens = backend.call(sample, some, at(len(some)), sampling, num_samples=num_samples)
+        assert (tokens[:4] == -1).all()
+        assert (tokens[4:] >= 0).all()
+
+
+@pytest.mark.parametrize("num_samples", [64, 257, 1500, 4500])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1000}]
+)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_many_samples(backend, num_samples, options, rows):
+    """More than a block lists, more than there are; several blocks per row and one."""
+    logits = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(rows)).half()
+    logits[0, 5:40] = 0.5
+    sampling = SamplingTensors.of(rows, seed=list(range(rows)), **options)
+    expected = sample(logits, at(rows), sampling, num_samples=num_samples)
+    got = backend.call(sample, logits, at(rows), sampling, num_samples=num_samples)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalties_and_biases(backend, rows, dtype):
+    """Long contexts, tokens many times in them and biased several times."""
+    rng = np.random.default_rng(rows)
+    logits = random_logits(rng, (rows, 3, 3001), "normal", dtype)
+    sampling = SamplingTensors.of(
+        rows,
+        temperature=rng.choice([0.0, 0.8], rows).tolist(),
+        repetition_penalty=1.2,
+        presence_penalty=-0.3,
+        frequency_penalty=0.01,
+        prompt_tokens=rng.integers(0, 300, (rows, 700)).tolist(),
+        output_tokens=rng.integers(0, 3001, (rows, 500)).tolist(),
+        logit_bias={3: 2.5, 2999: 1.5},
+        seed=list(range(rows)),
+    )
+    sampling.bias_tokens[:] = 3  # sums of floats depend on their order
+    sampling.bias_values[:, 0] = 1e-3
+    expected = sample(logits, at(rows, 3), sampling, num_samples=5)
+    assert torch.equal(backend.call(sample, logits, at(rows, 3), sampling, num_samples=5), expected)
+    assert torch.equal(expected[..., :1], backend.call(sample, logits, at(rows, 3), sampling))
+
+
+def test_values_out_of_range_are_skipped(backend):
+    """On a device nobody has looked at them: they must not lead out of bounds."""
+    logits = torch.zeros(4, 3000)
+    logits[:, 9] = 50.0
+    good = SamplingTensors.of(
+        4, temperature=1.0, top_k=50, top_p=0.9, presence_penalty=0.5, output_tokens=[[1]] * 4
+    )
+    wild = torch.tensor([-1, 2**31 - 1, -(2**31), 3000], dtype=torch.int32)
+    sampling = SamplingTensors(
+        good.temperature,
+        torch.tensor([-5, 2**31 - 1, 1, 2], dtype=torch.int32),
+        torch.tensor([-1.0, 7.0, torch.nan, 0.0]),
+        torch.tensor([-1.0, 7.0, torch.nan, 0.5]),
+        good.seed,
+        presence_penalty=good.presence_penalty,
+        context_tokens=wild.view(4, 1).expand(4, 2).contiguous(),
+        context_lens=torch.tensor([-4, 2**31 - 1, 2, 1], dtype=torch.int32),
+        prompt_lens=torch.tensor([7, -9, 2**31 - 1, 0], dtype=torch.int32),
+        bias_tokens=wild.view(4, 1),
+        bias_values=torch.ones(4, 1),
+    )
+    assert backend.call(sample, logits, at(4), sampling).flatten().tolist() == [9] * 4
+
+
+def test_strided_rows_that_begin_anywhere(backend):
+    logits = torch.randn(3, 8, 4101).bfloat16()[:, ::2, 1:]
+    sampling = SamplingTensors.of(3, temperature=[0.0, 1.0, 0.9], top_p=[1.0, 1.0, 0.9], seed=5)
+    expected = sample(logits.contiguous(), at(3, 4), sampling, num_samples=2)
+    with backend.active():
+        moved = backend.to(logits)
+        got = sample(moved, backend.to(at(3, 4)), backend.to(sampling), num_samples=2)
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_one_workspace_for_all_calls(backend, num_samples):
+    """It may hold anything, and `out` is written to the end."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        logits = random_logits(rng, (3, 5000), "normal", torch.bfloat16)
+        sampling = random_sampling(rng, 3, 5000)
+        expected = sample(logits, at(3), sampling, num_samples=num_samples)
+        moved = backend.to((logits, at(3), sampling))
+        with backend.active():
+            workspace = sample_workspace(moved[0], moved[2], num_samples)
+            assert workspace is not None
+            workspace.fill_(0xFF)
+            out = backend.to(torch.full_like(expected, 77))
+            for _ in range(3):
+                got = sample(*moved, num_samples=num_samples, out=out, workspace=workspace)
+                assert got is out
+                assert torch.equal(got.cpu(), expected)
+            with pytest.raises(ValueError, match="workspace has 0 bytes; it must have at least"):
+                sample(*moved, num_samples=num_samples, workspace=workspace[:0])
