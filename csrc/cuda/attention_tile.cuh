@@ -31,10 +31,11 @@ struct TileLayout {
   static constexpr int kChunks = D / kChunkElements;
   static constexpr int kKeys = keys_per_tile(D * sizeof(T));
   static constexpr int kBytes = kKeys * kChunks * 16;
-  static constexpr int kSpread = common_divisor(kChunks, 8);
+  static constexpr unsigned kSpread = common_divisor(kChunks, 8);  // chunks exchanged in groups
 
-  static __device__ __forceinline__ int offset(int key, int chunk) {
-    return 16 * (key * kChunks + (chunk ^ (key * kSpread / 8 % kSpread)));
+  static __device__ __forceinline__ unsigned offset(unsigned key, unsigned chunk) {
+    const unsigned exchange = key * kSpread / 8 % kSpread;
+    return 16 * (key * kChunks + chunk / kSpread * kSpread + (chunk % kSpread ^ exchange));
   }
 };
 
@@ -43,10 +44,10 @@ struct TileLayout {
 template <int D, int kColumnWarps>
 struct WarpColumns {
   static constexpr int kBlocks = (D / 16 + kColumnWarps - 1) / kColumnWarps;
-  static __device__ __forceinline__ int block(int warp_column, int i) {
+  static __device__ __forceinline__ unsigned block(unsigned warp_column, unsigned i) {
     return warp_column + kColumnWarps * i;
   }
-  static __device__ __forceinline__ bool exists(int block) {
+  static __device__ __forceinline__ bool exists(unsigned block) {
     return D / 16 % kColumnWarps == 0 || block < D / 16;
   }
 };
@@ -68,9 +69,9 @@ struct MmaTile {
   struct Shared {};
 
   uint32_t q[D / 16][4];
-  int lane, warp_column;
+  unsigned lane, warp_column;
 
-  __device__ __forceinline__ MmaTile(Shared&, int lane_, int warp_column_)
+  __device__ __forceinline__ MmaTile(Shared&, unsigned lane_, unsigned warp_column_)
       : lane(lane_), warp_column(warp_column_) {}
 
   __device__ __forceinline__ void load_queries(const QueryRows<T>& rows) {
@@ -87,7 +88,7 @@ struct MmaTile {
   // s[j]: keys 8j to 8j + 7
   __device__ __forceinline__ void scores(float (&s)[kScoreBlocks][4],
                                          const unsigned char* k) const {
-    const int key = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
+    const unsigned key = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
 #pragma unroll
     for (int j = 0; j < kScoreBlocks; j += 2) {
 #pragma unroll
@@ -107,19 +108,20 @@ struct MmaTile {
   __device__ __forceinline__ void accumulate(float (&out)[kOutBlocks][4],
                                              const float (&w)[kScoreBlocks][4],
                                              const unsigned char* v, uint64_t keep) const {
-    const int key = lane % 16, chunk = lane / 16;
+    const unsigned key = lane % 16, chunk = lane / 16 % 2;
+    keep >>= 2 * (lane % 4);  // keys 8j + 2t at bits 8j
 #pragma unroll
     for (int j = 0; j < kScoreBlocks; j += 2) {
       const uint32_t a[4] = {pack<T>(w[j][0], w[j][1]), pack<T>(w[j][2], w[j][3]),
                              pack<T>(w[j + 1][0], w[j + 1][1]), pack<T>(w[j + 1][2], w[j + 1][3])};
       uint32_t kept[2];
       if (kMasked) {
-        kept[0] = halves(keep >> (8 * j + 2 * (lane % 4)));
-        kept[1] = halves(keep >> (8 * j + 8 + 2 * (lane % 4)));
+        kept[0] = halves(keep >> 8 * j);
+        kept[1] = halves(keep >> (8 * j + 8));
       }
 #pragma unroll
       for (int i = 0; i < Columns::kBlocks; ++i) {
-        const int block = Columns::block(warp_column, i);
+        const unsigned block = Columns::block(warp_column, i);
         if (!Columns::exists(block)) continue;
         uint32_t b[4];
         load_matrices_transposed(b, v + Layout::offset(8 * j + key, 2 * block + chunk));
@@ -157,9 +159,9 @@ struct FmaTile {
   };
 
   Shared& shared;
-  int lane, warp_column;
+  unsigned lane, warp_column;
 
-  __device__ __forceinline__ FmaTile(Shared& shared_, int lane_, int warp_column_)
+  __device__ __forceinline__ FmaTile(Shared& shared_, unsigned lane_, unsigned warp_column_)
       : shared(shared_), lane(lane_), warp_column(warp_column_) {}
 
   // Every column warp brings its share; a barrier must follow.
@@ -214,7 +216,7 @@ struct FmaTile {
         if (kMasked && !(keep >> key & 1)) continue;
 #pragma unroll
         for (int o = 0; o < kOutBlocks; ++o) {
-          const int block = Columns::block(warp_column, o / 2);
+          const unsigned block = Columns::block(warp_column, o / 2);
           if (!Columns::exists(block)) continue;
           const int column = 16 * block + 8 * (o % 2) + 2 * t;
           const float2 x = *reinterpret_cast<const float2*>(v + Layout::offset(key, column / 4) +

@@ -36,6 +36,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStages = 4;
 constexpr int kPageStages = 2 * kStages;  // page ids come kStages - 1 tiles before their tile
+constexpr size_t kMaxShared = 99 * 1024;  // of a block on sm_86, 89 and 120
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f;
 
@@ -49,6 +50,7 @@ struct alignas(128) BlockShared {
   unsigned char v[kStages][Layout::kBytes];
   float span_out[4 * WarpTile::kOutBlocks][kThreads];  // outputs of the splits before; per thread
   int pages[kPageStages][Layout::kKeys];
+  Row rows[16 * kRowTiles];  // looked up for masks only: registers are dearer
   typename WarpTile::Shared tile;
 };
 
@@ -111,10 +113,10 @@ struct TileLoader {
       const int key = first + first_key;
       if (Layout::kKeys % kKeysAtOnce != 0 && key >= Layout::kKeys) break;
       const int slot = tile * Layout::kKeys + key;
-      const int page = pages[key];
-      const bool exists = slot < end && static_cast<unsigned>(page) < p.pages;
-      const int row = (page << p.page_shift) + (slot & p.page_mask);
-      const int64_t from = exists ? int64_t{row} * p.row_bytes : 0;
+      const int page = slot < end ? pages[key] : -1;
+      const bool exists = static_cast<unsigned>(page) < p.pages;
+      const int row = exists ? (page << p.page_shift) + (slot & p.page_mask) : 0;
+      const int64_t from = int64_t{row} * p.row_bytes;
       const int to = Layout::offset(key, chunk);
       copies.copy16(to_k + to, k + from, exists && column_exists);
       copies.copy16(to_v + to, v + from, exists && column_exists);
@@ -147,20 +149,19 @@ struct TileLoader {
   }
 };
 
-// A warp's 16 rows; the lane's are rows g and g + 8 of them.
+// What a warp's 16 rows see; the lane's are rows g and g + 8 of them.
 struct WarpRows {
-  Row row[2];
   int full_begin, full_end;  // slots that all rows see
   int seen_begin, seen_end;  // slots that some row sees
 
-  __device__ __forceinline__ WarpRows(const Row& low, const Row& high) : row{low, high} {
+  __device__ __forceinline__ WarpRows(const Row& low, const Row& high) {
     unsigned begin = ~0u, last_begin = 0, dense_end = ~0u, end = 0;
-    for (const Row& r : row) {
-      if (r.sees_nothing()) continue;
-      begin = min(begin, static_cast<unsigned>(r.begin));
-      last_begin = max(last_begin, static_cast<unsigned>(r.begin));
-      dense_end = min(dense_end, static_cast<unsigned>(r.dense_end));
-      end = max(end, static_cast<unsigned>(r.end));
+    for (const Row* r : {&low, &high}) {
+      if (r->sees_nothing()) continue;
+      begin = min(begin, static_cast<unsigned>(r->begin));
+      last_begin = max(last_begin, static_cast<unsigned>(r->begin));
+      dense_end = min(dense_end, static_cast<unsigned>(r->dense_end));
+      end = max(end, static_cast<unsigned>(r->end));
     }
     seen_begin = static_cast<int>(min(__reduce_min_sync(kAllLanes, begin), 0x7fffffffu));
     seen_end = static_cast<int>(__reduce_max_sync(kAllLanes, end));
@@ -227,19 +228,17 @@ struct WarpSoftmax {
   __device__ __forceinline__ void add_tile(const AttentionLaunch& p, const WarpTile& tile,
                                            const unsigned char* k, const unsigned char* v,
                                            const uint64_t (&seen)[2]) {
-    const int t = threadIdx.x % 4;
     float s[kScoreBlocks][4];
     tile.scores(s, k);
     scale_scores(p, s);
+    const int t = threadIdx.x % 4;
+    const uint64_t own[2] = {seen[0] >> 2 * t, seen[1] >> 2 * t};  // keys 8j + 2t at bits 8j
     float top[2] = {split[0].maximum, split[1].maximum};
 #pragma unroll
     for (int j = 0; j < kScoreBlocks; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (kMasked) {
-          const int key = 8 * j + 2 * t + e % 2;
-          if (!(seen[e / 2] >> key & 1)) s[j][e] = -INFINITY;
-        }
+        if (kMasked && !(own[e / 2] >> (8 * j + e % 2) & 1)) s[j][e] = -INFINITY;
         top[e / 2] = fmaxf(top[e / 2], s[j][e]);
       }
     }
@@ -326,6 +325,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
   constexpr int kKeys = Layout::kKeys, kRows = 16 * kRowTiles;
   constexpr int kColumnWarps = kWarps / kRowTiles;
   static_assert(kSplit % kKeys == 0 && kSpan % kSplit == 0);
+  static_assert(sizeof(Shared) <= kMaxShared);
 
   auto& shared = shared_memory<Shared>();
   const BlockPlace place(p, kRows);
@@ -363,8 +363,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
   const int warp_column = warp % kColumnWarps;
   const int warp_row = place.first_row + 16 * (warp / kColumnWarps);
   const int row[2] = {warp_row + lane / 4, warp_row + lane / 4 + 8};
-  const WarpRows rows(Row(p, sequence, place.b, row[0] / p.group),
-                      Row(p, sequence, place.b, row[1] / p.group));
+  const Row low(p, sequence, place.b, row[0] / p.group);
+  const Row high(p, sequence, place.b, row[1] / p.group);
+  const WarpRows rows(low, high);
+  Row* const own_rows = &shared.rows[warp_row - place.first_row + lane / 4];
+  if (lane % 4 == 0 && warp_column == 0) {
+    own_rows[0] = low;
+    own_rows[8] = high;
+  }
   typename Shared::WarpTile tile(shared.tile, lane, warp_column);
   QueryRows<T> queries{{nullptr, nullptr}, static_cast<int>(p.a.head_dim), p.q_pairs};
 #pragma unroll
@@ -389,9 +395,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
       if (rows.see_all(slot, kKeys)) {
         softmax.template add_tile<false>(p, tile, shared.k[stage], shared.v[stage], seen);
       } else {
-        for (int r = 0; r < 2; ++r) {
-          seen[r] = visible_slots(rows.row[r], p.a.words, sequence.length, slot);
-        }
+        seen[0] = visible_slots(own_rows[0], p.a.words, sequence.length, slot);
+        seen[1] = visible_slots(own_rows[8], p.a.words, sequence.length, slot);
         softmax.template add_tile<true>(p, tile, shared.k[stage], shared.v[stage], seen);
       }
     }
@@ -413,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
     const int first_part = slots.begin / p.part, last_part = (slots.end - 1) / p.part;
     if (place.part < first_part || place.part > last_part) continue;
     const bool whole = first_part == last_part;
-    const bool padding = rows.row[r].sees_nothing();
+    const bool padding = own_rows[8 * r].sees_nothing();
     const SoftmaxState state = padding ? SoftmaxState{-INFINITY, 0.0f} : softmax.split[r];
     const float scale = whole ? reciprocal_sum(state) : 1.0f;
     const int64_t index = out_row(row[r]);

@@ -185,10 +185,16 @@ def test_a_nan_in_a_seen_key_is_not_lost(backend, dtype):
     assert out[0, 0, 2:].isfinite().all()
 
 
-def test_pages_behind_the_window_may_be_gone(backend):
-    case = attention_case(12, [700], 2, window=20)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_pages_behind_the_window_may_be_gone_or_others(backend, dtype):
+    case = attention_case(12, [700], 2, window=20, dtype=dtype)
     expected = run(backend, case)
     case.block_table[0, :42] = -1  # slots 0 to 671; the root sees 681 to 700
+    assert torch.equal(run(backend, case), expected)
+    case.block_table[0, :42] = int((case.block_table < 0).nonzero()[0, 0])
+    for pages in (case.k_pages, case.v_pages):
+        pages[case.block_table[0, 42], :9] = float("nan")  # slots 672 to 680, beside seen ones
+        pages[case.block_table[0, 0]] = float("nan")
     assert torch.equal(run(backend, case), expected)
 
 
