@@ -193,7 +193,85 @@ LAYER = [
     ),
 ]
 
-MUTANTS = [*KV, *TREE, *LAYER]
+ATTENTION = [
+    Mutant(
+        op="attention",
+        flaw="split merged without rescaling",
+        file="attention_rows.cuh",
+        old="const MergeScales scales{exp2f(state.maximum - base), exp2f(more.maximum - base)};",
+        new="const MergeScales scales{1.0f, exp2f(more.maximum - base)};",
+        why="what was gathered under a smaller maximum must shrink when the maximum grows",
+        test="test_device_attention.py::test_lengths_about_the_edges_of_splits",
+    ),
+    Mutant(
+        op="attention",
+        flaw="spans cut by the launch",
+        file="paged_tree_attention.cu",
+        old="const int parts_per_span = kSpan / p.part;",
+        new="const int parts_per_span = 1;",
+        why="a row's sums must be grouped alike however many blocks its batch fills",
+        test="test_device_attention.py::test_splits_merge_alike_in_blocks_and_in_workspace",
+    ),
+    Mutant(
+        op="attention",
+        flaw="window off by one",
+        file="attention_rows.cuh",
+        old="clamp_int(position + 1 - p.a.window, 0, p.slots)",
+        new="clamp_int(position - p.a.window, 0, p.slots)",
+        why="a window of w slots counts the query's own",
+        test="test_device_attention.py::test_matches_the_reference",
+    ),
+    Mutant(
+        op="attention",
+        flaw="soft-cap ignored",
+        file="paged_tree_attention.cu",
+        old="if (p.a.softcap == 0.0f) return score * kLog2E;",
+        new="if (p.a.softcap >= 0.0f) return score * kLog2E;",
+        why="scores are capped before the softmax",
+        test="test_device_attention.py::test_matches_the_reference",
+    ),
+    Mutant(
+        op="attention",
+        flaw="ancestor bits dropped",
+        file="attention_rows.cuh",
+        old="if (shift != 0) path |= word_or_zero(row.ancestors, words, word + 1) << (64 - shift);",
+        new="",
+        why="64 slots of a tail straddle two words of ancestors",
+        test="test_device_attention.py::test_long_and_large",
+    ),
+    Mutant(
+        op="attention",
+        flaw="padding node sees the prefix",
+        file="attention_rows.cuh",
+        old="if (path == 0) return;  // a padding node",
+        new="",
+        why="a node without bits is padding and gives zeros",
+        test="test_device_attention.py::"
+        "test_sequences_without_nodes_and_nodes_without_bits_give_zeros",
+    ),
+    Mutant(
+        op="attention",
+        flaw="barrier removed",
+        file="paged_tree_attention.cu",
+        old="    copies.template wait<kStages - 2>();\n    __syncthreads();\n",
+        new="    copies.template wait<kStages - 2>();\n",
+        why="a thread's wait says nothing of the tile that other threads copy",
+        test="test_device_attention.py::test_page_sizes",
+        variant="tsan",
+        shows=RACE,
+    ),
+    Mutant(
+        op="attention",
+        flaw="32-bit offsets",
+        file="paged_tree_attention.cu",
+        old="(row * p.a.kv_heads + head) * p.a.head_dim + column : 0;",
+        new="static_cast<uint32_t>((row * p.a.kv_heads + head) * p.a.head_dim + column) : 0;",
+        why="a cache may have more than 2^32 elements",
+        test="test_device_offsets.py::test_attention",
+    ),
+]
+
+MUTANTS = [*KV, *TREE, *LAYER, *ATTENTION]
 
 
 if __name__ == "__main__":

@@ -104,8 +104,10 @@ def test_long_and_large(backend, lens, nodes, options):
 
 def test_sequences_without_nodes_and_nodes_without_bits_give_zeros(backend):
     case = attention_case(6, [300, 20, 0], 9, num_nodes=torch.tensor([4, 0, 9], dtype=torch.int32))
+    case.ancestors[0, 2] = 0
     case.ancestors[2, 5:] = 0
     out = run(backend, case)
+    assert (out[0, 2] == 0).all()
     assert (out[0, 4:] == 0).all()
     assert (out[1] == 0).all()
     assert (out[2, 5:] == 0).all()

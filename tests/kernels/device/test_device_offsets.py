@@ -12,6 +12,7 @@ from inferlab.kernels import (
     kv_compact,
     kv_copy_pages,
     kv_gather,
+    paged_tree_attention,
     reference,
 )
 
@@ -78,3 +79,18 @@ def test_copy_pages(backend, pages):
     for cache, page in zip(caches, rows, strict=True):
         assert torch.equal(cache[1, last - 1].cpu(), page[0])
         assert torch.equal(cache[1, 2].cpu(), page[1])
+
+
+def test_attention(backend, pages):
+    k_pages, v_pages = pool(backend, pages), pool(backend, pages)
+    small = [random(3, PAGE_SIZE, HEADS, DIM, seed=s) for s in range(2)]
+    for cache, rows in zip((k_pages, v_pages), small, strict=True):
+        cache[pages - 3 :] = rows.to(cache.device)
+    q, lens = random(1, 4, 2 * HEADS, DIM, seed=2), i32(41)
+    with backend.active():
+        arguments = map(backend.to, (i32(pages - 2, pages - 1, pages - 3)[None], lens))
+        moved = (backend.to(q), k_pages, v_pages, *arguments)
+        got = paged_tree_attention(*moved, None, scale=DIM**-0.5).cpu()
+    moved = (q, *small, i32(1, 2, 0)[None], lens)
+    expected = reference.paged_tree_attention(*moved, None, scale=DIM**-0.5)
+    torch.testing.assert_close(got, expected, rtol=1.6e-2, atol=1.6e-2)
