@@ -18,6 +18,7 @@ def pytest_addoption(parser):
         metavar="PATH",
         help="a module built by tests/helpers/shim_build.py, e.g. one with a sanitizer",
     )
+<<<<<<< HEAD
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,12 @@ def cuda_shim(request):
             pytest.skip(f"{shim_build.COMPILER} is not installed")
         path = shim_build.build()
     return shim_build.load(Path(path))
+=======
+    parser.addoption(
+        "--metal-shim",
+        metavar="VARIANT",
+        default="plain",
+        choices=("plain", "asan", "tsan"),
+        help="the sanitizer that Metal kernels are compiled with for the CPU",
+    )
+>>>>>>> a16ab38 (Metal: the KV ops, the tree and the layer's small ops; run .metal files on the CPU as fibres)

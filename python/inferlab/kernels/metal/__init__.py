@@ -1,0 +1,33 @@
+"""The ops on Apple GPUs: `_C`'s functions, run by Metal kernels on torch's MPS stream."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from inferlab.kernels.metal import kv, layer, tree
+from inferlab.kernels.metal.shaders import Shaders
+
+_OPS: tuple[Any, ...] = (
+    tree.build_tree,
+    kv.kv_append,
+    kv.kv_compact,
+    kv.kv_gather,
+    kv.kv_copy_pages,
+    layer.rms_norm,
+    layer.silu_mul,
+    layer.linear,
+    layer.rope_append,
+)
+
+
+class MetalOps:
+    """`_C`'s op functions as attributes. Shaders are compiled when they are first used."""
+
+    def __init__(self, shaders: Shaders | None = None) -> None:
+        self.shaders = shaders or Shaders()
+        for op in _OPS:
+            setattr(self, op.__name__, partial(op, self.shaders))
+
+    def __getattr__(self, name: str) -> Any:  # for the type checker: attributes are set above
+        raise AttributeError(f"inferlab has no Metal kernel {name!r}")
