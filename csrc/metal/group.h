@@ -26,6 +26,10 @@ inline ulong shuffle_xor(ulong x, ushort mask) {
 inline uint shuffle_xor(uint x, ushort mask) { return simd_shuffle_xor(x, mask); }
 inline float shuffle_xor(float x, ushort mask) { return simd_shuffle_xor(x, mask); }
 
+inline ulong shuffle(ulong x, ushort lane) {
+  return as_type<ulong>(simd_shuffle(as_type<uint2>(x), lane));
+}
+
 struct Add {
   template <typename T>
   static T of(T a, T b) {

@@ -181,10 +181,8 @@ class Function:
         kind: Any = ctypes.c_float if isinstance(value[0], float) else ctypes.c_int64
         assert all(isinstance(x, type(value[0])) for x in value), "a list is of one type"
         packed = (kind * len(value))(*value)
-        assert ctypes.sizeof(packed) == self._sizes.get(index), (
-            f"{self._name}: argument {index} has {ctypes.sizeof(packed)} bytes, the kernel's struct "
-            f"{self._sizes.get(index)}"
-        )
+        have, want = ctypes.sizeof(packed), self._sizes.get(index)
+        assert have == want, f"{self._name}: argument {index} has {have} bytes, its struct {want}"
         return packed
 
 

@@ -1,4 +1,4 @@
-"""The Metal sources as far as a machine without Metal can tell: language, address spaces, memory."""
+"""Metal sources as far as a machine without Metal can tell: language, address spaces, memory."""
 
 import itertools
 import re

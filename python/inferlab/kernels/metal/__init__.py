@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from inferlab.kernels.metal import kv, layer, tree
+from inferlab.kernels.metal import attention, kv, layer, noise, tree
 from inferlab.kernels.metal.shaders import Shaders
 
 _OPS: tuple[Any, ...] = (
@@ -14,6 +14,8 @@ _OPS: tuple[Any, ...] = (
     kv.kv_compact,
     kv.kv_gather,
     kv.kv_copy_pages,
+    attention.paged_tree_attention,
+    noise.gumbel_row,
     layer.rms_norm,
     layer.silu_mul,
     layer.linear,

@@ -88,6 +88,16 @@ def check_offset(node_offset: int) -> None:
         raise ValueError(f"node_offset is {node_offset}; it must be >= 0")
 
 
+def check_aligned(tensors: dict[str, torch.Tensor]) -> None:
+    """They begin at a multiple of 16 bytes, as whole tensors do."""
+    for name, t in tensors.items():
+        if t.storage_offset() * t.element_size() % 16:
+            raise ValueError(
+                f"{name} begins at element {t.storage_offset()} of its storage; "
+                "it must begin at a multiple of 16 bytes"
+            )
+
+
 def page_table(pages: torch.Tensor, block_table: torch.Tensor) -> list[int]:
     """The fields of PageTable (csrc/metal/pages.h)."""
     count, page_size = pages.shape[-4], pages.shape[-3]
