@@ -14,12 +14,15 @@ kernel void gumbel_row(device float* out [[buffer(0)]], constant GumbelRowParams
   out[token] = inferlab::gumbel(ulong(p.seed), uint(p.position), uint(token), uint(p.purpose));
 }
 
-// Per block: four words of counter and two of key in, four words out.
-kernel void philox(device const uint* in [[buffer(0)]], device uint* out [[buffer(1)]],
-                   uint3 group [[threadgroup_position_in_grid]],
+struct PhiloxParams {
+  long counter[4], key[2];
+};
+
+kernel void philox(device uint* out [[buffer(0)]], constant PhiloxParams& p [[buffer(1)]],
                    uint tid [[thread_index_in_threadgroup]]) {
   if (tid != 0) return;
-  device const uint* c = in + group.x * 6;
-  const inferlab::PhiloxBlock b = inferlab::philox4x32_10(c[0], c[1], c[2], c[3], c[4], c[5]);
-  for (uint i = 0; i < 4; ++i) out[group.x * 4 + i] = b.w[i];
+  const inferlab::PhiloxBlock b =
+      inferlab::philox4x32_10(uint(p.counter[0]), uint(p.counter[1]), uint(p.counter[2]),
+                              uint(p.counter[3]), uint(p.key[0]), uint(p.key[1]));
+  for (uint i = 0; i < 4; ++i) out[i] = b.w[i];
 }

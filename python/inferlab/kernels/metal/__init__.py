@@ -1,4 +1,6 @@
-"""The ops on Apple GPUs: `_C`'s functions, run by Metal kernels on torch's MPS stream."""
+"""The ops on Apple GPUs: `_C`'s functions, run by Metal kernels on torch's MPS stream. Matrix
+products (`linear`) are torch's.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ _OPS: tuple[Any, ...] = (
     kv.kv_copy_pages,
     attention.paged_tree_attention,
     noise.gumbel_row,
+    noise.philox4x32_10,
     layer.rms_norm,
     layer.silu_mul,
-    layer.linear,
     layer.rope_append,
 )
 

@@ -14,7 +14,6 @@ from inferlab.kernels.metal.checks import (
     shape_of,
 )
 from inferlab.kernels.metal.shaders import THREADS, Shaders
-from inferlab.kernels.reference import layer as reference
 
 
 def _row_stride(name: str, t: torch.Tensor) -> int:
@@ -69,18 +68,6 @@ def silu_mul(shaders: Shaders, x: torch.Tensor, out: torch.Tensor) -> None:
         return
     grid = (-(-dim // THREADS), out.numel() // dim)
     shaders.run("silu_mul", [x, out, [dim]], grid, ELEMENT=element)
-
-
-def linear(
-    shaders: Shaders,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """The matrix product is torch's."""
-    out.copy_(reference.linear(x, weight, bias, residual))
 
 
 def rope_append(
