@@ -12,6 +12,13 @@
 #include <cstring>
 #endif
 
+// A constant at namespace scope; Metal keeps them in an address space of their own.
+#if defined(__METAL_VERSION__)
+#define INFERLAB_CONSTANT constant constexpr
+#else
+#define INFERLAB_CONSTANT constexpr
+#endif
+
 #if defined(__CUDACC__)
 #define INFERLAB_HD __host__ __device__
 #else

@@ -7,7 +7,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from inferlab.kernels.metal import attention, kv, layer, noise, tree
+from inferlab.kernels.metal import attention, kv, layer, noise, sampling, tree
 from inferlab.kernels.metal.shaders import Shaders
 
 _OPS: tuple[Any, ...] = (
@@ -17,6 +17,10 @@ _OPS: tuple[Any, ...] = (
     kv.kv_gather,
     kv.kv_copy_pages,
     attention.paged_tree_attention,
+    sampling.sample,
+    sampling.verify_tree_match,
+    sampling.verify_tree_rejection,
+    sampling.verify_tree_lossy,
     noise.gumbel_row,
     noise.philox4x32_10,
     layer.rms_norm,
