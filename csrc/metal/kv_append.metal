@@ -4,6 +4,7 @@
 // [nodes, batch, 2]. Bytes: 2 * B * N * Hkv * D * s read and as many written. Rows whose slot does
 // not exist are skipped.
 #include "pages.h"
+#include "word.h"
 
 struct KvAppendParams {
   PageTable table;

@@ -5,6 +5,7 @@
 // [words of a row, batch, 2 * layers]. Bytes: 2 * L * moved rows * Hkv * D * s read and written.
 // Steps whose slots do not exist, or that would move a row up, are skipped.
 #include "pages.h"
+#include "word.h"
 
 struct KvCompactParams {
   PageTable table;

@@ -2,7 +2,7 @@
 //
 // Threads stride over the words of one page of one layer of K or V; grid [pieces of a page, pairs,
 // 2 * layers]. Bytes: 2 * L * M * page bytes read and written. Pairs out of [0, pages) are skipped.
-#include "pages.h"
+#include "word.h"
 
 struct KvCopyPagesParams {
   long pages, page_words, pieces;

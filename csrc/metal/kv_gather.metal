@@ -3,6 +3,7 @@
 // One threadgroup per row of the result; grid [max_len, batch]. Bytes: B * seq_len rows read, B *
 // max_len rows written. Slots that do not exist give zeros.
 #include "pages.h"
+#include "word.h"
 
 struct KvGatherParams {
   PageTable table;

@@ -1,18 +1,9 @@
-// Paged rows: where a slot of a sequence lies, and the words that are moved at a time.
+// Where a slot of a sequence lies in the pages.
 #pragma once
 
 #include "inferlab/portable.h"
 
 using namespace metal;
-
-// INFERLAB_WORD: bytes moved at a time. 16 where everything is aligned to it, else 2.
-#if defined(INFERLAB_WORD)
-#if INFERLAB_WORD == 16
-typedef uint4 Word;
-#else
-typedef ushort Word;
-#endif
-#endif
 
 struct PageTable {
   long pages, page_shift;        // page size 1 << page_shift

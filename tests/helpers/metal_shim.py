@@ -19,13 +19,10 @@ from inferlab.kernels.metal.shaders import Shaders
 
 FOLDERS = (shim_build.CSRC / "metal", shim_build.CSRC / "include")
 METAL_VERSION = 310  # the oldest that torch compiles for
-COMMON = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden"]
 FLAGS = [
-    *COMMON,
-    *("-O1", "-ffp-contract=off", f"-D__METAL_VERSION__={METAL_VERSION}"),
+    f"-D__METAL_VERSION__={METAL_VERSION}",
     # GPU compilers have no strict aliasing either; attributes are Metal's.
     *("-fno-strict-aliasing", "-Wno-attributes"),
-    *shim_build.WARNINGS,
 ]
 # The macros that sources are compiled with (INFERLAB_<name>) and their values.
 MACROS = {"WORD": (2, 16), "ELEMENT": (0, 1, 2), "HEAD_CHUNKS": (2, 4, 8)}
@@ -91,13 +88,9 @@ def entry_points(source: str) -> str:
         '#define ENTRY extern "C" __attribute__((visibility("default")))',
         "ENTRY const char* simt_launch(void (*body)(void*), void* arg, const unsigned* grid,",
         "                              unsigned threads, unsigned long shared) {",
-        "  try {",
-        "    simt::launch(simt::Dim{grid[0], grid[1], grid[2]}, simt::Dim{threads, 1, 1}, shared,",
-        "                 false, body, arg);",
-        "  } catch (const simt::LaunchError& e) {",
-        "    return e.what;",
-        "  }",
-        "  return nullptr;",
+        "  const simt::Dim blocks{grid[0], grid[1], grid[2]}, block{threads, 1, 1};",
+        "  const bool done = simt::launch(blocks, block, shared, false, body, arg);",
+        "  return done ? nullptr : simt::last_error();",
         "}",
     ]
     for k in kernels_of(source):
@@ -187,25 +180,17 @@ class Function:
 
 
 def compile_shader(source: str, variant: str = "plain") -> Library:
-    """Compiles and loads a source; variant: a key of shim_build.SANITIZERS.
+    """Compiles and loads a source; variant: a key of shim_build.VARIANTS.
 
     Raises:
         RuntimeError: it does not compile; holds the compiler's words.
     """
-    kernel_flags, runtime_flags = shim_build.SANITIZERS[variant]
     kernels = kernels_of(source)
     text = source + entry_points(source)
-    include = [f"-I{shim_build.SHIM}", f"-I{shim_build.CSRC / 'include'}"]
-    headers = shim_build.digest(shim_build.CSRC / "include", shim_build.SHIM)
-    runtime_source, runtime = shim_build.SHIM / "simt.cpp", [*COMMON, "-O2", *runtime_flags]
-    path = SOURCES / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    path = SOURCES / f"{kernels[0].name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    objects = [
-        shim_build.compile_object(runtime_source, [*runtime, *include], headers),
-        shim_build.compile_object(path, [*FLAGS, *kernel_flags, *include], headers),
-    ]
-    return Library(shim_build.link(objects, kernel_flags, f"{kernels[0].name}.so"), kernels)
+    return Library(shim_build.build_library(path, FLAGS, variant), kernels)
 
 
 def metal_ops(variant: str = "plain", folders: tuple[Path, ...] = FOLDERS) -> MetalOps:

@@ -99,9 +99,7 @@ def build_library(source: Path, flags: list[str], variant: str) -> Path:
     """A shared object of one C++ source over the fibres."""
     kernels = Job(source, [*BASE, *WARNINGS, *flags, *VARIANTS[variant][0]], [SHIM])
     objects = _compile_all([kernels, _runtime(variant)])
-    return _link(
-        objects, ["-shared", *VARIANTS[variant][0]], f"{variant}-", f"{source.stem}.so"
-    )
+    return _link(objects, ["-shared", *VARIANTS[variant][0]], f"{variant}-", f"{source.stem}.so")
 
 
 def load(path: Path) -> ModuleType:

@@ -17,6 +17,7 @@ _OPS: tuple[Any, ...] = (
     kv.kv_gather,
     kv.kv_copy_pages,
     attention.paged_tree_attention,
+    attention.attention_workspace_bytes,
     sampling.sample,
     sampling.verify_tree_match,
     sampling.verify_tree_rejection,

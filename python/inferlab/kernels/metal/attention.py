@@ -32,6 +32,7 @@ def paged_tree_attention(
     softcap: float,
     node_offset: int,
     num_nodes: torch.Tensor | None,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     check_pages("k_pages", k_pages)
     element = check_element("k_pages", k_pages)
@@ -86,3 +87,10 @@ def paged_tree_attention(
     chunks = next(c for c in HEAD_CHUNKS if dim <= SIMD_WIDTH * c)
     grid = (-(-nodes * (q_heads // kv_heads) // ROWS), kv_heads, batch)
     shaders.run("paged_tree_attention", args, grid, ELEMENT=element, HEAD_CHUNKS=chunks)
+
+
+def attention_workspace_bytes(
+    shaders: Shaders, q: torch.Tensor, k_pages: torch.Tensor, block_table: torch.Tensor
+) -> int:
+    """None: a threadgroup goes over all keys of its rows."""
+    return 0
