@@ -18,6 +18,13 @@ def pytest_addoption(parser):
         metavar="PATH",
         help="a module built by tests/helpers/shim_build.py, e.g. one with a sanitizer",
     )
+    parser.addoption(
+        "--metal-shim",
+        metavar="VARIANT",
+        default="plain",
+        choices=("plain", "asan", "tsan"),
+        help="the sanitizer that Metal kernels are compiled with for the CPU",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +38,13 @@ def cuda_shim(request):
             pytest.skip(f"{shim_build.COMPILER} is not installed")
         path = shim_build.build()
     return shim_build.load(Path(path))
+
+
+@pytest.fixture(scope="session")
+def metal_ops(request):
+    """Metal's ops, whose kernels run on the CPU."""
+    from helpers import metal_shim, shim_build
+
+    if shutil.which(shim_build.COMPILER) is None:
+        pytest.skip(f"{shim_build.COMPILER} is not installed")
+    return metal_shim.metal_ops(request.config.getoption("--metal-shim"))

@@ -95,6 +95,13 @@ def build_program(source: Path, variant: str) -> Path:
     return _link(objects, VARIANTS[variant][0], f"{variant}-", source.stem)
 
 
+def build_library(source: Path, flags: list[str], variant: str) -> Path:
+    """A shared object of one C++ source over the fibres."""
+    kernels = Job(source, [*BASE, *WARNINGS, *flags, *VARIANTS[variant][0]], [SHIM])
+    objects = _compile_all([kernels, _runtime(variant)])
+    return _link(objects, ["-shared", *VARIANTS[variant][0]], f"{variant}-", f"{source.stem}.so")
+
+
 def load(path: Path) -> ModuleType:
     """The module at `path`, beside the installed `inferlab._C`."""
     loader = importlib.machinery.ExtensionFileLoader("inferlab_shim._C", str(path))
@@ -178,7 +185,9 @@ def _make(target: Path, command: list) -> None:
 
 
 def _run(command: list) -> str:
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    # A sanitizer that is loaded into Python is not meant for the compiler.
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
     return result.stdout

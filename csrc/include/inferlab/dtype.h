@@ -1,16 +1,7 @@
 // Element types of logits, K/V pages and activations, and their conversions to and from fp32.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-// Inline functions of headers that both baseline and per-instruction-set files include live in a
-// namespace of the file's instruction set: otherwise the linker might keep an AVX-512 copy for all.
-#if defined(INFERLAB_ISA)
-#define INFERLAB_INLINE_NAMESPACE INFERLAB_ISA
-#else
-#define INFERLAB_INLINE_NAMESPACE baseline
-#endif
+#include "inferlab/portable.h"
 
 namespace inferlab {
 

@@ -7,18 +7,8 @@
 //   counter = (position, token / 4, purpose, 0); word token % 4 of the block belongs to the token
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "inferlab/dtype.h"  // INFERLAB_INLINE_NAMESPACE
+#include "inferlab/portable.h"
 #include "inferlab/status.h"
-
-#if defined(__CUDACC__)
-#define INFERLAB_HD __host__ __device__
-#else
-#define INFERLAB_HD
-#endif
 
 namespace inferlab {
 
@@ -66,6 +56,8 @@ INFERLAB_HD inline uint32_t noise_word(uint64_t seed, uint32_t position, uint32_
 INFERLAB_HD inline float noise_fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
+#elif defined(__METAL_VERSION__)
+  return metal::fma(a, b, c);
 #else
   return std::fma(a, b, c);
 #endif
@@ -74,6 +66,8 @@ INFERLAB_HD inline float noise_fma(float a, float b, float c) {
 INFERLAB_HD inline float noise_from_bits(uint32_t u) {
 #if defined(__CUDA_ARCH__)
   return __uint_as_float(u);
+#elif defined(__METAL_VERSION__)
+  return as_type<float>(u);
 #else
   float f;
   std::memcpy(&f, &u, 4);
@@ -84,6 +78,8 @@ INFERLAB_HD inline float noise_from_bits(uint32_t u) {
 INFERLAB_HD inline uint32_t noise_to_bits(float f) {
 #if defined(__CUDA_ARCH__)
   return __float_as_uint(f);
+#elif defined(__METAL_VERSION__)
+  return as_type<uint32_t>(f);
 #else
   uint32_t u;
   std::memcpy(&u, &f, 4);
@@ -142,6 +138,7 @@ INFERLAB_HD inline float gumbel(uint64_t seed, uint32_t position, uint32_t token
 
 }  // namespace INFERLAB_INLINE_NAMESPACE
 
+#if !defined(__METAL_VERSION__)
 namespace cuda {
 // The noise of noise_word and gumbel as the device computes it, for tests. Pointers on the device.
 struct PhiloxParams {
@@ -157,5 +154,6 @@ struct GumbelRowParams {
 Status philox_block(const PhiloxParams& params, void* stream);
 Status gumbel_row(const GumbelRowParams& params, void* stream);
 }  // namespace cuda
+#endif
 
 }  // namespace inferlab

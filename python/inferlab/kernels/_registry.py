@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from inferlab import _C
+from inferlab.kernels.metal import MetalOps
 
 LIBRARY = torch.library.Library("inferlab", "FRAGMENT")
 
@@ -17,7 +18,7 @@ is_compiling = torch.compiler.is_compiling
 
 # Device type -> who has the ops there, under the names and with the arguments of `_C`. A device
 # that is not listed gets the torch reference.
-BACKENDS: dict[str, Any] = {"cpu": _C}
+BACKENDS: dict[str, Any] = {"cpu": _C, "mps": MetalOps()}
 if _C.build_info()["cuda"] is not None:
     BACKENDS["cuda"] = _C
 

@@ -1,0 +1,26 @@
+// kv_gather: the first seq_lens[b] slots of each sequence as dense rows, zeros behind them.
+//
+// One threadgroup per row of the result; grid [max_len, batch]. Bytes: B * seq_len rows read, B *
+// max_len rows written. Slots that do not exist give zeros.
+#include "pages.h"
+#include "word.h"
+
+struct KvGatherParams {
+  PageTable table;
+  long max_len, row_words;
+};
+
+kernel void kv_gather(device const Word* pages [[buffer(0)]],
+                      device const int* block_table [[buffer(1)]],
+                      device const int* seq_lens [[buffer(2)]], device Word* out [[buffer(3)]],
+                      constant KvGatherParams& p [[buffer(4)]],
+                      uint3 group [[threadgroup_position_in_grid]],
+                      uint3 threads [[threads_per_threadgroup]],
+                      uint tid [[thread_index_in_threadgroup]]) {
+  const long slot = group.x, b = group.y;
+  const long row = slot < seq_lens[b] ? row_of_slot(block_table, p.table, b, slot) : -1;
+  device Word* to = out + (b * p.max_len + slot) * p.row_words;
+  for (long w = tid; w < p.row_words; w += threads.x) {
+    to[w] = row < 0 ? Word(0) : pages[row * p.row_words + w];
+  }
+}
