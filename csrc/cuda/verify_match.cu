@@ -14,7 +14,7 @@ namespace inferlab::cuda {
 
 // ---- kernel -------------------------------------------------------------------------------------
 
-constexpr uint32_t kItem = 2048;  // tokens
+constexpr uint32_t kItem = 2048;            // tokens
 constexpr int64_t kAtOnceBytes = 32 << 20;  // of the batch; about 8 us, or three rows after another
 constexpr uint64_t kBadRow = ~uint64_t{0};
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.sampling_cases import random_logits, random_sampling
-from inferlab.kernels import SamplingTensors, reference, sample
+from inferlab.kernels import SamplingTensors, reference, sample, sample_workspace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "ties", "flat", "masked", "broken"]

@@ -72,8 +72,8 @@ def test_matches_the_cpu_and_the_reference(backend, seed, batch, nodes, vocab, k
     assert_same(got, reference.verify_tree_match(*arguments, **options))
 
 
-# On the shim's 6 multiprocessors: several blocks per row, which read a greedy sequence's rows at once
-# or one after another; and a block for each sequence.
+# On the shim's 6 multiprocessors: several blocks per row, which read a greedy sequence's rows at
+# once or one after another; and a block for each sequence.
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_vocabulary(backend, batch, dtype):
