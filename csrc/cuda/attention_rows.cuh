@@ -73,11 +73,12 @@ __device__ __forceinline__ SlotRange slots_of_nodes(const AttentionLaunch& p, co
 }
 
 // One row: it sees slots [begin, dense_end), and its ancestors up to `end`.
-struct Row {
+struct RowSlots {
   int begin, dense_end, end;
   const uint64_t* ancestors;  // [W] or null
 
-  __device__ __forceinline__ Row(const AttentionLaunch& p, const Sequence& s, int64_t b, int node) {
+  __device__ __forceinline__ RowSlots(const AttentionLaunch& p, const Sequence& s, int64_t b,
+                                      int node) {
     begin = dense_end = end = 0;  // padding sees nothing
     ancestors = nullptr;
     if (node >= s.nodes) return;
@@ -114,7 +115,7 @@ __device__ __forceinline__ uint64_t word_or_zero(const uint64_t* words, int64_t 
 }
 
 // Bit i: the row sees slot `slot + i`. A slot's node is `slot - length`.
-__device__ __forceinline__ uint64_t visible_slots(const Row& row, int64_t words, int length,
+__device__ __forceinline__ uint64_t visible_slots(const RowSlots& row, int64_t words, int length,
                                                   int slot) {
   uint64_t seen = bit_range(row.begin - slot, row.dense_end - slot);
   if (row.ancestors == nullptr || slot + 64 <= length) return seen;
