@@ -13,7 +13,7 @@
 
 using namespace inferlab;
 
-constant constexpr uint kThreads = 256;
+constant constexpr uint kThreads = INFERLAB_GROUP;
 constant constexpr uint kSimds = kThreads / kSimd;
 constant constexpr float kGreedyTemperature = 1e-5f;
 constant constexpr float kLowestFloat = -3.402823466e38f;

@@ -13,6 +13,8 @@
 constant constexpr float kMassUnit = 9.094947017729282e-13f;      // 2^-40
 constant constexpr float kResidualUnit = 8.673617379884035e-19f;  // 2^-60
 
+constant constexpr float kEmpty = 1e-25f;  // a residual below it is nothing but rounding
+
 struct RejectionParams {
   WalkParams walk;
   long draft_batch_stride, draft_node_stride;  // of draft_logits, in elements
@@ -55,17 +57,36 @@ inline Weights fill_weights(Group g, device float* values, Row row, Softmax soft
   return Weights{values, sum, 1.0f / (float(sum) * kMassUnit)};
 }
 
-// w without a token; false: nothing is left of it, and it stays.
-inline bool without(Group g, thread Weights& w, long token, long size) {
+// w without a token; false: no more than `least` would be left of it, and it stays.
+inline bool without(Group g, thread Weights& w, long token, long size, float least) {
   if (token < 0 || token >= size) return false;
-  const ulong gone = mass_of(w.values[token]);
-  if (gone >= w.mass) return false;
-  w.mass -= gone;
-  w.scale = 1.0f / (float(w.mass) * kMassUnit);
+  const float before = w.values[token];
+  ulong mass = w.mass - mass_of(before);
   group_barrier();  // all have read it
   if (g.tid == 0) w.values[token] = 0.0f;
   device_barrier();
-  return gone > 0;
+  if (mass < ulong(size) << 20) {
+    // Too few units for so many tokens: count again in units of the largest weight that is left.
+    ulong bits = 0;
+    for (long t = g.tid; t < size; t += kThreads) {
+      bits = Max::of(bits, ulong(noise_to_bits(w.values[t])));
+    }
+    const uint exponent = uint(group_max(g, bits)) >> 23;  // 0: what is left is no normal number
+    const float up = noise_from_bits((254 - exponent) << 23);  // to [1, 2)
+    mass = 0;
+    for (long t = g.tid; t < size; t += kThreads) mass += mass_of(w.values[t] * up);
+    mass = group_sum(g, mass);
+    if (exponent == 0 || !(float(mass) * kMassUnit / up > least)) {
+      if (g.tid == 0) w.values[token] = before;
+      device_barrier();
+      return false;
+    }
+    for (long t = g.tid; t < size; t += kThreads) w.values[t] *= up;
+    device_barrier();
+  }
+  w.mass = mass;
+  w.scale = 1.0f / (float(mass) * kMassUnit);
+  return before > 0.0f;
 }
 
 // p <- max(p - q, 0); false: nothing is left of it by rounding, and it stays.
@@ -122,11 +143,11 @@ inline Decision run_rounds(Group g, Tree tree, Row row, Row draft, Choice choice
     // The sign of u q - p is that of the exact value.
     if (wanted > 0.0f && fma(u, proposed, -wanted) < 0.0f) return Decision{c, int(token)};
     if (!has_draft) {  // q is a point mass: p only loses the token
-      rejected = without(g, p, token, row.size) || rejected;
+      rejected = without(g, p, token, row.size, kEmpty) || rejected;
       continue;
     }
     rejected = subtract(g, p, q, row.size) || rejected;
-    if (!params.with_replacement) without(g, q, token, row.size);
+    if (!params.with_replacement) without(g, q, token, row.size, 0.0f);
   }
   // From the target itself if nothing was rejected, else from what p has become.
   Draw draw = draw_of(choice, position, kPurposeRecovery, cut);

@@ -24,6 +24,10 @@ class Backend:
     device: str
     ops: Any = None
 
+    @property
+    def is_metal(self) -> bool:
+        return self.name in ("mps", "metal-shim")
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, `inferlab.kernels` runs tensors of `device` here."""
@@ -73,5 +77,6 @@ def _with_strides(moved: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     extent = 1 + sum((n - 1) * s for n, s in zip(like.shape, like.stride(), strict=True))
     storage = torch.zeros(max(extent, 0), dtype=moved.dtype, device=moved.device)
     view = storage.as_strided(like.shape, like.stride())
-    view.copy_(moved)
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in like.stride())
+    view[once].copy_(moved[once])  # what an expanded tensor holds once is written once
     return view

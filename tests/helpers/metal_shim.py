@@ -25,7 +25,7 @@ FLAGS = [
     *("-fno-strict-aliasing", "-Wno-attributes"),
 ]
 # The macros that sources are compiled with (INFERLAB_<name>) and their values.
-MACROS = {"WORD": (2, 16), "ELEMENT": (0, 1, 2), "HEAD_CHUNKS": (2, 4, 8)}
+MACROS = {"WORD": (2, 16), "ELEMENT": (0, 1, 2), "HEAD_CHUNKS": (2, 4, 8), "GROUP": (32, 256)}
 
 SOURCES = shim_build.CACHE / "metal"
 

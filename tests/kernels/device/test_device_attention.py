@@ -206,6 +206,8 @@ def test_pages_behind_the_window_may_be_gone_or_others(backend, dtype):
 @pytest.mark.parametrize("heads", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_workspace_may_hold_anything_and_be_used_again(backend, heads, dtype):
+    if backend.is_metal:
+        pytest.skip("needs none on Metal")
     case = attention_case(13, [1500, 3, 600], 3, kv_heads=heads, dtype=dtype)
     expected = run(backend, case)
     with backend.active():

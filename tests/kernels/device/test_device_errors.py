@@ -87,6 +87,8 @@ def test_an_argument_on_another_device_is_named(op, name, home):
 
 def test_a_launch_that_cannot_be_leaves_the_process_usable(backend):
     """More layers than a grid has planes: refused with an exception, and the next call works."""
+    if backend.is_metal:
+        pytest.skip("Metal's grids have no such limit")
     many = torch.zeros(40000, 1, 1, 1, 1)
     with pytest.raises(RuntimeError, match="kv_copy_pages was called with arguments it does not"):
         backend.call(kernels.kv_copy_pages, many, many, IDS, IDS)

@@ -89,12 +89,11 @@ def check_offset(node_offset: int) -> None:
 
 
 def check_aligned(tensors: dict[str, torch.Tensor]) -> None:
-    """They begin at a multiple of 16 bytes, as whole tensors do."""
+    """They start at a multiple of 16 bytes, as whole tensors do."""
     for name, t in tensors.items():
         if t.storage_offset() * t.element_size() % 16:
             raise ValueError(
-                f"{name} begins at element {t.storage_offset()} of its storage; "
-                "it must begin at a multiple of 16 bytes"
+                f"{name} starts at an address that is no multiple of 16 bytes; it must"
             )
 
 

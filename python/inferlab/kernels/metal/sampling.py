@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from inferlab.kernels.metal.checks import check, check_element, shape_of
-from inferlab.kernels.metal.shaders import Shaders
+from inferlab.kernels.metal.checks import check, check_aligned, check_element, shape_of
+from inferlab.kernels.metal.shaders import SIMD_WIDTH, THREADS, Shaders
 
 Flat = tuple[torch.Tensor | None, ...]  # SamplingTensors.flat
 
 # At most so many rows are copied at a time by `sample`.
 ROWS_IN_FLIGHT = 64
+# Rows up to this size are a simdgroup's work: there is nothing to share out.
+SMALL_VOCAB = 256
 
 _COLUMNS = (
     ("temperature", torch.float32),
@@ -83,8 +85,35 @@ def _check_logits(name: str, logits: torch.Tensor, allowed_vocab: int) -> tuple[
     return element, vocab if allowed_vocab < 0 else min(allowed_vocab, vocab)
 
 
-def _workspace(floats: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(max(floats, 1), dtype=torch.float32, device=like.device)
+def _threads(vocab: int) -> int:
+    """Of the threadgroup that works on a row."""
+    return THREADS if vocab > SMALL_VOCAB else SIMD_WIDTH
+
+
+def _floats(workspace: torch.Tensor | None, needed: int, like: torch.Tensor) -> torch.Tensor:
+    """The workspace as float32, allocated if the caller has none."""
+    if workspace is None:
+        return torch.empty(max(needed, 1), dtype=torch.float32, device=like.device)
+    check("workspace", workspace, like, (None,), torch.uint8)
+    if workspace.numel() < 4 * needed:
+        raise ValueError(
+            f"workspace has {workspace.numel()} bytes; it must have at least {4 * needed}"
+        )
+    check_aligned({"workspace": workspace})
+    return workspace
+
+
+def sample_workspace_bytes(
+    shaders: Shaders, logits: torch.Tensor, changes_logits: bool, num_samples: int
+) -> int:
+    """A float32 copy of each row in flight, where penalties or biases change them."""
+    rows = min(logits[..., 0].numel(), ROWS_IN_FLIGHT)
+    return 4 * rows * logits.shape[-1] if changes_logits else 0
+
+
+def verify_workspace_bytes(shaders: Shaders, logits: torch.Tensor, changes_logits: bool) -> int:
+    """A float32 copy of one row per sequence, likewise; of `verify_tree_match`."""
+    return 4 * logits.shape[0] * logits.shape[-1] if changes_logits else 0
 
 
 def sample(
@@ -96,6 +125,7 @@ def sample(
     num_samples: int,
     allowed_vocab: int,
     out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     if logits.dim() not in (2, 3):
         raise ValueError(f"logits has shape {shape_of(logits)}; it must be [B, V] or [B, N, V]")
@@ -117,9 +147,10 @@ def sample(
         logits.stride(1) if len(rows) == 2 else 0,
         *(count, nodes, vocab, num_samples, purpose, groups),
     ]
-    workspace = _workspace(groups * vocab if copies else 0, logits)
-    args = [logits, positions, *buffers, out, workspace, params]
-    shaders.run("sample", args, (groups,), ELEMENT=element)
+    scratch = _floats(workspace, groups * vocab if copies else 0, logits)
+    args = [logits, positions, *buffers, out, scratch, params]
+    threads = _threads(vocab)
+    shaders.run("sample", args, (groups,), threads=threads, ELEMENT=element, GROUP=threads)
 
 
 def _walk(
@@ -128,7 +159,8 @@ def _walk(
     tensors: dict[str, torch.Tensor],
     sampling: Flat,
     allowed_vocab: int,
-    outputs: tuple[torch.Tensor, ...],
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    workspace: torch.Tensor | None,
     *,
     draft_logits: torch.Tensor | None = None,
     rows: int = 1,
@@ -150,12 +182,14 @@ def _walk(
     for key, t, shape in zip(names, outputs, shapes, strict=True):
         check(key, t, logits, shape, torch.int32)
     copies = rows > 1 or _changes_logits(sizes)
-    workspace = _workspace(rows * batch * vocab if copies else 0, logits)
+    scratch = _floats(workspace, rows * batch * vocab if copies else 0, logits)
     walk = [*sizes, logits.stride(0), logits.stride(1), nodes, vocab, *(params or [])]
-    args = [*tensors.values(), *buffers, *outputs, workspace]
+    args = [*tensors.values(), *buffers, *outputs, scratch]
     args += [draft_logits] if draft_logits is not None else []
     numbers = [walk] if floats is None else [walk, floats]
-    shaders.run(name, [*args, *numbers], (batch,), ELEMENT=element)
+    threads = _threads(vocab)
+    args += numbers
+    shaders.run(name, args, (batch,), threads=threads, ELEMENT=element, GROUP=threads)
 
 
 def verify_tree_match(
@@ -167,10 +201,14 @@ def verify_tree_match(
     seq_lens: torch.Tensor,
     sampling: Flat,
     allowed_vocab: int,
-    *outputs: torch.Tensor,
+    accepted_nodes: torch.Tensor,
+    accepted_tokens: torch.Tensor,
+    num_accepted: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     tree = _tree(logits, tokens, first_child, next_sibling, seq_lens)
-    _walk(shaders, "verify_tree_match", tree, sampling, allowed_vocab, outputs)
+    outputs = (accepted_nodes, accepted_tokens, num_accepted)
+    _walk(shaders, "verify_tree_match", tree, sampling, allowed_vocab, outputs, workspace)
 
 
 def verify_tree_rejection(
@@ -184,7 +222,10 @@ def verify_tree_rejection(
     sampling: Flat,
     with_replacement: bool,
     allowed_vocab: int,
-    *outputs: torch.Tensor,
+    accepted_nodes: torch.Tensor,
+    accepted_tokens: torch.Tensor,
+    num_accepted: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     draft = logits
     if draft_logits is not None:
@@ -195,6 +236,7 @@ def verify_tree_rejection(
         check("draft_logits", draft_logits, logits, logits.shape, logits.dtype, contiguous=False)
         draft = draft_logits
     tree = _tree(logits, tokens, first_child, next_sibling, seq_lens)
+    outputs = (accepted_nodes, accepted_tokens, num_accepted)
     params = [
         *draft.stride()[:2],
         int(draft_logits is not None),
@@ -207,6 +249,7 @@ def verify_tree_rejection(
         sampling,
         allowed_vocab,
         outputs,
+        workspace,
         draft_logits=draft,
         rows=3,  # the copy, p and q
         params=params,
@@ -224,11 +267,15 @@ def verify_tree_lossy(
     policy: int,
     threshold: float,
     allowed_vocab: int,
-    *outputs: torch.Tensor,
+    accepted_nodes: torch.Tensor,
+    accepted_tokens: torch.Tensor,
+    num_accepted: torch.Tensor,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     if not 0 <= policy <= 2:
         raise ValueError(f"policy is {policy}; it must be in [0, 2]")
     tree = _tree(logits, tokens, first_child, next_sibling, seq_lens)
+    outputs = (accepted_nodes, accepted_tokens, num_accepted)
     _walk(
         shaders,
         "verify_tree_lossy",
@@ -236,6 +283,7 @@ def verify_tree_lossy(
         sampling,
         allowed_vocab,
         outputs,
+        workspace,
         params=[policy, int(threshold)],
         floats=[float(threshold)],
     )
