@@ -91,11 +91,11 @@ def linear(
     """
     if is_compiling():
         return torch.ops.inferlab.linear(x, weight, bias, residual)
-    ops = ops_for(x) if is_numpy(x) or x.is_cpu else None
-    if not hasattr(ops, "linear"):
+    native = getattr(ops_for(x), "linear", None)
+    if native is None or not (is_numpy(x) or x.is_cpu):
         return reference.linear(x, weight, bias, residual)
     out = empty((x.shape[0], weight.shape[0]), x)
-    ops.linear(x, weight, bias, residual, out)
+    native(x, weight, bias, residual, out)
     return out
 
 
