@@ -19,10 +19,22 @@ set_target_properties(inferlab_cuda PROPERTIES
   CUDA_ARCHITECTURES "${real_archs}" POSITION_INDEPENDENT_CODE ON CUDA_RUNTIME_LIBRARY Static
   CXX_VISIBILITY_PRESET hidden CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(inferlab_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;-Xcompiler=-Wall>
-  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${INFERLAB_CUDA_WERROR}>>:-Xptxas=-warn-spills;-Xptxas=-Werror;-Werror=all-warnings>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3;--fmad=false;-Xcompiler=-Wall>)
 target_link_libraries(inferlab_cuda PUBLIC CUDA::cudart_static)
 target_compile_definitions(inferlab_cuda PUBLIC INFERLAB_WITH_CUDA=1)
 list(JOIN INFERLAB_CUDA_ARCHITECTURES "," arch_names)
 target_compile_definitions(_C PRIVATE INFERLAB_CUDA_ARCHS="${arch_names}"
   INFERLAB_CUDA_VERSION="${CUDAToolkit_VERSION}")
+
+# Register spills and local memory are errors, but in files that are named here with the reason.
+set(may_use_local_memory)
+if(INFERLAB_CUDA_WERROR)
+  target_compile_options(inferlab_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+  foreach(source IN LISTS cuda_sources)
+    get_filename_component(name ${source} NAME)
+    if(NOT name IN_LIST may_use_local_memory)
+      set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS
+        -Xptxas=-warn-spills -Xptxas=-warn-lmem-usage -Xptxas=-Werror)
+    endif()
+  endforeach()
+endif()

@@ -4,7 +4,7 @@ set(INFERLAB_CUDA "AUTO" CACHE STRING "Build the CUDA kernels: AUTO (where nvcc 
 set_property(CACHE INFERLAB_CUDA PROPERTY STRINGS AUTO ON OFF)
 set(INFERLAB_CUDA_ARCHITECTURES "80;90" CACHE STRING
     "CUDA architectures to compile for, e.g. \"80;86;89;90;100;120\"; PTX of the last is added")
-option(INFERLAB_CUDA_WERROR "CUDA warnings and register spills are errors" OFF)
+option(INFERLAB_CUDA_WERROR "CUDA warnings, register spills and local memory are errors" OFF)
 
 if(NOT INFERLAB_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "INFERLAB_CUDA is '${INFERLAB_CUDA}'; it must be AUTO, ON or OFF.")
