@@ -88,7 +88,7 @@ void bind_system(py::module_& m) {
         std::copy(key.begin(), key.end(), p.key);
         p.out = t.ptr<uint32_t>();
         run_cuda(out, place, "philox4x32_10",
-                 [&](void* stream) { return cuda::philox4x32_10(p, stream); });
+                 [&](void* stream) { return cuda::philox_block(p, stream); });
         return py::reinterpret_borrow<py::object>(out);
       },
       py::arg("counter"), py::arg("key"), py::arg("out") = py::none());

@@ -15,8 +15,8 @@ constexpr int kThreads = 256;
 // ---- kernels ------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(1) philox_kernel(PhiloxParams p) {
-  const PhiloxBlock block = inferlab::philox4x32_10(p.counter[0], p.counter[1], p.counter[2],
-                                                    p.counter[3], p.key[0], p.key[1]);
+  const PhiloxBlock block =
+      philox4x32_10(p.counter[0], p.counter[1], p.counter[2], p.counter[3], p.key[0], p.key[1]);
   for (int i = 0; i < 4; ++i) p.out[i] = block.w[i];
 }
 
@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads) gumbel_kernel(GumbelRowParams p) {
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
   if (first >= p.tokens) return;
   const PhiloxBlock block =
-      inferlab::philox4x32_10(p.position, static_cast<uint32_t>(first >> 2), p.purpose, 0u,
-                              static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
+      philox4x32_10(p.position, static_cast<uint32_t>(first >> 2), p.purpose, 0u,
+                    static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32));
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (first + i < p.tokens) p.out[first + i] = noise_gumbel(block.w[i]);
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) gumbel_kernel(GumbelRowParams p) {
 
 // ---- launchers ----------------------------------------------------------------------------------
 
-Status philox4x32_10(const PhiloxParams& p, void* stream) {
+Status philox_block(const PhiloxParams& p, void* stream) {
   return launch(philox_kernel, dim3(1), dim3(1), 0, stream, p);
 }
 

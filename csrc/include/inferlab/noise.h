@@ -154,7 +154,7 @@ struct GumbelRowParams {
   float* out;  // [tokens]
   int64_t tokens;
 };
-Status philox4x32_10(const PhiloxParams& params, void* stream);
+Status philox_block(const PhiloxParams& params, void* stream);
 Status gumbel_row(const GumbelRowParams& params, void* stream);
 }  // namespace cuda
 
