@@ -15,10 +15,6 @@ namespace {
 constexpr int kThreads = 64;  // small blocks: a large tree is spread over multiprocessors
 constexpr int kAhead = 8;
 
-}  // namespace
-
-// ---- kernel -------------------------------------------------------------------------------------
-
 // Nodes on the way from n to the root, or -1 where the way leads out of the tree.
 __device__ int64_t depth_of(const int32_t* parents, int64_t n) {
   int64_t depth = 0;
@@ -40,6 +36,10 @@ __device__ void write_ancestors(const int32_t* parents, int64_t n, bool inside, 
     row[w] = bits;
   }
 }
+
+}  // namespace
+
+// ---- kernel -------------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads) tree_kernel(BuildTreeParams p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -25,10 +25,6 @@ struct Moves {
   int64_t to[kThreads];
 };
 
-}  // namespace
-
-// ---- kernel -------------------------------------------------------------------------------------
-
 // Moves of path steps [begin, begin + kThreads) of sequence b; whether there are any.
 __device__ bool look_up_moves(const KvCompactParams& p, int64_t b, int64_t begin, int64_t count,
                               Moves& moves) {
@@ -63,15 +59,20 @@ __device__ void move_column(Word* column, int64_t row_words, const Moves& moves,
   }
 }
 
+}  // namespace
+
+// ---- kernel -------------------------------------------------------------------------------------
+
 template <typename Word>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) compact_kernel(KvCompactParams p) {
   Moves& moves = shared_memory<Moves>();
-  const int64_t row_words = p.row_bytes / static_cast<int64_t>(sizeof(Word));
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t plane = column / row_words;  // layer and K or V
+  const uint32_t row_words =
+      static_cast<uint32_t>(p.row_bytes / static_cast<int64_t>(sizeof(Word)));
+  const uint32_t column = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t plane = column / row_words;  // layer and K or V
   const bool mine = plane < 2 * p.layers;
   Word* cache = reinterpret_cast<Word*>(plane & 1 ? p.v_cache : p.k_cache) +
-                (plane >> 1) * p.pages * p.page_size * row_words + column % row_words;
+                (plane >> 1) * (p.pages * p.page_size * row_words) + column % row_words;
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
     const int64_t count = p.num_accepted[b] < p.steps ? p.num_accepted[b] : p.steps;
     for (int64_t begin = 0; begin < count; begin += kThreads) {
@@ -88,9 +89,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) compact_kernel(KvCompa
 Status kv_compact(const KvCompactParams& p, void* stream) {
   const bool wide = all_multiples_of_16(p.k_cache, p.v_cache, p.row_bytes);
   const int64_t row_words = p.row_bytes / (wide ? sizeof(uint4) : sizeof(uint16_t));
-  const int64_t blocks = (2 * p.layers * row_words + kThreads - 1) / kThreads;
+  const int64_t columns = 2 * p.layers * row_words;
+  const int64_t blocks = (columns + kThreads - 1) / kThreads;
   if (p.steps == 0) return Status::kOk;
-  if (blocks > kMaxGridX) return Status::kBadArgument;
+  if (columns > INT32_MAX) return Status::kBadArgument;
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(p.batch < kMaxGridYZ ? p.batch : kMaxGridYZ));
   const auto kernel = wide ? compact_kernel<uint4> : compact_kernel<uint16_t>;

@@ -20,15 +20,15 @@ struct Shared {
   float sum[kBlockWarps];
 };
 
-}  // namespace
-
-// ---- kernel -------------------------------------------------------------------------------------
-
 __device__ float warp_sum(float x) {
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffffu, x, d);
   return x;
 }
+
+}  // namespace
+
+// ---- kernel -------------------------------------------------------------------------------------
 
 template <typename T, bool kWide, int kWarps>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
