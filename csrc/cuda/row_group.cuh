@@ -16,13 +16,15 @@ namespace inferlab::cuda {
 constexpr int kBuckets = kThreads;     // of a histogram: one for each thread
 constexpr int kListed = 2 * kThreads;  // candidates that a group can list
 constexpr int kRounds = 3;
+constexpr int kSumParts = 4;
 
 // What is found of a row. All zero: nothing.
 struct Board {
-  uint64_t best;  // largest rank_key (weights.h)
-  uint32_t bad;   // a NaN or +inf was seen
-  uint32_t max;   // ordered_bits of the largest element
-  uint32_t min;   // complement of ordered_bits of the smallest finite one
+  uint64_t best;            // largest rank_key (weights.h)
+  uint64_t sum[kSumParts];  // row_weights.cuh
+  uint32_t bad;             // a NaN or +inf was seen
+  uint32_t max;             // ordered_bits of the largest element
+  uint32_t min;             // complement of ordered_bits of the smallest finite one
   uint32_t listed;
 };
 
@@ -175,6 +177,9 @@ class Group {
   __device__ Board merge(Board& board) {
     const Board& mine = shared.mine;
     if (mine.best != 0) atomic_max(&board.best, mine.best);
+    for (int i = 0; i < kSumParts; ++i) {
+      if (mine.sum[i] != 0) atomic_add(&board.sum[i], mine.sum[i]);
+    }
     if (mine.bad != 0) atomicOr(&board.bad, mine.bad);
     if (mine.max != 0) atomicMax(&board.max, mine.max);
     if (mine.min != 0) atomicMax(&board.min, mine.min);
@@ -183,8 +188,14 @@ class Group {
     const uint32_t awaited = (round_ + 1) * size;
     while (load_shared_word(&boards_->arrived) < awaited) __nanosleep(32);
     __threadfence();
-    return Board{__ldcg(&board.best), __ldcg(&board.bad), __ldcg(&board.max), __ldcg(&board.min),
-                 __ldcg(&board.listed)};
+    Board all{};
+    all.best = __ldcg(&board.best);
+    for (int i = 0; i < kSumParts; ++i) all.sum[i] = __ldcg(&board.sum[i]);
+    all.bad = __ldcg(&board.bad);
+    all.max = __ldcg(&board.max);
+    all.min = __ldcg(&board.min);
+    all.listed = __ldcg(&board.listed);
+    return all;
   }
 
   GroupBoards* boards_;
