@@ -301,7 +301,7 @@ int64_t verify_workspace_bytes(py::handle logits, bool penalised) {
   const Tensor l(logits, "logits");
   l.dims(3);
   return workspace_bytes(l.place(), [&] {
-    return cuda::verify_match_workspace_bytes(l.size(0), l.size(1), l.size(2), penalised);
+    return cuda::verify_workspace_bytes(l.size(0), l.size(1), l.size(2), penalised);
   });
 }
 
@@ -368,30 +368,51 @@ void verify_tree_match(py::handle logits, py::handle tokens, py::handle first_ch
 void verify_tree_rejection(py::handle logits, py::handle draft_logits, py::handle tokens,
                            py::handle first_child, py::handle next_sibling, py::handle seq_lens,
                            py::tuple sampling, bool with_replacement, int64_t allowed_vocab,
-                           py::handle nodes_out, py::handle tokens_out, py::handle count_out) {
+                           py::handle nodes_out, py::handle tokens_out, py::handle count_out,
+                           py::handle workspace) {
   const WalkArgs args(logits, tokens, first_child, next_sibling, seq_lens, std::move(sampling),
                       allowed_vocab, nodes_out, tokens_out, count_out);
-  args.logits.cpu();
   const OptionalTensor draft(draft_logits, "draft_logits");
   RejectionParams params{args.params, LogitsView{}, with_replacement};
   if (draft) {
     draft->shape({args.params.batch, args.params.nodes, args.logits.size(2)});
     params.draft_logits = logits_view(*draft, args.place, allowed_vocab, true);
   }
-  run_cpu("verify_tree_rejection", [&] { return cpu::verify_tree_rejection(params); });
+  if (!args.place.cuda) {
+    run_cpu("verify_tree_rejection", [&] { return cpu::verify_tree_rejection(params); });
+    return;
+  }
+  if (draft && params.draft_logits.dtype != args.params.logits.dtype &&
+      params.draft_logits.dtype != DType::kF32) {
+    throw py::type_error("draft_logits has dtype " + draft->dtype_str() +
+                         "; on CUDA it must be that of logits, " + args.logits.dtype_str() +
+                         ", or float32");
+  }
+  const WorkspaceArg scratch(workspace);
+  scratch.holds(verify_workspace_bytes(logits, args.sampling.change_logits()), args.place);
+  run_cuda(logits, args.place, "verify_tree_rejection", [&](void* stream) {
+    return cuda::verify_tree_rejection(params, scratch.data(), scratch.bytes(), stream);
+  });
 }
 
 void verify_tree_lossy(py::handle logits, py::handle tokens, py::handle first_child,
                        py::handle next_sibling, py::handle seq_lens, py::tuple sampling, int policy,
                        double threshold, int64_t allowed_vocab, py::handle nodes_out,
-                       py::handle tokens_out, py::handle count_out) {
+                       py::handle tokens_out, py::handle count_out, py::handle workspace) {
   const WalkArgs args(logits, tokens, first_child, next_sibling, seq_lens, std::move(sampling),
                       allowed_vocab, nodes_out, tokens_out, count_out);
-  args.logits.cpu();
   require(policy >= 0 && policy <= 2,
           [&] { return "policy is " + std::to_string(policy) + "; it must be in [0, 2]"; });
   const LossyParams params{args.params, static_cast<LossyPolicy>(policy), threshold};
-  run_cpu("verify_tree_lossy", [&] { return cpu::verify_tree_lossy(params); });
+  if (!args.place.cuda) {
+    run_cpu("verify_tree_lossy", [&] { return cpu::verify_tree_lossy(params); });
+    return;
+  }
+  const WorkspaceArg scratch(workspace);
+  scratch.holds(verify_workspace_bytes(logits, args.sampling.change_logits()), args.place);
+  run_cuda(logits, args.place, "verify_tree_lossy", [&](void* stream) {
+    return cuda::verify_tree_lossy(params, scratch.data(), scratch.bytes(), stream);
+  });
 }
 
 }  // namespace

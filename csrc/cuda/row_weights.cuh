@@ -16,7 +16,7 @@ struct Sum {
   uint64_t part[kSumParts] = {};
 
   __device__ __forceinline__ void add(float x) {
-    const uint32_t bits = noise_to_bits(x), exponent = bits >> 23;
+    const uint32_t bits = noise_to_bits(x) & 0x7fffffffu, exponent = bits >> 23;  // -0 is 0
     const uint64_t mantissa = exponent > 0 ? (bits & 0x7fffffu) | 0x800000u : bits;
     if (exponent >= 70) {  // all of it in the first two parts
       const int shift = static_cast<int>(exponent) - 70;

@@ -53,7 +53,7 @@ class Judge {
       // -log p(x) - entropy = E[log weight] - log weight(x). The bound keeps 0 * -inf away.
       const Sum sum = sum_row(group, row, [&](uint32_t t, float l) {
         const float weight = w.of(l, t);
-        return weight > 0.0f ? weight * -fmaxf(w.log_of(l), -200.0f) : 0.0f;
+        return weight > 0.0f ? weight * fminf(-w.log_of(l), 200.0f) : 0.0f;
       });
       center_ = static_cast<float>(-sum.value() / total_);
     }
@@ -136,23 +136,12 @@ __global__ void __launch_bounds__(kThreads) lossy_kernel(LossyKernel k) {
 
 // ---- launcher -----------------------------------------------------------------------------------
 
-namespace {
-
-RowNeeds needs_of(const LossyParams& p) {
-  return RowNeeds{p.walk.logits.allowed, changes_logits(p.walk.sampling), 0, 0};
-}
-
-}  // namespace
-
-int64_t verify_lossy_workspace_bytes(const LossyParams& p) {
-  return row_workspace_bytes(p.walk.batch, needs_of(p));
-}
-
 Status verify_tree_lossy(const LossyParams& p, void* workspace, int64_t workspace_bytes,
                          void* stream) {
+  const RowNeeds needs{p.walk.logits.allowed, changes_logits(p.walk.sampling), 0, 0};
   return with_dtype(p.walk.logits.dtype, [&](auto element) {
-    return launch_rows(lossy_kernel<decltype(element)>, sizeof(WalkShared), p.walk.batch,
-                       needs_of(p), workspace, workspace_bytes, stream, LossyKernel{p, {}, {}});
+    return launch_rows(lossy_kernel<decltype(element)>, sizeof(WalkShared), p.walk.batch, needs,
+                       workspace, workspace_bytes, stream, LossyKernel{p, {}, {}});
   });
 }
 

@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) match_kernel(MatchKern
 
 // ---- launcher -----------------------------------------------------------------------------------
 
-int64_t verify_match_workspace_bytes(int64_t batch, int64_t nodes, int64_t vocab, bool penalised) {
+// For any of the verifiers; the others have no use for the keys.
+int64_t verify_workspace_bytes(int64_t batch, int64_t nodes, int64_t vocab, bool penalised) {
   return row_workspace_bytes(batch, RowNeeds{vocab, penalised, batch * nodes, 0});
 }
 

@@ -271,27 +271,16 @@ __global__ void __launch_bounds__(kThreads) rejection_kernel(RejectionKernel k) 
 
 // ---- launcher -----------------------------------------------------------------------------------
 
-namespace {
-
-RowNeeds needs_of(const RejectionParams& p) {
-  return RowNeeds{p.walk.logits.allowed, changes_logits(p.walk.sampling), 0, 0};
-}
-
-}  // namespace
-
-int64_t verify_rejection_workspace_bytes(const RejectionParams& p) {
-  return row_workspace_bytes(p.walk.batch, needs_of(p));
-}
-
 Status verify_tree_rejection(const RejectionParams& p, void* workspace, int64_t workspace_bytes,
                              void* stream) {
   const DType target = p.walk.logits.dtype, draft = p.draft_logits.dtype;
   if (p.draft_logits.data != nullptr && draft != target && draft != DType::kF32) {
     return Status::kBadArgument;
   }
+  const RowNeeds needs{p.walk.logits.allowed, changes_logits(p.walk.sampling), 0, 0};
   return with_dtype(target, [&](auto element) {
     return launch_rows(rejection_kernel<decltype(element)>, sizeof(RejectionShared), p.walk.batch,
-                       needs_of(p), workspace, workspace_bytes, stream, RejectionKernel{p, {}, {}});
+                       needs, workspace, workspace_bytes, stream, RejectionKernel{p, {}, {}});
   });
 }
 

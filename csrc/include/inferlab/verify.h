@@ -44,14 +44,12 @@ Status verify_tree_lossy(const LossyParams& params);
 
 namespace cuda {
 // As cuda::sample. Links that do not go up in index end the walk.
-int64_t verify_match_workspace_bytes(int64_t batch, int64_t nodes, int64_t vocab, bool penalised);
+int64_t verify_workspace_bytes(int64_t batch, int64_t nodes, int64_t vocab, bool penalised);
 Status verify_tree_match(const VerifyParams& params, void* workspace, int64_t workspace_bytes,
                          void* stream);
 // The draft's element type is the target's, or float. At most 128 siblings are tried at a node.
-int64_t verify_rejection_workspace_bytes(const RejectionParams& params);
 Status verify_tree_rejection(const RejectionParams& params, void* workspace,
                              int64_t workspace_bytes, void* stream);
-int64_t verify_lossy_workspace_bytes(const LossyParams& params);
 Status verify_tree_lossy(const LossyParams& params, void* workspace, int64_t workspace_bytes,
                          void* stream);
 }  // namespace cuda

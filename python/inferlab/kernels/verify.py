@@ -170,22 +170,26 @@ def _run_rejection(
     sampling: SamplingTensors,
     with_replacement: bool,
     allowed_vocab: int | None,
+    out: VerifyResult | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> VerifyResult:
     ops = ops_for(logits)
     if ops is None:
-        return VerifyResult(
-            *reference.verify_tree_rejection(
-                logits,
-                draft_logits,
-                tokens,
-                links,
-                seq_lens,
-                sampling,
-                with_replacement=with_replacement,
-                allowed_vocab=allowed_vocab,
-            )
+        result = reference.verify_tree_rejection(
+            logits,
+            draft_logits,
+            tokens,
+            links,
+            seq_lens,
+            sampling,
+            with_replacement=with_replacement,
+            allowed_vocab=allowed_vocab,
         )
-    out = _outputs(logits)
+        return _result(result, out)
+    if out is None:
+        out = _outputs(logits)
+    if workspace is None:
+        workspace = verify_workspace(logits, sampling)
     ops.verify_tree_rejection(
         logits,
         draft_logits,
@@ -197,6 +201,7 @@ def _run_rejection(
         with_replacement,
         _allowed(allowed_vocab),
         *out,
+        workspace,
     )
     return out
 
@@ -211,6 +216,8 @@ def verify_tree_rejection(
     *,
     with_replacement: bool = False,
     allowed_vocab: int | None = None,
+    out: VerifyResult | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> VerifyResult:
     """Accepts a child x with probability min(1, p(x) / q(x)): lossless in distribution.
 
@@ -219,15 +226,19 @@ def verify_tree_rejection(
     replacement q loses that sibling's token and is renormalised. A token with p = 0 is never
     accepted; where rounding leaves no residual, p stays as it was. Without replacement a
     duplicate sibling is passed over; with replacement it is a try of its own. The token at the
-    last node is drawn from what p has become. At temperature 0 this is `verify_tree_match`.
+    last node is drawn from what p has become. At temperature 0 this is `verify_tree_match`. On CUDA
+    no more than 128 siblings of a node are tried; the rest are passed over, which is as lossless.
 
     Args:
         logits, tokens, links, seq_lens, sampling, allowed_vocab: as in verify_tree_match.
         draft_logits: f32, bf16 or f16 [B, N, V]: row n holds the draft model's raw logits that the
             children of n were drawn from, with the same temperature, top-k, top-p and min-p and
             without penalties. None: a deterministic drafter, q is a point mass at each child. A row
-            that cannot be sampled from: its children are passed over.
+            that cannot be sampled from: its children are passed over. On CUDA of logits' dtype or
+            f32.
         with_replacement: whether siblings were drawn independently of each other.
+        out: where the result goes.
+        workspace: of `verify_workspace`.
 
     Returns:
         VerifyResult.
@@ -261,7 +272,16 @@ def verify_tree_rejection(
             )
         )
     return _run_rejection(
-        logits, draft_logits, tokens, links, seq_lens, sampling, with_replacement, allowed_vocab
+        logits,
+        draft_logits,
+        tokens,
+        links,
+        seq_lens,
+        sampling,
+        with_replacement,
+        allowed_vocab,
+        out,
+        workspace,
     )
 
 
@@ -274,6 +294,8 @@ def _run_lossy(
     policy: str,
     threshold: float,
     allowed_vocab: int | None,
+    out: VerifyResult | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> VerifyResult:
     if policy not in LOSSY_POLICIES:
         raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(LOSSY_POLICIES)}")
@@ -284,19 +306,21 @@ def _run_lossy(
         raise ValueError(f"threshold is {threshold}; it must be in [0, 1] for {policy}")
     ops = ops_for(logits)
     if ops is None:
-        return VerifyResult(
-            *reference.verify_tree_lossy(
-                logits,
-                tokens,
-                links,
-                seq_lens,
-                sampling,
-                policy,
-                threshold,
-                allowed_vocab=allowed_vocab,
-            )
+        result = reference.verify_tree_lossy(
+            logits,
+            tokens,
+            links,
+            seq_lens,
+            sampling,
+            policy,
+            threshold,
+            allowed_vocab=allowed_vocab,
         )
-    out = _outputs(logits)
+        return _result(result, out)
+    if out is None:
+        out = _outputs(logits)
+    if workspace is None:
+        workspace = verify_workspace(logits, sampling)
     ops.verify_tree_lossy(
         logits,
         tokens,
@@ -308,6 +332,7 @@ def _run_lossy(
         threshold,
         _allowed(allowed_vocab),
         *out,
+        workspace,
     )
     return out
 
@@ -322,6 +347,8 @@ def verify_tree_lossy(
     threshold: float,
     *,
     allowed_vocab: int | None = None,
+    out: VerifyResult | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> VerifyResult:
     """Accepts children that the target finds good enough. Changes the output's distribution.
 
@@ -336,6 +363,8 @@ def verify_tree_lossy(
             most probable tokens, ties by lower id. "typical": x is in the locally typical set of
             mass threshold (Meister et al., "Locally typical sampling", 2022).
         threshold: in [0, 1]; for topk_agree >= 1.
+        out: where the result goes.
+        workspace: of `verify_workspace`.
 
     Returns:
         VerifyResult.
@@ -358,7 +387,9 @@ def verify_tree_lossy(
     if is_numpy(logits):
         arrays = as_tensor(logits), as_tensor(tokens), _tensor_links(links), as_tensor(seq_lens)
         return _numpy_result(_run_lossy(*arrays, sampling, policy, threshold, allowed_vocab))
-    return _run_lossy(logits, tokens, links, seq_lens, sampling, policy, threshold, allowed_vocab)
+    return _run_lossy(
+        logits, tokens, links, seq_lens, sampling, policy, threshold, allowed_vocab, out, workspace
+    )
 
 
 def _fake(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

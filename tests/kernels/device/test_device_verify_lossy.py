@@ -21,7 +21,9 @@ P = [0.4, 0.25, 0.2, 0.1, 0.05]
 def accepted(backend, policy, threshold, p=P, temperature=1.0, **options):
     """The tokens that are entered as the only child of a root with probabilities p."""
     batch = len(p)
-    logits = torch.log(torch.tensor(p, dtype=torch.float64)).float().expand(batch, 2, -1)
+    logits = (
+        torch.log(torch.tensor(p, dtype=torch.float64)).float().expand(batch, 2, -1).contiguous()
+    )
     tokens = torch.tensor([[0, t] for t in range(batch)], dtype=torch.int32)
     sampling = SamplingTensors.of(batch, temperature=temperature, **options)
     lens = torch.full((batch,), 3, dtype=torch.int32)
@@ -64,7 +66,7 @@ def test_the_rules_by_hand(backend, policy, threshold, options, expected):
 )
 @given(
     seed=st.integers(0, 2**32 - 1),
-    batch=st.sampled_from([1, 2, 7]),
+    batch=st.sampled_from([1, 2, 3]),
     nodes=st.sampled_from([1, 2, 7, 20]),
     vocab=st.sampled_from([1, 19, 111, 1000, 4097, 9000]),
     kind=st.sampled_from(["normal", "ties", "flat", "masked", "broken"]),
