@@ -101,8 +101,9 @@ __device__ __forceinline__ void for_vectors(const Row<T>& row, uint32_t begin, u
   }
 }
 
-// Each block of the group over its own slice.
-template <int kAhead = 2, typename T, typename F>
+// Each block of the group over its own slice. Only the first pass over a row waits for memory; the
+// others find it in the L2 cache.
+template <int kAhead = 1, typename T, typename F>
 __device__ __forceinline__ void for_vectors(const Group& group, const Row<T>& row, F f) {
   for_vectors<kThreads, kAhead>(row, group.begin(row.size), group.end(row.size), threadIdx.x, f);
 }

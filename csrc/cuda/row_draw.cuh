@@ -43,7 +43,6 @@ class Draw {
   __device__ __forceinline__ void near(const float (&x)[kPer], uint32_t first, float least,
                                        F f) const {
     const float inv = choice_.inv_temperature;
-    uint32_t words[kPer];
     uint32_t candidates = 0;
 #pragma unroll
     for (int at = 0; at < kPer; at += 4) {
@@ -56,7 +55,6 @@ class Draw {
                                                         static_cast<uint32_t>(choice_.seed >> 32));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        words[at + i] = block.w[i];
         // A word with c leading zeros gives u >= 2^-(c + 1), and noise <= -log u.
         const float most = static_cast<float>(__clz(static_cast<int>(block.w[i])) + 1) * 0.6931472f;
         const bool out = x[at + i] * inv + most < bound || !(x[at + i] > -infinity());
@@ -67,13 +65,9 @@ class Draw {
       const int i = __ffs(static_cast<int>(candidates)) - 1;
       candidates &= candidates - 1;
       float l = x[0];
-      uint32_t word = words[0];
 #pragma unroll
-      for (int j = 1; j < kPer; ++j) {  // registers cannot be indexed
-        l = j == i ? x[j] : l;
-        word = j == i ? words[j] : word;
-      }
-      f(first + i, l, l / choice_.temperature + noise_gumbel(word));
+      for (int j = 1; j < kPer; ++j) l = j == i ? x[j] : l;  // registers cannot be indexed
+      f(first + i, l, score(l, first + i));
     }
   }
 

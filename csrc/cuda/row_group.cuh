@@ -51,8 +51,11 @@ struct Crossing {
   uint64_t mass_before;
 };
 
+// Also holds what would take registers everywhere and is rarely used.
 struct RowShared {
   Board mine, seen;
+  GroupBoards* boards;
+  GroupLists* lists;
   uint64_t sums[kWarps];
   uint64_t list[kListed];
   uint64_t total;
@@ -60,6 +63,10 @@ struct RowShared {
   uint32_t count[kBuckets];
   uint32_t mass_low[kBuckets], mass_high[kBuckets];
   uint32_t list_offset;
+  struct {
+    float repetition, presence, frequency;
+    bool context;  // whether any of them counts
+  } penalty;
 };
 
 // A relaxed load that is not served from this multiprocessor's cache.
@@ -76,8 +83,12 @@ class Group {
   // boards, lists: of this group; not used where size is 1.
   __device__ Group(RowShared& shared, uint32_t rank, uint32_t size, GroupBoards* boards,
                    GroupLists* lists)
-      : shared(shared), rank(rank), size(size), boards_(boards), lists_(lists) {
-    if (threadIdx.x == 0) shared.mine = Board{};
+      : shared(shared), rank(rank), size(size) {
+    if (threadIdx.x == 0) {
+      shared.mine = Board{};
+      shared.boards = boards;
+      shared.lists = lists;
+    }
     __syncthreads();
   }
 
@@ -111,7 +122,7 @@ class Group {
     if (size > 1 && leads()) clear((round_ + 1) % kRounds);
     __syncthreads();
     if (threadIdx.x == 0) {
-      shared.seen = size > 1 ? merge(boards_->boards[now]) : shared.mine;
+      shared.seen = size > 1 ? merge(shared.boards->boards[now]) : shared.mine;
       shared.mine = Board{};
     }
     __syncthreads();
@@ -127,19 +138,19 @@ class Group {
     if (size > 1) {
       const uint32_t n = shared.mine.listed;
       if (threadIdx.x == 0 && n > 0) {
-        shared.list_offset = atomicAdd(&boards_->boards[now].listed, n);
+        shared.list_offset = atomicAdd(&shared.boards->boards[now].listed, n);
       }
       __syncthreads();
       for (uint32_t i = threadIdx.x; i < n; i += kThreads) {
         const uint32_t at = shared.list_offset + i;
-        if (at < kListed) lists_->list[now][at] = shared.list[i];
+        if (at < kListed) shared.lists->list[now][at] = shared.list[i];
       }
     }
     const uint32_t all = meet().listed;
     const int n = static_cast<int>(all < kListed ? all : kListed);
     if (size > 1) {
       for (int i = static_cast<int>(threadIdx.x); i < n; i += kThreads) {
-        shared.list[i] = __ldcg(&lists_->list[now][i]);
+        shared.list[i] = __ldcg(&shared.lists->list[now][i]);
       }
       __syncthreads();
     }
@@ -154,11 +165,12 @@ class Group {
     Bucket bucket{shared.count[i],
                   static_cast<uint64_t>(shared.mass_high[i]) << 32 | shared.mass_low[i]};
     if (size > 1) {
-      if (bucket.count != 0) atomicAdd(&lists_->count[now][i], bucket.count);
-      if (bucket.mass != 0) atomic_add(&lists_->mass[now][i], bucket.mass);
+      if (bucket.count != 0) atomicAdd(&shared.lists->count[now][i], bucket.count);
+      if (bucket.mass != 0) atomic_add(&shared.lists->mass[now][i], bucket.mass);
     }
     meet();
-    if (size > 1) bucket = Bucket{__ldcg(&lists_->count[now][i]), __ldcg(&lists_->mass[now][i])};
+    if (size > 1)
+      bucket = Bucket{__ldcg(&shared.lists->count[now][i]), __ldcg(&shared.lists->mass[now][i])};
     return bucket;
   }
 
@@ -168,9 +180,9 @@ class Group {
   }
 
   __device__ __forceinline__ void clear(uint32_t round) {
-    lists_->count[round][threadIdx.x] = 0;
-    lists_->mass[round][threadIdx.x] = 0;
-    if (threadIdx.x == 0) boards_->boards[round] = Board{};
+    shared.lists->count[round][threadIdx.x] = 0;
+    shared.lists->mass[round][threadIdx.x] = 0;
+    if (threadIdx.x == 0) shared.boards->boards[round] = Board{};
   }
 
   // One thread per block.
@@ -184,9 +196,9 @@ class Group {
     if (mine.max != 0) atomicMax(&board.max, mine.max);
     if (mine.min != 0) atomicMax(&board.min, mine.min);
     __threadfence();
-    atomicAdd(&boards_->arrived, 1u);
+    atomicAdd(&shared.boards->arrived, 1u);
     const uint32_t awaited = (round_ + 1) * size;
-    while (load_shared_word(&boards_->arrived) < awaited) __nanosleep(32);
+    while (load_shared_word(&shared.boards->arrived) < awaited) __nanosleep(32);
     __threadfence();
     Board all{};
     all.best = __ldcg(&board.best);
@@ -198,8 +210,6 @@ class Group {
     return all;
   }
 
-  GroupBoards* boards_;
-  GroupLists* lists_;
   uint32_t round_ = 0;
 };
 

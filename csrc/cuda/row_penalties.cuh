@@ -16,15 +16,17 @@ class Penalties {
 
   // Counts the context of sequence b.
   __device__ void begin(int64_t b) {
-    b_ = b;
-    const float* r = p_.repetition_penalty;
-    const float* a = p_.presence_penalty;
-    const float* f = p_.frequency_penalty;
-    repetition_ = r != nullptr ? r[b] : 1.0f;
-    presence_ = a != nullptr ? a[b] : 0.0f;
-    frequency_ = f != nullptr ? f[b] : 0.0f;
-    context_ = repetition_ != 1.0f || presence_ != 0.0f || frequency_ != 0.0f;
-    if (!context_) return;
+    auto& penalty = group_.shared.penalty;
+    __syncthreads();  // the last sequence's may still be read
+    if (threadIdx.x == 0) {
+      penalty.repetition = p_.repetition_penalty != nullptr ? p_.repetition_penalty[b] : 1.0f;
+      penalty.presence = p_.presence_penalty != nullptr ? p_.presence_penalty[b] : 0.0f;
+      penalty.frequency = p_.frequency_penalty != nullptr ? p_.frequency_penalty[b] : 0.0f;
+      penalty.context =
+          penalty.repetition != 1.0f || penalty.presence != 0.0f || penalty.frequency != 0.0f;
+    }
+    __syncthreads();
+    if (!penalty.context) return;
     const uint32_t begin = group_.begin(size_), end = group_.end(size_);
     for (uint32_t t = begin + threadIdx.x; t < end; t += kThreads) counts_[t] = 0;
     __syncthreads();
@@ -35,26 +37,29 @@ class Penalties {
     __syncthreads();
   }
 
-  __device__ __forceinline__ bool change_logits() const { return context_ || p_.bias_size > 0; }
+  __device__ __forceinline__ bool change_logits() const {
+    return group_.shared.penalty.context || p_.bias_size > 0;
+  }
 
   // A token on the path to the next row.
   __device__ void add_path(int32_t token) {
-    if (context_ && threadIdx.x == 0) count(token, true);
+    if (group_.shared.penalty.context && threadIdx.x == 0) count(token, true);
   }
 
-  // The row after penalties. The whole of it may be read once the group has met.
+  // A row of sequence b after penalties. The whole of it may be read once the group has met.
   template <typename T>
-  __device__ Row<T> apply(const Row<T>& row) {
+  __device__ Row<T> apply(const Row<T>& row, int64_t b) {
+    const bool context = group_.shared.penalty.context;
     __syncthreads();  // the copy may still be read, and the path written
-    for_vectors(group_, row, [&](uint32_t first, const float (&x)[Row<T>::kPer]) {
+    for_vectors<3>(group_, row, [&](uint32_t first, const float (&x)[Row<T>::kPer]) {
 #pragma unroll
       for (int i = 0; i < Row<T>::kPer; ++i) {
         if (first + i >= group_.end(size_)) break;
-        copy_[first + i] = context_ ? penalised(x[i], counts_[first + i]) : x[i];
+        copy_[first + i] = context ? penalised(x[i], counts_[first + i]) : x[i];
       }
     });
     __syncthreads();
-    add_bias();
+    add_bias(b);
     __syncthreads();
     return Row<T>{copy_, size_, true};
   }
@@ -77,17 +82,18 @@ class Penalties {
 
   __device__ __forceinline__ float penalised(float l, uint32_t count) const {
     if (count == 0) return l;
-    l = l > 0.0f ? l / repetition_ : l * repetition_;
+    const auto& penalty = group_.shared.penalty;
+    l = l > 0.0f ? l / penalty.repetition : l * penalty.repetition;
     const uint32_t output = count & ~kSeen;
     if (output == 0) return l;
-    l = l - frequency_ * static_cast<float>(output);
-    return l - presence_;
+    l = l - penalty.frequency * static_cast<float>(output);
+    return l - penalty.presence;
   }
 
   // Entries for one token are added in order, by the thread of the first of them.
-  __device__ void add_bias() {
-    const int32_t* tokens = p_.bias_tokens + b_ * p_.bias_size;
-    const float* values = p_.bias_values + b_ * p_.bias_size;
+  __device__ void add_bias(int64_t b) {
+    const int32_t* tokens = p_.bias_tokens + b * p_.bias_size;
+    const float* values = p_.bias_values + b * p_.bias_size;
     for (int64_t j = threadIdx.x; j < p_.bias_size; j += kThreads) {
       const int32_t token = tokens[j];
       if (!owns(token)) continue;
@@ -107,9 +113,6 @@ class Penalties {
   uint32_t size_;
   uint32_t* counts_;
   float* copy_;
-  int64_t b_ = 0;
-  float repetition_ = 1.0f, presence_ = 0.0f, frequency_ = 0.0f;
-  bool context_ = false;
 };
 
 // The row of a node as it is; and with penalties. A rule that reads other blocks' slices of it must
@@ -124,7 +127,7 @@ template <typename T>
 __device__ __forceinline__ Row<T> open_row(const LogitsView& logits, int64_t b, int64_t node,
                                            Penalties& penalties) {
   const Row<T> row = open_row<T>(logits, b, node);
-  return penalties.change_logits() ? penalties.apply(row) : row;
+  return penalties.change_logits() ? penalties.apply(row, b) : row;
 }
 
 }  // namespace inferlab::cuda

@@ -78,7 +78,7 @@ def test_matches_the_cpu_and_the_reference(backend, seed, batch, nodes, vocab, k
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_vocabulary(backend, batch, dtype):
     rng = np.random.default_rng(batch)
-    logits = random_logits(rng, (batch, 6, 40_001), "normal", dtype)
+    logits = random_logits(rng, (batch, 6, 9001), "normal", dtype)
     positions = 70 + torch.arange(1, 7).expand(batch, 6).contiguous()
     greedy = {"temperature": [0.0, 1.0, 0.7, 0.0][:batch], "top_p": [1.0, 1.0, 0.9, 0.5][:batch]}
     plain = {"temperature": 1.0, "seed": list(range(batch))}
@@ -95,8 +95,7 @@ def test_large_vocabulary(backend, batch, dtype):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("nodes", [64, 300])
-@pytest.mark.parametrize("vocab", [50, 3000])
+@pytest.mark.parametrize(("nodes", "vocab"), [(300, 20), (24, 1500)])
 @pytest.mark.parametrize("penalty", [0.0, 0.2])
 def test_a_chain_that_guesses_right_to_the_end(backend, temperature, nodes, vocab, penalty):
     """Every node is visited, and penalties see the path."""
@@ -171,11 +170,11 @@ def test_broken_rows_end_the_walk_only_where_it_gets(backend, temperature, poiso
             assert got.accepted_tokens[0, :count].tolist() == expected
 
 
-@pytest.mark.parametrize("fill", [0x00, 0xFF, 0x5A])
+@pytest.mark.parametrize("fill", [0xFF, 0x5A])
 def test_one_workspace_for_all_calls(backend, fill):
     """It may hold anything, and `out` is written to the end."""
-    for seed in range(4):
-        arguments, options = random_case(seed, 2, 9, 3000, "normal", torch.bfloat16)
+    for seed in range(3):
+        arguments, options = random_case(seed, 2, 5, 2000, "normal", torch.bfloat16)
         expected = verify_tree_match(*arguments, **options)
         moved = backend.to(arguments)
         with backend.active():
@@ -183,7 +182,7 @@ def test_one_workspace_for_all_calls(backend, fill):
             assert workspace is not None
             workspace.fill_(fill)
             out = backend.to(type(expected)(*(torch.full_like(t, 77) for t in expected)))
-            for _ in range(3):
+            for _ in range(2):
                 got = verify_tree_match(*moved, **options, out=out, workspace=workspace)
                 assert got is out
                 assert_same([t.cpu() for t in got], expected)
