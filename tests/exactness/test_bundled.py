@@ -76,6 +76,22 @@ def test_speculation_changes_no_token(dtype, draft_mode, tree, sampled):
         assert sum(r["accepted"] for r in results) > 0
 
 
+@pytest.mark.mps
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU")
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft_mode", ["none", "vanilla", "ngram"])
+def test_an_apple_gpu_decodes_the_cpus_tokens(draft_mode, sampled):
+    sampling = SAMPLED if sampled else GREEDY
+    pipeline = SpeculativePipeline(draft_mode=draft_mode, dtype="float32", device="mps")
+    results = pipeline.generate(PROMPTS, max_tokens=NEW_TOKENS, **sampling)
+    params = SamplingParams(max_tokens=NEW_TOKENS, **sampling)
+    expected = plain_tokens("float32", sampled)
+    for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
+        ids = pipeline.target.tokenizer.encode(prompt)
+        what = f"mps, {draft_mode}"
+        assert_same_tokens(pipeline.target, ids, tokens, result["token_ids"], params, what)
+
+
 def test_on_the_cpu_the_steps_of_the_bundled_pair_are_exact_to_the_last_bit():
     """Products, norms and attention of a row do not depend on the rows beside it."""
     target = plain("float32").target

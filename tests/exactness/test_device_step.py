@@ -108,17 +108,19 @@ def test_cuda_is_waited_for_once_a_step(drafter, tree):
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("drafter", ["none", "vanilla", "ngram"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_the_cuda_kernels_decode_the_cpus_tokens(
-    cuda_shim, monkeypatch, family, drafter, tree, params
+@pytest.mark.parametrize("kernels", ["cuda_shim", "metal_ops"])
+def test_an_accelerators_kernels_decode_the_cpus_tokens(
+    request, monkeypatch, kernels, family, drafter, tree, params
 ):
-    """The whole pipeline over csrc/cuda: the models in torch, everything between in its kernels."""
+    """The whole pipeline: the models in torch, everything between in csrc/cuda or csrc/metal."""
+    ops = request.getfixturevalue(kernels)
     expected = plain_tokens(family, params)
     target = target_of(family)
     # Off the CPU a model runs through its own modules.
     monkeypatch.setattr(target, "_fused", None)
     monkeypatch.setattr(draft_of(family), "_fused", None)
     decoding = engine(family, drafter, tree)
-    with Backend("cuda-shim", "cpu", cuda_shim).active():
+    with Backend(kernels, "cpu", ops).active():
         results = decoding.generate([(p, params) for p in PROMPTS])
     for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
         what = f"{family}, {drafter}, {'tree' if tree else 'chain'}"

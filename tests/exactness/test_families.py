@@ -33,7 +33,12 @@ PROMPTS = [
 ]
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+needs_mps = pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu]),
+    pytest.param("mps", marks=[pytest.mark.mps, needs_mps]),
+]
 
 
 @cache

