@@ -41,7 +41,8 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        return f"{self.op}-{self.flaw}-by-{self.test.split('::')[1]}".replace(" ", "-")
+        test = self.test.split("::")[1].split("[")[0]
+        return f"{self.op}-{self.flaw}-by-{test}".replace(" ", "-")
 
     def patch(self, cuda_dir: Path, target: Path) -> None:
         """Makes `target` a copy of `cuda_dir` with the flaw."""
@@ -271,7 +272,137 @@ ATTENTION = [
     ),
 ]
 
-MUTANTS = [*KV, *TREE, *LAYER, *ATTENTION]
+SAMPLE = [
+    Mutant(
+        op="sample",
+        flaw="tie to the higher id",
+        file="row_draw.cuh",
+        old="if (x[i] > score_) {",
+        new="if (x[i] >= score_) {",
+        why="of equal logits the lowest id is chosen",
+        test="test_device_sample.py::test_negative_zero_ties_with_zero",
+    ),
+    Mutant(
+        op="sample",
+        flaw="NaN row sampled",
+        file="row_draw.cuh",
+        old="return seen.bad != 0 ? -1 : token_of(seen.best);",
+        new="return token_of(seen.best);",
+        why="a row with NaN is reported as -1",
+        test="test_device_sample.py::test_broken_rows_are_reported",
+    ),
+    Mutant(
+        op="sample",
+        flaw="top-k off by one",
+        file="row_filters.cuh",
+        old="const uint32_t nth = s.k - s.count_above - 1;",
+        new="const uint32_t nth = s.k - s.count_above;",
+        why="one token too many is kept",
+        test="test_device_sample.py::test_top_k_1_is_argmax_on_ties",
+    ),
+    Mutant(
+        op="sample",
+        flaw="noise keyed by batch index",
+        file="row.cuh",
+        old="seed = static_cast<uint64_t>(s.seed[b]);",
+        new="seed = static_cast<uint64_t>(s.seed[b]) + static_cast<uint64_t>(b);",
+        why="the noise is a request's own, wherever in a batch it stands",
+        test="test_device_sample.py::test_matches_the_cpu_and_the_reference",
+    ),
+    Mutant(
+        op="sample",
+        flaw="writer's fence removed",
+        file="row_group.cuh",
+        old="    __threadfence();\n    atomicAdd(&boards_->arrived, 1u);",
+        new="    atomicAdd(&boards_->arrived, 1u);",
+        why="who sees that a block has arrived need not see what it wrote before",
+        test="test_device_sample.py::"
+        "test_large_vocabulary_on_every_path[cuda-shim-1-top_k and top_p-normal]",
+        variant="tsan",
+        shows=RACE,
+    ),
+    Mutant(
+        op="sample",
+        flaw="reader's fence removed",
+        file="row_group.cuh",
+        old="< awaited) __nanosleep(32);\n    __threadfence();\n",
+        new="< awaited) __nanosleep(32);\n",
+        why="what is read after the wait may be older than the wait's end",
+        test="test_device_sample.py::"
+        "test_large_vocabulary_on_every_path[cuda-shim-1-top_k and top_p-normal]",
+        variant="tsan",
+        shows=RACE,
+    ),
+    Mutant(
+        op="verify_match",
+        flaw="counters accumulate",
+        file="row_launch.cuh",
+        old="if (params.work.zero_bytes > 0) {",
+        new="if (params.work.zero_bytes < 0) {",
+        why="a graph's replay finds in the workspace what the last one left",
+        test="test_device_verify.py::test_one_workspace_for_all_calls",
+        shows=f"{WRONG_RESULT}|livelock",
+    ),
+    Mutant(
+        op="verify_match",
+        flaw="32-bit offsets",
+        file="row_penalties.cuh",
+        old="b * logits.batch_stride + node * logits.node_stride,",
+        new="static_cast<uint32_t>(b * logits.batch_stride + node * logits.node_stride),",
+        why="B * N * V may pass 2^32",
+        test="test_device_verify.py::test_rows_past_two_to_the_32_elements",
+    ),
+]
+
+VERIFY = [
+    Mutant(
+        op="verify_rejection",
+        flaw="residual not updated",
+        file="verify_rejection.cu",
+        old="if (p.total > kEmpty) step = Step{p_scale, q_scale, token};",
+        new="p.total = shared_.target.total;",
+        why="the next sibling is tried against what the rejection left of p",
+        test="test_device_verify_rejection.py::test_the_residual_is_updated_between_siblings",
+    ),
+    Mutant(
+        op="verify_rejection",
+        flaw="u = 0 accepted",
+        file="verify_rejection.cu",
+        old="return p > 0.0 && static_cast<double>(u) * q < p;",
+        new="return static_cast<double>(u) * q <= p;",
+        why="u <= p / q accepts a token that the target never gives",
+        test="test_device_verify_rejection.py::test_zero_probability_is_never_accepted",
+    ),
+    Mutant(
+        op="verify_rejection",
+        flaw="duplicate siblings count twice",
+        file="verify_rejection.cu",
+        old="if (!with_replacement_ && tried(token)) continue;",
+        new="",
+        why="drawn without replacement, a token that was rejected cannot come again",
+        test="test_device_verify_rejection.py::test_outcomes_for_given_siblings",
+    ),
+    Mutant(
+        op="verify_rejection",
+        flaw="noise of the draft used again",
+        file="verify_rejection.cu",
+        old="philox4x32_10(position_, first / 4, kPurposeRecovery, 0u,",
+        new="philox4x32_10(position_, first / 4, kPurposeDraft, 0u,",
+        why="the recovery draw must not depend on what the draft drew",
+        test="test_device_verify_rejection.py::test_vllms_bias_is_not_here",
+    ),
+    Mutant(
+        op="verify_lossy",
+        flaw="top-k off by one",
+        file="verify_lossy.cu",
+        old="params.threshold < row.size ? static_cast<uint32_t>(params.threshold) : 0u;",
+        new="static_cast<uint32_t>(params.threshold) + 1u;",
+        why="the k + 1st likely token is not among the k most likely",
+        test="test_device_verify_lossy.py::test_the_rules_by_hand",
+    ),
+]
+
+MUTANTS = [*KV, *TREE, *LAYER, *ATTENTION, *SAMPLE, *VERIFY]
 
 
 if __name__ == "__main__":

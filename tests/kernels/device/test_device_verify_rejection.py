@@ -163,7 +163,7 @@ def test_a_deterministic_drafter_gives_the_target(backend):
 def test_zero_probability_is_never_accepted(backend):
     p = [0.0, 0.7, 0.3]
     tokens = torch.zeros(DRAWS, 1, dtype=torch.int32)
-    for q in ([0.6, 0.2, 0.2], [1e-9, 0.5, 0.5], None):
+    for q in ([0.6, 0.2, 0.2], [1e-9, 0.5, 0.5], [0.0, 0.5, 0.5], None):
         assert (verify(backend, p, q, tokens) > 0).all()
 
 
