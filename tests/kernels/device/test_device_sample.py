@@ -215,7 +215,9 @@ def test_one_workspace_for_all_calls(backend, num_samples):
         moved = backend.to((logits, at(3), sampling))
         with backend.active():
             workspace = sample_workspace(moved[0], moved[2], num_samples)
-            assert workspace is not None
+            if workspace is None:  # Metal: only where penalties need a copy of the rows
+                assert backend.is_metal
+                continue
             workspace.fill_(0xFF)
             out = backend.to(torch.full_like(expected, 77))
             for _ in range(3):

@@ -15,6 +15,7 @@ Flat = tuple[torch.Tensor | None, ...]  # SamplingTensors.flat
 
 # At most so many rows are copied at a time by `sample`.
 ROWS_IN_FLIGHT = 64
+REJECTION_ROWS = 3  # a row's copy, p and q
 # Rows up to this size are a simdgroup's work: there is nothing to share out.
 SMALL_VOCAB = 256
 
@@ -112,8 +113,8 @@ def sample_workspace_bytes(
 
 
 def verify_workspace_bytes(shaders: Shaders, logits: torch.Tensor, changes_logits: bool) -> int:
-    """A float32 copy of one row per sequence, likewise; of `verify_tree_match`."""
-    return 4 * logits.shape[0] * logits.shape[-1] if changes_logits else 0
+    """Rows of float32 for each sequence: as many as the verifier that needs most."""
+    return 4 * REJECTION_ROWS * logits.shape[0] * logits.shape[-1]
 
 
 def sample(
@@ -185,10 +186,12 @@ def _walk(
     scratch = _floats(workspace, rows * batch * vocab if copies else 0, logits)
     walk = [*sizes, logits.stride(0), logits.stride(1), nodes, vocab, *(params or [])]
     args: list[object] = [*tensors.values(), *buffers, *outputs, scratch]
-    args += [draft_logits] if draft_logits is not None else []
-    numbers = [walk] if floats is None else [walk, floats]
+    if draft_logits is not None:
+        args.append(draft_logits)
+    args.append(walk)
+    if floats is not None:
+        args.append(floats)
     threads = _threads(vocab)
-    args += numbers
     shaders.run(name, args, (batch,), threads=threads, ELEMENT=element, GROUP=threads)
 
 
@@ -251,7 +254,7 @@ def verify_tree_rejection(
         outputs,
         workspace,
         draft_logits=draft,
-        rows=3,  # the copy, p and q
+        rows=REJECTION_ROWS,
         params=params,
     )
 
