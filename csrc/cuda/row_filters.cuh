@@ -71,7 +71,8 @@ __device__ __forceinline__ Buckets place_buckets(uint64_t first, uint64_t last) 
 }
 static_assert(kBuckets == 512, "place_buckets leaves 9 bits");
 
-template <typename T>
+// kAhead: vectors that a thread has on their way. More take more registers.
+template <typename T, int kAhead = 2>
 class Filter {
  public:
   static constexpr int kPer = Row<T>::kPer;
@@ -127,7 +128,7 @@ class Filter {
   // Lists the places of s; above(first token, elements) gets those before them, the others as -inf.
   template <typename F>
   __device__ __forceinline__ void list(const Search& s, F above) {
-    for_vectors(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
+    for_vectors<kAhead>(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
       float sure[kPer];
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
@@ -234,7 +235,7 @@ class Filter {
     __syncthreads();
     uint32_t rest_count = 0;
     uint64_t rest_mass = 0;
-    for_vectors(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
+    for_vectors<kAhead>(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         if (!(x[i] > -infinity())) continue;
@@ -339,7 +340,7 @@ class Filter {
 template <typename T>
 __device__ Cut find_cut(Group& group, const Row<T>& row, const Choice& choice,
                         const Extent& extent) {
-  Filter<T> filter(group, row, choice, extent);
+  Filter<T, 1> filter(group, row, choice, extent);
   const Search last = filter.narrow();
   if (last.open) {
     filter.list(last, [](uint32_t, const float (&)[Row<T>::kPer]) {});

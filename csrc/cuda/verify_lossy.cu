@@ -13,6 +13,16 @@
 namespace inferlab::cuda {
 namespace {
 
+struct LossyShared {
+  WalkShared walk;
+  Choice agreeing;  // the filter that keeps the k most likely
+  // What is known of the row. Here for the registers' sake; written by one thread.
+  Weights weights;
+  Cut agree;
+  double total;
+  float center;
+};
+
 struct LossyKernel {
   LossyParams op;
   RowPlan plan;
@@ -27,104 +37,108 @@ struct LossyKernel {
 template <typename T>
 class Judge {
  public:
-  __device__ Judge(Group& group, const LossyParams& params, const Row<T>& row, const Choice& choice,
+  __device__ Judge(Group& group, LossyShared& shared, const LossyParams& params, const Row<T>& row,
                    const Extent& extent)
-      : group_(group), params_(params), row_(row) {
-    // At temperature 0: the untruncated softmax, since a one-hot p would leave nothing to judge.
-    weights_ = Weights{extent.max, choice.greedy ? 1.0f : choice.inv_temperature, keep_all()};
-    const bool agree = params.policy == LossyPolicy::kTopkAgree;
-    // The cut of the filters, then that of the policy, by the same code.
-#pragma unroll 1
-    for (int side = 0; side < (agree ? 2 : 1); ++side) {
-      Choice filter = choice;
-      if (side == 1) {
-        filter.top_k = params.threshold < row.size ? static_cast<uint32_t>(params.threshold) : 0u;
-        filter.top_p = 1.0f;
-        filter.min_p = 0.0f;
-      }
-      if (!filter.filters() || (side == 0 && choice.greedy)) continue;
-      const Cut cut = find_cut(group, row, filter, extent);
-      (side == 0 ? weights_.cut : agree_) = cut;
+      : group_(group), shared_(shared), params_(params), row_(row) {
+    const Choice& choice = shared.walk.choice;
+    if (threadIdx.x == 0) {
+      // At temperature 0: the untruncated softmax, since a one-hot p would leave nothing to judge.
+      const float inv_temperature = choice.greedy ? 1.0f : choice.inv_temperature;
+      shared.weights = Weights{extent.max, inv_temperature, keep_all()};
+      shared.agree = keep_all();
     }
+    // The cut of the filters, then that of the policy, by the same code.
+    const bool agree = params.policy == LossyPolicy::kTopkAgree;
+#pragma unroll 1
+    for (int of_policy = 0; of_policy < (agree ? 2 : 1); ++of_policy) {
+      const Choice& filter = of_policy ? shared.agreeing : choice;
+      if (!filter.filters()) continue;
+      const Cut cut = find_cut(group, row, filter, extent);
+      if (threadIdx.x == 0) (of_policy ? shared.agree : shared.weights.cut) = cut;
+    }
+    __syncthreads();
     if (agree) return;
-    const Weights w = weights_;
-    total_ = sum_row(group, row, [&](uint32_t t, float l) { return w.of(l, t); }).value();
+    const Weights& w = shared.weights;
+    const double total =
+        sum_row(group, row, [&](uint32_t t, float l) { return w.of(l, t); }).value();
+    if (threadIdx.x == 0) shared.total = total;
     if (params.policy == LossyPolicy::kTypical) {
       // -log p(x) - entropy = E[log weight] - log weight(x). The bound keeps 0 * -inf away.
       const Sum sum = sum_row(group, row, [&](uint32_t t, float l) {
         const float weight = w.of(l, t);
         return weight > 0.0f ? weight * fminf(-w.log_of(l), 200.0f) : 0.0f;
       });
-      center_ = static_cast<float>(-sum.value() / total_);
+      if (threadIdx.x == 0) shared.center = static_cast<float>(-sum.value() / total);
     }
+    __syncthreads();
   }
 
   // By all threads of all blocks.
   __device__ bool accepts(uint32_t token) const {
     if (token >= row_.size) return false;
+    const Weights& w = shared_.weights;
     const float l = row_.at(token);
-    if (!weights_.cut.keeps(l, token)) return false;
-    if (params_.policy == LossyPolicy::kTopkAgree) return agree_.keeps(l, token);
-    const float z = weights_.log_of(l);
+    if (!w.cut.keeps(l, token)) return false;
+    if (params_.policy == LossyPolicy::kTopkAgree) return shared_.agree.keeps(l, token);
     if (params_.policy == LossyPolicy::kConfThreshold) {
-      return static_cast<double>(weight_exp(z)) / total_ >= params_.threshold;
+      return static_cast<double>(w.of(l, token)) / shared_.total >= params_.threshold;
     }
-    const float distance = fabsf(z - center_);
+    const float distance = fabsf(w.log_of(l) - shared_.center);
     const Sum nearer = sum_row(group_, row_, [&](uint32_t t, float other) {
-      const float d = fabsf(weights_.log_of(other) - center_);
+      const float d = fabsf(w.log_of(other) - shared_.center);
       const bool counts = d < distance || (d == distance && t < token);
-      return counts ? weights_.of(other, t) : 0.0f;
+      return counts ? w.of(other, t) : 0.0f;
     });
-    return nearer.value() / total_ < params_.threshold;
+    return nearer.value() / shared_.total < params_.threshold;
   }
-
-  __device__ __forceinline__ Cut kept() const { return weights_.cut; }
 
  private:
   Group& group_;
+  LossyShared& shared_;
   const LossyParams& params_;
   const Row<T>& row_;
-  Weights weights_;
-  Cut agree_ = keep_all();
-  double total_ = 1.0;
-  float center_ = 0.0f;
 };
 
 template <typename T>
 __device__ Decision decide(Group& group, const LossyParams& params, const Tree& tree,
-                           const Choice& choice, const Row<T>& row, int32_t node,
+                           LossyShared& shared, const Row<T>& row, int32_t node,
                            uint32_t position) {
+  const Choice& choice = shared.walk.choice;
   const int32_t first = tree.first_child(node);
   const Draw draw(choice, position, kPurposeToken);
-  if (first < 0 && (choice.greedy || !choice.filters())) {
+  if (first < 0 && !choice.filters()) {
     return {-1, choose_unfiltered(group, row, choice, draw)};
   }
   const Extent extent = scan(group, row);
   if (!extent.valid) return {-1, -1};
-  const Judge<T> judge(group, params, row, choice, extent);
+  const Judge<T> judge(group, shared, params, row, extent);
   for (int32_t c = first; c >= 0; c = tree.next_sibling(c)) {
     const int32_t token = tree.token(c);
     if (judge.accepts(static_cast<uint32_t>(token))) return {c, token};
   }
-  return {-1, draw_kept(group, row, choice, draw, judge.kept())};
+  return {-1, draw_kept(group, row, choice, draw, shared.weights.cut)};
 }
 
 // ---- kernel -------------------------------------------------------------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) lossy_kernel(LossyKernel k) {
-  WalkShared& shared = shared_memory<WalkShared>();
+  LossyShared& shared = shared_memory<LossyShared>();
   const VerifyParams& p = k.op.walk;
   const uint32_t size = static_cast<uint32_t>(p.logits.allowed);
-  Group group = join_group(shared.row, k.plan, k.work);
+  Group group = join_group(shared.walk.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
+  if (threadIdx.x == 0) {  // read behind the barriers of the first sequence
+    const uint32_t kept = k.op.threshold < size ? static_cast<uint32_t>(k.op.threshold) : 0u;
+    shared.agreeing = Choice{1.0f, 1.0f, kept, 1.0f, 0.0f, false, 0};
+  }
   for (int64_t b = group_index(k.plan); b < p.batch; b += k.plan.groups) {
-    const Choice choice(p.sampling, b, size);
-    const Tree tree(p, b, shared);
+    shared.walk.choice.read(p.sampling, b, size);
+    const Tree tree(p, b, shared.walk);
     penalties.begin(b);
     walk_tree(p, b, group.leads(), [&](int32_t node, uint32_t position) {
       const Row<T> row = open_row<T>(p.logits, b, node, penalties);
-      const Decision decision = decide(group, k.op, tree, choice, row, node, position);
+      const Decision decision = decide(group, k.op, tree, shared, row, node, position);
       if (decision.child >= 0 && penalties.change_logits()) {
         group.meet();  // the copy was read in other blocks' slices
         penalties.add_path(decision.token);
@@ -140,7 +154,7 @@ Status verify_tree_lossy(const LossyParams& p, void* workspace, int64_t workspac
                          void* stream) {
   const RowNeeds needs{p.walk.logits.allowed, changes_logits(p.walk.sampling), 0, 0};
   return with_dtype(p.walk.logits.dtype, [&](auto element) {
-    return launch_rows(lossy_kernel<decltype(element)>, sizeof(WalkShared), p.walk.batch, needs,
+    return launch_rows(lossy_kernel<decltype(element)>, sizeof(LossyShared), p.walk.batch, needs,
                        workspace, workspace_bytes, stream, LossyKernel{p, {}, {}});
   });
 }

@@ -38,6 +38,7 @@ struct Side {
 struct RejectionShared {
   WalkShared walk;
   Side draft, target;
+  bool rejected;  // p is no more what it was
   Step steps[kTries];
 };
 
@@ -60,16 +61,15 @@ template <typename T>
 class Rejection {
  public:
   __device__ Rejection(Group& group, RejectionShared& shared, const RejectionParams& params,
-                       const Tree& tree, const Choice& choice, const Row<T>& row,
-                       const Row<T>& draft, int32_t node, uint32_t position)
+                       const Tree& tree, const Row<T>& row, int64_t b, int32_t node,
+                       uint32_t position)
       : group_(group),
         shared_(shared),
-        has_draft_(params.draft_logits.data != nullptr),
-        with_replacement_(params.with_replacement),
+        params_(params),
         tree_(tree),
-        choice_(choice),
+        choice_(shared.walk.choice),
         row_(row),
-        draft_(draft),
+        b_(b),
         node_(node),
         position_(position) {}
 
@@ -83,10 +83,10 @@ class Rejection {
     bool judge = first >= 0;
     // The draft's row, then the target's, by the same code.
 #pragma unroll 1
-    for (int of_target = judge && has_draft_ ? 0 : 1; of_target < 2; ++of_target) {
+    for (int of_target = judge && has_draft() ? 0 : 1; of_target < 2; ++of_target) {
       // Copies, member by member: a choice of references would put both rows into local memory.
-      Row<T> row = draft_;
-      if (of_target) row = row_;
+      Row<T> row = row_;
+      if (!of_target) row = draft();
       if (open_side(row, of_target ? shared_.target : shared_.draft, judge)) continue;
       if (of_target) return {-1, -1};
       judge = false;  // nothing sensible was drawn from it: the target alone decides
@@ -94,17 +94,30 @@ class Rejection {
     if (judge) {
       for (int32_t c = first; c >= 0 && count_ < kTries; c = tree_.next_sibling(c)) {
         const uint32_t token = static_cast<uint32_t>(tree_.token(c));
-        if (!with_replacement_ && tried(token)) continue;
+        if (!with_replacement() && tried(token)) continue;
         const Pair at = pair_at(token);
         if (accepts(c, at)) return {c, static_cast<int32_t>(token)};
         reject(token, at);
       }
     }
-    if (rejected_) return {-1, draw_residual()};
+    if (shared_.rejected) return {-1, draw_residual()};
     return {-1, draw_kept(group_, row_, choice_, recovery(), shared_.target.weights.cut)};
   }
 
  private:
+  __device__ __forceinline__ bool has_draft() const { return params_.draft_logits.data != nullptr; }
+  __device__ __forceinline__ bool with_replacement() const { return params_.with_replacement; }
+
+  // Opened again and again: it is two multiplications, and registers are few.
+  __device__ __forceinline__ Row<T> draft() const {
+    const LogitsView& view = params_.draft_logits;
+    const bool wide = view.dtype == DType::kF32;
+    const char* data = static_cast<const char*>(view.data) +
+                       (b_ * view.batch_stride + node_ * view.node_stride) *
+                           static_cast<int64_t>(wide ? sizeof(float) : sizeof(T));
+    return Row<T>{data, row_.size, wide};
+  }
+
   __device__ __forceinline__ Draw recovery() const {
     return Draw(choice_, position_, kPurposeRecovery);
   }
@@ -117,7 +130,10 @@ class Rejection {
     if (choice_.filters()) weights.cut = find_cut(group_, row, choice_, extent);
     Sum sum;
     if (with_sum) sum = sum_row(group_, row, [&](uint32_t t, float l) { return weights.of(l, t); });
-    if (threadIdx.x == 0) side = Side{weights, sum, sum.value()};
+    if (threadIdx.x == 0) {
+      side = Side{weights, sum, sum.value()};
+      shared_.rejected = false;
+    }
     __syncthreads();
     return true;
   }
@@ -125,14 +141,14 @@ class Rejection {
   // What p and q of a token are after the steps. A drafter may propose what is no column of the
   // row.
   __device__ __forceinline__ Pair pair_at(uint32_t token) const {
-    if (token >= row_.size) return {0.0f, has_draft_ ? 0.0f : 1.0f};
+    if (token >= row_.size) return {0.0f, has_draft() ? 0.0f : 1.0f};
     Pair w{shared_.target.weights.of(row_.at(token), token), 1.0f};
-    if (has_draft_) w.q = shared_.draft.weights.of(draft_.at(token), token);
+    if (has_draft()) w.q = shared_.draft.weights.of(draft().at(token), token);
     for (int i = 0; i < count_; ++i) {
       const Step step = shared_.steps[i];
-      if (has_draft_) {
+      if (has_draft()) {
         w.p = fmaxf(w.p * step.p_scale - w.q * step.q_scale, 0.0f);
-        if (!with_replacement_ && token == step.token) w.q = 0.0f;
+        if (!with_replacement() && token == step.token) w.q = 0.0f;
       } else if (token == step.token) {
         w.p = w.p * step.p_scale;
       }
@@ -164,7 +180,7 @@ class Rejection {
 
   __device__ bool accepts(int32_t child, Pair at) const {
     const double p = static_cast<double>(at.p) / shared_.target.total;
-    const double q = has_draft_ ? static_cast<double>(at.q) / shared_.draft.total : 1.0;
+    const double q = has_draft() ? static_cast<double>(at.q) / shared_.draft.total : 1.0;
     const float u = noise_uniform(
         noise_word(choice_.seed, position_, static_cast<uint32_t>(child), kPurposeAccept));
     return p > 0.0 && static_cast<double>(u) * q < p;
@@ -172,33 +188,36 @@ class Rejection {
 
   __device__ void reject(uint32_t token, Pair at) {
     Step step{1.0f, 0.0f, token};  // p stays as it was
-    Side p = shared_.target, q = shared_.draft;
-    if (!has_draft_) {  // q is a point mass: p only loses the token
-      p.sum -= sum_of(at.p);
-      p.total = p.sum.value();
-      if (p.total > kEmpty) step.p_scale = 0.0f;
+    double total;                  // of what p becomes
+    if (!has_draft()) {            // q is a point mass: p only loses the token
+      Sum rest = shared_.target.sum;
+      rest -= sum_of(at.p);
+      total = rest.value();
+      if (total > kEmpty) step.p_scale = 0.0f;
     } else {
-      const auto p_scale = static_cast<float>(1.0 / p.total);
-      const auto q_scale = static_cast<float>(1.0 / q.total);
+      const auto p_scale = static_cast<float>(1.0 / shared_.target.total);
+      const auto q_scale = static_cast<float>(1.0 / shared_.draft.total);
       Sum mine;
       for_pairs([&](uint32_t, const Pair(&pairs)[4]) {
 #pragma unroll
         for (const Pair& w : pairs) mine.add(fmaxf(w.p * p_scale - w.q * q_scale, 0.0f));
       });
-      p.total = meet_sum(group_, mine).value();
-      if (p.total > kEmpty) step = Step{p_scale, q_scale, token};
-      if (!with_replacement_) {
-        q.sum -= sum_of(at.q);
-        if (q.sum.value() > 0.0) q.total = q.sum.value();
-      }
+      total = meet_sum(group_, mine).value();
+      if (total > kEmpty) step = Step{p_scale, q_scale, token};
     }
-    // Where nothing is left, p <= q everywhere but for rounding.
-    rejected_ = rejected_ || (p.total > kEmpty && (has_draft_ || at.p > 0.0f));
     __syncthreads();  // all have read what is written now
     if (threadIdx.x == 0) {
-      if (p.total > kEmpty) shared_.target = p;
-      shared_.draft = q;
       shared_.steps[count_] = step;
+      // Where nothing is left, p <= q everywhere but for rounding.
+      if (total > kEmpty && (has_draft() || at.p > 0.0f)) shared_.rejected = true;
+      if (total > kEmpty) shared_.target.total = total;
+      if (!has_draft()) {
+        if (total > kEmpty) shared_.target.sum -= sum_of(at.p);
+      } else if (!with_replacement()) {
+        shared_.draft.sum -= sum_of(at.q);
+        const double rest = shared_.draft.sum.value();
+        if (rest > 0.0) shared_.draft.total = rest;
+      }
     }
     __syncthreads();
     ++count_;
@@ -223,25 +242,17 @@ class Rejection {
 
   Group& group_;
   RejectionShared& shared_;
-  const bool has_draft_, with_replacement_;
+  const RejectionParams& params_;
   const Tree& tree_;
   const Choice& choice_;
-  const Row<T> row_, draft_;
+  const Row<T>& row_;
+  const int64_t b_;
   const int32_t node_;
   const uint32_t position_;
   int count_ = 0;
-  bool rejected_ = false;
 };
 
 // ---- kernel -------------------------------------------------------------------------------------
-
-template <typename T>
-__device__ Row<T> open_draft(const LogitsView& view, int64_t b, int64_t node) {
-  const char* data = static_cast<const char*>(view.data);
-  const int64_t bytes = view.dtype == DType::kF32 ? 4 : sizeof(T);
-  data += (b * view.batch_stride + node * view.node_stride) * bytes;
-  return Row<T>{data, static_cast<uint32_t>(view.allowed), view.dtype == DType::kF32};
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rejection_kernel(RejectionKernel k) {
@@ -251,14 +262,12 @@ __global__ void __launch_bounds__(kThreads) rejection_kernel(RejectionKernel k) 
   Group group = join_group(shared.walk.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
   for (int64_t b = group_index(k.plan); b < p.batch; b += k.plan.groups) {
-    const Choice choice(p.sampling, b, size);
+    shared.walk.choice.read(p.sampling, b, size);
     const Tree tree(p, b, shared.walk);
     penalties.begin(b);
     walk_tree(p, b, group.leads(), [&](int32_t node, uint32_t position) {
       const Row<T> row = open_row<T>(p.logits, b, node, penalties);
-      Row<T> draft = row;
-      if (k.op.draft_logits.data != nullptr) draft = open_draft<T>(k.op.draft_logits, b, node);
-      Rejection<T> rule(group, shared, k.op, tree, choice, row, draft, node, position);
+      Rejection<T> rule(group, shared, k.op, tree, row, b, node, position);
       const Decision decision = rule.run();
       if (decision.child >= 0 && penalties.change_logits()) {
         group.meet();  // the copy was read in other blocks' slices
