@@ -213,7 +213,7 @@ def test_the_workspace_may_hold_anything_and_be_used_again(backend, heads, dtype
     with backend.active():
         moved = [backend.to(t) for t in (case.q, case.k_pages, case.block_table)]
         num_bytes = attention_workspace_bytes(*moved)
-    assert num_bytes > 0
+    assert (num_bytes > 0) == ("cuda" in backend.name)  # Metal needs none
     workspace = backend.to(torch.full((num_bytes,), 0xFF, dtype=torch.uint8))
 
     def call(*args, **options):
@@ -221,6 +221,8 @@ def test_the_workspace_may_hold_anything_and_be_used_again(backend, heads, dtype
 
     for _ in range(2):
         assert torch.equal(case.run(lambda *a, **k: backend.call(call, *a, **k)), expected)
+    if num_bytes == 0:
+        return
     workspace = workspace[: num_bytes - 1]
     with pytest.raises(ValueError, match=f"workspace has {num_bytes - 1} bytes"):
         case.run(lambda *a, **k: backend.call(call, *a, **k))
@@ -254,19 +256,13 @@ def test_values_out_of_range_touch_no_memory_that_is_not_theirs(backend, dtype):
     assert (out[1] == 0).all()
 
 
-BAD = [
-    (ValueError, "k_pages starts at an address", "k_pages"),
-    (ValueError, "v_pages starts at an address", "v_pages"),
-]
-
-
-@pytest.mark.parametrize(("error", "message", "name"), BAD)
-def test_bad_arguments_are_named(backend, error, message, name):
+@pytest.mark.parametrize("name", ["k_pages", "v_pages"])
+def test_pages_that_are_not_aligned_are_refused(backend, name):
     case = attention_case(16, [9], 2)
     pages = getattr(case, name)
     storage = backend.to(torch.zeros(pages.numel() + 1))
     moved = {x: backend.to(getattr(case, x)) for x in ("q", "k_pages", "v_pages", "block_table")}
     moved[name] = storage[1:].view(pages.shape)
     lens, words = backend.to(case.seq_lens), backend.to(case.ancestors)
-    with backend.active(), pytest.raises(error, match=message):
+    with backend.active(), pytest.raises(ValueError, match=f"{name} .* 16 bytes"):
         paged_tree_attention(*moved.values(), lens, words, **case.options)
