@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kThreads) lossy_kernel(LossyKernel k) {
   Group group = join_group(shared.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
   for (int64_t b = group_index(k.plan); b < p.batch; b += k.plan.groups) {
-    const Choice choice(p.sampling, b, size);
+    shared.choice.read(p.sampling, b, size);
+    const Choice& choice = shared.choice;
     const Tree tree(p, b, shared);
     penalties.begin(b);
     walk_tree(p, b, group.leads(), [&](int32_t node, uint32_t position) {

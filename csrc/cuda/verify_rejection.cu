@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads) rejection_kernel(RejectionKernel k) 
   Group group = join_group(shared.walk.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
   for (int64_t b = group_index(k.plan); b < p.batch; b += k.plan.groups) {
-    const Choice choice(p.sampling, b, size);
+    shared.walk.choice.read(p.sampling, b, size);
+    const Choice& choice = shared.walk.choice;
     const Tree tree(p, b, shared.walk);
     penalties.begin(b);
     walk_tree(p, b, group.leads(), [&](int32_t node, uint32_t position) {
