@@ -71,8 +71,7 @@ __device__ __forceinline__ Buckets place_buckets(uint64_t first, uint64_t last) 
 }
 static_assert(kBuckets == 512, "place_buckets leaves 9 bits");
 
-// kAhead: vectors that a thread has on their way. More take more registers.
-template <typename T, int kAhead = 2>
+template <typename T>
 class Filter {
  public:
   static constexpr int kPer = Row<T>::kPer;
@@ -128,7 +127,7 @@ class Filter {
   // Lists the places of s; above(first token, elements) gets those before them, the others as -inf.
   template <typename F>
   __device__ __forceinline__ void list(const Search& s, F above) {
-    for_vectors<kAhead>(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
+    for_vectors(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
       float sure[kPer];
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
@@ -235,7 +234,7 @@ class Filter {
     __syncthreads();
     uint32_t rest_count = 0;
     uint64_t rest_mass = 0;
-    for_vectors<kAhead>(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
+    for_vectors(group_, row_, [&](uint32_t first, const float (&x)[kPer]) {
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         if (!(x[i] > -infinity())) continue;
@@ -340,7 +339,7 @@ class Filter {
 template <typename T>
 __device__ Cut find_cut(Group& group, const Row<T>& row, const Choice& choice,
                         const Extent& extent) {
-  Filter<T, 1> filter(group, row, choice, extent);
+  Filter<T> filter(group, row, choice, extent);
   const Search last = filter.narrow();
   if (last.open) {
     filter.list(last, [](uint32_t, const float (&)[Row<T>::kPer]) {});

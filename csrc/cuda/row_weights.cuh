@@ -87,12 +87,10 @@ struct Weights {
 template <typename T, typename F>
 __device__ Sum sum_row(Group& group, const Row<T>& row, F value) {
   Sum mine;
-  const auto add = [&](uint32_t first, const float (&x)[Row<T>::kPer]) {
+  for_vectors(group, row, [&](uint32_t first, const float (&x)[Row<T>::kPer]) {
 #pragma unroll
     for (int i = 0; i < Row<T>::kPer; ++i) mine.add(value(first + i, x[i]));
-  };
-  // One vector ahead: there is more to compute than to wait for, and registers are few.
-  for_vectors<kThreads, 1>(row, group.begin(row.size), group.end(row.size), threadIdx.x, add);
+  });
   return meet_sum(group, mine);
 }
 

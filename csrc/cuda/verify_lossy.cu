@@ -122,7 +122,7 @@ __device__ Decision decide(Group& group, const LossyParams& params, const Tree& 
 // ---- kernel -------------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) lossy_kernel(LossyKernel k) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) lossy_kernel(LossyKernel k) {
   LossyShared& shared = shared_memory<LossyShared>();
   const VerifyParams& p = k.op.walk;
   const uint32_t size = static_cast<uint32_t>(p.logits.allowed);

@@ -255,7 +255,7 @@ class Rejection {
 // ---- kernel -------------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) rejection_kernel(RejectionKernel k) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) rejection_kernel(RejectionKernel k) {
   RejectionShared& shared = shared_memory<RejectionShared>();
   const VerifyParams& p = k.op.walk;
   const uint32_t size = static_cast<uint32_t>(p.logits.allowed);
