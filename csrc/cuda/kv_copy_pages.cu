@@ -16,20 +16,20 @@ constexpr int64_t kBlockBytes = 16 * 1024;
 constexpr unsigned kMaxGridY = 65535;
 
 template <typename Word>
-__global__ void __launch_bounds__(kThreads) copy_pages_kernel(KvCopyPagesParams p) {
+__global__ void __launch_bounds__(kThreads, 4) copy_pages_kernel(KvCopyPagesParams p) {
   char* cache = blockIdx.z & 1 ? p.v_cache : p.k_cache;
-  const int64_t layer = blockIdx.z >> 1;
-  const int64_t words = p.page_bytes / sizeof(Word);
-  const int64_t per_block = kBlockBytes / sizeof(Word);
-  const int64_t begin = blockIdx.x * per_block;
-  const int64_t end = begin + per_block < words ? begin + per_block : words;
+  const int64_t first_page = static_cast<int64_t>(blockIdx.z >> 1) * p.pages;  // of the layer
+  const int64_t begin = blockIdx.x * kBlockBytes;
+  const int64_t bytes = begin + kBlockBytes < p.page_bytes ? kBlockBytes : p.page_bytes - begin;
+  const int words = static_cast<int>(bytes / static_cast<int64_t>(sizeof(Word)));
   for (int64_t i = blockIdx.y; i < p.moves; i += gridDim.y) {
     const int64_t src = p.src[i], dst = p.dst[i];
     if (src < 0 || src >= p.pages || dst < 0 || dst >= p.pages || src == dst) continue;
     const Word* from =
-        reinterpret_cast<const Word*>(cache + (layer * p.pages + src) * p.page_bytes);
-    Word* to = reinterpret_cast<Word*>(cache + (layer * p.pages + dst) * p.page_bytes);
-    for (int64_t w = begin + threadIdx.x; w < end; w += kThreads) to[w] = from[w];
+        reinterpret_cast<const Word*>(cache + (first_page + src) * p.page_bytes + begin);
+    Word* to = reinterpret_cast<Word*>(cache + (first_page + dst) * p.page_bytes + begin);
+#pragma unroll 4
+    for (int w = threadIdx.x; w < words; w += kThreads) to[w] = from[w];
   }
 }
 
