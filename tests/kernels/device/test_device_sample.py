@@ -14,7 +14,7 @@ KINDS = ["normal", "ties", "flat", "masked", "broken"]
 
 # `backend` is the same for all examples.
 random_examples = settings(
-    max_examples=30,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -61,26 +61,37 @@ PATHS = {
     "hot": {"temperature": 30.0, "top_p": 0.97},
     "top_k": {"temperature": 1.0, "top_k": 50},
     "top_k and top_p": {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
-    "large top_k": {"temperature": 1.0, "top_k": 20_000},
-    "large top_k and top_p": {"temperature": 1.0, "top_k": 20_000, "top_p": 0.93},
+    "large top_k": {"temperature": 1.0, "top_k": 2000},
+    "large top_k and top_p": {"temperature": 1.0, "top_k": 2000, "top_p": 0.93},
     "top_p": {"temperature": 1.3, "top_p": 0.95},
     "top_p near 1": {"temperature": 1.0, "top_p": 0.9999},
     "min_p": {"temperature": 1.0, "min_p": 0.003},
-    "all": {"temperature": 1.1, "top_k": 3000, "top_p": 0.98, "min_p": 1e-4},
+    "all": {"temperature": 1.1, "top_k": 1200, "top_p": 0.98, "min_p": 1e-4},
 }
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "flat", "masked"])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("rows", [1, 4])
-def test_large_vocabulary_on_every_path(backend, path, kind, rows):
+def test_every_path(backend, path, kind, rows):
     """Several blocks share a row, and one block has it for itself; rows begin at odd addresses."""
-    generator = np.random.default_rng(len(path) + rows)
+    rng = np.random.default_rng(len(path) + rows)
     dtype = DTYPES[(len(path) + len(kind)) % 3]
-    logits = random_logits(generator, (rows, 40_001), kind, dtype)
+    logits = random_logits(rng, (rows, 3001), kind, dtype)
     sampling = SamplingTensors.of(rows, seed=list(range(rows)), **PATHS[path])
     got = backend.call(sample, logits, at(rows), sampling)
     assert torch.equal(got, sample(logits, at(rows), sampling))
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    zip(["plain", "large top_k and top_p", "top_p near 1"], DTYPES, strict=True),
+)
+def test_large_vocabulary(backend, path, dtype):
+    logits = random_logits(np.random.default_rng(6), (1, 40_000), "ties", dtype)
+    sampling = SamplingTensors.of(1, seed=3, **PATHS[path])
+    got = backend.call(sample, logits, at(1), sampling)
+    assert torch.equal(got, sample(logits, at(1), sampling))
 
 
 @pytest.mark.parametrize("vocab", [19, 4097])
@@ -115,7 +126,7 @@ def test_extreme_temperatures(backend, temperature, filters):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [5, 300, 5000])
+@pytest.mark.parametrize("vocab", [5, 2500])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_broken_rows_are_reported(backend, dtype, vocab, temperature, num_samples):
@@ -131,15 +142,16 @@ def test_broken_rows_are_reported(backend, dtype, vocab, temperature, num_sample
         assert (tokens[4:] >= 0).all()
 
 
-@pytest.mark.parametrize("num_samples", [64, 257, 1500, 4500])
+@pytest.mark.parametrize("num_samples", [64, 257, 900])
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 1000}]
+    "options", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 800}]
 )
 @pytest.mark.parametrize("rows", [1, 4])
 def test_many_samples(backend, num_samples, options, rows):
     """More than a block lists, more than there are; several blocks per row and one."""
-    logits = torch.randn(rows, 4096, generator=torch.Generator().manual_seed(rows)).half()
+    logits = torch.randn(rows, 1500, generator=torch.Generator().manual_seed(rows)).half()
     logits[0, 5:40] = 0.5
+    logits[0, 700:] = -torch.inf
     sampling = SamplingTensors.of(rows, seed=list(range(rows)), **options)
     expected = sample(logits, at(rows), sampling, num_samples=num_samples)
     got = backend.call(sample, logits, at(rows), sampling, num_samples=num_samples)
@@ -207,10 +219,10 @@ def test_strided_rows_that_begin_anywhere(backend):
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_one_workspace_for_all_calls(backend, num_samples):
     """It may hold anything, and `out` is written to the end."""
-    for seed in range(4):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
-        logits = random_logits(rng, (3, 5000), "normal", torch.bfloat16)
-        sampling = random_sampling(rng, 3, 5000)
+        logits = random_logits(rng, (3, 2500), "normal", torch.bfloat16)
+        sampling = random_sampling(rng, 3, 2500)
         expected = sample(logits, at(3), sampling, num_samples=num_samples)
         moved = backend.to((logits, at(3), sampling))
         with backend.active():
@@ -220,7 +232,7 @@ def test_one_workspace_for_all_calls(backend, num_samples):
                 continue
             workspace.fill_(0xFF)
             out = backend.to(torch.full_like(expected, 77))
-            for _ in range(3):
+            for _ in range(2):
                 got = sample(*moved, num_samples=num_samples, out=out, workspace=workspace)
                 assert got is out
                 assert torch.equal(got.cpu(), expected)
