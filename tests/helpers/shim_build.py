@@ -18,7 +18,7 @@ import sysconfig
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -96,10 +96,13 @@ def build_program(source: Path, variant: str) -> Path:
 
 
 def build_library(source: Path, flags: list[str], variant: str) -> Path:
-    """A shared object of one C++ source over the fibres."""
-    kernels = Job(source, [*BASE, *WARNINGS, *flags, *VARIANTS[variant][0]], [SHIM])
-    objects = _compile_all([kernels, _runtime(variant)])
-    return _link(objects, ["-shared", *VARIANTS[variant][0]], f"{variant}-", f"{source.stem}.so")
+    """A shared object of one C++ source. All of them share the fibres, which TSan has few of."""
+    shared = ["-shared", *VARIANTS[variant][0]]
+    fibres = _runtime(variant)
+    fibres = replace(fibres, flags=[*fibres.flags, "-fvisibility=default"])
+    runtime = _link([_compile(fibres)], shared, f"{variant}-", "simt.so")
+    unit = Job(source, [*BASE, *WARNINGS, *flags, *VARIANTS[variant][0]], [SHIM])
+    return _link([_compile(unit), runtime], shared, f"{variant}-", f"{source.stem}.so")
 
 
 def load(path: Path) -> ModuleType:
