@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "tsan": (["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"], ["-DSIMT_TSAN"]),
     "ucontext": ([], ["-DSIMT_UCONTEXT"]),  # plain, by the way that every processor has
 }
-RUNTIME_LIBRARIES = {"asan": "libasan.so", "tsan": "libtsan.so"}
+SANITIZER_LIBRARIES = {"asan": "libasan.so", "tsan": "libtsan.so"}
 # The first report ends the process. Python and torch leak by design.
 SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",
@@ -120,13 +120,13 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def runtime_library(variant: str) -> Path | None:
-    """The sanitizer's library, which must be loaded before Python itself (LD_PRELOAD).
-
-    None where the compiler has none.
+def runtime_libraries(variant: str) -> list[Path]:
+    """What must be loaded before Python itself (LD_PRELOAD): the sanitizer's library and, so that
+    it finds what throws, the C++ one. Empty where the compiler has no such sanitizer.
     """
-    found = Path(_run([COMPILER, f"-print-file-name={RUNTIME_LIBRARIES[variant]}"]).strip())
-    return found.resolve() if found.is_absolute() else None
+    names = (SANITIZER_LIBRARIES[variant], "libstdc++.so.6")
+    found = [Path(_run([COMPILER, f"-print-file-name={name}"]).strip()) for name in names]
+    return [path.resolve() for path in found] if found[0].is_absolute() else []
 
 
 def _kernel(source: Path, variant: str, cuda_dir: Path) -> Job:
@@ -135,9 +135,7 @@ def _kernel(source: Path, variant: str, cuda_dir: Path) -> Job:
 
 
 def _runtime(variant: str) -> Job:
-    # Loops stay loops: a call of memcpy would be seen by TSan.
-    flags = [*BASE, *WARNINGS, "-O2", "-fno-tree-loop-distribute-patterns", *VARIANTS[variant][1]]
-    return Job(SHIM / "simt.cpp", flags, [SHIM])
+    return Job(SHIM / "simt.cpp", [*BASE, *WARNINGS, "-O2", *VARIANTS[variant][1]], [SHIM])
 
 
 def _compile_all(jobs: list[Job]) -> list[Path]:

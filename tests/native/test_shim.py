@@ -3,13 +3,12 @@ reported as what it is (tests/native/kernels/shim_cases.cu)."""
 
 import os
 import re
-import shutil
 import subprocess
 from functools import cache
 
 import pytest
 
-from helpers import shim_build
+from helpers import shim_build, shim_run
 
 SOURCE = shim_build.ROOT / "tests" / "native" / "kernels" / "shim_cases.cu"
 RACE = "WARNING: ThreadSanitizer: data race"
@@ -67,10 +66,7 @@ PAIRS = [(v, c) for v in shim_build.VARIANTS for c in CASES if c not in UNDEFINE
 
 @cache
 def program(variant):
-    if shutil.which(shim_build.COMPILER) is None:
-        pytest.skip(f"{shim_build.COMPILER} is not installed")
-    if variant in shim_build.RUNTIME_LIBRARIES and shim_build.runtime_library(variant) is None:
-        pytest.skip(f"{shim_build.COMPILER} comes without the sanitizer's library")
+    shim_run.need_compiler(variant)
     return shim_build.build_program(SOURCE, variant)
 
 

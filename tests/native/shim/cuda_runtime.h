@@ -103,15 +103,13 @@ T unpack(uint64_t bits) {
 }
 template <typename T>
 T from_lane(unsigned mask, T v, unsigned lane, unsigned segment_lane_ok) {
-  uint64_t all[kWarpSize];
-  warp_exchange(mask, pack(v), all);
+  const uint64_t* all = warp_exchange(mask, pack(v));
   if (!segment_lane_ok) return v;
   return (mask >> lane & 1u) ? unpack<T>(all[lane]) : unpack<T>(0xffffffffffffffffu);
 }
 template <typename T, typename F>
 T reduce(unsigned mask, T v, F f) {
-  uint64_t all[kWarpSize];
-  warp_exchange(mask, pack(v), all);
+  const uint64_t* all = warp_exchange(mask, pack(v));
   bool first = true;
   T r = v;
   for (unsigned i = 0; i < kWarpSize; ++i) {
@@ -147,8 +145,7 @@ T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32) {
   return simt::from_lane(mask, v, simt::self->lane - delta, simt::self->lane >= base + delta);
 }
 inline unsigned __ballot_sync(unsigned mask, int p) {
-  uint64_t all[32];
-  simt::warp_exchange(mask, p != 0, all);
+  const uint64_t* all = simt::warp_exchange(mask, p != 0);
   unsigned r = 0;
   for (unsigned i = 0; i < 32; ++i) r |= (mask >> i & 1u) && all[i] ? 1u << i : 0u;
   return r;
@@ -157,8 +154,7 @@ inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0
 inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T v) {
-  uint64_t all[32];
-  simt::warp_exchange(mask, simt::pack(v), all);
+  const uint64_t* all = simt::warp_exchange(mask, simt::pack(v));
   unsigned r = 0;
   for (unsigned i = 0; i < 32; ++i) {
     r |= (mask >> i & 1u) && all[i] == simt::pack(v) ? 1u << i : 0u;

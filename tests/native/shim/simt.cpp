@@ -86,10 +86,13 @@ class Queue {
     ring_.resize(std::max(capacity, size_t{1}));
     head_ = size_ = 0;
   }
-  void push(Fiber* f) { ring_[(head_ + size_++) % ring_.size()] = f; }
+  void push(Fiber* f) {
+    const size_t end = head_ + size_++;
+    ring_[end < ring_.size() ? end : end - ring_.size()] = f;
+  }
   Fiber* pop() {
     Fiber* f = ring_[head_];
-    head_ = (head_ + 1) % ring_.size();
+    if (++head_ == ring_.size()) head_ = 0;
     --size_;
     return f;
   }
@@ -266,11 +269,17 @@ std::unique_ptr<Block> open_block(Dim index) {
   block->alive = run.threads;
   block->warps.resize(run.warps.size());
   block->fibers.resize(run.threads);
+  Dim thread{0, 0, 0};
   for (unsigned i = 0; i < run.threads; ++i) {
     Fiber& f = block->fibers[i];
-    const Dim d = run.dim;
-    const Dim thread{i % d.x, i / d.x % d.y, i / (d.x * d.y)};
-    f.thread = Thread{thread, index, d, run.grid, i % kWarpSize, shared};
+    f.thread = Thread{thread, index, run.dim, run.grid, i % kWarpSize, shared};
+    if (++thread.x == run.dim.x) {
+      thread.x = 0;
+      if (++thread.y == run.dim.y) {
+        thread.y = 0;
+        ++thread.z;
+      }
+    }
     f.block = block.get();
     f.warp = i / kWarpSize;
     block->warps[f.warp].alive |= 1u << f.thread.lane;
@@ -421,7 +430,7 @@ int block_barrier(int predicate, Site site) {
   Block& block = *fiber.block;
   const unsigned round = block.round & 1;
   if (block.at_barrier == 0) block.site = site;
-  if (block.site.line != site.line || std::strcmp(block.site.file, site.file) != 0) {
+  if (block.site.line != site.line) {
     fail("divergent barrier: one block's threads wait at %s:%d and at %s:%d", name(block.site.file),
          block.site.line, name(site.file), site.line);
   }
@@ -488,9 +497,8 @@ const uint64_t* meet(uint32_t mask, uint64_t value, Site intrinsic, bool ordered
 
 void warp_barrier(uint32_t mask, Site intrinsic) { meet(mask, 0, intrinsic, true); }
 
-void warp_exchange(uint32_t mask, uint64_t value, uint64_t out[kWarpSize], Site intrinsic) {
-  const uint64_t* values = meet(mask, value, intrinsic, false);
-  for (unsigned i = 0; i < kWarpSize; ++i) out[i] = values[i];  // no memcpy: TSan would see it
+const uint64_t* warp_exchange(uint32_t mask, uint64_t value, Site intrinsic) {
+  return meet(mask, value, intrinsic, false);
 }
 
 void yield(Site site) {

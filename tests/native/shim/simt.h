@@ -59,10 +59,15 @@ int block_barrier(int predicate, Site site);
 // Waits for the lanes of `mask` (all of them must come) and orders memory between them.
 void warp_barrier(uint32_t mask, Site intrinsic = Site::here());
 
-// Waits for the lanes of `mask`; out[i] is the value that lane i brought. Orders no memory. All
-// must come by the same intrinsic: the line that calls this.
-void warp_exchange(uint32_t mask, uint64_t value, uint64_t out[kWarpSize],
-                   Site intrinsic = Site::here());
+// Waits for the lanes of `mask`; returned[i] is the value that lane i brought, until the warp meets
+// again. Orders no memory. All must come by the same intrinsic: the line that calls this.
+const uint64_t* warp_exchange(uint32_t mask, uint64_t value, Site intrinsic = Site::here());
+
+inline void warp_exchange(uint32_t mask, uint64_t value, uint64_t (&out)[kWarpSize],
+                          Site intrinsic = Site::here()) {
+  const uint64_t* all = warp_exchange(mask, value, intrinsic);
+  for (unsigned i = 0; i < kWarpSize; ++i) out[i] = all[i];
+}
 
 // Lets the others run: to be called in every loop that waits for memory to change.
 void yield(Site site = Site::here());
