@@ -47,5 +47,10 @@ def test_mutant_is_caught(mutant, builds):
         pytest.fail(f"{mutant.test} ended with {result.returncode}:\n{result.stdout[-10000:]}")
 
 
+def test_every_patch_fits_its_source(tmp_path):
+    for mutant in MUTANTS:
+        mutant.patch(shim_build.CUDA, tmp_path / mutant.name)
+
+
 def test_names_are_unique():
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
