@@ -47,6 +47,8 @@ def device_tests(
         shim = ["--metal-shim", variant]
     else:
         shim = ["--cuda-shim", str(module or shim_build.build(variant))]
+    if variant in shim_build.SANITIZER_LIBRARIES:
+        shim += ["-m", "not distribution"]
     command = [
         *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
         # Not the file descriptors: a process that a sanitizer ends would take its report along.

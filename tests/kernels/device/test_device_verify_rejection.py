@@ -56,7 +56,7 @@ def drawn(q, count, with_replacement, draws=DRAWS):
 
 
 @settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -64,8 +64,8 @@ def drawn(q, count, with_replacement, draws=DRAWS):
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([1, 2, 3]),
-    nodes=st.sampled_from([1, 2, 7, 20]),
-    vocab=st.sampled_from([1, 19, 111, 1000, 4097, 9000]),
+    nodes=st.sampled_from([1, 2, 7, 12]),
+    vocab=st.sampled_from([1, 19, 111, 1000, 2500]),
     kind=st.sampled_from(["normal", "ties", "flat", "masked", "broken"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     draft=st.sampled_from(["none", "near", "other", "near_in_float"]),
@@ -75,7 +75,6 @@ def test_gives_the_cpus_tokens(
     backend, seed, batch, nodes, vocab, kind, dtype, draft, with_replacement
 ):
     rng = np.random.default_rng(seed)
-    nodes = min(nodes, 7) if vocab > 4000 else nodes
     logits = random_logits(rng, (batch, nodes, vocab), kind, dtype)
     draft_logits = None
     if draft == "other":
@@ -96,6 +95,23 @@ def test_gives_the_cpus_tokens(
     arguments = (logits, draft_logits, tokens, links, seq_lens, sampling)
     ours = backend.call(verify_tree_rejection, *arguments, **options)
     theirs = verify_tree_rejection(*arguments, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_blocks_share_a_row(backend, dtype):
+    rng = np.random.default_rng(8)
+    logits = random_logits(rng, (1, 5, 11_000), "normal", dtype)
+    draft = (logits.float() + torch.from_numpy(rng.standard_normal(logits.shape)).float()).to(dtype)
+    links = build_tree(torch.tensor([[-1, 0, 0, 0, 2]], dtype=torch.int32))
+    lens = torch.tensor([5], dtype=torch.int32)
+    sampling = SamplingTensors.of(1, temperature=0.9, top_p=0.97, seed=4)
+    best = draft.float().topk(4).indices  # [1, 5, 4]
+    tokens = torch.cat([torch.zeros(1, 1).long(), best[:, 0, 1:], best[:, 2, :1]], 1).int()
+    arguments = (logits, draft, tokens, links, lens, sampling)
+    ours = backend.call(verify_tree_rejection, *arguments)
+    theirs = verify_tree_rejection(*arguments)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
 
@@ -123,6 +139,7 @@ def test_peaked_drafts_keep_their_tail(backend, with_replacement):
     assert (ours.accepted_nodes[:, 1] > 1).any()  # siblings behind the first are entered
 
 
+@pytest.mark.distribution
 def test_vllms_bias_is_not_here(backend):
     """vLLM #47386, #54282: draft and recovery draws shared their noise; wanted 10/60/30 %, got
     10.2/63.0/26.8 %."""
@@ -133,6 +150,7 @@ def test_vllms_bias_is_not_here(backend):
         assert_follows(counts, np.array([0.102, 0.63, 0.268]))
 
 
+@pytest.mark.distribution
 @pytest.mark.parametrize("with_replacement", [True, False])
 def test_the_residual_is_updated_between_siblings(backend, with_replacement):
     """SpecInfer's counterexample: not updated, two iid siblings give (.35, .39, .26)."""
@@ -144,6 +162,7 @@ def test_the_residual_is_updated_between_siblings(backend, with_replacement):
         assert_follows(counts, np.array([0.35, 0.39, 0.26]))
 
 
+@pytest.mark.distribution
 @pytest.mark.parametrize("siblings", [[3, 2], [3, 3, 2], [2, 2, 2]])
 @pytest.mark.parametrize("with_replacement", [True, False])
 def test_outcomes_for_given_siblings(backend, siblings, with_replacement):
@@ -154,12 +173,14 @@ def test_outcomes_for_given_siblings(backend, siblings, with_replacement):
     assert_follows(counts, np.array([float(v) for v in expected]))
 
 
+@pytest.mark.distribution
 def test_a_deterministic_drafter_gives_the_target(backend):
     p = [0.15, 0.5, 0.25, 0.1]
     tokens = torch.tensor([[1, 3]] * DRAWS, dtype=torch.int32)
     assert_follows(np.bincount(verify(backend, p, None, tokens), minlength=4), np.array(p))
 
 
+@pytest.mark.distribution
 def test_zero_probability_is_never_accepted(backend):
     p = [0.0, 0.7, 0.3]
     tokens = torch.zeros(DRAWS, 1, dtype=torch.int32)
