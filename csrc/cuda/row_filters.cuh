@@ -192,7 +192,7 @@ class Filter {
         s.mass_above = 0;
         return;
       }
-      if (c.count <= kListed) return;
+      if (c.count <= kListed || s.first >= s.last) return;  // one place: whatever is counted
       if (rest) {
         const float top = places_.value(places_.ordered(s.first));
         buckets = linear_buckets(top, top - extent_.min);
