@@ -81,7 +81,7 @@ def test_shim_tells_right_from_wrong(variant, case):
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=120,
+        timeout=600,
     )
     words = result.stdout + result.stderr
     assert re.search(expected, words.strip(), re.MULTILINE), words

@@ -328,10 +328,12 @@ __global__ void relay_kernel(RelayParams p) {
 
 template <Fence kFence>
 Result relay(Blocks blocks) {
+  constexpr int kBlocks = static_cast<int>(simt::kMultiprocessors);
   int data = 0, flag = 0;
-  if (!ran(relay_kernel<kFence>, 6, 32, 0, RelayParams{&data, &flag}, blocks)) return "failed";
-  REQUIRE(data == 21);
-  REQUIRE(flag == 6);
+  const RelayParams p{&data, &flag};
+  if (!ran(relay_kernel<kFence>, kBlocks, 32, 0, p, blocks)) return "failed";
+  REQUIRE(data == kBlocks * (kBlocks + 1) / 2);
+  REQUIRE(flag == kBlocks);
   return "ok";
 }
 

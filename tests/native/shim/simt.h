@@ -22,9 +22,14 @@ struct Dim {
 };
 
 // The device that the shim is: few multiprocessors, so that grids stay small and several blocks
-// still share a row; the least shared memory of the architectures we build for (8.6, 8.9, 12.0).
+// still share a row (fewer for TSan: a barrier's cost to it grows with the square of the threads);
+// the least shared memory of the architectures we build for (8.6, 8.9, 12.0).
 constexpr unsigned kWarpSize = 32;
+#if defined(__SANITIZE_THREAD__) || defined(SIMT_TSAN)
+constexpr unsigned kMultiprocessors = 3;
+#else
 constexpr unsigned kMultiprocessors = 6;
+#endif
 constexpr size_t kMaxSharedBytes = 99 * 1024;
 
 struct Thread {
