@@ -26,7 +26,7 @@ struct Dim {
 // the least shared memory of the architectures we build for (8.6, 8.9, 12.0).
 constexpr unsigned kWarpSize = 32;
 #if defined(__SANITIZE_THREAD__) || defined(SIMT_TSAN)
-constexpr unsigned kMultiprocessors = 3;
+constexpr unsigned kMultiprocessors = 4;
 #else
 constexpr unsigned kMultiprocessors = 6;
 #endif
