@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "convert.cuh"
 #include "mma.cuh"
 
 namespace inferlab::cuda {
@@ -112,8 +113,10 @@ struct MmaTile {
     keep >>= 2 * (lane % 4);  // keys 8j + 2t at bits 8j
 #pragma unroll
     for (int j = 0; j < kScoreBlocks; j += 2) {
-      const uint32_t a[4] = {pack<T>(w[j][0], w[j][1]), pack<T>(w[j][2], w[j][3]),
-                             pack<T>(w[j + 1][0], w[j + 1][1]), pack<T>(w[j + 1][2], w[j + 1][3])};
+      const uint32_t a[4] = {pack_pair_but_nan<T>(w[j][0], w[j][1]),
+                             pack_pair_but_nan<T>(w[j][2], w[j][3]),
+                             pack_pair_but_nan<T>(w[j + 1][0], w[j + 1][1]),
+                             pack_pair_but_nan<T>(w[j + 1][2], w[j + 1][3])};
       uint32_t kept[2];
       if (kMasked) {
         kept[0] = halves(keep >> 8 * j);

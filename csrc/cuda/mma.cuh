@@ -49,18 +49,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], const
                : "memory");
 }
 
-// Two floats, rounded to nearest even, the first in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t r;
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  }
-  return r;
-}
-
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -107,11 +95,6 @@ inline void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
     const auto* high = reinterpret_cast<const uint16_t*>(rows[8 * i + 2 * t + 1]);
     m[i] = low[g] | static_cast<uint32_t>(high[g]) << 16;
   }
-}
-
-template <typename T>
-uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }

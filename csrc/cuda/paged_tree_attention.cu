@@ -40,7 +40,7 @@ __device__ __forceinline__ void store_pair(T* to, float a, float b) {
   if constexpr (std::is_same_v<T, float>) {
     *reinterpret_cast<float2*>(to) = make_float2(a, b);
   } else {
-    *reinterpret_cast<uint32_t*>(to) = pack<T>(a, b);
+    *reinterpret_cast<uint32_t*>(to) = pack_pair_but_nan<T>(a, b);
   }
 }
 

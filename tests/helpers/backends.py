@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 
 from inferlab.kernels import _registry
 
@@ -57,6 +58,16 @@ class Backend:
         with self.active():
             op(*moved, **{k: self.to(v) for k, v in kwargs.items()})
         return [_each(a, lambda t: t.cpu()) for a in moved]
+
+
+def random_examples(count: int) -> settings:
+    """Settings of a device test: the same examples in every run, all on one backend."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
 
 
 def _each(value: Any, fn: Any) -> Any:

@@ -37,7 +37,7 @@ def empty(shape: tuple[int, ...], like: Any, dtype: torch.dtype | None = None) -
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def workspace(num_bytes: int, like: Any) -> torch.Tensor | None:
+def new_workspace(num_bytes: int, like: Any) -> torch.Tensor | None:
     """Scratch memory on like's device; None where an op needs none."""
     if num_bytes == 0:
         return None

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from inferlab.kernels import _registry
-from inferlab.kernels._registry import empty, is_compiling, ops_for, register
+from inferlab.kernels._registry import empty, is_compiling, new_workspace, ops_for, register
 from inferlab.kernels.reference import attention as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
@@ -99,8 +98,7 @@ def paged_tree_attention(
     if out is None:
         out = empty(q.shape, q)
     if workspace is None:
-        num_bytes = ops.attention_workspace_bytes(q, k_pages, block_table)
-        workspace = _registry.workspace(num_bytes, q)
+        workspace = new_workspace(ops.attention_workspace_bytes(q, k_pages, block_table), q)
     ops.paged_tree_attention(
         q,
         k_pages,

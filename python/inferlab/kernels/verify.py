@@ -12,11 +12,9 @@ from inferlab.kernels._registry import (
     empty,
     is_compiling,
     is_numpy,
+    new_workspace,
     ops_for,
     register,
-)
-from inferlab.kernels._registry import (
-    workspace as new_workspace,
 )
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sample import NUM_SAMPLING_FIELDS, SAMPLING_SCHEMA

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.backends import random_examples
 from helpers.kv_cases import block_table
 from inferlab.kernels import kv_append, kv_compact, kv_copy_pages, kv_gather, reference
 
@@ -17,13 +18,6 @@ SHAPES = {
     "page_size": st.sampled_from([1, 2, 16, 64]),
     "dtype": st.sampled_from(DTYPES),
 }
-# The backend is chosen per test and keeps nothing from one example to the next.
-per_backend = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 def i32(*values):
@@ -52,7 +46,7 @@ def assert_same(got, expected):
 # ---- kv_append -----------------------------------------------------------------------------------
 
 
-@per_backend
+@random_examples(25)
 @given(
     nodes=st.sampled_from([1, 2, 7, 33]),
     node_offset=st.sampled_from([0, 3]),
@@ -94,7 +88,7 @@ def test_append_skips_slots_that_do_not_exist(backend):
 # ---- kv_compact ----------------------------------------------------------------------------------
 
 
-@per_backend
+@random_examples(25)
 @given(nodes=st.sampled_from([1, 2, 9, 70]), layers=st.sampled_from([1, 3]), **SHAPES)
 def test_compact(backend, seed, lens, heads, dim, page_size, dtype, nodes, layers):
     g = torch.Generator().manual_seed(seed)
@@ -152,7 +146,7 @@ def test_compact_skips_rows_that_do_not_exist(backend):
 # ---- kv_gather -----------------------------------------------------------------------------------
 
 
-@per_backend
+@random_examples(25)
 @given(slack=st.sampled_from([0, 1, 40]), **SHAPES)
 def test_gather(backend, seed, lens, heads, dim, page_size, dtype, slack):
     g = torch.Generator().manual_seed(seed)

@@ -3,29 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.backends import random_examples
 from helpers.sampling_cases import random_logits, random_sampling
 from inferlab.kernels import SamplingTensors, reference, sample, sample_workspace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "ties", "flat", "masked", "broken"]
 
-# `backend` is the same for all examples.
-random_examples = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
 
 def at(*shape):
     return torch.full(shape, 11, dtype=torch.int64)
 
 
-@random_examples
+@random_examples(25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([1, 3]),

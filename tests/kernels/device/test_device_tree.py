@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.backends import random_examples
 from helpers.sampling_cases import random_parents
 from inferlab.kernels import build_tree, reference
-
-SUPPRESSED = [HealthCheck.function_scoped_fixture]
 
 
 def assert_same(got, expected):
@@ -18,7 +17,7 @@ def assert_same(got, expected):
         assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+@random_examples(25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([1, 3]),
@@ -40,7 +39,7 @@ def test_large_trees(backend, shape):
     assert_same(backend.call(build_tree, parents[None]), reference.build_tree(parents[None]))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+@random_examples(25)
 @given(seed=st.integers(0, 2**32 - 1), nodes=st.sampled_from([2, 9, 70]))
 def test_what_is_no_tree_becomes_padding(backend, seed, nodes):
     generator = np.random.default_rng(seed)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.backends import random_examples
 from helpers.sampling_cases import (
     chain,
     likely_tokens,
@@ -24,15 +25,6 @@ from inferlab.kernels import (
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["normal", "ties", "flat", "masked", "broken"]
-
-
-# `backend` is the same for all examples.
-random_examples = settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 def i32(*values):
@@ -56,7 +48,7 @@ def random_case(seed, batch, nodes, vocab, kind, dtype):
     return (logits, tokens, links, seq_lens, sampling), {"allowed_vocab": allowed}
 
 
-@random_examples
+@random_examples(30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([1, 3]),

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.backends import random_examples
 from helpers.sampling_cases import (
     chain,
     likely_tokens,
@@ -58,12 +59,7 @@ def test_the_rules_by_hand(backend, policy, threshold, options, expected):
     assert accepted(backend, policy, threshold, **options) == expected
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@random_examples(30)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.sampled_from([1, 2, 3]),

@@ -36,7 +36,7 @@ class Shaders:
         compile_source: Callable[[str], Any] | None = None,
         folders: Sequence[Path] = (_INSTALLED, _INSTALLED / "include"),
     ) -> None:
-        self._compile = compile_source or torch.mps.compile_shader
+        self._compile = compile_source
         self._folders = folders
         self._libraries: dict[tuple[Any, ...], Any] = {}
         self._functions: dict[tuple[Any, ...], Any] = {}
@@ -90,7 +90,8 @@ class Shaders:
         key = (name, *macros.values())
         library = self._libraries.get(key)
         if library is None:
-            library = self._libraries[key] = self._compile(self.source(name, **macros))
+            compile_source = self._compile or torch.mps.compile_shader
+            library = self._libraries[key] = compile_source(self.source(name, **macros))
         function = getattr(library, kernel)
         if function.thread_execution_width != SIMD_WIDTH:
             raise RuntimeError(
