@@ -58,7 +58,10 @@ def make_engine(family: str, drafter: str, widths: tuple[int, ...], policy: str)
     if drafter == "vanilla":
         draft = draft_of(family)
         made = ModelDrafter(
-            draft, draft.new_cache(PAGES), TreeShape(widths), keep_logits=policy == "rejection"
+            draft,
+            draft.new_cache(PAGES),
+            TreeShape.regular(widths),
+            keep_logits=policy == "rejection",
         )
     rule = make_policy(policy)
     return Engine(target, target.new_cache(PAGES), rule, FixedController(4), made)

@@ -68,7 +68,7 @@ def engine(
     target = target_of(family, device)
     made = None
     if drafter == "vanilla":
-        shape = TreeShape((3, 2, 1)) if tree else TreeShape.chain(3)
+        shape = TreeShape.regular((3, 2, 1)) if tree else TreeShape.chain(3)
         draft = draft_of(family, device)
         made = ModelDrafter(draft, draft.new_cache(PAGES), shape)
     elif drafter == "ngram":

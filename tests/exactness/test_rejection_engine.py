@@ -69,7 +69,9 @@ def p_value(engine: Engine, expected: np.ndarray) -> float:
 def rejection_engine(drafter_class: type[ModelDrafter], widths: tuple[int, ...]) -> Engine:
     target = FakeLM(VOCAB, seed=2)
     draft = FakeLM(VOCAB, seed=2, agreement=0.4)
-    drafter = drafter_class(draft, draft.new_cache(512, 8), TreeShape(widths), keep_logits=True)
+    drafter = drafter_class(
+        draft, draft.new_cache(512, 8), TreeShape.regular(widths), keep_logits=True
+    )
     policy, controller = Policy("rejection"), FixedController(len(widths))
     return Engine(target, target.new_cache(512, 8), policy, controller, drafter, max_batch=128)
 
@@ -83,8 +85,8 @@ def test_the_distribution_is_the_targets(widths):
 class Misaligned(ModelDrafter):
     """Hands on each level's logits one node late."""
 
-    def propose(self, batch, k):
-        tree = super().propose(batch, k)
+    def propose(self, batch, budget):
+        tree = super().propose(batch, budget)
         if tree.draft_logits is not None:
             tree.draft_logits = tree.draft_logits.roll(1, dims=1)
         return tree

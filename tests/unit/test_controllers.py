@@ -1,4 +1,4 @@
-"""K controllers, driven by a simulated drafter with known costs and acceptance."""
+"""Controllers, driven by a simulated drafter with known costs and acceptance."""
 
 import random
 
@@ -11,6 +11,9 @@ from inferlab.specdec.controllers import (
     StepObservation,
     make_controller,
 )
+from inferlab.specdec.tree import NO_DRAFT, Budget
+
+CHAIN = tuple(Budget(k, k) for k in range(1, 65))
 
 
 class World:
@@ -32,7 +35,8 @@ class World:
 
     def run(self, controller, steps: int, batch_size: int = 1) -> None:
         for _ in range(steps):
-            k = controller.choose(batch_size)
+            budget = controller.choose(batch_size, CHAIN)
+            k = budget.levels
             accepted = []
             for _ in range(batch_size):
                 n = 0
@@ -43,27 +47,28 @@ class World:
             self.elapsed_ms += noisy
             self.tokens += sum(accepted) + batch_size
             self.chosen.append(k)
-            controller.observe(StepObservation(batch_size, k, noisy, [k] * batch_size, accepted))
+            walks = [list(range(1, n + 1)) for n in accepted]
+            controller.observe(StepObservation(batch_size, budget, noisy, [k] * batch_size, walks))
 
 
 def test_fixed_never_moves():
     controller = FixedController(3)
     World(acceptance=0.0).run(controller, 20)
-    assert controller.choose(1) == 3
+    assert controller.choose(1, CHAIN).levels == 3
 
 
 @pytest.mark.parametrize(("acceptance", "expected"), [(1.0, 6), (0.0, 2)])
 def test_adaptive_goes_to_its_bounds(acceptance, expected):
     controller = AdaptiveController(min_k=2, max_k=6, target_acceptance=0.7)
     World(acceptance=acceptance).run(controller, 30)
-    assert controller.choose(1) == expected
+    assert controller.choose(1, CHAIN).levels == expected
 
 
 def test_adaptive_ignores_steps_without_drafts():
     controller = AdaptiveController(min_k=1, max_k=8)
-    before = controller.choose(1)
-    controller.observe(StepObservation(1, 4, 1.0, [0], [0]))
-    assert controller.choose(1) == before
+    before = controller.choose(1, CHAIN)
+    controller.observe(StepObservation(1, Budget(4, 4), 1.0, [0], [[]]))
+    assert controller.choose(1, CHAIN) == before
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.95])
@@ -84,7 +89,7 @@ def test_cost_with_a_useless_drafter_costs_at_most_five_percent(draft_ms):
     world.run(controller, 20)  # its warm-up
     world.elapsed_ms, world.tokens = 0.0, 0
     world.run(controller, 2000)
-    assert controller.describe()["chosen_k"] == {1: 0}
+    assert controller.describe()["chosen_nodes"] == {1: 0}
     plain = 1 / world.plain_ms
     assert world.tokens / world.elapsed_ms >= 0.95 * plain
 
@@ -93,7 +98,7 @@ def test_cost_comes_back_when_the_drafter_becomes_good():
     world = World(acceptance=0.0, seed=3)
     controller = CostController(max_k=8)
     world.run(controller, 200)
-    assert controller.choose(1) in (0, 2)
+    assert controller.choose(1, CHAIN).levels in (0, 2)
     world.acceptance = 0.9
     world.run(controller, 1500)
     assert world.chosen[-1] >= 4
@@ -103,22 +108,53 @@ def test_cost_keeps_batch_sizes_apart():
     controller = CostController(max_k=6)
     World(acceptance=0.8, draft_ms=0.5, seed=4).run(controller, 100, batch_size=1)
     World(acceptance=0.8, draft_ms=0.5, node_ms=20.0, seed=5).run(controller, 100, batch_size=32)
-    chosen = controller.describe()["chosen_k"]
+    chosen = controller.describe()["chosen_nodes"]
     assert chosen[1] >= 3
     assert chosen[32] == 0
 
 
 def test_cost_counts_levels_that_were_not_offered_as_rejected():
     controller = CostController(max_k=4)
+    controller.choose(1, CHAIN)
     for _ in range(50):
-        controller.observe(StepObservation(1, 4, 10.0, [0], [0]))
+        controller.observe(StepObservation(1, Budget(4, 4), 10.0, [0], [[]]))
     assert controller.describe()["acceptance"][0] < 0.1
+
+
+def test_cost_picks_the_node_budget_where_more_nodes_stop_paying():
+    """Ten nodes on two levels: the first three are accepted now and then, the others never."""
+    ladder = tuple(Budget(2, n) for n in (1, 2, 3, 4, 6, 10))
+    chances = [0.5, 0.2, 0.2] + [0.0] * 7
+    controller, rng = CostController(max_k=8), random.Random(7)
+    for _ in range(400):
+        budget = controller.choose(1, ladder)
+        draw = rng.random()
+        ranks = [
+            i + 1
+            for i, chance in enumerate(chances)
+            if sum(chances[:i]) <= draw < sum(chances[:i]) + chance
+        ]
+        walk = [r for r in ranks if r <= budget.nodes]
+        ms = 10.0 + (1.0 if budget.nodes else 0.0) + 0.3 * budget.nodes
+        controller.observe(StepObservation(1, budget, ms, [min(budget.levels, 2)], [walk]))
+    assert controller.describe()["chosen_nodes"] == {1: 3}
+
+
+def test_cost_does_not_learn_from_a_step_that_was_cut_short():
+    ladder = CHAIN[:4]
+    controller = CostController(max_k=4)
+    controller.choose(1, ladder)
+    for _ in range(20):
+        controller.observe(StepObservation(1, Budget(4, 4), 10.0, [4], [[1, 2, 3, 4]]))
+    before = controller.describe()["acceptance"]
+    controller.observe(StepObservation(1, Budget(1, 4), 3.0, [1], [[]]))
+    assert controller.describe()["acceptance"] == before
 
 
 def test_cost_with_no_room_to_draft():
     controller = CostController(max_k=0)
     World().run(controller, 100)
-    assert controller.choose(1) == 0
+    assert controller.choose(1, CHAIN) == NO_DRAFT
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def make_engine(
         made = ModelDrafter(
             draft,
             draft.new_cache(pages, page_size),
-            TreeShape(widths),
+            TreeShape.regular(widths),
             keep_logits=policy.needs_draft_logits,
         )
     elif drafter == "ngram":

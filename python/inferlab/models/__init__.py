@@ -3,7 +3,7 @@
 from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
 from inferlab.models.base import TargetModel
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fake import FakeLM
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
@@ -12,8 +12,10 @@ from inferlab.models.tokenizer_check import check_same_tokenizer
 
 __all__ = [
     "BUNDLED",
+    "FINAL_HIDDEN",
     "FakeLM",
     "ForwardBatch",
+    "ForwardOutput",
     "HFModel",
     "KVCache",
     "ModelLoadError",

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.batch import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 
@@ -41,4 +41,15 @@ class TargetModel(Protocol):
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """Writes K/V to `cache`; returns logits [B, N, V], or [B, 1, V] with ``last_only``."""
+        ...
+
+    def forward_with_features(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    ) -> ForwardOutput:
+        """`forward`, and hidden states: i is the output of decoder layer i (the first is 0),
+        `FINAL_HIDDEN` (-1) what the output head sees.
+
+        Raises:
+            ValueError: the model has no such layer, or no hidden states at all.
+        """
         ...

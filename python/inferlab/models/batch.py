@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+FINAL_HIDDEN = -1
+"""The hidden state after the final norm, which the output head sees, as a feature layer."""
+
+
+class ForwardOutput(NamedTuple):
+    """What a pass gives to the drafter as well.
+
+    Attributes:
+        logits: [B, N, V]; [B, 1, V] with ``last_only``.
+        features: [B, N, F], the hidden states asked for, one after the other in the last
+            dimension; of all rows, also with ``last_only``. None where none were asked for.
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

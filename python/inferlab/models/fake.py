@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from inferlab.kernels import kv_append, kv_gather
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.batch import ForwardBatch, ForwardOutput
 from inferlab.models.fake_tokenizer import EOS_ID, FIRST_WORD_ID, MIN_VOCAB, fake_tokenizer
 from inferlab.models.kv_cache import KVCache
 
@@ -117,6 +117,17 @@ class FakeLM:
         if batch.last_only:
             hashes = hashes[np.arange(B), num_nodes - 1][:, None]
         return torch.from_numpy(self._logits(_mix(hashes + self._key)))
+
+    def forward_with_features(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    ) -> ForwardOutput:
+        """Logits; asked for hidden states, a ValueError."""
+        if layers:
+            raise ValueError(
+                f"{self.name} has no hidden states; drafters that read them (medusa, eagle) need "
+                "a real model (implementation='hf')"
+            )
+        return ForwardOutput(self.forward(batch, cache))
 
     def _terms(
         self,

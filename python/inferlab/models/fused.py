@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
 from inferlab.models.attention_hook import LayerSpec, Step
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
 MAX_ROWS = {torch.float32: 48, torch.bfloat16: 8, torch.float16: 8}
@@ -39,6 +39,7 @@ class FusedDecoder:
     def __init__(self, model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:
         self._model = model.model
         self._head = model.lm_head
+        self._vocab = model.lm_head.weight.shape[0]
         self._norm_weight = self._model.norm.weight
         self._norm_eps = self._model.norm.variance_epsilon
         self._layers = [
@@ -50,21 +51,34 @@ class FusedDecoder:
         """The fused decoder of `model`, or None where its modules must run themselves."""
         return cls(model, layers) if _is_known(model, layers) else None
 
-    def forward(self, batch: ForwardBatch, step: Step) -> torch.Tensor:
-        """Logits [B, N, V], or [B, 1, V] with ``batch.last_only`` (see `HFModel.forward`)."""
+    def forward(
+        self, batch: ForwardBatch, step: Step, feature_layers: tuple[int, ...] = ()
+    ) -> ForwardOutput:
+        """See `HFModel.forward_with_features`."""
         size, nodes = batch.tokens.shape
         hidden = self._model.embed_tokens(batch.tokens)
         cos, sin = self._model.rotary_emb(hidden, batch.positions)
         hidden = hidden.view(size * nodes, -1)
+        features: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self._layers):
             hidden = layer.forward(hidden, size, nodes, cos, sin, step, index)
+            if index in feature_layers:
+                features[index] = hidden
+        rows = None
         if batch.last_only and nodes > 1:
             last = nodes - 1 if batch.num_nodes is None else batch.num_nodes.long() - 1
             rows = torch.arange(size, device=hidden.device) * nodes + last
-            hidden = hidden[rows]
-            nodes = 1
+        if rows is not None and FINAL_HIDDEN not in feature_layers:
+            hidden, rows = hidden[rows], None
         hidden = rms_norm(hidden, self._norm_weight, self._norm_eps)
-        return _product(hidden, self._head.weight, self._head.bias).view(size, nodes, -1)
+        features[FINAL_HIDDEN] = hidden
+        if rows is not None:
+            hidden = hidden[rows]
+        logits = _product(hidden, self._head.weight, self._head.bias).view(size, -1, self._vocab)
+        if not feature_layers:
+            return ForwardOutput(logits)
+        wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]
+        return ForwardOutput(logits, wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1))
 
 
 class _Layer:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from inferlab.models import loading
 from inferlab.models.architecture import TESTED, check_against_plain, check_model, plan_forward
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.kv_cache import KVCache
 
@@ -107,7 +107,6 @@ class HFModel:
         """What each attention layer asks of the kernel."""
         return self._plan.layers
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """One pass: K/V of all nodes into `cache`, logits out.
 
@@ -119,10 +118,28 @@ class HFModel:
             logits [B, N, V] in the model's dtype; [B, 1, V] with ``batch.last_only``. Rows at
             padding hold no meaning.
         """
+        return self.forward_with_features(batch, cache, ()).logits
+
+    @torch.inference_mode()
+    def forward_with_features(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    ) -> ForwardOutput:
+        """`forward`, and hidden states: i is the output of decoder layer i (the first is 0),
+        `FINAL_HIDDEN` (-1) what the output head sees.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        for layer in layers:
+            if not FINAL_HIDDEN <= layer < len(self.layers):
+                raise ValueError(
+                    f"{self.name} has no hidden state {layer}: its {len(self.layers)} layers are "
+                    f"numbered from 0, and -1 is what the output head sees"
+                )
         plan = self._plan
         step = Step.of(batch, cache, plan.layers)
         if self._fused is not None:
-            return self._fused.forward(batch, step)
+            return self._fused.forward(batch, step, layers)
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
@@ -130,13 +147,51 @@ class HFModel:
             STEP_KEYWORD: step,
         }
         cut = batch.last_only and batch.tokens.shape[1] > 1
-        if plan.decoder_forward is not None:
-            hidden = plan.decoder_forward(plan.decoder, **inputs).last_hidden_state
-            return self._head(_last_rows(hidden, batch) if cut else hidden)
-        if not cut:
-            return self._model(**inputs).logits
-        with _head_input(self._head, lambda hidden: _last_rows(hidden, batch)):
-            return self._model(**inputs).logits
+        with self._watched(layers) as features:
+            if plan.decoder_forward is not None:
+                hidden = plan.decoder_forward(plan.decoder, **inputs).last_hidden_state
+                features[FINAL_HIDDEN] = hidden
+                logits = self._head(_last_rows(hidden, batch) if cut else hidden)
+            else:
+
+                def see(hidden: torch.Tensor) -> torch.Tensor:
+                    features[FINAL_HIDDEN] = hidden
+                    return _last_rows(hidden, batch) if cut else hidden
+
+                with _head_input(self._head, see):
+                    logits = self._model(**inputs).logits
+        if not layers:
+            return ForwardOutput(logits)
+        return ForwardOutput(logits, torch.cat([features[layer] for layer in layers], dim=-1))
+
+    @contextmanager
+    def _watched(self, layers: tuple[int, ...]) -> Iterator[dict[int, torch.Tensor]]:
+        """Collects the outputs of decoder layers while they run."""
+        features: dict[int, torch.Tensor] = {}
+        handles = []
+        for layer in layers:
+            if layer != FINAL_HIDDEN:
+
+                def keep(_: Any, __: Any, out: Any, layer: int = layer) -> None:
+                    features[layer] = out[0] if isinstance(out, tuple) else out
+
+                handles.append(self._decoder_layers()[layer].register_forward_hook(keep))
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _decoder_layers(self) -> torch.nn.ModuleList:
+        """The list of decoder layers: the one that is as long as there are attention layers."""
+        decoder = self._model.get_decoder()
+        for module in decoder.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == len(self.layers):
+                return module
+        raise ValueError(
+            f"{self.name} ({self.config.model_type}) keeps its decoder layers where they cannot be "
+            "found; only its last hidden state (-1) can be read"
+        )
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

@@ -1,13 +1,15 @@
-"""K controllers: how many levels to draft in the next step."""
+"""Controllers: how much to draft in the next step."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol, runtime_checkable
 
-from inferlab.config import MAX_DRAFT
+from inferlab.config import MAX_DRAFT, MAX_TREE_NODES
+from inferlab.specdec.tree import NO_DRAFT, Budget
 from inferlab.types import check
 
 CONTROLLERS = ("fixed", "adaptive", "cost")
@@ -17,28 +19,36 @@ CONTROLLERS = ("fixed", "adaptive", "cost")
 class StepObservation:
     """What a step told: its size, what it took and what was accepted.
 
-    ``depths`` and ``accepted``: levels offered to and accepted from each sequence.
-    ``caught_up``: the drafter had to process tokens of earlier steps first, so its time says
-    nothing about a usual step.
+    Attributes:
+        batch_size: sequences.
+        budget: what was drafted at most.
+        step_ms: all of the step.
+        depths: levels offered to each sequence.
+        accepted: of each sequence, the ranks of the draft nodes that were accepted, from the root
+            on: rank j is the j-th node that a budget of at least j nodes offers.
+        caught_up: the drafter had to process tokens of earlier steps first, so its time says
+            nothing about a usual step.
     """
 
     batch_size: int
-    k: int
+    budget: Budget
     step_ms: float
     depths: list[int]
-    accepted: list[int]
+    accepted: list[list[int]]
     caught_up: bool = False
 
 
 @runtime_checkable
 class Controller(Protocol):
-    """Chooses K before each step and hears how it went."""
+    """Chooses a budget before each step and hears how it went."""
 
     @property
-    def max_k(self) -> int: ...
+    def max_k(self) -> int:
+        """Levels that it may ask for."""
+        ...
 
-    def choose(self, batch_size: int) -> int:
-        """Levels to draft, in [0, max_k]."""
+    def choose(self, batch_size: int, ladder: Sequence[Budget]) -> Budget:
+        """How much to draft: ``NO_DRAFT``, a rung of the drafter's ladder, or what it likes."""
         ...
 
     def observe(self, step: StepObservation) -> None: ...
@@ -47,14 +57,14 @@ class Controller(Protocol):
 
 
 class FixedController:
-    """Always the same K."""
+    """Always the same K: all the nodes that the drafter has for so many levels."""
 
     def __init__(self, k: int = 4) -> None:
         check("k", k, 0 <= k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = k
 
-    def choose(self, batch_size: int) -> int:
-        return self.max_k
+    def choose(self, batch_size: int, ladder: Sequence[Budget]) -> Budget:
+        return Budget(self.max_k, MAX_TREE_NODES)
 
     def observe(self, step: StepObservation) -> None:
         pass
@@ -82,14 +92,14 @@ class AdaptiveController:
         self.k = (min_k + max_k + 1) // 2
         self._recent: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
 
-    def choose(self, batch_size: int) -> int:
-        return self.k
+    def choose(self, batch_size: int, ladder: Sequence[Budget]) -> Budget:
+        return Budget(self.k, MAX_TREE_NODES)
 
     def observe(self, step: StepObservation) -> None:
         offered = sum(step.depths)
         if not offered:
             return
-        self._recent.append((sum(step.accepted), offered))
+        self._recent.append((sum(map(len, step.accepted)), offered))
         rate = sum(a for a, _ in self._recent) / sum(o for _, o in self._recent)
         if rate > self.target_acceptance:
             self.k = min(self.k + 1, self.max_k)
@@ -108,9 +118,12 @@ class AdaptiveController:
 
 @dataclass
 class _Costs:
-    """What is known about one batch size: measured step times, the K in use, what to try next."""
+    """What is known about one batch size: measured step times, the rung in use, what to try next.
 
-    plan: list[int]  # K to run before deciding again: the warm-up, later probes
+    Rungs are numbered from 1; 0 is not to draft.
+    """
+
+    plan: list[int]  # rungs to run before deciding again: the warm-up, later probes
     interval: int
     until_probe: int
     times: dict[int, deque[float]] = field(default_factory=dict)
@@ -118,45 +131,53 @@ class _Costs:
 
 
 class CostController:
-    """Picks the K, 0 included, that gives the most tokens per second.
+    """Picks the rung of the drafter's ladder, no draft included, that gives most tokens per second.
 
-    expected tokens(K) / step time(K), where
+    expected tokens(n nodes) / step time(n nodes), where
 
-    * expected tokens = 1 + sum over i <= K of the probability that levels 1..i are all accepted,
-      from per-level conditional acceptance with exponential forgetting;
-    * step time is the median of the last measured steps of that K (draft, verify and overhead),
-      interpolated for a K that was not measured, per batch size (in powers of two).
+    * expected tokens = 1 + sum over ranks j <= n of the share of sequences whose walk went through
+      the draft node of rank j (a node is on the walk or not, so this is exact for any tree), with
+      exponential forgetting;
+    * step time is the median of the last measured steps of that rung (draft, verify and overhead),
+      interpolated for a rung that was not measured, per batch size (in powers of two).
 
-    A short warm-up measures K = 0, max and some in between. Afterwards other K are measured again
-    now and then; while K = 0 is best, at intervals that double up to ``MAX_PROBE_INTERVAL`` steps,
-    so that a useless drafter costs next to nothing.
+    A short warm-up measures no draft, the largest rung and some in between. Afterwards other rungs
+    are measured again now and then; while not drafting is best, at intervals that double up to
+    ``MAX_PROBE_INTERVAL`` steps, so that a useless drafter costs next to nothing.
+
+    Args:
+        max_k: levels to draft at most.
     """
 
     FORGET = 0.98  # weight of what was known, per step
-    SAMPLES = 9  # step times kept per K
+    SAMPLES = 9  # step times kept per rung
     PROBE_INTERVAL = 32
     MAX_PROBE_INTERVAL = 1024
-    MARGIN = 1.02  # what another K must promise before it is taken
+    MARGIN = 1.02  # what another rung must promise before it is taken
+    UNKNOWN = 0.9  # acceptance of a node that was never tried, relative to the one before
 
     def __init__(self, max_k: int = 8) -> None:
         check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = max_k
-        self._accepted = [0.0] * max_k
-        self._reached = [0.0] * max_k
-        self._costs: dict[int, _Costs] = {}
-        self._probe_turn = 0
+        self._given: Sequence[Budget] = ()
+        self._rungs: list[Budget] = [NO_DRAFT]
+        self._forget_all()
 
-    def choose(self, batch_size: int) -> int:
+    def choose(self, batch_size: int, ladder: Sequence[Budget]) -> Budget:
+        if ladder is not self._given:
+            self._climb(ladder)
         costs = self._of(batch_size)
-        return costs.plan[0] if costs.plan else costs.current
+        return self._rungs[costs.plan[0] if costs.plan else costs.current]
 
     def observe(self, step: StepObservation) -> None:
-        self._learn_acceptance(step)
         costs = self._of(step.batch_size)
-        if not step.caught_up:
-            costs.times.setdefault(step.k, deque(maxlen=self.SAMPLES)).append(step.step_ms)
+        # Near a sequence's end the engine drafts less than it was told to: that is no rung.
+        if step.budget in self._rungs:
+            self._learn_acceptance(step)
+            if not step.caught_up:
+                rung = self._rungs.index(step.budget)
+                costs.times.setdefault(rung, deque(maxlen=self.SAMPLES)).append(step.step_ms)
         if costs.plan:
-            # Taken off even if the engine ran a smaller K than asked for, near a sequence's end.
             costs.plan.pop(0)
         if not costs.plan:
             self._decide(costs)
@@ -166,13 +187,35 @@ class CostController:
         return {
             "controller": "cost",
             "max_k": self.max_k,
-            "chosen_k": {size: costs.current for size, costs in by_size.items()},
+            "chosen_nodes": {s: self._rungs[costs.current].nodes for s, costs in by_size.items()},
             "step_ms": {
-                size: {k: round(median(v), 4) for k, v in sorted(costs.times.items())}
+                size: {
+                    self._rungs[rung].nodes: round(median(v), 4)
+                    for rung, v in sorted(costs.times.items())
+                }
                 for size, costs in by_size.items()
             },
-            "acceptance": [round(p, 4) for p in self._conditional()],
+            "acceptance": [round(p, 4) for p in self._acceptance()],
         }
+
+    def _climb(self, ladder: Sequence[Budget]) -> None:
+        """Takes up a drafter's ladder, cut to ``max_k`` levels."""
+        self._given = ladder
+        rungs = [Budget(min(b.levels, self.max_k), b.nodes) for b in ladder]
+        rungs = [b for b in dict.fromkeys(rungs) if b.levels > 0]
+        if all(b.levels == b.nodes for b in ladder):  # a chain: nodes are levels
+            rungs = [b for b in rungs if b.nodes <= self.max_k]
+        rungs = [NO_DRAFT, *rungs]
+        if rungs != self._rungs:
+            self._rungs = rungs
+            self._forget_all()
+
+    def _forget_all(self) -> None:
+        nodes = self._rungs[-1].nodes
+        self._accepted = [0.0] * nodes
+        self._offered = [0.0] * nodes
+        self._costs: dict[int, _Costs] = {}
+        self._probe_turn = 0
 
     def _of(self, batch_size: int) -> _Costs:
         bits = batch_size.bit_length()
@@ -181,58 +224,58 @@ class CostController:
         return self._costs[bits]
 
     def _warmup(self) -> list[int]:
-        if self.max_k == 0:
+        top = len(self._rungs) - 1
+        if top == 0:
             return []
-        middle = (self.max_k + 1) // 2
-        # The first step of a batch pays for cold caches: K = max is measured again later.
-        return [self.max_k, 0, middle, 0, self.max_k, 1, 0, middle, self.max_k, 0]
+        middle = (top + 1) // 2
+        # The first step of a batch pays for cold caches: the largest is measured again later.
+        return [top, 0, middle, 0, top, 1, 0, middle, top, 0]
 
     def _learn_acceptance(self, step: StepObservation) -> None:
-        # A level that the drafter did not offer (no n-gram found, say) counts as not accepted.
-        for i in range(min(step.k, self.max_k)):
+        # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
+        for i in range(step.budget.nodes):
             self._accepted[i] *= self.FORGET
-            self._reached[i] *= self.FORGET
-        for accepted in step.accepted:
-            for i in range(min(step.k, accepted + 1, self.max_k)):
-                self._reached[i] += 1
-                self._accepted[i] += i < accepted
+            self._offered[i] = self._offered[i] * self.FORGET + len(step.accepted)
+        for ranks in step.accepted:
+            for rank in ranks:
+                if rank <= step.budget.nodes:
+                    self._accepted[rank - 1] += 1
 
-    def _conditional(self) -> list[float]:
-        """P(level i accepted | the levels before it were), shrunk towards the level before."""
+    def _acceptance(self) -> list[float]:
+        """P(the node of rank j is accepted), j = 1 and on; shrunk towards the one before."""
         chances: list[float] = []
-        for accepted, reached in zip(self._accepted, self._reached, strict=True):
-            prior = chances[-1] if chances else 0.5
-            chances.append((accepted + prior) / (reached + 1))
+        for accepted, offered in zip(self._accepted, self._offered, strict=True):
+            prior = self.UNKNOWN * chances[-1] if chances else 0.5
+            chances.append((accepted + prior) / (offered + 1))
         return chances
 
     def _expected_tokens(self) -> list[float]:
-        expected, survive = [1.0], 1.0
-        for chance in self._conditional():
-            survive *= chance
-            expected.append(expected[-1] + survive)
-        return expected
+        """By rung."""
+        chances = self._acceptance()
+        return [1.0 + sum(chances[: rung.nodes]) for rung in self._rungs]
 
-    @staticmethod
-    def _step_time(times: dict[int, float], k: int) -> float:
+    def _step_time(self, times: dict[int, float], rung: int) -> float:
         """Measured, or on the line through the nearest measured neighbours."""
-        if k in times:
-            return times[k]
+        if rung in times:
+            return times[rung]
         known = sorted(times)
-        lower = max((x for x in known if x < k), default=known[0])
-        upper = min((x for x in known if x > k), default=known[-1])
-        if not lower < k < upper:
+        lower = max((x for x in known if x < rung), default=known[0])
+        upper = min((x for x in known if x > rung), default=known[-1])
+        if not lower < rung < upper:
             lower, upper = known[0], known[-1]
         if lower == upper:
             return times[lower]
-        slope = (times[upper] - times[lower]) / (upper - lower)
-        return max(times[lower] + slope * (k - lower), 1e-6)
+        start, end, at = (self._rungs[r].nodes for r in (lower, upper, rung))
+        slope = (times[upper] - times[lower]) / (end - start)
+        return max(times[lower] + slope * (at - start), 1e-6)
 
     def _decide(self, costs: _Costs) -> None:
-        times = {k: median(v) for k, v in costs.times.items()}
-        if not times or self.max_k == 0:
+        times = {rung: median(v) for rung, v in costs.times.items()}
+        if not times or len(self._rungs) == 1:
             return
         rates = [
-            tokens / self._step_time(times, k) for k, tokens in enumerate(self._expected_tokens())
+            tokens / self._step_time(times, rung)
+            for rung, tokens in enumerate(self._expected_tokens())
         ]
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] > rates[costs.current] * self.MARGIN:
@@ -242,13 +285,14 @@ class CostController:
             self._plan_probe(costs)
 
     def _plan_probe(self, costs: _Costs) -> None:
+        top = len(self._rungs) - 1
         if costs.current == 0:
             # Twice: a drafter that slept catches up in the first.
-            costs.plan = [min(2, self.max_k)] * 2
+            costs.plan = [min(2, top)] * 2
             costs.interval = min(2 * costs.interval, self.MAX_PROBE_INTERVAL)
         else:
             costs.interval = self.PROBE_INTERVAL
-            others = (0, min(costs.current + 1, self.max_k), costs.current - 1)
+            others = (0, min(costs.current + 1, top), costs.current - 1)
             costs.plan = [others[self._probe_turn % len(others)]]
             self._probe_turn += 1
         costs.until_probe = costs.interval

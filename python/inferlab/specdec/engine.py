@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from inferlab import kernels
-from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.scheduler import PageAllocator, Scheduler, Sequence
 from inferlab.specdec import step
@@ -20,6 +20,7 @@ from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import Controller, StepObservation
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.policies import Policy
+from inferlab.specdec.tree import NO_DRAFT, Budget
 from inferlab.types import GenerationResult, SamplingParams
 
 PREFILL_CHUNK = 512
@@ -40,7 +41,7 @@ class Engine:
         target: the model that decides.
         cache: its K/V pages.
         policy: which draft tokens are kept.
-        controller: how many levels are drafted per step.
+        controller: how much is drafted per step.
         drafter: who drafts; None decodes plainly.
         max_batch: sequences that run together at most.
     """
@@ -61,6 +62,8 @@ class Engine:
         self.drafter = drafter
         self.clock = step.Clock()
         tree_slots = drafter.max_nodes if drafter is not None else 1
+        self._ladder = drafter.ladder() if drafter is not None else ()
+        self._feature_layers = drafter.feature_layers if drafter is not None else ()
         self.scheduler = Scheduler(
             PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
         )
@@ -166,18 +169,18 @@ class Engine:
         starts = range(0, len(sequence.prompt), PREFILL_CHUNK)
         for start in starts[:-1]:
             self._prefill_chunk(batch, start)
-        logits = self._prefill_chunk(batch, starts[-1])
+        logits = self._prefill_chunk(batch, starts[-1]).logits
         position = batch.seq_lens[:, None].to(torch.int64)
         token = int(kernels.sample(logits, position, batch.sampling)[0, 0, 0])
         self._emit(sequence, [token])
         self.clock.lap("prefill")
 
-    def _prefill_chunk(self, batch: Batch, start: int) -> torch.Tensor:
+    def _prefill_chunk(self, batch: Batch, start: int) -> ForwardOutput:
         """Forwards the prompt from ``start`` on; logits of the chunk's last token, [1, 1, V]."""
         (sequence,) = batch.sequences
         chunk = sequence.prompt[start : start + PREFILL_CHUNK]
         positions = torch.arange(start, start + len(chunk), device=batch.device)
-        logits = self.target.forward(
+        output = self.target.forward_with_features(
             ForwardBatch(
                 tokens=upload([chunk], np.int64, batch.device),
                 positions=positions[None],
@@ -186,11 +189,14 @@ class Engine:
                 last_only=True,
             ),
             self.cache,
+            self._feature_layers,
         )
         batch.seq_lens += len(chunk)
         sequence.num_cached += len(chunk)
         sequence.stats.prefill_forwards += 1
-        return logits
+        if self.drafter is not None:
+            self.drafter.prefill(batch, start, output)
+        return output
 
     def _decode(self) -> None:
         """One step for the running batch."""
@@ -199,40 +205,42 @@ class Engine:
             batch = self._batch = Batch(
                 list(self.scheduler.running), self.target.device, self.target.eos_token_ids
             )
-        k = self._choose_k(batch)
-        lagging = k > 0 and self.drafter is not None and self.drafter.is_lagging(batch)
+        budget = self._choose_budget(batch)
+        drafting = budget != NO_DRAFT
+        lagging = drafting and self.drafter is not None and self.drafter.is_lagging(batch)
         spent = self.clock.lap("commit")
-        tree = step.propose(self.drafter, batch, k)
+        tree = step.propose(self.drafter, batch, budget)
         spent += self.clock.lap("draft")
-        logits = step.forward(self.target, self.cache, batch, tree)
+        output = step.forward(self.target, self.cache, batch, tree, self._feature_layers)
         spent += self.clock.lap("verify")
-        walk = step.verify(self.policy, logits, tree, batch)
+        walk = step.verify(self.policy, output.logits, tree, batch)
         spent += self.clock.lap("accept")
-        step.commit(self.cache, self.drafter, batch, tree, walk)
+        step.commit(self.cache, self.drafter, batch, tree, walk, output)
         spent += self.clock.lap("commit")
-        counts, walks = step.read(walk)
+        outcomes = step.read(walk)
         spent += self.clock.lap("accept")
-        accepted = [n - 1 for n in counts]
-        for i, (sequence, tokens) in enumerate(zip(batch.sequences, walks, strict=True)):
-            emitted = self._emit(sequence, tokens)
-            sequence.stats.record(
-                tree.depths[i], tree.node_counts[i] - 1, min(accepted[i], emitted), emitted
-            )
+        for i, (sequence, outcome) in enumerate(zip(batch.sequences, outcomes, strict=True)):
+            emitted = self._emit(sequence, outcome.tokens)
+            accepted = min(outcome.accepted, emitted)
+            sequence.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
             if self.drafter is not None:
                 self.drafter.settle(sequence, tree, emitted)
             sequence.num_cached = len(sequence.tokens) - 1
         if not any(s.finished for s in batch.sequences):
             batch.refresh()
         spent += self.clock.lap("commit")
+        visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
         self.controller.observe(
-            StepObservation(len(batch), k, spent, list(tree.depths), accepted, lagging)
+            StepObservation(len(batch), budget, spent, list(tree.depths), visited, lagging)
         )
 
-    def _choose_k(self, batch: Batch) -> int:
+    def _choose_budget(self, batch: Batch) -> Budget:
         if self.drafter is None:
-            return 0
+            return NO_DRAFT
         useful = max(s.remaining for s in batch.sequences) - 1
-        return min(self.controller.choose(len(batch)), self.drafter.max_depth, useful)
+        levels, nodes = self.controller.choose(len(batch), self._ladder)
+        levels = min(levels, self.drafter.max_depth, useful)
+        return Budget(levels, nodes) if min(levels, nodes) > 0 else NO_DRAFT
 
     def _emit(self, sequence: Sequence, tokens: list[int]) -> int:
         """Appends tokens until one ends the sequence; returns how many were kept."""

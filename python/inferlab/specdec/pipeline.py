@@ -111,7 +111,7 @@ class SpeculativePipeline:
             )
         self.config = config
         self.policy = policy if isinstance(policy, Policy) else self._make_policy()
-        shape = TreeShape(config.tree) if config.tree is not None else None
+        shape = TreeShape.regular(config.tree) if config.tree is not None else None
         self.controller: Controller = (
             controller if isinstance(controller, Controller) else self._make_controller(shape)
         )

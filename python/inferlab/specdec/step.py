@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.policies import Policy
-from inferlab.specdec.tree import DraftTree
+from inferlab.specdec.tree import Budget, DraftTree
 
 PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
@@ -45,15 +45,22 @@ class Clock:
         return spent
 
 
-def propose(drafter: Drafter | None, batch: Batch, k: int) -> DraftTree:
+def propose(drafter: Drafter | None, batch: Batch, budget: Budget) -> DraftTree:
     """The draft trees of a step; only the roots where nothing is to be drafted."""
-    if drafter is None or k < 1:
+    if drafter is None or min(budget) < 1:
         return DraftTree.root_only(batch.roots)
-    return drafter.propose(batch, k)
+    return drafter.propose(batch, budget)
 
 
-def forward(target: TargetModel, cache: KVCache, batch: Batch, tree: DraftTree) -> torch.Tensor:
-    """The target's logits at every node, [B, N, V]; K/V of all nodes goes behind the committed."""
+def forward(
+    target: TargetModel,
+    cache: KVCache,
+    batch: Batch,
+    tree: DraftTree,
+    feature_layers: tuple[int, ...] = (),
+) -> ForwardOutput:
+    """The target's logits at every node, [B, N, V], and the hidden states that the drafter needs;
+    K/V of all nodes goes behind the committed."""
     depth = tree.links.depth
     positions = batch.seq_lens[:, None] + depth
     limit = target.context_length
@@ -61,7 +68,7 @@ def forward(target: TargetModel, cache: KVCache, batch: Batch, tree: DraftTree) 
         # Nodes that a sequence near its end can not keep anyway, and padding (depth -1).
         positions = positions.clamp(0, limit - 1)
     num_nodes = upload(tree.node_counts, np.int32, batch.device) if tree.is_ragged else None
-    return target.forward(
+    return target.forward_with_features(
         ForwardBatch(
             tokens=tree.tokens.to(torch.int64),
             positions=positions.to(torch.int64),
@@ -71,6 +78,7 @@ def forward(target: TargetModel, cache: KVCache, batch: Batch, tree: DraftTree) 
             num_nodes=num_nodes,
         ),
         cache,
+        feature_layers,
     )
 
 
@@ -100,17 +108,40 @@ def verify(policy: Policy, logits: torch.Tensor, tree: DraftTree, batch: Batch) 
 
 
 def commit(
-    cache: KVCache, drafter: Drafter | None, batch: Batch, tree: DraftTree, walk: Walk
+    cache: KVCache,
+    drafter: Drafter | None,
+    batch: Batch,
+    tree: DraftTree,
+    walk: Walk,
+    output: ForwardOutput,
 ) -> None:
     """Moves the K/V of the kept nodes to the front, in both caches, and the batch behind them."""
     if not tree.is_chain:
         cache.compact(batch.block_table, batch.seq_lens, walk.nodes, walk.kept)
-    if drafter is not None and tree.num_nodes > 1:
-        drafter.commit(batch, tree, walk.nodes, walk.kept)
+    if drafter is not None:
+        drafter.commit(batch, tree, walk.nodes, walk.kept, output)
     batch.advance(walk.tokens, walk.kept)
 
 
-def read(walk: Walk) -> tuple[list[int], list[list[int]]]:
-    """Waits for the step: tokens accepted per sequence (bonus included), and the tokens kept."""
-    packed = torch.cat((walk.accepted[:, None], walk.kept[:, None], walk.tokens), dim=1).tolist()
-    return [row[0] for row in packed], [row[2 : 2 + row[1]] for row in packed]
+class Outcome(NamedTuple):
+    """A sequence's part of a step, on the host.
+
+    Attributes:
+        accepted: draft tokens accepted.
+        nodes: the nodes visited, the root first.
+        tokens: the tokens kept, the bonus token last.
+    """
+
+    accepted: int
+    nodes: list[int]
+    tokens: list[int]
+
+
+def read(walk: Walk) -> list[Outcome]:
+    """Waits for the step."""
+    parts = (walk.accepted[:, None], walk.kept[:, None], walk.nodes, walk.tokens)
+    length = walk.nodes.shape[1]
+    return [
+        Outcome(accepted - 1, rest[:accepted], rest[length : length + kept])
+        for accepted, kept, *rest in torch.cat(parts, dim=1).tolist()
+    ]

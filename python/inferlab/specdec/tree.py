@@ -1,10 +1,12 @@
-"""DraftTree: the draft tokens of one step, for a whole batch, whoever drafted them."""
+"""Draft trees: their static shapes, how much of one to draft, and the tokens of one step."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,73 +14,203 @@ import torch
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import TreeLinks, build_tree
 
+# P(a node's r-th best draft token is the target's) where nothing was measured: what decides which
+# nodes of a tree are worth most. Only the order matters, and it is much the same everywhere.
+ASSUMED_ACCEPTANCE = (0.65, 0.14, 0.07, 0.04, 0.025, 0.018, 0.013, 0.01)
+
+
+class Budget(NamedTuple):
+    """How much to draft for each sequence: so many levels, and nodes below the root, at most."""
+
+    levels: int
+    nodes: int
+
+
+NO_DRAFT = Budget(0, 0)
+
 
 @dataclass(frozen=True)
 class TreeShape:
-    """A static tree: every node at depth d has ``widths[d]`` children. A chain has widths of 1.
+    """A static tree. Nodes are numbered level by level, the root first.
 
-    Nodes are numbered level by level, the root first.
+    Attributes:
+        parents: parent of each node, the root's is -1.
+        ranks: place of each node in the order of worth, the root first. A parent comes before its
+            children, so that the first n of them are a tree for every n: the family that
+            ``within`` cuts its trees from. A cut tree keeps the ranks of its family.
     """
 
-    widths: tuple[int, ...]
+    parents: tuple[int, ...]
+    ranks: tuple[int, ...] = field(compare=False)
 
     def __post_init__(self) -> None:
-        if any(w < 1 for w in self.widths):
-            raise ValueError(f"tree is {list(self.widths)}; every width must be >= 1")
-        if self.num_nodes > MAX_TREE_NODES:
+        if len(self.parents) > MAX_TREE_NODES:
             raise ValueError(
-                f"tree is {list(self.widths)}, which makes {self.num_nodes} nodes; "
-                f"at most {MAX_TREE_NODES} are allowed"
+                f"tree has {len(self.parents)} nodes; at most {MAX_TREE_NODES} are allowed, the "
+                f"root included"
             )
 
     @classmethod
     def chain(cls, k: int) -> TreeShape:
-        return cls((1,) * k)
+        return cls(tuple(range(-1, k)), tuple(range(k + 1)))
 
-    @property
-    def depth(self) -> int:
-        return len(self.widths)
+    @classmethod
+    def regular(cls, widths: Sequence[int]) -> TreeShape:
+        """Every node at depth d has ``widths[d]`` children. [1, 1, 1] is a chain."""
+        if any(w < 1 for w in widths):
+            raise ValueError(f"tree is {list(widths)}; every width must be >= 1")
+        parents = [-1]
+        level = range(1)
+        for width in widths:
+            if len(parents) + len(level) * width > MAX_TREE_NODES:
+                raise ValueError(
+                    f"tree is {list(widths)}, which makes more than the {MAX_TREE_NODES} nodes "
+                    f"allowed, the root included"
+                )
+            parents += [parent for parent in level for _ in range(width)]
+            level = range(len(parents) - len(level) * width, len(parents))
+        return cls._ranked(parents)
 
-    @property
-    def is_chain(self) -> bool:
-        return all(w == 1 for w in self.widths)
+    @classmethod
+    def best(
+        cls, acceptance: Sequence[Sequence[float]], nodes: int, depth: int | None = None
+    ) -> TreeShape:
+        """The tree with the most accepted tokens to be expected from that many nodes.
 
-    @property
-    def level_sizes(self) -> list[int]:
-        """Nodes per level, root included: [1, w0, w0*w1, ...]."""
-        sizes = [1]
-        for width in self.widths:
-            sizes.append(sizes[-1] * width)
-            if sizes[-1] > MAX_TREE_NODES:
-                break
-        return sizes
+        A node is reached with the product of the acceptances along its path, so the tree's expected
+        accepted tokens are the sum of these products. A child's product is below its parent's: the
+        ``nodes`` largest ones are a tree, and no other tree of that size has a larger sum. (With
+        acceptances that do not depend on the depth this is what Sequoia's dynamic programme finds,
+        Chen et al., 2024; Medusa grows its trees in the same way.)
+
+        Args:
+            acceptance: by depth, then by rank among the siblings; the last depth's stands for all
+                deeper ones.
+            nodes: below the root, at most.
+            depth: levels, at most.
+        """
+        depth = depth if depth is not None else nodes
+        parents, depths, values = [-1], [0], [1.0]
+        ranks_among: list[int] = [0]
+        candidates: list[tuple[float, int, int]] = []  # (-value, parent, rank), best first
+
+        def offer(parent: int, rank: int) -> None:
+            by_rank = acceptance[min(depths[parent], len(acceptance) - 1)]
+            if depths[parent] < depth and rank < len(by_rank) and by_rank[rank] > 0:
+                heapq.heappush(candidates, (-values[parent] * by_rank[rank], parent, rank))
+
+        offer(0, 0)
+        while candidates and len(parents) <= min(nodes, MAX_TREE_NODES - 1):
+            value, parent, rank = heapq.heappop(candidates)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+            values.append(-value)
+            ranks_among.append(rank)
+            offer(parent, rank + 1)
+            offer(len(parents) - 1, 0)
+        # Numbered by worth so far; level by level from here on.
+        order = sorted(range(len(parents)), key=lambda n: (depths[n], n))
+        place = {node: index for index, node in enumerate(order)}
+        # Siblings must stay in the order of their ranks; by worth they are.
+        return cls(tuple(place.get(parents[n], -1) for n in order), tuple(order))
+
+    @classmethod
+    def _ranked(cls, parents: Sequence[int]) -> TreeShape:
+        """With the order of worth that ASSUMED_ACCEPTANCE gives."""
+        values = [1.0]
+        for node in range(1, len(parents)):
+            rank = node - parents.index(parents[node])
+            chance = ASSUMED_ACCEPTANCE[min(rank, len(ASSUMED_ACCEPTANCE) - 1)]
+            values.append(values[parents[node]] * chance)
+        order = sorted(range(len(parents)), key=lambda n: (-values[n], n))
+        ranks = [0] * len(parents)
+        for rank, node in enumerate(order):
+            ranks[node] = rank
+        return cls(tuple(parents), tuple(ranks))
 
     @property
     def num_nodes(self) -> int:
-        return sum(self.level_sizes)
+        """With the root."""
+        return len(self.parents)
 
-    def truncated(self, depth: int) -> TreeShape:
-        """The same tree cut off below ``depth`` levels."""
-        return TreeShape(self.widths[:depth]) if depth < self.depth else self
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of each node, 0 at the root."""
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
 
-    def parents(self) -> np.ndarray:
-        """Parent of each node, [N] int32; the root has -1."""
-        parents = [-1]
-        start = 0
-        for size, width in zip(self.level_sizes, self.widths, strict=False):
-            parents += [start + i // width for i in range(size * width)]
-            start += size
-        return np.array(parents, dtype=np.int32)
+    @property
+    def depth(self) -> int:
+        return self.depths[-1]
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, self.num_nodes - 1))
+
+    @cached_property
+    def levels(self) -> tuple[range, ...]:
+        """Nodes of each level below the root."""
+        starts = [self.depths.index(d) for d in range(1, self.depth + 1)]
+        return tuple(
+            range(start, end)
+            for start, end in zip(starts, [*starts[1:], self.num_nodes], strict=False)
+        )
+
+    @cached_property
+    def sibling_ranks(self) -> tuple[int, ...]:
+        """Which child of its parent each node is, 0 the first; 0 at the root."""
+        seen: dict[int, int] = {}
+        ranks = []
+        for parent in self.parents:
+            ranks.append(seen.get(parent, 0))
+            seen[parent] = ranks[-1] + 1
+        return tuple(ranks)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Most children of one node, by its depth."""
+        return tuple(max(self.sibling_ranks[n] for n in level) + 1 for level in self.levels)
+
+    def within(self, budget: Budget) -> TreeShape:
+        """The part of the tree that a budget allows: its best nodes of the first levels."""
+        if budget.levels >= self.depth and budget.nodes >= self.num_nodes - 1:
+            return self
+        return _within(self, self.ranks, budget)
+
+    def ladder(self, max_levels: int) -> tuple[Budget, ...]:
+        """Budgets of growing size to choose from: every small one, then about a quarter more."""
+        return ladder(self.within(Budget(max_levels, MAX_TREE_NODES)).num_nodes - 1, max_levels)
 
     def links(self, batch_size: int, device: torch.device) -> TreeLinks:
         """The tree's links for ``batch_size`` sequences; computed once."""
         return _links(self, batch_size, device)
 
 
+def ladder(nodes: int, levels: int) -> tuple[Budget, ...]:
+    """Budgets of growing numbers of nodes up to ``nodes``, the smallest one node."""
+    sizes: list[int] = []
+    size = 1
+    while size < nodes:
+        sizes.append(size)
+        size += max(1, size // 3)
+    return tuple(Budget(levels, n) for n in (*sizes, nodes)) if nodes > 0 else ()
+
+
+@lru_cache(maxsize=1024)
+def _within(shape: TreeShape, ranks: tuple[int, ...], budget: Budget) -> TreeShape:
+    allowed = [n for n in range(1, shape.num_nodes) if shape.depths[n] <= budget.levels]
+    kept = sorted(sorted(allowed, key=ranks.__getitem__)[: budget.nodes])
+    place = {0: 0} | {node: index + 1 for index, node in enumerate(kept)}
+    parents = (-1, *(place[shape.parents[n]] for n in kept))
+    return TreeShape(parents, (0, *(ranks[n] for n in kept)))
+
+
 @lru_cache(maxsize=512)
 def _links(shape: TreeShape, batch_size: int, device: torch.device) -> TreeLinks:
-    parents = torch.from_numpy(np.tile(shape.parents(), (batch_size, 1)))
-    links = build_tree(parents)
+    parents = np.tile(np.array(shape.parents, dtype=np.int32), (batch_size, 1))
+    links = build_tree(torch.from_numpy(parents))
     return TreeLinks(*(t.to(device) for t in links))
 
 
@@ -94,6 +226,7 @@ class DraftTree:
         node_counts: [B] int, nodes of each sequence, root included.
         draft_logits: [B, N, V] logits at each node that has children, or None for drafters
             without a distribution.
+        ranks: place of each node in the order of worth; None: as they are numbered.
     """
 
     tokens: torch.Tensor
@@ -102,6 +235,7 @@ class DraftTree:
     depths: Sequence[int]
     node_counts: Sequence[int]
     draft_logits: torch.Tensor | None = None
+    ranks: Sequence[int] | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -111,9 +245,27 @@ class DraftTree:
     def is_ragged(self) -> bool:
         return any(n != self.num_nodes for n in self.node_counts)
 
+    def ranks_of(self, nodes: Sequence[int]) -> list[int]:
+        """Ranks of the nodes of a walk, the root left out."""
+        return list(nodes[1:]) if self.ranks is None else [self.ranks[n] for n in nodes[1:]]
+
+    @classmethod
+    def of_shape(
+        cls, shape: TreeShape, tokens: torch.Tensor, draft_logits: torch.Tensor | None = None
+    ) -> DraftTree:
+        """Tokens [B, N] in a static shape, the same for all sequences."""
+        size = tokens.shape[0]
+        return cls(
+            tokens,
+            shape.links(size, tokens.device),
+            shape.is_chain,
+            [shape.depth] * size,
+            [shape.num_nodes] * size,
+            draft_logits,
+            None if shape.is_chain else shape.ranks,
+        )
+
     @classmethod
     def root_only(cls, roots: torch.Tensor) -> DraftTree:
         """Plain decoding: the tree of one node. ``roots``: [B] int32."""
-        batch = roots.shape[0]
-        links = TreeShape(()).links(batch, roots.device)
-        return cls(roots[:, None], links, True, [0] * batch, [1] * batch)
+        return cls.of_shape(TreeShape.chain(0), roots[:, None])

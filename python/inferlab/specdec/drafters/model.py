@@ -1,7 +1,8 @@
-"""Drafts of a smaller model: a chain, or a tree of fixed widths, drafted level by level."""
+"""Drafts of a smaller model: a chain or a tree of static shape, drafted level by level."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,18 @@ import torch
 
 from inferlab import kernels
 from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
-from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.tree import DraftTree, TreeShape
+from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.static import describe_shape, drafted_level
+from inferlab.specdec.tree import Budget, DraftTree, TreeShape
 
 CATCH_UP_CHUNK = 256
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """A draft model with its own K/V pool, addressed by the target's page tables.
 
     A node's children are the draft's best perturbed scores there, so siblings are a sample without
@@ -28,7 +31,7 @@ class ModelDrafter:
     Args:
         model: the draft model; same vocabulary as the target.
         cache: its K/V pool, with as many pages as the target's.
-        shape: the tree; truncated to K levels in each step.
+        shape: the largest tree; a step drafts the part of it that its budget allows.
         keep_logits: hand the draft's logits on and draw with noise of its own, as the
             ``rejection`` policy needs.
     """
@@ -47,24 +50,26 @@ class ModelDrafter:
         self._batch: Batch | None = None  # the one that _cached belongs to
         self._cached = torch.empty(0, dtype=torch.int32)  # [B]: draft_cached, on the device
 
-    def propose(self, batch: Batch, k: int) -> DraftTree:
+    def ladder(self) -> SequenceOf[Budget]:
+        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
+
+    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         longest = max(len(s.tokens) for s in batch.sequences)
         if self.model.context_length is not None:
-            k = min(k, self.model.context_length - longest)
-        if k < 1:
+            budget = Budget(min(budget.levels, self.model.context_length - longest), budget.nodes)
+        if budget.levels < 1:
             return DraftTree.root_only(batch.roots)
-        shape = self.shape.truncated(k)
+        shape = self.shape.within(budget)
         links = shape.links(len(batch), batch.device)
         tokens = torch.empty((len(batch), shape.num_nodes), dtype=torch.int32, device=batch.device)
         tokens[:, 0] = batch.roots
         logits = self._catch_up(batch)
         kept: list[torch.Tensor] = []
-        start = 0  # first node of the level whose logits we hold
         positions = batch.seq_lens.to(torch.int64)[:, None]
         purpose = PURPOSE_DRAFT if self.keep_logits else PURPOSE_TOKEN
-        for depth, width in enumerate(shape.widths):
-            size = shape.level_sizes[depth]
+        for depth, level in enumerate(shape.levels):
             positions = positions + 1
+            size = logits.shape[1]
             if self.keep_logits:
                 kept.append(logits)
             drawn = kernels.sample(
@@ -72,32 +77,18 @@ class ModelDrafter:
                 positions.expand(-1, size).contiguous() if size > 1 else positions,
                 batch.sampling,
                 purpose=purpose,
-                num_samples=width,
+                num_samples=shape.widths[depth],
             )
-            children = start + size
-            level = drawn.view(len(batch), size * width)
-            if width > 1:
-                # Fewer tokens than children survive the filters: repeat the first, a harmless try.
-                first = drawn[:, :, :1]
-                level = torch.where(drawn < 0, first, drawn).view(len(batch), size * width)
-            level = level.clamp_min(0)  # an invalid row drafts token 0; the target decides anyway
-            tokens[:, children : children + size * width] = level
+            children = drafted_level(drawn, shape, depth)
+            tokens[:, level.start : level.stop] = children
             if depth + 1 < shape.depth:
-                logits = self._forward_level(batch, shape, links, level, positions, children)
-            start = children
+                logits = self._forward_level(batch, shape, links, children, positions, level.start)
         draft_logits = None
         if self.keep_logits:
             draft_logits = torch.cat(kept, dim=1)
             missing = shape.num_nodes - draft_logits.shape[1]  # leaves have no children
             draft_logits = torch.nn.functional.pad(draft_logits, (0, 0, 0, missing))
-        return DraftTree(
-            tokens,
-            links,
-            shape.is_chain,
-            [shape.depth] * len(batch),
-            [shape.num_nodes] * len(batch),
-            draft_logits,
-        )
+        return DraftTree.of_shape(shape, tokens, draft_logits)
 
     def _forward_level(
         self,
@@ -170,8 +161,15 @@ class ModelDrafter:
         return logits
 
     def commit(
-        self, batch: Batch, tree: DraftTree, nodes: torch.Tensor, kept: torch.Tensor
+        self,
+        batch: Batch,
+        tree: DraftTree,
+        nodes: torch.Tensor,
+        kept: torch.Tensor,
+        output: ForwardOutput,
     ) -> None:
+        if tree.num_nodes == 1:
+            return
         # The deepest level was drafted but not forwarded, so its K/V is missing.
         count = kept.clamp_max(max(tree.depths))
         if not tree.is_chain:
@@ -185,13 +183,10 @@ class ModelDrafter:
     def is_lagging(self, batch: Batch) -> bool:
         return any(len(s.tokens) - s.draft_cached > 2 for s in batch.sequences)
 
-    def release(self, sequence: Sequence) -> None:
-        pass
-
     def describe(self) -> dict[str, Any]:
         return {
             "drafter": self.name,
             "model": self.model.name,
-            "tree": list(self.shape.widths),
+            "tree": describe_shape(self.shape),
             "coupled_noise": not self.keep_logits,
         }

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.tree import DraftTree, TreeShape
+from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.tree import Budget, DraftTree, TreeShape
 from inferlab.types import check
 
 
@@ -53,7 +53,7 @@ class NgramIndex:
         return found
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Drafts from the sequence's own tokens, without a model.
 
     Args:
@@ -77,8 +77,10 @@ class NgramDrafter:
         self.max_nodes = min(1 + max_depth * branches, MAX_TREE_NODES)
         self._indexes: dict[int, NgramIndex] = {}
 
-    def propose(self, batch: Batch, k: int) -> DraftTree:
-        trees = [self._tree(s, min(k, self.max_depth)) for s in batch.sequences]
+    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+        k = min(budget.levels, self.max_depth)
+        most = 1 + min(budget.nodes, self.max_nodes - 1)
+        trees = [self._tree(s, k, most) for s in batch.sequences]
         width = max(len(tokens) for tokens, _ in trees)
         if width == 1:
             return DraftTree.root_only(batch.roots)
@@ -100,8 +102,8 @@ class NgramDrafter:
             [len(t) for t, _ in trees],
         )
 
-    def _tree(self, sequence: Sequence, k: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one sequence's tree: its continuations as a trie."""
+    def _tree(self, sequence: Sequence, k: int, most: int) -> tuple[list[int], list[int]]:
+        """Tokens and parents of one sequence's tree of at most ``most`` nodes: a trie."""
         index = self._indexes.get(sequence.request_id)
         if index is None:
             index = self._indexes[sequence.request_id] = NgramIndex(self.min_match, self.max_match)
@@ -113,7 +115,7 @@ class NgramDrafter:
             for token in continuation:
                 child = children[node].get(token)
                 if child is None:
-                    if len(tokens) == self.max_nodes:
+                    if len(tokens) == most:
                         break
                     child = len(tokens)
                     children[node][token] = child
@@ -122,17 +124,6 @@ class NgramDrafter:
                     parents.append(node)
                 node = child
         return tokens, parents
-
-    def commit(
-        self, batch: Batch, tree: DraftTree, nodes: torch.Tensor, kept: torch.Tensor
-    ) -> None:
-        pass
-
-    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
-        pass
-
-    def is_lagging(self, batch: Batch) -> bool:
-        return False
 
     def release(self, sequence: Sequence) -> None:
         self._indexes.pop(sequence.request_id, None)
