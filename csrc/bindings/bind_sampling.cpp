@@ -287,13 +287,13 @@ int64_t workspace_bytes(const Place& place, Size size) {
   return 0;
 }
 
-int64_t sample_workspace_bytes(py::handle logits, bool penalised, int64_t num_samples) {
+int64_t sample_workspace_bytes(py::handle logits, bool penalised, bool keys) {
   const Tensor l(logits, "logits");
   require(l.ndim() == 2 || l.ndim() == 3,
           [&] { return "logits has shape " + l.shape_str() + "; it must be [B, V] or [B, N, V]"; });
   const int64_t rows = l.size(0) * (l.ndim() == 3 ? l.size(1) : 1), vocab = l.size(l.ndim() - 1);
   return workspace_bytes(l.place(), [&] {
-    return cuda::sample_workspace_bytes(rows, vocab, penalised, num_samples > 1);
+    return cuda::sample_workspace_bytes(rows, vocab, penalised, keys);
   });
 }
 
@@ -306,7 +306,8 @@ int64_t verify_workspace_bytes(py::handle logits, bool penalised) {
 }
 
 void sample(py::handle logits, py::handle positions, py::tuple sampling, int64_t purpose,
-            int64_t num_samples, int64_t allowed_vocab, py::handle out, py::handle workspace) {
+            int64_t num_samples, int64_t allowed_vocab, py::handle out, py::handle scores,
+            py::handle workspace) {
   Tensor l(logits, "logits"), at(positions, "positions"), o(out, "tokens");
   require(l.ndim() == 2 || l.ndim() == 3,
           [&] { return "logits has shape " + l.shape_str() + "; it must be [B, V] or [B, N, V]"; });
@@ -330,6 +331,16 @@ void sample(py::handle logits, py::handle positions, py::tuple sampling, int64_t
     at.shape({batch});
     o.shape({batch, num_samples});
   }
+  if (!scores.is_none()) {
+    Tensor s(scores, "scores");
+    s.f32().contiguous().on(place);
+    if (tree) {
+      s.shape({batch, nodes, num_samples});
+    } else {
+      s.shape({batch, num_samples});
+    }
+    params.scores = s.ptr<float>();
+  }
   params.positions = at.ptr<const int64_t>();
   params.sampling = args.params();
   params.tokens = o.ptr<int32_t>();
@@ -342,7 +353,8 @@ void sample(py::handle logits, py::handle positions, py::tuple sampling, int64_t
     return;
   }
   const WorkspaceArg scratch(workspace);
-  scratch.holds(sample_workspace_bytes(logits, args.change_logits(), num_samples), place);
+  const bool keys = num_samples > 1 || params.scores != nullptr;
+  scratch.holds(sample_workspace_bytes(logits, args.change_logits(), keys), place);
   run_cuda(logits, place, "sample", [&](void* stream) {
     return cuda::sample(params, scratch.data(), scratch.bytes(), stream);
   });

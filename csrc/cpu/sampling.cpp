@@ -1,5 +1,8 @@
 #include "inferlab/sampling.h"
 
+#include <limits>
+#include <vector>
+
 #include "row.h"
 
 namespace inferlab::cpu {
@@ -15,12 +18,16 @@ Status sample(const SampleParams& params) {
     const Row row = open_row(params.logits, b, i % params.nodes, &params.sampling, ws.path, ws);
     const int n = params.num_samples;
     int32_t* out = params.tokens + i * n;
-    std::vector<float> scores(n > 16 ? static_cast<size_t>(n) : 0);
+    std::vector<float> many(n > 16 && params.scores == nullptr ? static_cast<size_t>(n) : 0);
     float few[16];
-    Top top{n > 16 ? scores.data() : few, out, n, 0};
+    float* scores = params.scores != nullptr ? params.scores + i * n : n > 16 ? many.data() : few;
+    Top top{scores, out, n, 0};
     const auto position = static_cast<uint32_t>(params.positions[i]);
     if (!choose(row, choice, position, params.purpose, top, ws, threaded)) top.count = 0;
-    for (int j = top.count; j < n; ++j) out[j] = -1;
+    for (int j = top.count; j < n; ++j) {
+      out[j] = -1;
+      scores[j] = -std::numeric_limits<float>::infinity();
+    }
   });
 }
 

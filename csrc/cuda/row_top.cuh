@@ -71,11 +71,12 @@ class TopList {
   uint64_t below_, floor_ = 0;
 };
 
-// out[0, n): the best tokens, then -1. `merged` [size, kTop] is the group's, in the workspace.
+// out[0, n): the best tokens, then -1; scores [n] or null: what they were chosen by, then -inf.
+// `merged` [size, kTop] is the group's, in the workspace.
 template <typename T>
 __device__ void choose_many(Group& group, const Row<T>& row, const Choice& choice,
                             uint32_t position, uint32_t purpose, int n, uint64_t* merged,
-                            int32_t* out) {
+                            int32_t* out, float* scores_out) {
   constexpr int kPer = Row<T>::kPer;
   const int me = static_cast<int>(threadIdx.x);
   const Draw draw(choice, position, purpose);
@@ -119,14 +120,20 @@ __device__ void choose_many(Group& group, const Row<T>& row, const Choice& choic
       count = all.tidy();
     }
     const uint64_t* list = group.shared.list;
-    if (group.leads() && me < count) out[done + me] = key_token(~list[me]);
+    if (group.leads() && me < count) {
+      out[done + me] = key_token(~list[me]);
+      if (scores_out != nullptr) scores_out[done + me] = key_value(~list[me]);
+    }
     if (count > 0) below = ~list[count - 1];
     done += count;
     more = count == want;
     if (more && done < n) group.meet();  // before `merged` is written again
   }
   if (!group.leads()) return;
-  for (int i = done + me; i < n; i += kThreads) out[i] = -1;
+  for (int i = done + me; i < n; i += kThreads) {
+    out[i] = -1;
+    if (scores_out != nullptr) scores_out[i] = -infinity();
+  }
 }
 
 }  // namespace inferlab::cuda

@@ -3,7 +3,8 @@
 // One group of blocks per row (row_group.cuh), as many blocks as fit on the device together and
 // have kLeastSlice tokens each; one where there are more rows than that. Bytes: V * s per row, read
 // once without filters (one meeting), and with them three times (three meetings), of which two come
-// from the L2 cache. Several samples: a scan and a pass more, and one meeting for 256 of them.
+// from the L2 cache. Several samples, or scores: a scan and a pass more, and one meeting for 256 of
+// them.
 #include "row_launch.cuh"
 #include "row_top.cuh"
 
@@ -22,7 +23,7 @@ struct SampleShared {
   Choice choice;
 };
 
-template <typename T, bool kSeveral>
+template <typename T, bool kKeys>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleKernel k) {
   SampleShared& shared = shared_memory<SampleShared>();
   const SampleParams& p = k.op;
@@ -36,9 +37,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleKe
     const Row<T> row = open_row<T>(p.logits, b, r % p.nodes, penalties);
     const uint32_t position = static_cast<uint32_t>(p.positions[r]);
     int32_t* out = p.tokens + r * p.num_samples;
-    if constexpr (kSeveral) {
+    if constexpr (kKeys) {
       uint64_t* merged = k.work.keys + r * k.plan.size * kTop;  // one row per group, if it is used
-      choose_many(group, row, shared.choice, position, p.purpose, p.num_samples, merged, out);
+      float* scores = p.scores == nullptr ? nullptr : p.scores + r * p.num_samples;
+      choose_many(group, row, shared.choice, position, p.purpose, p.num_samples, merged, out,
+                  scores);
     } else {
       const int32_t token = choose(group, row, shared.choice, position, p.purpose);
       if (group.leads() && threadIdx.x == 0) out[0] = token;
@@ -50,24 +53,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) sample_kernel(SampleKe
 
 namespace {
 
-RowNeeds needs_of(int64_t vocab, bool penalised, bool several_samples) {
+RowNeeds needs_of(int64_t vocab, bool penalised, bool keys) {
   const int64_t blocks = int64_t{kBlocksPerSm} * multiprocessors();
-  return RowNeeds{vocab, penalised, 0, several_samples ? blocks * kTop : 0};
+  return RowNeeds{vocab, penalised, 0, keys ? blocks * kTop : 0};
 }
 
 }  // namespace
 
-int64_t sample_workspace_bytes(int64_t rows, int64_t vocab, bool penalised, bool several_samples) {
-  return row_workspace_bytes(rows, needs_of(vocab, penalised, several_samples));
+int64_t sample_workspace_bytes(int64_t rows, int64_t vocab, bool penalised, bool keys) {
+  return row_workspace_bytes(rows, needs_of(vocab, penalised, keys));
 }
 
 Status sample(const SampleParams& p, void* workspace, int64_t workspace_bytes, void* stream) {
   const SampleKernel kernel{p, {}, {}};
-  const RowNeeds needs = needs_of(p.logits.allowed, changes_logits(p.sampling), p.num_samples > 1);
+  const bool keys = p.num_samples > 1 || p.scores != nullptr;
+  const RowNeeds needs = needs_of(p.logits.allowed, changes_logits(p.sampling), keys);
   return with_dtype(p.logits.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto one_or_more = p.num_samples > 1 ? sample_kernel<T, true> : sample_kernel<T, false>;
-    return launch_rows(one_or_more, sizeof(SampleShared), p.batch * p.nodes, needs, workspace,
+    const auto by_keys = keys ? sample_kernel<T, true> : sample_kernel<T, false>;
+    return launch_rows(by_keys, sizeof(SampleShared), p.batch * p.nodes, needs, workspace,
                        workspace_bytes, stream, kernel);
   });
 }

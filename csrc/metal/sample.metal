@@ -8,7 +8,7 @@ struct SampleParams {
   SamplingSizes sizes;
   long batch_stride, node_stride;  // of logits, in elements
   long rows, nodes, vocab;         // vocab: columns that may be chosen
-  long num_samples, purpose, groups;
+  long num_samples, purpose, groups, has_scores;
 };
 
 struct SampleShared {
@@ -25,7 +25,8 @@ kernel void sample(
     device const int* context_tokens [[buffer(10)]], device const int* context_lens [[buffer(11)]],
     device const int* prompt_lens [[buffer(12)]], device const int* bias_tokens [[buffer(13)]],
     device const float* bias_values [[buffer(14)]], device int* tokens [[buffer(15)]],
-    device float* workspace [[buffer(16)]], constant SampleParams& p [[buffer(17)]],
+    device float* scores [[buffer(16)]], device float* workspace [[buffer(17)]],
+    constant SampleParams& p [[buffer(18)]],
     uint3 group [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(SampleShared, shared);
   const Group g{&shared.row, tid};
@@ -43,7 +44,11 @@ kernel void sample(
     ulong key = valid ? ~0UL : 0;
     for (long j = 0; j < p.num_samples; ++j) {
       if (key != 0) key = draw_below(g, row, draw, key);
-      if (tid == 0) tokens[i * p.num_samples + j] = key == 0 ? -1 : key_token(key);
+      if (tid == 0) {
+        const long at = i * p.num_samples + j;
+        tokens[at] = key == 0 ? -1 : key_token(key);
+        if (p.has_scores) scores[at] = key == 0 ? -INFINITY : key_value(key);
+      }
     }
   }
 }

@@ -51,7 +51,11 @@ def test_matches_the_reference(seed, batch, nodes, vocab, kind, dtype, num_sampl
     _C.force_isa(isa)
     _C.set_num_threads(threads)
     ours = sample(logits, positions, sampling, **options)
-    assert torch.equal(ours, reference.sample(logits, positions, sampling, **options))
+    tokens, scores = reference.sample(logits, positions, sampling, **options)
+    assert torch.equal(ours, tokens)
+    with_scores = torch.full(tokens.shape, torch.nan)
+    assert torch.equal(sample(logits, positions, sampling, **options, scores=with_scores), tokens)
+    assert torch.equal(with_scores, scores)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +73,7 @@ def test_large_vocabulary_on_every_path(dtype, options):
     """The same token for any ISA, thread count and batch, and the reference's, at 150k columns."""
     logits = (torch.randn(2, 151_937, generator=torch.Generator().manual_seed(4)) * 2.5).to(dtype)
     sampling = SamplingTensors.of(2, seed=[3, 4], **options)
-    expected = reference.sample(logits, at(2), sampling, num_samples=3)
+    expected, _ = reference.sample(logits, at(2), sampling, num_samples=3)
     for isa in ISAS:
         for threads in (1, 2):
             _C.force_isa(isa)
@@ -349,3 +353,11 @@ def test_greedy_is_the_first_of_the_largest(vocab, dtype, isa):
     tokens = sample(rows, torch.zeros(6, dtype=torch.int64), sampling)[:, 0]
     first = [int((row == row.max()).nonzero()[0]) for row in rows.float()]
     assert tokens.tolist() == first
+
+
+def test_scores_of_the_wrong_kind_are_refused():
+    args = (torch.zeros(2, 9), at(2), SamplingTensors.of(2, temperature=1.0))
+    with pytest.raises(TypeError, match="scores"):
+        sample(*args, scores=torch.zeros(2, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="scores"):
+        sample(*args, scores=torch.zeros(2, 2))

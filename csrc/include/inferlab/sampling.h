@@ -49,6 +49,7 @@ struct SampleParams {
   const int64_t* positions;  // [batch, nodes]
   SamplingParams sampling;
   int32_t* tokens;  // [batch, nodes, num_samples] out
+  float* scores;    // the same, or null: what each token was chosen by; -inf where there is none
   int64_t batch;
   int64_t nodes;
   int num_samples;
@@ -65,7 +66,8 @@ void gumbel_row(uint64_t seed, uint32_t position, uint32_t purpose, float* out, 
 namespace cuda {
 // Pointers on the device; launched on `stream`. What is out of range among tokens and lengths is
 // skipped or clamped. The workspace may hold anything; `penalised`: there are penalties or a bias.
-int64_t sample_workspace_bytes(int64_t rows, int64_t vocab, bool penalised, bool several_samples);
+// `keys`: there are several samples, or scores.
+int64_t sample_workspace_bytes(int64_t rows, int64_t vocab, bool penalised, bool keys);
 Status sample(const SampleParams& params, void* workspace, int64_t workspace_bytes, void* stream);
 }  // namespace cuda
 }  // namespace inferlab

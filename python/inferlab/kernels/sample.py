@@ -37,10 +37,11 @@ def _run(
     allowed_vocab: int | None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     ops = ops_for(logits)
     if ops is None:
-        tokens = reference.sample(
+        tokens, values = reference.sample(
             logits,
             positions,
             sampling,
@@ -48,18 +49,25 @@ def _run(
             num_samples=num_samples,
             allowed_vocab=allowed_vocab,
         )
+        if scores is not None:
+            scores.copy_(values)
         return tokens if out is None else out.copy_(tokens)
     if out is None:
         out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
     if workspace is None:
-        workspace = sample_workspace(logits, sampling, num_samples)
+        workspace = sample_workspace(logits, sampling, num_samples, scores is not None)
     allowed = -1 if allowed_vocab is None else max(allowed_vocab, 0)
-    ops.sample(logits, positions, sampling.flat, purpose, num_samples, allowed, out, workspace)
+    ops.sample(
+        logits, positions, sampling.flat, purpose, num_samples, allowed, out, scores, workspace
+    )
     return out
 
 
 def sample_workspace(
-    logits: torch.Tensor, sampling: SamplingTensors, num_samples: int = 1
+    logits: torch.Tensor,
+    sampling: SamplingTensors,
+    num_samples: int = 1,
+    with_scores: bool = False,
 ) -> torch.Tensor | None:
     """Scratch memory that serves `sample` for these shapes; None where it needs none.
 
@@ -69,7 +77,9 @@ def sample_workspace(
     ops = ops_for(logits)
     if ops is None:
         return None
-    size = ops.sample_workspace_bytes(logits, sampling.changes_logits, num_samples)
+    size = ops.sample_workspace_bytes(
+        logits, sampling.changes_logits, num_samples > 1 or with_scores
+    )
     return new_workspace(size, logits)
 
 
@@ -83,6 +93,7 @@ def sample(
     allowed_vocab: int | None = None,
     out: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draws the best `num_samples` tokens of each row by filtered_logit / temperature + Gumbel.
 
@@ -101,6 +112,9 @@ def sample(
         allowed_vocab: columns from here on are padding and never chosen.
         out: where the result goes.
         workspace: of `sample_workspace`.
+        scores: f32, of the result's shape, or None: where the scores go that the tokens were chosen
+            by (at temperature 0 their logits); -inf where there is no token. Not under
+            torch.compile.
 
     Returns:
         i32[B, n] or [B, N, n]; -1 where fewer than n tokens survive the filters, and everywhere in
@@ -109,7 +123,7 @@ def sample(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
-    if is_compiling():
+    if is_compiling() and scores is None:
         return torch.ops.inferlab.sample(
             logits, positions, *sampling.flat, purpose, num_samples, allowed_vocab
         )
@@ -118,7 +132,9 @@ def sample(
             as_tensor(logits), as_tensor(positions), sampling, purpose, num_samples, allowed_vocab
         )
         return out.numpy()  # type: ignore[return-value]
-    return _run(logits, positions, sampling, purpose, num_samples, allowed_vocab, out, workspace)
+    return _run(
+        logits, positions, sampling, purpose, num_samples, allowed_vocab, out, workspace, scores
+    )
 
 
 def _impl(logits: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -42,7 +42,17 @@ def test_matches_the_cpu_and_the_reference(
     }
     got = backend.call(sample, logits, positions, sampling, **options)
     assert torch.equal(got, sample(logits, positions, sampling, **options))
-    assert torch.equal(got, reference.sample(logits, positions, sampling, **options))
+    tokens, scores = reference.sample(logits, positions, sampling, **options)
+    assert torch.equal(got, tokens)
+    scored, filled = backend.call(_sample_with_scores, logits, positions, sampling, **options)
+    assert torch.equal(scored, tokens)
+    assert torch.equal(filled, scores)
+
+
+def _sample_with_scores(logits, *args, num_samples, **options):
+    shape = (*logits.shape[:-1], num_samples)
+    scores = torch.full(shape, torch.nan, device=logits.device)
+    return sample(logits, *args, num_samples=num_samples, **options, scores=scores), scores
 
 
 # What a draw from a row can go through. Top-p alone is found among the tokens near the largest, or

@@ -105,7 +105,7 @@ def _floats(workspace: torch.Tensor | None, needed: int, like: torch.Tensor) -> 
 
 
 def sample_workspace_bytes(
-    shaders: Shaders, logits: torch.Tensor, changes_logits: bool, num_samples: int
+    shaders: Shaders, logits: torch.Tensor, changes_logits: bool, keys: bool
 ) -> int:
     """A float32 copy of each row in flight, where penalties or biases change them."""
     rows = min(logits[..., 0].numel(), ROWS_IN_FLIGHT)
@@ -126,6 +126,7 @@ def sample(
     num_samples: int,
     allowed_vocab: int,
     out: torch.Tensor,
+    scores: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
     if logits.dim() not in (2, 3):
@@ -139,6 +140,8 @@ def sample(
     rows = logits.shape[:-1]
     check("positions", positions, logits, rows, torch.int64)
     check("tokens", out, logits, (*rows, num_samples), torch.int32)
+    if scores is not None:
+        check("scores", scores, logits, (*rows, num_samples), torch.float32)
     count, nodes = rows.numel(), rows[1] if len(rows) == 2 else 1
     copies = _changes_logits(sizes)
     groups = min(count, ROWS_IN_FLIGHT) if copies else count
@@ -146,10 +149,10 @@ def sample(
         *sizes,
         logits.stride(0),
         logits.stride(1) if len(rows) == 2 else 0,
-        *(count, nodes, vocab, num_samples, purpose, groups),
+        *(count, nodes, vocab, num_samples, purpose, groups, scores is not None),
     ]
     scratch = _floats(workspace, groups * vocab if copies else 0, logits)
-    args = [logits, positions, *buffers, out, scratch, params]
+    args = [logits, positions, *buffers, out, out if scores is None else scores, scratch, params]
     threads = _threads(vocab)
     shaders.run("sample", args, (groups,), threads=threads, ELEMENT=element, GROUP=threads)
 

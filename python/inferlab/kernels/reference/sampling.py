@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -98,8 +99,15 @@ def choose(
     x: torch.Tensor | None, sampling: SamplingTensors, b: int, position: int, purpose: int, n: int
 ) -> list[int]:
     """The n best tokens by filtered_logit / temperature + gumbel, best first; then -1."""
+    return [token for token, _ in best(x, sampling, b, position, purpose, n)]
+
+
+def best(
+    x: torch.Tensor | None, sampling: SamplingTensors, b: int, position: int, purpose: int, n: int
+) -> list[tuple[int, float]]:
+    """`choose`, with the score of each token; -inf where there is none."""
     if x is None:
-        return [-1] * n
+        return [(-1, -math.inf)] * n
     if is_greedy(sampling, b):
         score = x
     else:
@@ -107,8 +115,8 @@ def choose(
         keep = filtered(x, sampling, b)
         score = torch.where(keep, x / sampling.temperature[b] + g, -torch.inf)
     order = torch.argsort(score, descending=True, stable=True)[:n]
-    tokens = [int(t) if score[t] > -torch.inf else -1 for t in order]
-    return tokens + [-1] * (n - len(tokens))
+    found = [(int(t), float(score[t])) for t in order if score[t] > -torch.inf]
+    return found + [(-1, -math.inf)] * (n - len(found))
 
 
 def sample(
@@ -119,13 +127,13 @@ def sample(
     purpose: int = 0,
     num_samples: int = 1,
     allowed_vocab: int | None = None,
-) -> torch.Tensor:
-    """See inferlab.kernels.sample."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See inferlab.kernels.sample: tokens and scores."""
     rows = logits.unsqueeze(1) if logits.dim() == 2 else logits
     at = positions.unsqueeze(1) if positions.dim() == 1 else positions
     out = [
         [
-            choose(
+            best(
                 penalised_logits(rows[b, n], sampling, b, (), allowed_vocab),
                 sampling,
                 b,
@@ -137,6 +145,6 @@ def sample(
         ]
         for b in range(rows.shape[0])
     ]
-    tokens = torch.tensor(out, dtype=torch.int32, device=logits.device)
-    tokens = tokens.reshape(rows.shape[0], rows.shape[1], num_samples)
-    return tokens.squeeze(1) if logits.dim() == 2 else tokens
+    shape = (*logits.shape[:-1], num_samples)
+    pairs = torch.tensor(out, dtype=torch.float64).reshape(*shape, 2).to(logits.device)
+    return pairs[..., 0].to(torch.int32), pairs[..., 1].to(torch.float32)
