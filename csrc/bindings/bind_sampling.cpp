@@ -292,9 +292,8 @@ int64_t sample_workspace_bytes(py::handle logits, bool penalised, bool keys) {
   require(l.ndim() == 2 || l.ndim() == 3,
           [&] { return "logits has shape " + l.shape_str() + "; it must be [B, V] or [B, N, V]"; });
   const int64_t rows = l.size(0) * (l.ndim() == 3 ? l.size(1) : 1), vocab = l.size(l.ndim() - 1);
-  return workspace_bytes(l.place(), [&] {
-    return cuda::sample_workspace_bytes(rows, vocab, penalised, keys);
-  });
+  return workspace_bytes(
+      l.place(), [&] { return cuda::sample_workspace_bytes(rows, vocab, penalised, keys); });
 }
 
 int64_t verify_workspace_bytes(py::handle logits, bool penalised) {
