@@ -10,6 +10,8 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED = {
     "inferlab/tiny": ASSETS / "tiny",
     "inferlab/tiny-draft": ASSETS / "tiny-draft",
+    "inferlab/tiny-medusa": ASSETS / "tiny-medusa",
+    "inferlab/tiny-eagle": ASSETS / "tiny-eagle",
 }
 
 

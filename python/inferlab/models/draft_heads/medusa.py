@@ -1,0 +1,96 @@
+"""Medusa heads: each guesses one later token from the target's last hidden state alone.
+
+Cai et al., "Medusa: simple LLM inference acceleration framework with multiple decoding heads",
+2024. From the hidden state that the target's LM head turns into the token at position t + 1, head
+i guesses the token at position t + 2 + i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b); a fresh one has W = 0 and so leaves x nearly as it is."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.linear(x))
+
+
+class MedusaHeads(nn.ModuleList):
+    """All heads; a list, so that the names of its weights are those of the published files.
+
+    Args:
+        num_heads: offsets guessed.
+        num_layers: residual blocks per head.
+        hidden_size, vocab_size: of the target.
+        target_head: the target's LM head, `[V, H]` without bias; it is used, not owned.
+        tied: the heads end in `target_head` instead of LM heads of their own.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        target_head: nn.Module,
+        tied: bool = False,
+    ) -> None:
+        super().__init__(
+            nn.Sequential(
+                *(ResidualBlock(hidden_size) for _ in range(num_layers)),
+                *(nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(not tied)),
+            )
+            for _ in range(num_heads)
+        )
+        self.num_heads = num_heads
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.tied = tied
+        # In a tuple, so that the target's weights do not become weights of the heads.
+        self._target_head: tuple[Any] = (target_head,)
+
+    def start_from_target(self) -> None:
+        """Copies the target's LM head into the heads' own, from where training learns fastest."""
+        if self.tied:
+            return
+        with torch.no_grad():
+            for weight in self._own_heads():
+                weight.copy_(self._target_head[0].weight)
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """What the LM heads see: `[.., H]` -> `[.., heads, H]`."""
+        return torch.stack([self._blocks(head)(hidden) for head in self], dim=-2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of every head.
+
+        Args:
+            hidden: the target's hidden states after its final norm, `[.., H]`.
+
+        Returns:
+            `[.., heads, V]`; head i at position t is about the token at position t + 2 + i.
+        """
+        states = self.hidden(hidden)
+        if self.tied:
+            return self._target_head[0](states)
+        return torch.einsum("...kh,kvh->...kv", states, torch.stack(self._own_heads()))
+
+    def _blocks(self, head: nn.Module) -> nn.Sequential:
+        return nn.Sequential(*list(head.children())[: self.num_layers])
+
+    def _own_heads(self) -> list[Tensor]:
+        return [self.get_parameter(f"{head}.{self.num_layers}.weight") for head in range(len(self))]
