@@ -43,7 +43,8 @@ class FusedDecoder:
         self._norm_weight = self._model.norm.weight
         self._norm_eps = self._model.norm.variance_epsilon
         self._layers = [
-            _Layer(layer, spec) for layer, spec in zip(self._model.layers, layers, strict=True)
+            DecoderLayer(layer, spec)
+            for layer, spec in zip(self._model.layers, layers, strict=True)
         ]
 
     @classmethod
@@ -74,15 +75,15 @@ class FusedDecoder:
         features[FINAL_HIDDEN] = hidden
         if rows is not None:
             hidden = hidden[rows]
-        logits = _product(hidden, self._head.weight, self._head.bias).view(size, -1, self._vocab)
+        logits = product(hidden, self._head.weight, self._head.bias).view(size, -1, self._vocab)
         if not feature_layers:
             return ForwardOutput(logits)
         wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]
         return ForwardOutput(logits, wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1))
 
 
-class _Layer:
-    """Weights and sizes of one decoder layer."""
+class DecoderLayer:
+    """Weights and sizes of one decoder layer. ``layer`` may do without ``input_layernorm``."""
 
     def __init__(self, layer: Any, spec: LayerSpec) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -90,11 +91,11 @@ class _Layer:
         self.head_dim = spec.head_dim
         self.scale, self.window, self.softcap = spec.scale, spec.window, spec.softcap
         self.q_heads = attention.q_proj.weight.shape[0] // spec.head_dim
-        self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = attention.o_proj
-        self.gate_up = _join(mlp.gate_proj, mlp.up_proj)
+        self.gate_up = join(mlp.gate_proj, mlp.up_proj)
         self.down = mlp.down_proj
-        self.norm = layer.input_layernorm
+        self.norm: Any = getattr(layer, "input_layernorm", None)
         self.post_norm = layer.post_attention_layernorm
         self.q_norm: Any = getattr(attention, "q_norm", None)  # Qwen3 norms each head
         self.k_norm: Any = getattr(attention, "k_norm", None)
@@ -110,9 +111,23 @@ class _Layer:
         index: int,
     ) -> torch.Tensor:
         """hidden: [B * N, H] -> [B * N, H]; K/V goes to the pages of layer `index`."""
-        k_pages, v_pages = step.pages[index]
         normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
-        qkv = _product(normed, *self.qkv).view(size, nodes, -1, self.head_dim)
+        return self.attend(normed, hidden, size, nodes, cos, sin, step, index)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        hidden: torch.Tensor,
+        size: int,
+        nodes: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        step: Step,
+        index: int,
+    ) -> torch.Tensor:
+        """All behind the first norm. x: [B * N, inputs of q, k, v]; hidden: what it is added to."""
+        k_pages, v_pages = step.pages[index]
+        qkv = product(x, *self.qkv).view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
         k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
         v = qkv[:, :, self.q_heads + self.kv_heads :]
@@ -133,13 +148,13 @@ class _Layer:
             softcap=self.softcap,
             **where,
         ).view(size * nodes, -1)
-        hidden = _product(attended, self.out.weight, self.out.bias, hidden)
+        hidden = product(attended, self.out.weight, self.out.bias, hidden)
         normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
-        gated = silu_mul(_product(normed, *self.gate_up))
-        return _product(gated, self.down.weight, self.down.bias, hidden)
+        gated = silu_mul(product(normed, *self.gate_up))
+        return product(gated, self.down.weight, self.down.bias, hidden)
 
 
-def _product(
+def product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -152,7 +167,7 @@ def _product(
     return out if residual is None else out.add_(residual)
 
 
-def _join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One weight [sum of outputs, inputs] for linears of one input; they become views of it."""
     weight = torch.cat([each.weight.detach() for each in linears])
     bias = None

@@ -103,6 +103,11 @@ class HFModel:
         return KVCache(shapes, num_pages, page_size, dtype=self.dtype, device=self.device)
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The wrapped model, for its weights; to run it by itself use `plain`."""
+        return self._model
+
+    @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """What each attention layer asks of the kernel."""
         return self._plan.layers

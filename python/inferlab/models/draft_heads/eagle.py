@@ -243,7 +243,10 @@ class EagleHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the target's vocabulary, `[.., V]`; -inf where the head knows no token."""
-        logits = self.draft_logits(hidden)
+        return self.spread(self.draft_logits(hidden))
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits of the draft vocabulary in the columns of the target's."""
         if self.draft_to_target is None:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))

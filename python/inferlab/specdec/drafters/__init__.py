@@ -1,7 +1,16 @@
 """Drafters: who proposes the tokens that the target verifies."""
 
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.eagle import EagleDrafter
+from inferlab.specdec.drafters.medusa import MedusaDrafter
 from inferlab.specdec.drafters.model import ModelDrafter
 from inferlab.specdec.drafters.ngram import NgramDrafter, NgramIndex
 
-__all__ = ["Drafter", "ModelDrafter", "NgramDrafter", "NgramIndex"]
+__all__ = [
+    "Drafter",
+    "EagleDrafter",
+    "MedusaDrafter",
+    "ModelDrafter",
+    "NgramDrafter",
+    "NgramIndex",
+]

@@ -1,0 +1,267 @@
+"""EAGLE: one decoder layer over the target's hidden states (Li et al., 2024, 2024b, 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from inferlab import kernels
+from inferlab.models import ForwardBatch, ForwardOutput, KVCache
+from inferlab.models.draft_heads import PagedEagle
+from inferlab.models.transfer import upload
+from inferlab.scheduler import Sequence
+from inferlab.specdec.batch import Batch
+from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.features import PendingFeatures
+from inferlab.specdec.drafters.growth import Frontier, Growth
+from inferlab.specdec.drafters.static import describe_shape, drafted_level
+from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
+
+MOST_PENDING = 256
+"""Positions that may wait for the head while nothing is drafted; then it processes them."""
+
+
+class EagleDrafter(Drafter):
+    """Drafts with an EAGLE head, whose K/V lies in a cache of its own.
+
+    The head pairs each token with the hidden state of the one before. What the target has verified
+    is processed with the target's hidden states, at the next step's start; below that, each node
+    takes the head's own output at its parent.
+
+    Args:
+        head: EAGLE-1/2 or EAGLE-3, on its device.
+        cache: its K/V pool, with as many pages as the target's.
+        shape: a static tree, or None: trees grown to where the head is sure (EAGLE-2).
+        depth, width, nodes: of grown trees: levels; nodes expanded per level and children of each;
+            nodes below the root.
+    """
+
+    name = "eagle"
+
+    def __init__(
+        self,
+        head: PagedEagle,
+        cache: KVCache,
+        shape: TreeShape | None = None,
+        *,
+        depth: int = 6,
+        width: int = 8,
+        nodes: int = 31,
+    ) -> None:
+        self.head = head
+        self.cache = cache
+        self.shape = shape
+        self.depth = shape.depth if shape is not None else depth
+        self.width = width
+        self.nodes = shape.num_nodes - 1 if shape is not None else nodes
+        self.feature_layers = head.head.feature_layers
+        # Grown trees expand more nodes than they keep: the slots of all of them.
+        drafted = self.nodes if shape is not None else max(nodes, width * (depth - 1))
+        self.max_nodes = 1 + drafted
+        self.max_depth = self.depth
+        self._pending = PendingFeatures()
+
+    def ladder(self) -> SequenceOf[Budget]:
+        if self.shape is None:
+            return ladder(self.nodes, self.depth)
+        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.depth)
+
+    @torch.inference_mode()
+    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+        longest = max(len(s.tokens) for s in batch.sequences)
+        levels = min(budget.levels, self.head.context_length - longest)
+        if levels < 1:
+            return DraftTree.root_only(batch.roots)
+        hidden = self._catch_up(batch)
+        if self.shape is not None:
+            return self._fill(batch, self.shape.within(Budget(levels, budget.nodes)), hidden)
+        return self._grow(batch, levels, min(budget.nodes, self.nodes), hidden)
+
+    def _fill(self, batch: Batch, shape: TreeShape, hidden: torch.Tensor) -> DraftTree:
+        """A tree of static shape. ``hidden``: [B, 1, H] at the roots."""
+        links = shape.links(len(batch), batch.device)
+        levels = [batch.roots[:, None]]
+        positions = batch.seq_lens.to(torch.int64)[:, None]
+        parents = _level_parents(shape, batch.device)
+        for depth, level in enumerate(shape.levels):
+            positions = positions + 1
+            logits = self.head.logits(hidden)
+            drawn = kernels.sample(
+                logits,
+                positions.expand(-1, logits.shape[1]).contiguous(),
+                batch.sampling,
+                num_samples=shape.widths[depth],
+            )
+            levels.append(drafted_level(drawn, shape, depth))
+            if depth + 1 < shape.depth:
+                ancestors = None
+                if not shape.is_chain:
+                    ancestors = links.ancestors[:, level.start : level.stop].contiguous()
+                hidden = self._expand(
+                    batch,
+                    levels[-1],
+                    hidden.index_select(1, parents[depth]),
+                    positions,
+                    ancestors,
+                    level.start,
+                )
+        return DraftTree.of_shape(shape, torch.cat(levels, dim=1))
+
+    def _grow(self, batch: Batch, levels: int, nodes: int, hidden: torch.Tensor) -> DraftTree:
+        """A tree of the ``nodes`` tokens that the head is surest of."""
+        width = min(self.width, nodes)
+        growth = Growth(batch.roots, width, levels)
+        frontier: Frontier | None = None
+        positions = batch.seq_lens.to(torch.int64)[:, None]
+        for level in range(1, levels + 1):
+            positions = positions + 1
+            logits = self.head.logits(hidden)
+            shape = (*logits.shape[:2], width)
+            scores = torch.empty(shape, dtype=torch.float32, device=logits.device)
+            drawn = kernels.sample(
+                logits,
+                positions.expand(-1, logits.shape[1]).contiguous(),
+                batch.sampling,
+                num_samples=width,
+                scores=scores,
+            )
+            frontier = growth.add(drawn, scores, frontier)
+            if frontier is not None:
+                parent = frontier.parents.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+                hidden = self._expand(
+                    batch,
+                    frontier.tokens,
+                    hidden.gather(1, parent),
+                    positions,
+                    frontier.ancestors,
+                    1 + (level - 1) * width,
+                )
+        return growth.tree(nodes)
+
+    def _expand(
+        self,
+        batch: Batch,
+        tokens: torch.Tensor,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        ancestors: torch.Tensor | None,
+        slot: int,
+    ) -> torch.Tensor:
+        """The head's output at nodes of one level: tokens [B, M], features of their parents.
+
+        ``slot``: of the first node; the root's is 0, which is the last committed pair's.
+        """
+        seq_lens = batch.seq_lens - 1
+        if ancestors is None:
+            seq_lens, slot = seq_lens + slot, 0
+        # The pair of token p has position p - 1.
+        at = (positions - 1).clamp_max(self.head.context_length - 1)
+        return self.head.forward(
+            ForwardBatch(
+                tokens=tokens.to(torch.int64),
+                positions=at.expand(-1, tokens.shape[1]),
+                seq_lens=seq_lens,
+                block_table=batch.block_table,
+                ancestors=ancestors,
+                node_offset=slot,
+            ),
+            features,
+            self.cache,
+        )
+
+    def _catch_up(self, batch: Batch) -> torch.Tensor:
+        """Processes all pairs up to the roots; the head's output at the last ones, [B, 1, H]."""
+        self._pending.enter(batch)
+        counts = self._pending.counts(batch)
+        longest = max(counts)
+        even = min(counts) == longest
+        cached = self._pending.cached
+        positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
+        tokens = batch.history.gather(1, positions + 1).clamp_min(0).to(torch.int64)
+        hidden = self.head.forward(
+            ForwardBatch(
+                tokens=tokens,
+                positions=positions.clamp_max(self.head.context_length - 1),
+                seq_lens=cached,
+                block_table=batch.block_table,
+                num_nodes=None if even else batch.seq_lens - cached,
+            ),
+            self._pending.take(batch),
+            self.cache,
+        )
+        if even:
+            return hidden[:, -1:]
+        last = (batch.seq_lens - cached - 1).to(torch.int64)[:, None, None]
+        return hidden.gather(1, last.expand(-1, 1, hidden.shape[-1]))
+
+    @torch.inference_mode()
+    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
+        (sequence,) = batch.sequences
+        assert output.features is not None
+        features = output.features
+        before = self._pending.loose(sequence)
+        first = start
+        if before is not None:
+            # The last hidden state of the chunk before waited for this chunk's first token.
+            features, first = torch.cat((before[None], features), dim=1), start - 1
+        count = features.shape[1] - 1
+        if count > 0 and start + count <= self.head.context_length:
+            tokens = sequence.prompt[first + 1 : first + 1 + count]
+            positions = torch.arange(first, first + count, device=batch.device)
+            self.head.forward(
+                ForwardBatch(
+                    tokens=upload([tokens], np.int64, batch.device),
+                    positions=positions[None],
+                    seq_lens=upload([first], np.int32, batch.device),
+                    block_table=batch.block_table,
+                ),
+                features[:, :count].contiguous(),
+                self.cache,
+            )
+        self._pending.start(sequence, features[0, count:], first + count)
+
+    @torch.inference_mode()
+    def commit(
+        self,
+        batch: Batch,
+        tree: DraftTree,
+        nodes: torch.Tensor,
+        kept: torch.Tensor,
+        output: ForwardOutput,
+    ) -> None:
+        assert output.features is not None
+        self._pending.enter(batch)
+        if max(self._pending.counts(batch)) >= MOST_PENDING:
+            self._catch_up(batch)
+        walked = nodes[:, : max(tree.depths) + 1].clamp_min(0).to(torch.int64)
+        self._pending.append(batch, output.features, walked)
+
+    def is_lagging(self, batch: Batch) -> bool:
+        self._pending.enter(batch)
+        return max(self._pending.counts(batch)) > self.max_depth + 1
+
+    def release(self, sequence: Sequence) -> None:
+        self._pending.release(sequence)
+
+    def describe(self) -> dict[str, Any]:
+        grown = {"grown": True, "depth": self.depth, "width": self.width, "nodes": self.nodes}
+        return {
+            "drafter": self.name,
+            "version": self.head.head.version,
+            "tree": grown if self.shape is None else describe_shape(self.shape),
+            "coupled_noise": True,
+        }
+
+
+@lru_cache(maxsize=256)
+def _level_parents(shape: TreeShape, device: torch.device) -> list[torch.Tensor]:
+    """For each level: which node of the level before each of its nodes hangs on."""
+    starts = [0, *(level.start for level in shape.levels)]
+    return [
+        torch.tensor([shape.parents[n] - start for n in level], device=device)
+        for start, level in zip(starts, shape.levels, strict=False)
+    ]

@@ -1,0 +1,188 @@
+"""Medusa and EAGLE with random heads: no token changes, and every draft is what the head says."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from exactness.compare import assert_same_tokens
+from exactness.test_families import GREEDY, PROMPTS, SAMPLED, plain_tokens, target_of
+from inferlab.models import HFModel
+from inferlab.models.draft_heads import EagleHead, MedusaHeads, PagedEagle, eagle_config
+from inferlab.specdec.controllers import CostController, FixedController
+from inferlab.specdec.drafters import Drafter, EagleDrafter, MedusaDrafter
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import Policy
+from inferlab.specdec.tree import NO_DRAFT, Budget, TreeShape
+from inferlab.types import SamplingParams
+
+PAGES = 128
+TREE = TreeShape.best([[0.5, 0.2, 0.1], [0.4, 0.2]], nodes=14, depth=3)
+
+
+def medusa_heads(target: HFModel) -> MedusaHeads:
+    head = target.model.get_output_embeddings()
+    vocab, hidden = head.weight.shape
+    heads = MedusaHeads(3, 1, hidden, vocab, target_head=head)
+    return _random(heads, 1).to(target.dtype)
+
+
+@cache
+def eagle_head(family: str, version: int, reduced: bool = False) -> EagleHead:
+    target = target_of(family)
+    changes: dict[str, Any] = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    if reduced:
+        changes["draft_vocab_size"] = 60
+    layers = (0, 1, -1) if version == 3 else (-1,)
+    config = eagle_config(target.config, **changes)
+    head = EagleHead(config, version, target.model, feature_layers=layers)
+    if reduced:
+        head.draft_to_target = torch.arange(60) * 2 + 5
+    return _random(head, 2)
+
+
+def _random(module: Any, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = parameter.shape[-1] ** -0.5
+            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 1.5 * scale * noise)
+    return module.eval().requires_grad_(False)
+
+
+class Checked(EagleDrafter):
+    """An EAGLE drafter whose every draft is compared with the whole-sequence forward of its head."""
+
+    checks = 0
+
+    def propose(self, batch, budget):
+        tree = super().propose(batch, budget)
+        for row, sequence in enumerate(batch.sequences):
+            self._check_chain(sequence.tokens, tree, row)
+        return tree
+
+    def _check_chain(self, tokens, tree, row):
+        """Follows the first children and compares each with the head's arg-max."""
+        head = self.head.head
+        target = target_of(self.family)
+        with target.plain() as model, torch.inference_mode():
+            out = model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+        last = out.hidden_states[-1]
+        layers = [last if i == -1 else out.hidden_states[i + 1] for i in head.feature_layers]
+        embeds = head.embed(torch.tensor([tokens[1:]]))
+        features = torch.cat(layers, dim=-1)[:, :-1]
+        known = head.enter(embeds, features)
+        node, hidden = 0, None
+        first_child, sibling = tree.links.first_child[row], tree.links.next_sibling[row]
+        for _ in range(self.max_depth):
+            hidden = _continue(head, known)
+            logits = head.logits(hidden)[0, -1]
+            child = int(first_child[node])
+            if child < 0:
+                return
+            best = logits.topk(2).values
+            drafted = []
+            while child >= 0:
+                drafted.append(int(tree.tokens[row, child]))
+                child = int(sibling[child])
+            if best[0] - best[1] > 1e-3:
+                assert drafted[0] == int(logits.argmax()), "the draft is not the head's choice"
+                type(self).checks += 1
+            node = int(first_child[node])
+            embed = head.embed(tree.tokens[row, node].long()[None, None])
+            own = head.enter(embed, hidden[:, -1:])
+            known = tuple(torch.cat(pair, dim=1) for pair in zip(known, own, strict=True))
+
+
+def _continue(head, entered):
+    x, residual = entered
+    positions = torch.arange(x.shape[1])[None]
+    return head.layer.finish(residual, head.layer.self_attn(x, head.rotary(x, positions)))
+
+
+class Sleepy(FixedController):
+    """Drafts in some steps only, so that the drafter has to catch up."""
+
+    def __init__(self, k):
+        super().__init__(k)
+        self.step = 0
+
+    def choose(self, batch_size, ladder):
+        self.step += 1
+        return super().choose(batch_size, ladder) if self.step % 4 in (0, 1) else NO_DRAFT
+
+
+def drafter_of(kind: str, family: str, tree: bool) -> Drafter:
+    target = target_of(family)
+    if kind == "medusa":
+        return MedusaDrafter(medusa_heads(target), TREE if tree else TreeShape.chain(3))
+    head = eagle_head(family, int(kind[-1]), kind.startswith("reduced"))
+    paged = PagedEagle(head)
+    shape = {"static": TREE, True: None, False: TreeShape.chain(3)}[tree]
+    made = Checked(paged, paged.new_cache(PAGES, 16), shape, depth=3, width=4, nodes=14)
+    made.family = family
+    return made
+
+
+KINDS = ["medusa", "eagle1", "eagle3", "reduced eagle3"]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("tree", [False, True, "static"], ids=["chain", "tree", "static"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_heads_change_no_token(family, kind, tree, params):
+    target = target_of(family)
+    expected = plain_tokens(family, params)
+    for batch, controller in ((1, FixedController(3)), (5, Sleepy(3)), (2, CostController(3))):
+        drafter = drafter_of(kind, family, tree)
+        if params is SAMPLED and isinstance(drafter, Checked):
+            drafter._check_chain = lambda *_: None  # the check is for arg-max drafts
+        engine = Engine(
+            target, target.new_cache(PAGES), Policy(), controller, drafter, max_batch=batch
+        )
+        results = engine.generate([(p, params) for p in PROMPTS])
+        for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
+            what = f"{family}, {kind}, tree {tree}, batch {batch}"
+            assert_same_tokens(target, prompt, tokens, result.token_ids, params, what)
+        assert engine.scheduler.allocator.num_free == PAGES
+
+
+def test_drafts_were_compared_with_the_heads():
+    before = Checked.checks
+    target = target_of("llama")
+    drafter = drafter_of("eagle3", "llama", True)
+    engine = Engine(target, target.new_cache(PAGES), Policy(), Sleepy(3), drafter, max_batch=3)
+    long = SamplingParams(max_tokens=60, ignore_eos=True)
+    engine.generate([(p, long) for p in PROMPTS])
+    assert Checked.checks - before > 100
+
+
+def test_a_long_sleep_is_caught_up_in_pieces(monkeypatch):
+    import inferlab.specdec.drafters.eagle as module
+
+    monkeypatch.setattr(module, "MOST_PENDING", 5)
+    target = target_of("llama")
+    drafter = drafter_of("eagle1", "llama", False)
+    engine = Engine(target, target.new_cache(PAGES), Policy(), RarelyAwake(3), drafter, 3)
+    long = SamplingParams(max_tokens=60, ignore_eos=True)
+    results = engine.generate([(p, long) for p in PROMPTS])
+    plain = Engine(target, target.new_cache(PAGES), Policy(), FixedController(0))
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        (expected,) = plain.generate([(prompt, long)])
+        assert_same_tokens(target, prompt, expected.token_ids, result.token_ids, long, "sleepy")
+
+
+class RarelyAwake(Sleepy):
+    def choose(self, batch_size, ladder):
+        self.step += 1
+        return Budget(3, 3) if self.step % 19 == 0 else NO_DRAFT
+
+
+def test_more_levels_than_heads_are_refused():
+    with pytest.raises(ValueError, match="3 Medusa heads"):
+        MedusaDrafter(medusa_heads(target_of("llama")), TreeShape.chain(4))
