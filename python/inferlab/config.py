@@ -16,9 +16,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     StringConstraints,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from inferlab.config_file import ConfigError, build, find_config, packaged_configs, read_yaml
 
@@ -95,11 +97,25 @@ Texts = Annotated[
     BeforeValidator(_as_tuple),
     _allowed("a list of texts, none of them empty"),
 ]
-TreeWidths = Annotated[
-    tuple[Annotated[int, Field(ge=1)], ...],
-    BeforeValidator(_as_tuple),
-    Field(min_length=1, max_length=MAX_DRAFT),
-    _allowed(f"a list of 1 to {MAX_DRAFT} numbers >= 1, children per node by depth: [4, 2, 1]"),
+TREES = ("chain", "optimal", "grown")
+
+
+def _as_tree(value: object) -> str | tuple[int, ...]:
+    if isinstance(value, str) and value in TREES:
+        return value
+    is_list = isinstance(value, list | tuple) and 1 <= len(value) <= MAX_DRAFT
+    if is_list and all(type(width) is int and width >= 1 for width in value):  # type: ignore[attr-defined]
+        return tuple(value)  # type: ignore[arg-type]
+    raise PydanticCustomError("tree", "not a tree")
+
+
+Tree = Annotated[
+    str | tuple[int, ...],
+    PlainValidator(_as_tree),
+    _allowed(
+        f"{', '.join(TREES)} or a list of 1 to {MAX_DRAFT} numbers >= 1, children per node by "
+        "depth: [4, 2, 1]"
+    ),
 ]
 
 
@@ -113,9 +129,12 @@ class Section(BaseModel):
 
 
 class MedusaConfig(Section):
-    """The ``medusa`` block of the file; Medusa itself comes with a later release."""
+    """Medusa heads. ``model``: trained ones, of ``draft_mode: medusa``. The other keys are those of
+    ``medusa-lite``, whose heads are untrained: the target's own (tie), a copy of it, or random.
+    """
 
     enabled: bool = False
+    model: ModelName = "inferlab/tiny-medusa"
     num_heads: Annotated[int, Field(ge=1, le=MAX_DRAFT)] = 2
     head_init: Literal["tie", "copy", "random"] = "tie"
     temperature: Temperature = 0.7
@@ -123,9 +142,12 @@ class MedusaConfig(Section):
 
 
 class EagleConfig(Section):
-    """The ``eagle`` block of the file; EAGLE itself comes with a later release."""
+    """EAGLE heads. ``model``: a trained one, of ``draft_mode: eagle``; the other keys are those of
+    ``eagle-lite``, which extrapolates the target's hidden state by ``alpha``.
+    """
 
     enabled: bool = False
+    model: ModelName = "inferlab/tiny-eagle"
     alpha: Fraction = 0.7
     max_draft: DraftCount = 2
 
@@ -186,12 +208,21 @@ class BaselineConfig(Sampled):
         return self.temperature if self.do_sample else 0.0
 
 
+DraftMode = Literal["vanilla", "ngram", "medusa", "eagle", "none"]
+
+DRAFT_LEVELS = {"vanilla": 4, "ngram": 4, "medusa": 4, "eagle": 6}
+"""K where ``max_draft`` is left out: levels drafted per step."""
+
+
 class SpecdecConfig(Sampled):
     """Speculative decoding (``configs/specdec.yaml``, ``configs/specdec_hf.yaml``).
 
     Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
-    of ``max_draft``. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins;
-    without both it is sized for the batch.
+    of ``max_draft``; left out it is what suits the drafter (DRAFT_LEVELS). So is ``tree``: chain;
+    optimal, the ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is
+    sure of itself, expanding ``tree_width`` nodes per level; or children per node by depth.
+    ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without both it is
+    sized for the batch.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft"}
@@ -200,9 +231,11 @@ class SpecdecConfig(Sampled):
     base_model: ModelName = "inferlab/tiny"
     draft_model: ModelName = "inferlab/tiny-draft"
 
-    draft_mode: Literal["vanilla", "ngram", "none", "medusa", "eagle"] = "vanilla"
-    max_draft: DraftCount = 4
-    tree: TreeWidths | None = None
+    draft_mode: DraftMode = "vanilla"
+    max_draft: DraftCount | None = None
+    tree: Tree | None = None
+    tree_nodes: Annotated[int, Field(ge=1, le=MAX_TREE_NODES - 1)] = 31
+    tree_width: Annotated[int, Field(ge=1, le=64)] = 8
     ngram: NgramConfig = NgramConfig()
     medusa: MedusaConfig = MedusaConfig()
     eagle: EagleConfig = EagleConfig()
@@ -246,22 +279,28 @@ class SpecdecConfig(Sampled):
         return self.temperature if self.do_sample else 0.0
 
     @property
+    def levels(self) -> int:
+        """``max_draft``, or what suits the drafter."""
+        return DRAFT_LEVELS.get(self.draft_mode, 4) if self.max_draft is None else self.max_draft
+
+    @property
     def requested_device(self) -> str:
         """``force_device`` where it is set, else ``device`` (which may be "auto")."""
         return self.force_device or self.device
 
     @model_validator(mode="after")
     def _consistent(self) -> SpecdecConfig:
-        for mode, block in (("medusa", self.medusa), ("eagle", self.eagle)):
-            if self.draft_mode == mode or block.enabled:
-                key = (
-                    f"draft_mode: {mode!r}" if self.draft_mode == mode else f"{mode}.enabled: true"
-                )
+        for mode, enabled in (("medusa", self.medusa.enabled), ("eagle", self.eagle.enabled)):
+            if enabled and not self.draft_mode.startswith(mode):
                 raise ValueError(
-                    f"{key} is not available yet: {mode.upper() if mode == 'eagle' else 'Medusa'} "
-                    "drafts come with a later release; use 'vanilla' (a draft model) or 'ngram' "
-                    "(prompt lookup, no second model)"
+                    f"{mode}.enabled: true contradicts draft_mode: {self.draft_mode!r}; the mode "
+                    f"says who drafts: set it to {mode!r} (trained heads) or '{mode}-lite'"
                 )
+        if self.tree == "grown" and self.draft_mode != "eagle":
+            raise ValueError(
+                f"tree: 'grown' is not for draft_mode: {self.draft_mode!r}; only 'eagle' grows "
+                "trees: use 'optimal', or children per node by depth: [4, 2, 1]"
+            )
         if self.min_k > self.max_k:
             raise ValueError(
                 f"min_k: {self.min_k} is not allowed; must be at most max_k ({self.max_k})"
@@ -271,7 +310,7 @@ class SpecdecConfig(Sampled):
                 f"min_new_tokens: {self.min_new_tokens} is not allowed; "
                 f"must be at most max_new_tokens ({self.max_new_tokens})"
             )
-        if self.tree is not None:
+        if isinstance(self.tree, tuple):
             nodes = 1 + sum(math.prod(self.tree[: i + 1]) for i in range(len(self.tree)))
             if nodes > MAX_TREE_NODES:
                 raise ValueError(

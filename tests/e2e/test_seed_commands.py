@@ -84,10 +84,9 @@ stats = specdec_benchmark.run_benchmark("Why speculative decoding helps?", itera
 specdec_benchmark.print_summary(stats)
 
 for mode in ("medusa", "eagle"):
-    try:
-        SpeculativePipeline(draft_mode=mode)
-    except ValueError as error:
-        print(error)
+    pipeline = SpeculativePipeline(draft_mode=mode)
+    result = pipeline.generate("Explain KV cache simply.", max_tokens=64)
+    print(f"{mode}: {result['mean_accepted_length']:.2f}")
 """
 
 
@@ -184,8 +183,9 @@ def test_python_example(outcomes):
     printed = outcome["stdout"]
     assert "Generated: Hello, world!" in printed
     assert "Acceptance Rate: " in printed
-    assert "Medusa drafts come with a later release; use 'vanilla'" in printed
-    assert "EAGLE drafts come with a later release; use 'vanilla'" in printed
+    for mode in ("medusa", "eagle"):
+        accepted_length = float(printed.split(f"{mode}: ")[1].split()[0])
+        assert accepted_length > 1.2
 
 
 def test_ctrl_c_keeps_the_prompts_that_are_done(environment, tmp_path):

@@ -55,7 +55,7 @@ def _random(module: Any, seed: int) -> Any:
 
 
 class Checked(EagleDrafter):
-    """An EAGLE drafter whose every draft is compared with the whole-sequence forward of its head."""
+    """Compares every draft with the whole-sequence forward of its head."""
 
     checks = 0
 

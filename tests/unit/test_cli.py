@@ -70,7 +70,10 @@ def own_logging():
         (("specdec", "--prompt", "a", "--tau", "x"), "argument --tau: invalid float value: 'x'"),
         (("specdec", "--prompt", "a", "--policy", "x"), "argument --policy: invalid choice: 'x'"),
         (("specdec", "--prompt", "a", "--max-tok", "3"), "unrecognized arguments: --max-tok 3"),
-        (("specdec", "--prompt", "a", "--tree", "a"), "'a' is not a list of widths by depth"),
+        (
+            ("specdec", "--prompt", "a", "--tree", "a"),
+            "'a' is neither one of chain, optimal, grown nor a list",
+        ),
         (("specdec", "--prompt", ""), "--prompt: is empty; give a text"),
         (("specdec", "--prompt", "a", "--K", "-1"), "--K: -1 is not allowed; must be an integer"),
         (("specdec", "--prompt", "a", "--K", "65"), "--K: 65 is not allowed; must be an integer"),
@@ -97,14 +100,8 @@ def own_logging():
             ("specdec", "--prompt", "a", "--adaptive-K", "--controller", "cost"),
             "--adaptive-K contradicts --controller cost",
         ),
-        (
-            ("specdec", "--prompt", "a", "--draft-mode", "medusa"),
-            "--draft-mode: 'medusa' is not available yet: Medusa drafts come with a later release",
-        ),
-        (
-            ("specdec", "--prompt", "a", "--draft-mode", "eagle"),
-            "--draft-mode: 'eagle' is not available yet: EAGLE drafts come with a later release",
-        ),
+        (("specdec", "--prompt", "a", "--heads", "x"), "--heads: names the heads of --draft-mode"),
+        (("specdec", "--prompt", "a", "--tree", "grown"), "--tree: 'grown' is not for draft_mode"),
         (("specdec", "--prompt", "a", "--output", "/no/x.json"), "its directory does not exist"),
         (("specdec", "--prompts", "no.jsonl"), "no.jsonl: cannot be read: No such file"),
         (("baseline", "--prompt", "a", "--max-tokens", "-3"), "--max-tokens: -3 is not allowed"),

@@ -76,7 +76,7 @@ def test_defaults_without_a_file():
     config = load_config(SpecdecConfig)
     assert config.implementation == "hf"
     assert (config.base_model, config.draft_model) == ("inferlab/tiny", "inferlab/tiny-draft")
-    assert (config.max_draft, config.controller, config.policy) == (4, "fixed", "longest_prefix")
+    assert (config.levels, config.controller, config.policy) == (4, "fixed", "longest_prefix")
     assert (config.effective_temperature, config.max_new_tokens, config.seed) == (0.0, 64, 1234)
     assert (config.tau, config.k, config.p) == (0.5, 5, 0.9)
     assert (config.min_k, config.max_k, config.target_acceptance) == (1, 8, 0.7)
@@ -181,7 +181,6 @@ BAD_SPECDEC = [
     ("max_draft: four", "max_draft: 'four' is not allowed; must be an integer from 0 to 64"),
     ("max_draft: '4'", "max_draft: '4' is not allowed; must be an integer"),
     ("max_draft: true", "max_draft: true is not allowed; must be an integer"),
-    ("max_draft: null", "max_draft: null is not allowed"),
     ("max_new_tokens: 0", "max_new_tokens: 0 is not allowed; must be an integer of at least 1"),
     ("max_new_tokens: 1.5", "max_new_tokens: 1.5 is not allowed"),
     ("tau: 1.5", "tau: 1.5 is not allowed; must be a number from 0 to 1"),
@@ -203,8 +202,8 @@ BAD_SPECDEC = [
     ("dtype: int8", "dtype: 'int8' is not allowed; must be one of auto, float32,"),
     ("page_size: 17", "page_size: 17 is not allowed; must be one of 1, 2, 4, 8, 16,"),
     ("max_memory_mb: 0", "max_memory_mb: 0 is not allowed; must be a number above 0 or null"),
-    ("tree: [2, 0]", "tree: [2, 0] is not allowed; must be a list of 1 to 64 numbers >= 1"),
-    ("tree: 4", "tree: 4 is not allowed; must be a list of 1 to 64 numbers >= 1"),
+    ("tree: [2, 0]", "tree: [2, 0] is not allowed; must be chain, optimal, grown or a list of"),
+    ("tree: 4", "tree: 4 is not allowed; must be chain, optimal, grown or a list of"),
     ("tree: [15, 17]", "tree: [15, 17] is not allowed: it has 271 nodes; must have at most 256"),
     ("stop: ['']", "stop: [''] is not allowed; must be a list of texts"),
     ("device_priority: [tpu]", "device_priority: ['tpu'] is not allowed"),
@@ -221,9 +220,9 @@ BAD_SPECDEC = [
     ("host: h", "host: is a key of vllm files; this one is read as a specdec file"),
     ("zzz: 1", "zzz: is not a key; valid keys are K, allow_pickle,"),
     ("1: 2", "1 is not a key"),
-    ("draft_mode: medusa", "draft_mode: 'medusa' is not available yet: Medusa drafts come with"),
-    ("draft_mode: eagle", "draft_mode: 'eagle' is not available yet: EAGLE drafts come with"),
-    ("eagle: {enabled: true}", "eagle.enabled: true is not available yet"),
+    ("tree: wide", "tree: 'wide' is not allowed; must be chain, optimal, grown or a list of"),
+    ("tree: grown", "tree: 'grown' is not for draft_mode: 'vanilla'; only 'eagle' grows"),
+    ("eagle: {enabled: true}", "eagle.enabled: true contradicts draft_mode: 'vanilla'"),
 ]
 
 

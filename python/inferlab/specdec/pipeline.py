@@ -11,12 +11,11 @@ from numbers import Integral
 from typing import Any
 
 from inferlab.config import SpecdecConfig, load_config
-from inferlab.models import FakeLM, HFModel, TargetModel, check_same_tokenizer
+from inferlab.models import FakeLM, TargetModel
+from inferlab.specdec.assembly import load_model, plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
-from inferlab.specdec.drafters import Drafter, ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
-from inferlab.specdec.tree import TreeShape
 from inferlab.types import GenerationResult, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -72,7 +71,7 @@ class SpeculativePipeline:
         policy: str | Policy | None = None,
         controller: str | Controller | None = None,
         k: int | None = None,
-        tree: Sequence[int] | None = None,
+        tree: str | Sequence[int] | None = None,
         device: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
@@ -93,7 +92,7 @@ class SpeculativePipeline:
             implementation=implementation,
             policy=policy if isinstance(policy, str) else None,
             controller=controller if isinstance(controller, str) else None,
-            tree=list(tree) if tree is not None else None,
+            tree=tree if tree is None or isinstance(tree, str) else list(tree),
             device=device,
             dtype=dtype,
             seed=seed,
@@ -111,15 +110,12 @@ class SpeculativePipeline:
             )
         self.config = config
         self.policy = policy if isinstance(policy, Policy) else self._make_policy()
-        shape = TreeShape.regular(config.tree) if config.tree is not None else None
         self.controller: Controller = (
-            controller if isinstance(controller, Controller) else self._make_controller(shape)
+            controller if isinstance(controller, Controller) else self._make_controller()
         )
         self.target = target if target is not None else self._load_target()
-        self._draft: TargetModel | None = None
-        if config.draft_mode == "vanilla":
-            self._draft = draft if draft is not None else self._load_draft()
-        self.engine = self._make_engine(shape)
+        self._plan = plan_drafter(config, self.target, self.policy, self._max_levels(), draft)
+        self.engine = self._make_engine()
 
     @property
     def implementation(self) -> str:
@@ -128,6 +124,11 @@ class SpeculativePipeline:
     @property
     def device(self) -> str:
         return str(self.target.device)
+
+    @property
+    def draft_name(self) -> str | None:
+        """The draft model or heads; None where no weights draft."""
+        return self._plan.model if self._plan is not None else None
 
     def generate(
         self,
@@ -297,7 +298,7 @@ class SpeculativePipeline:
             "device": self.device,
             "dtype": str(self.target.dtype).removeprefix("torch."),
             "base_model": self.target.name,
-            "draft_model": self._draft.name if self._draft is not None else None,
+            "draft_model": self.draft_name,
             "draft_mode": self.config.draft_mode,
             "seed": seed,
         }
@@ -309,11 +310,12 @@ class SpeculativePipeline:
         c = self.config
         return make_policy(c.policy, tau=c.tau, k=c.k, p=c.p)
 
-    def _make_controller(self, shape: TreeShape | None) -> Controller:
+    def _make_controller(self) -> Controller:
         c = self.config
+        widths = c.tree if isinstance(c.tree, tuple) else None
         if c.controller == "fixed":
-            return make_controller("fixed", k=shape.depth if shape is not None else c.max_draft)
-        max_k = min(c.max_k, shape.depth) if shape is not None else c.max_k
+            return make_controller("fixed", k=len(widths) if widths is not None else c.levels)
+        max_k = min(c.max_k, len(widths)) if widths is not None else c.max_k
         return make_controller(
             c.controller,
             min_k=min(c.min_k, max_k),
@@ -321,54 +323,26 @@ class SpeculativePipeline:
             target_acceptance=c.target_acceptance,
         )
 
+    def _max_levels(self) -> int:
+        """Levels of the largest tree: of chains as many as the controller may ask for."""
+        c = self.config
+        is_chain = c.tree == "chain" or (c.tree is None and c.draft_mode in ("vanilla", "ngram"))
+        return self.controller.max_k if is_chain else min(c.levels, self.controller.max_k)
+
     def _load_target(self) -> TargetModel:
         if self.config.implementation == "fake":
             return FakeLM(seed=self.config.seed)
-        return self._load(self.config.base_model)
+        return load_model(self.config, self.config.base_model)
 
-    def _load_draft(self) -> TargetModel:
-        if self.config.implementation == "fake":
-            return FakeLM(seed=self.config.seed, agreement=self.config.fake.agreement)
-        draft = self._load(self.config.draft_model)
-        check_same_tokenizer(self.target, draft)
-        return draft
-
-    def _load(self, name: str) -> TargetModel:
-        c = self.config
-        return HFModel.load(
-            name,
-            device=c.requested_device,
-            dtype=c.dtype,
-            device_priority=c.device_priority,
-            max_memory_mb=c.max_memory_mb,
-            trust_remote_code=c.trust_remote_code,
-            allow_pickle=c.allow_pickle,
-        )
-
-    def _make_engine(self, shape: TreeShape | None) -> Engine:
+    def _make_engine(self) -> Engine:
         c = self.config
         pages = self._num_pages()
-        drafter: Drafter | None = None
-        if self._draft is not None:
-            drafter = ModelDrafter(
-                self._draft,
-                self._draft.new_cache(pages, c.page_size),
-                shape or TreeShape.chain(self.controller.max_k),
-                keep_logits=self.policy.needs_draft_logits,
-            )
-        elif c.draft_mode == "ngram":
-            drafter = NgramDrafter(
-                max_depth=shape.depth if shape is not None else self.controller.max_k,
-                branches=max(shape.widths) if shape is not None else 1,
-                min_match=c.ngram.min_match,
-                max_match=c.ngram.max_match,
-            )
         return Engine(
             self.target,
             self.target.new_cache(pages, c.page_size),
             self.policy,
             self.controller,
-            drafter,
+            self._plan.build(pages) if self._plan is not None else None,
             c.max_batch,
         )
 
@@ -376,8 +350,8 @@ class SpeculativePipeline:
         """As many pages as a full batch of full contexts needs, within the memory allowed."""
         c = self.config
         per_token = self.target.new_cache(1, c.page_size).bytes_per_token
-        if self._draft is not None:
-            per_token += self._draft.new_cache(1, c.page_size).bytes_per_token
+        if self._plan is not None:
+            per_token += self._plan.bytes_per_token
         budget = (c.kv_memory_mb or DEFAULT_KV_MEMORY_MB) * 2**20
         pages = int(budget // (per_token * c.page_size))
         context = self.target.context_length or 4096

@@ -21,7 +21,7 @@ from inferlab.cli_common import (
     setup_logging,
 )
 from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
-from inferlab.config import SpecdecConfig, choices, load_config
+from inferlab.config import TREES, SpecdecConfig, choices, load_config
 
 FLAGS = {
     "--max-tokens": "max_new_tokens",
@@ -33,6 +33,8 @@ FLAGS = {
     "--max-draft": "max_draft",
     "--K": "K",
     "--tree": "tree",
+    "--tree-nodes": "tree_nodes",
+    "--tree-width": "tree_width",
     "--policy": "policy",
     "--tau": "tau",
     "--k": "k",
@@ -101,12 +103,26 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-mode",
         choices=one_of("draft_mode"),
-        help="a draft model, prompt lookup, or none: plain decoding (vanilla)",
+        help="who drafts; none: plain decoding (vanilla: a draft model)",
     )
-    group.add_argument("--K", type=int, metavar="N", help="draft tokens per step (4)")
+    group.add_argument(
+        "--heads", metavar="MODEL", help="trained heads for --draft-mode medusa or eagle"
+    )
+    group.add_argument(
+        "--K", type=int, metavar="N", help="levels drafted per step (by mode: 4; eagle 6)"
+    )
     group.add_argument("--max-draft", type=int, metavar="N", help="another name of --K")
     group.add_argument(
-        "--tree", type=_widths, metavar="W,W,...", help="children per node by depth, e.g. 4,2,1"
+        "--tree",
+        type=_tree,
+        metavar="SHAPE",
+        help="chain, optimal, grown (eagle), or children per node by depth: 4,2,1",
+    )
+    group.add_argument(
+        "--tree-nodes", type=int, metavar="N", help="draft nodes of optimal and grown trees (31)"
+    )
+    group.add_argument(
+        "--tree-width", type=int, metavar="N", help="nodes expanded per level of grown trees (8)"
     )
     group.add_argument("--policy", choices=one_of("policy"), help="(longest_prefix)")
     group.add_argument("--tau", type=float, help="threshold of conf_threshold (0.5)")
@@ -141,12 +157,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="the same seed gives the same tokens (1234)")
 
 
-def _widths(text: str) -> list[int]:
+def _tree(text: str) -> str | list[int]:
+    if text in TREES:
+        return text
     try:
         return [int(width) for width in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of widths by depth, such as 4,2,1"
+            f"{text!r} is neither one of {', '.join(TREES)} nor a list of widths by depth, such as "
+            f"4,2,1"
         ) from None
 
 
@@ -164,8 +183,12 @@ def given_overrides(
             if value is not None and value != "adaptive":
                 raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
         overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    if args.heads is not None:
+        if args.draft_mode not in ("medusa", "eagle"):
+            raise UsageError("--heads: names the heads of --draft-mode medusa or eagle; give both")
+        overrides[args.draft_mode], names[args.draft_mode] = {"model": args.heads}, "--heads"
     for flag, value in (("--K", args.K), ("--max-draft", args.max_draft)):
-        if value is not None and args.tree is not None:
+        if value is not None and isinstance(args.tree, list):
             raise UsageError(f"{flag} {value} contradicts --tree, whose depth is the K; give one")
     return overrides, names
 

@@ -1,4 +1,4 @@
-"""An EAGLE head over a paged cache: the same layer as `EagleHead.forward`, node by node, in kernels.
+"""An EAGLE head over a paged cache: the layer of `EagleHead.forward`, node by node, in kernels.
 
 The pair of token t + 1 and feature t has cache slot and position t.
 """
