@@ -1,7 +1,8 @@
 """Drafters: who proposes the tokens that the target verifies."""
 
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.corpus import load_corpus
 from inferlab.specdec.drafters.model import ModelDrafter
-from inferlab.specdec.drafters.ngram import NgramDrafter, NgramIndex
+from inferlab.specdec.drafters.ngram import NgramDrafter
 
-__all__ = ["Drafter", "ModelDrafter", "NgramDrafter", "NgramIndex"]
+__all__ = ["Drafter", "ModelDrafter", "NgramDrafter", "load_corpus"]
