@@ -11,5 +11,6 @@ void bind_sampling(pybind11::module_& m);   // sample, verify_tree_match / _reje
 void bind_kv(pybind11::module_& m);         // kv_append, kv_compact, kv_gather, kv_copy_pages
 void bind_attention(pybind11::module_& m);  // paged_tree_attention
 void bind_layer(pybind11::module_& m);      // rms_norm, silu_mul, rope_append, linear
+void bind_suffix(pybind11::module_& m);     // SuffixAutomaton, draft_trie
 
 }  // namespace inferlab

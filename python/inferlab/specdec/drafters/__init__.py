@@ -1,10 +1,11 @@
 """Drafters: who proposes the tokens that the target verifies."""
 
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.corpus import load_corpus
 from inferlab.specdec.drafters.eagle import EagleDrafter
 from inferlab.specdec.drafters.medusa import MedusaDrafter
 from inferlab.specdec.drafters.model import ModelDrafter
-from inferlab.specdec.drafters.ngram import NgramDrafter, NgramIndex
+from inferlab.specdec.drafters.ngram import NgramDrafter
 
 __all__ = [
     "Drafter",
@@ -12,5 +13,5 @@ __all__ = [
     "MedusaDrafter",
     "ModelDrafter",
     "NgramDrafter",
-    "NgramIndex",
+    "load_corpus",
 ]

@@ -1,132 +1,110 @@
-"""Prompt lookup: what followed the last time the text ended like this (Saxena, 2023)."""
+"""Prompt lookup: what followed when the text ended like this before (Saxena, 2023).
+
+The text so far is kept as a suffix automaton, so that the longest match costs O(1) a token however
+long it is (SAM-Decoding, Hu et al., 2024).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
 
+from inferlab import _C
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
-from inferlab.specdec.tree import Budget, DraftTree, TreeShape
+from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 from inferlab.types import check
 
-
-class NgramIndex:
-    """Where each n-gram of a growing token list ended, newest last; O(1) work per token and n."""
-
-    def __init__(self, min_match: int, max_match: int) -> None:
-        self._sizes = range(min_match, max_match + 1)
-        self._ends: dict[tuple[int, ...], list[int]] = {}
-        self._done = 0
-
-    def extend(self, tokens: list[int]) -> None:
-        """Indexes the tokens that were added since the last call."""
-        for end in range(self._done + 1, len(tokens) + 1):
-            for n in self._sizes:
-                if n <= end:
-                    self._ends.setdefault(tuple(tokens[end - n : end]), []).append(end)
-        self._done = len(tokens)
-
-    def continuations(self, tokens: list[int], k: int, branches: int) -> list[list[int]]:
-        """Up to ``branches`` different continuations of at most ``k`` tokens.
-
-        Longer matches first, newer before older.
-        """
-        found: list[list[int]] = []
-        for n in reversed(self._sizes):
-            if n > len(tokens):
-                continue
-            ends = self._ends.get(tuple(tokens[len(tokens) - n :]), ())
-            for end in reversed(ends):
-                continuation = tokens[end : end + k]
-                if continuation and not any(
-                    other[: len(continuation)] == continuation for other in found
-                ):
-                    found.append(continuation)
-                    if len(found) == branches:
-                        return found
-        return found
+UNBOUNDED = 2**31 - 1
 
 
 class NgramDrafter(Drafter):
-    """Drafts from the sequence's own tokens, without a model.
+    """Drafts from the sequence's own tokens, and from a corpus, without a model.
+
+    The longest suffix of the text that occurred before is looked up, and what followed it there is
+    drafted: what followed most often, the newest on ties. Where that reaches the end of the text it
+    goes on with itself, so that a text that repeats itself is drafted to full depth. More branches
+    come from other continuations of the match, then from shorter matches.
 
     Args:
         max_depth: tokens to draft at most.
         branches: different continuations merged into one tree; 1 makes chains.
-        min_match, max_match: sizes of the n-gram that must have occurred before.
+        min_match, max_match: sizes of the suffix that must have occurred before; None: any length.
+        corpus: of `load_corpus`; a longer match there goes before one in the sequence's own text.
     """
 
     name = "ngram"
 
     def __init__(
-        self, max_depth: int = 8, branches: int = 1, min_match: int = 1, max_match: int = 4
+        self,
+        max_depth: int = 8,
+        branches: int = 1,
+        min_match: int = 1,
+        max_match: int | None = 4,
+        corpus: Any = None,
     ) -> None:
         check("ngram min_match", min_match, min_match >= 1, "an integer >= 1")
-        check("ngram max_match", max_match, max_match >= min_match, "an integer >= min_match")
+        ordered = max_match is None or max_match >= min_match
+        check("ngram max_match", max_match, ordered, "an integer >= min_match, or None")
         check("ngram branches", branches, branches >= 1, "an integer >= 1")
         self.max_depth = max_depth
         self.branches = branches
         self.min_match = min_match
         self.max_match = max_match
+        self.corpus = corpus
         self.max_nodes = min(1 + max_depth * branches, MAX_TREE_NODES)
-        self._indexes: dict[int, NgramIndex] = {}
+        self._texts: dict[int, _Text] = {}
+
+    def ladder(self) -> SequenceOf[Budget]:
+        if self.branches == 1:
+            return super().ladder()
+        return ladder(self.max_nodes - 1, self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
-        k = min(budget.levels, self.max_depth)
-        most = 1 + min(budget.nodes, self.max_nodes - 1)
-        trees = [self._tree(s, k, most) for s in batch.sequences]
-        width = max(len(tokens) for tokens, _ in trees)
+        tries = [self._trie(s, budget) for s in batch.sequences]
+        width = max(len(tokens) for tokens, _, _ in tries)
         if width == 1:
             return DraftTree.root_only(batch.roots)
-        tokens = np.zeros((len(trees), width), dtype=np.int32)
-        parents = np.full((len(trees), width), -2, dtype=np.int32)
-        for row, (node_tokens, node_parents) in enumerate(trees):
+        tokens = np.zeros((len(tries), width), dtype=np.int32)
+        parents = np.full((len(tries), width), -2, dtype=np.int32)
+        for row, (node_tokens, node_parents, _) in enumerate(tries):
             tokens[row, : len(node_tokens)] = node_tokens
             parents[row, : len(node_parents)] = node_parents
-        is_chain = all(p == list(range(-1, len(p) - 1)) for _, p in trees)
-        if is_chain and all(len(t) == width for t, _ in trees):
-            links = TreeShape.chain(width - 1).links(len(trees), batch.device)
+        counts = [len(t) for t, _, _ in tries]
+        depths = [depth for _, _, depth in tries]
+        is_chain = all(d == n - 1 for d, n in zip(depths, counts, strict=True))
+        if is_chain and min(counts) == width:
+            links = TreeShape.chain(width - 1).links(len(tries), batch.device)
         else:
             links = build_tree(upload(parents, np.int32, batch.device))
-        return DraftTree(
-            upload(tokens, np.int32, batch.device),
-            links,
-            is_chain,
-            [_depth(p) for _, p in trees],
-            [len(t) for t, _ in trees],
-        )
+        return DraftTree(upload(tokens, np.int32, batch.device), links, is_chain, depths, counts)
 
-    def _tree(self, sequence: Sequence, k: int, most: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one sequence's tree of at most ``most`` nodes: a trie."""
-        index = self._indexes.get(sequence.request_id)
-        if index is None:
-            index = self._indexes[sequence.request_id] = NgramIndex(self.min_match, self.max_match)
-        index.extend(sequence.tokens)
-        tokens, parents = [sequence.tokens[-1]], [-1]
-        children: list[dict[int, int]] = [{}]
-        for continuation in index.continuations(sequence.tokens, k, self.branches):
-            node = 0
-            for token in continuation:
-                child = children[node].get(token)
-                if child is None:
-                    if len(tokens) == most:
-                        break
-                    child = len(tokens)
-                    children[node][token] = child
-                    children.append({})
-                    tokens.append(token)
-                    parents.append(node)
-                node = child
-        return tokens, parents
+    def _trie(self, sequence: Sequence, budget: Budget) -> tuple[list[int], list[int], int]:
+        """Tokens and parents of one sequence's tree, numbered by worth, and its depth."""
+        text = self._texts.get(sequence.request_id)
+        if text is None:
+            text = self._texts[sequence.request_id] = _Text(self.corpus)
+        text.read(sequence.tokens)
+        trie: tuple[list[int], list[int], int] = _C.draft_trie(
+            text.automaton,
+            self.corpus,
+            text.cursor,
+            min(budget.levels, self.max_depth),
+            self.branches,
+            self.min_match,
+            UNBOUNDED if self.max_match is None else self.max_match,
+            min(budget.nodes, self.max_nodes - 1),
+        )
+        return trie
 
     def release(self, sequence: Sequence) -> None:
-        self._indexes.pop(sequence.request_id, None)
+        self._texts.pop(sequence.request_id, None)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -134,11 +112,21 @@ class NgramDrafter(Drafter):
             "branches": self.branches,
             "min_match": self.min_match,
             "max_match": self.max_match,
+            "corpus_tokens": 0 if self.corpus is None else len(self.corpus),
         }
 
 
-def _depth(parents: list[int]) -> int:
-    depth = [0] * len(parents)
-    for node, parent in enumerate(parents):
-        depth[node] = 0 if parent < 0 else depth[parent] + 1
-    return max(depth)
+class _Text:
+    """A sequence's tokens as an automaton, and where their end is in the corpus's."""
+
+    def __init__(self, corpus: Any) -> None:
+        self.automaton = _C.SuffixAutomaton()
+        self.cursor = (0, 0)
+        self._corpus = corpus
+
+    def read(self, tokens: list[int]) -> None:
+        """Takes the tokens that were added since the last call."""
+        new = tokens[len(self.automaton) :]
+        self.automaton.extend(new)
+        if self._corpus is not None:
+            self.cursor = self._corpus.follow(self.cursor, new)
