@@ -221,8 +221,9 @@ class SpecdecConfig(Sampled):
     of ``max_draft``; left out it is what suits the drafter (DRAFT_LEVELS). So is ``tree``: chain;
     optimal, the ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is
     sure of itself, expanding ``tree_width`` nodes per level; or children per node by depth.
-    ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without both it is
-    sized for the batch.
+    ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
+    comparison, they agree less often. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
+    smaller one wins; without both it is sized for the batch.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft"}
@@ -236,6 +237,7 @@ class SpecdecConfig(Sampled):
     tree: Tree | None = None
     tree_nodes: Annotated[int, Field(ge=1, le=MAX_TREE_NODES - 1)] = 31
     tree_width: Annotated[int, Field(ge=1, le=64)] = 8
+    coupled_noise: bool = True
     ngram: NgramConfig = NgramConfig()
     medusa: MedusaConfig = MedusaConfig()
     eagle: EagleConfig = EagleConfig()

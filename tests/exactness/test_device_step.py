@@ -61,6 +61,7 @@ def make_engine(family: str, drafter: str, widths: tuple[int, ...], policy: str)
             draft,
             draft.new_cache(PAGES),
             TreeShape.regular(widths),
+            coupled=policy != "rejection",
             keep_logits=policy == "rejection",
         )
     rule = make_policy(policy)

@@ -70,7 +70,11 @@ def rejection_engine(drafter_class: type[ModelDrafter], widths: tuple[int, ...])
     target = FakeLM(VOCAB, seed=2)
     draft = FakeLM(VOCAB, seed=2, agreement=0.4)
     drafter = drafter_class(
-        draft, draft.new_cache(512, 8), TreeShape.regular(widths), keep_logits=True
+        draft,
+        draft.new_cache(512, 8),
+        TreeShape.regular(widths),
+        coupled=False,
+        keep_logits=True,
     )
     policy, controller = Policy("rejection"), FixedController(len(widths))
     return Engine(target, target.new_cache(512, 8), policy, controller, drafter, max_batch=128)

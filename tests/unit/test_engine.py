@@ -43,6 +43,7 @@ def make_engine(
             draft,
             draft.new_cache(pages, page_size),
             TreeShape.regular(widths),
+            coupled=not policy.needs_draft_logits,
             keep_logits=policy.needs_draft_logits,
         )
     elif drafter == "ngram":

@@ -14,6 +14,8 @@ from inferlab.benchmarks.benchmark import (
     Config,
     load_mode_config,
 )
+from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
+from inferlab.benchmarks.modes_report import print_modes
 from inferlab.benchmarks.report import print_summary, write_outputs
 from inferlab.benchmarks.workloads import add_workload_arguments, gather_workload
 from inferlab.cli_common import (
@@ -30,7 +32,9 @@ from inferlab.cli_common import (
     progress,
     setup_logging,
     to_json,
+    write_json,
 )
+from inferlab.config import SpecdecConfig
 from inferlab.server import local_baseline
 from inferlab.server.ping_vllm import SERVER_FLAGS, add_server_arguments
 from inferlab.specdec import run_specdec
@@ -77,6 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", action="store_true", help="http: stream, and measure TTFT and TPOT"
     )
+    parser.add_argument(
+        "--modes",
+        type=_names,
+        metavar="all|MODE,...",
+        help="compare draft modes (all, or some) with plain decoding and Hugging Face's ways; "
+        "by default on --heldout 20, 128 tokens, the cost controller, 3 iterations",
+    )
+    parser.add_argument(
+        "--batch", type=_sizes, metavar="N,...", help="of --modes: prompts decoded together (1)"
+    )
     add_config_argument(parser, "configs/specdec.yaml")
     add_server_arguments(parser)
     run_specdec.add_model_arguments(parser)
@@ -93,7 +107,11 @@ def run(args: argparse.Namespace) -> int:
 
     1: a run failed, or token ids differ that must not; 130: interrupted, with partial results.
     """
+    if args.modes is not None:
+        return _run_modes(args)
     _refuse_misplaced(args)
+    if args.batch is not None:
+        raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
     overrides, names = run_specdec.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
     check_output(args.output)
@@ -110,6 +128,55 @@ def run(args: argparse.Namespace) -> int:
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
+
+
+MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
+"""Of ``--modes``, where neither flag nor file says otherwise."""
+
+
+def _run_modes(args: argparse.Namespace) -> int:
+    """``--modes``: the table of all draft modes."""
+    for flag in ("--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise UsageError(f"{flag}: has no meaning with --modes, which compares all of them")
+    args.mode = "specdec"
+    _refuse_misplaced(args)
+    if (args.prompt, args.prompts, args.heldout) == (None, None, None):
+        args.heldout = 20
+    overrides, names = run_specdec.given_overrides(args, FLAGS["specdec"])
+    defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
+    config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
+    assert isinstance(config, SpecdecConfig)
+    check_output(args.output)
+    prompts = [prompt.text for prompt in gather_workload(args)]
+    setup_logging(config.log_level, args.verbose)
+    modes = DRAFT_MODES if args.modes == ["all"] else args.modes
+    with clean_stdout(args.json) as out:
+        benchmark = ModesBenchmark(config, modes, args.batch or (1,))
+        show_bar = not (args.no_progress or args.json)
+        with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
+            result = benchmark.run(prompts, advance)
+        if args.output:
+            write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
+        if args.json:
+            print(to_json(result.as_dict()), file=out)
+        else:
+            print_modes(result)
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    different = any(found["verdict"] == "different" for found in result.token_ids.values())
+    return EXIT_FAILURE if result.failures or different else EXIT_OK
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: 1,4,16") from None
 
 
 def _measure(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -101,18 +103,64 @@ class SpecdecRunner:
         }
 
 
+class BatchRunner:
+    """The engine on one prompt or on several as one batch; figures of the batch as a whole."""
+
+    name = "SpeculativePipeline"
+
+    def __init__(self, pipeline: SpeculativePipeline) -> None:
+        self.pipeline = pipeline
+
+    def run(self, prompt: str | Sequence[str]) -> dict[str, Any]:
+        """As `Runner.run`; ``results`` are those of the prompts, in order."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        clock = self.pipeline.engine.clock.totals
+        before = dict(clock)
+        begin = time.perf_counter()
+        results: list[dict[str, Any]] = self.pipeline.generate(prompts)
+        latency_ms = (time.perf_counter() - begin) * 1e3
+        phases = {phase: ms - before[phase] for phase, ms in clock.items()}
+        phases["rest"] = max(latency_ms - sum(phases.values()), 0.0)
+        tokens = sum(result["num_tokens"] for result in results)
+        return {
+            "latency_ms": latency_ms,
+            "num_tokens": tokens,
+            "tokens_per_second": tokens / latency_ms * 1e3,
+            "timings_ms": phases,
+            "steps": sum(result["steps"] for result in results),
+            "target_forwards": max(result["target_forwards"] for result in results),
+            "results": results,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return SpecdecRunner(self.pipeline).describe()
+
+
 class GenerateRunner:
     """Hugging Face ``generate`` on the engine's own weights: same device, dtype and prompt ids.
 
     Its time is that of ``generate`` alone, as the engine's is that of decoding alone; both begin
     with token ids and end with token ids.
+
+    Args:
+        assistant: the draft model of Hugging Face's assisted generation.
+        lookup: tokens drafted by Hugging Face's prompt lookup.
     """
 
     name = "HuggingFaceGenerate"
 
-    def __init__(self, target: HFModel, config: SpecdecConfig) -> None:
+    def __init__(
+        self,
+        target: HFModel,
+        config: SpecdecConfig,
+        *,
+        assistant: HFModel | None = None,
+        lookup: int | None = None,
+    ) -> None:
         self.target = target
         self.config = config
+        self.assistant = assistant
+        self.lookup = lookup
 
     @torch.inference_mode()
     def run(self, prompt: str) -> dict[str, Any]:
@@ -122,24 +170,29 @@ class GenerateRunner:
         options = self._options()
         with (
             self.target.plain() as model,
+            self.assistant.plain() if self.assistant is not None else nullcontext() as assistant,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ):
             torch.manual_seed(self.config.seed)
+            if assistant is not None:
+                options["assistant_model"] = assistant
             begin = time.perf_counter()
             output = model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=torch.ones_like(ids), **options
             )
             new_ids: list[int] = output[0, ids.shape[1] :].tolist()
             latency_ms = (time.perf_counter() - begin) * 1e3
-        return {
+        result = {
             "text": tokenizer.decode(new_ids, skip_special_tokens=True),
             "token_ids": new_ids,
             "num_tokens": len(new_ids),
             "latency_ms": latency_ms,
             "tokens_per_second": len(new_ids) / latency_ms * 1e3,
-            # One forward per token: the first of them is that of the prompt.
-            "target_forwards": len(new_ids),
         }
+        if self.assistant is None and self.lookup is None:
+            # One forward per token: the first of them is that of the prompt.
+            result["target_forwards"] = len(new_ids)
+        return result
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.target.name, "attention": "the model's own", "use_cache": True}
@@ -156,6 +209,8 @@ class GenerateRunner:
             "top_k": None,
             "top_p": None,
         }
+        if self.lookup is not None:
+            options["prompt_lookup_num_tokens"] = self.lookup
         if config.stop:
             options.update(stop_strings=list(config.stop), tokenizer=self.target.tokenizer)
         if options["do_sample"]:

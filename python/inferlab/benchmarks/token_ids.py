@@ -77,10 +77,10 @@ def compare_token_ids(
 def _why_not(mode: str, config: SpecdecConfig) -> str | None:
     """Why a mode's ids need not be those of plain decoding; None if they must."""
     greedy = config.effective_temperature == 0
-    if mode == "specdec":
+    if not mode.startswith("hf") and mode != "plain":
         exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
         return None if exact else f"policy {config.policy} does not promise the same tokens"
-    if mode == "hf":
+    if mode.startswith("hf"):
         if not greedy:
             return "Hugging Face samples from a noise of its own"
         if config.presence_penalty or config.frequency_penalty:

@@ -9,7 +9,7 @@ from inferlab.cli_common import Prompt, UsageError, read_prompts
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """``--prompt``, ``--prompts`` or ``--heldout``; :func:`gather_workload` reads them."""
-    group = parser.add_mutually_exclusive_group(required=True)
+    group = parser.add_mutually_exclusive_group()
     group.add_argument("--prompt", metavar="TEXT", help="one prompt")
     group.add_argument(
         "--prompts",
@@ -46,6 +46,8 @@ def gather_workload(args: argparse.Namespace) -> list[Prompt]:
 
         texts = heldout_prompts(args.heldout)
         return [Prompt(text, id=index) for index, text in enumerate(texts)]
+    if args.prompt is None:
+        raise UsageError("one of --prompt, --prompts and --heldout is required")
     if not args.prompt.strip():
         raise UsageError("--prompt: is empty; give a text")
     return [Prompt(args.prompt)]

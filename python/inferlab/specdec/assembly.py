@@ -105,7 +105,13 @@ def _vanilla(request: _Request) -> DrafterPlan:
 
     def build(pages: int) -> Drafter:
         cache = draft.new_cache(pages, config.page_size)
-        return ModelDrafter(draft, cache, shape, keep_logits=request.policy.needs_draft_logits)
+        return ModelDrafter(
+            draft,
+            cache,
+            shape,
+            coupled=config.coupled_noise and not request.policy.needs_draft_logits,
+            keep_logits=request.policy.needs_draft_logits,
+        )
 
     weight = draft.new_cache(1, config.page_size).bytes_per_token
     return DrafterPlan(build, weight, draft.name)
@@ -128,7 +134,7 @@ def _medusa(request: _Request) -> DrafterPlan:
     name = config.medusa.model
     heads = load_medusa(name, request.real_target().model, allow_pickle=config.allow_pickle)
     shape = request.shape("optimal", min(request.max_levels, heads.num_heads), name)
-    drafter = MedusaDrafter(heads, shape)
+    drafter = MedusaDrafter(heads, shape, coupled=config.coupled_noise)
     return DrafterPlan(lambda _: drafter, model=name)
 
 
@@ -148,6 +154,7 @@ def _eagle(request: _Request) -> DrafterPlan:
             depth=request.max_levels,
             width=config.tree_width,
             nodes=config.tree_nodes,
+            coupled=config.coupled_noise,
         )
 
     return DrafterPlan(build, paged.new_cache(1, config.page_size).bytes_per_token, name)

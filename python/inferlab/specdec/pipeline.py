@@ -14,6 +14,7 @@ from inferlab.config import SpecdecConfig, load_config
 from inferlab.models import FakeLM, TargetModel
 from inferlab.specdec.assembly import load_model, plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
+from inferlab.specdec.drafters import ModelDrafter
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.types import GenerationResult, SamplingParams
@@ -130,6 +131,17 @@ class SpeculativePipeline:
         """The draft model or heads; None where no weights draft."""
         return self._plan.model if self._plan is not None else None
 
+    @property
+    def draft_model(self) -> TargetModel | None:
+        """The loaded draft model of ``draft_mode="vanilla"``."""
+        drafter = self.engine.drafter
+        return drafter.model if isinstance(drafter, ModelDrafter) else None
+
+    def describe_drafter(self) -> dict[str, Any]:
+        """Who drafts, and how."""
+        drafter = self.engine.drafter
+        return {} if drafter is None else drafter.describe()
+
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -168,8 +180,8 @@ class SpeculativePipeline:
             * ``acceptance_rate``: accepted draft tokens / draft tokens offered along one path;
             * ``mean_accepted_length``: tokens kept per verification step, **bonus token
               included**, so 1.0 is plain decoding;
-            * ``acceptance_by_position``, ``proposed``, ``accepted``, ``steps``,
-              ``target_forwards`` (steps and prompt chunks);
+            * ``acceptance_by_position``, ``offered_by_position`` (steps), ``proposed``,
+              ``accepted``, ``steps``, ``target_forwards`` (steps and prompt chunks);
             * ``verification_time_ms``, ``generation_time_ms`` (drafting), ``mem_rss_mb``;
             * ``policy``, ``controller``, ``lossless``, ``impl``, ``device``, ``dtype``,
               ``base_model``, ``draft_model``, ``draft_mode``, ``seed``.
@@ -283,6 +295,7 @@ class SpeculativePipeline:
             "acceptance_rate": stats.acceptance_rate,
             "mean_accepted_length": stats.mean_accepted_length,
             "acceptance_by_position": stats.acceptance_by_position,
+            "offered_by_position": list(stats.offered_at),
             "proposed": stats.proposed,
             "accepted": stats.accepted,
             "steps": stats.steps,

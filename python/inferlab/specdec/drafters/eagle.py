@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from inferlab import kernels
+from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle
 from inferlab.models.transfer import upload
@@ -38,6 +39,7 @@ class EagleDrafter(Drafter):
         shape: a static tree, or None: trees grown to where the head is sure (EAGLE-2).
         depth, width, nodes: of grown trees: levels; nodes expanded per level and children of each;
             nodes below the root.
+        coupled: draw with the target's noise; False: with noise of its own.
     """
 
     name = "eagle"
@@ -51,10 +53,12 @@ class EagleDrafter(Drafter):
         depth: int = 6,
         width: int = 8,
         nodes: int = 31,
+        coupled: bool = True,
     ) -> None:
         self.head = head
         self.cache = cache
         self.shape = shape
+        self.coupled = coupled
         self.depth = shape.depth if shape is not None else depth
         self.width = width
         self.nodes = shape.num_nodes - 1 if shape is not None else nodes
@@ -94,6 +98,7 @@ class EagleDrafter(Drafter):
                 logits,
                 positions.expand(-1, logits.shape[1]).contiguous(),
                 batch.sampling,
+                purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
                 num_samples=shape.widths[depth],
             )
             levels.append(drafted_level(drawn, shape, depth))
@@ -126,6 +131,7 @@ class EagleDrafter(Drafter):
                 logits,
                 positions.expand(-1, logits.shape[1]).contiguous(),
                 batch.sampling,
+                purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
                 num_samples=width,
                 scores=scores,
             )
@@ -253,7 +259,7 @@ class EagleDrafter(Drafter):
             "drafter": self.name,
             "version": self.head.head.version,
             "tree": grown if self.shape is None else describe_shape(self.shape),
-            "coupled_noise": True,
+            "coupled_noise": self.coupled,
         }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
+from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads
 from inferlab.scheduler import Sequence
@@ -27,12 +28,13 @@ class MedusaDrafter(Drafter):
     Args:
         heads: trained for the target.
         shape: the largest tree; at most as deep as there are heads.
+        coupled: draw with the target's noise; False: with noise of its own.
     """
 
     name = "medusa"
     feature_layers = (FINAL_HIDDEN,)
 
-    def __init__(self, heads: MedusaHeads, shape: TreeShape) -> None:
+    def __init__(self, heads: MedusaHeads, shape: TreeShape, *, coupled: bool = True) -> None:
         if shape.depth > heads.num_heads:
             raise ValueError(
                 f"tree has {shape.depth} levels, but there are {heads.num_heads} Medusa heads; "
@@ -40,6 +42,7 @@ class MedusaDrafter(Drafter):
             )
         self.heads = heads
         self.shape = shape
+        self.coupled = coupled
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
         self._features = LastFeatures()
@@ -54,7 +57,11 @@ class MedusaDrafter(Drafter):
         ahead = torch.arange(1, shape.depth + 1, device=batch.device)
         positions = batch.seq_lens.to(torch.int64)[:, None] + ahead
         drawn = kernels.sample(
-            logits.contiguous(), positions, batch.sampling, num_samples=max(shape.widths)
+            logits.contiguous(),
+            positions,
+            batch.sampling,
+            purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
+            num_samples=max(shape.widths),
         )
         return DraftTree.of_shape(shape, tree_of_offsets(batch.roots, drawn, shape))
 
@@ -81,5 +88,5 @@ class MedusaDrafter(Drafter):
             "drafter": self.name,
             "heads": self.heads.num_heads,
             "tree": describe_shape(self.shape),
-            "coupled_noise": True,
+            "coupled_noise": self.coupled,
         }

@@ -32,18 +32,31 @@ class ModelDrafter(Drafter):
         model: the draft model; same vocabulary as the target.
         cache: its K/V pool, with as many pages as the target's.
         shape: the largest tree; a step drafts the part of it that its budget allows.
-        keep_logits: hand the draft's logits on and draw with noise of its own, as the
-            ``rejection`` policy needs.
+        coupled: draw with the target's noise; False: with noise of its own.
+        keep_logits: hand the draft's logits on, as the ``rejection`` policy needs, which also needs
+            ``coupled=False``.
     """
 
     name = "vanilla"
 
     def __init__(
-        self, model: TargetModel, cache: KVCache, shape: TreeShape, *, keep_logits: bool = False
+        self,
+        model: TargetModel,
+        cache: KVCache,
+        shape: TreeShape,
+        *,
+        coupled: bool = True,
+        keep_logits: bool = False,
     ) -> None:
+        if coupled and keep_logits:
+            raise ValueError(
+                "keep_logits is for the rejection policy, which is biased when draft and target "
+                "share their noise; give coupled=False with it"
+            )
         self.model = model
         self.cache = cache
         self.shape = shape
+        self.coupled = coupled
         self.keep_logits = keep_logits
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
@@ -66,7 +79,7 @@ class ModelDrafter(Drafter):
         logits = self._catch_up(batch)
         kept: list[torch.Tensor] = []
         positions = batch.seq_lens.to(torch.int64)[:, None]
-        purpose = PURPOSE_DRAFT if self.keep_logits else PURPOSE_TOKEN
+        purpose = PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT
         for depth, level in enumerate(shape.levels):
             positions = positions + 1
             size = logits.shape[1]
@@ -188,5 +201,5 @@ class ModelDrafter(Drafter):
             "drafter": self.name,
             "model": self.model.name,
             "tree": describe_shape(self.shape),
-            "coupled_noise": not self.keep_logits,
+            "coupled_noise": self.coupled,
         }

@@ -1,0 +1,234 @@
+"""All draft modes side by side on one target: `inferlab bench --modes`.
+
+Plain decoding in the same engine, Hugging Face's ``generate``, its own two speculative ways, and
+every draft mode take turns on each prompt, so that a drift of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from inferlab.benchmarks.comparison import phases_of, speedup
+from inferlab.benchmarks.environment import describe_environment
+from inferlab.benchmarks.measure import Measurements, Runner, measure
+from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
+from inferlab.benchmarks.statistics import summarize
+from inferlab.benchmarks.token_ids import compare_token_ids
+from inferlab.config import SpecdecConfig, choices
+from inferlab.models import HFModel
+from inferlab.specdec.pipeline import SpeculativePipeline
+
+DRAFT_MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "none")
+"""What ``--modes all`` measures."""
+
+PLAIN, GENERATE = "plain", "hf"
+LOOKUP_TOKENS = 10
+"""Drafted by Hugging Face's prompt lookup: what its documentation shows."""
+
+
+@dataclass(frozen=True)
+class ModesResult:
+    """What was measured, by batch size.
+
+    Attributes:
+        environment: of the machine and its libraries.
+        settings: of the run.
+        batches: batch size -> mode -> figures: ``tokens_per_second`` (median), ``accepted_length``,
+            ``acceptance_by_position``, ``target_forwards``, ``phases_ms_per_token``, ``x_plain``
+            and ``x_hf`` (``ratio`` and ``ci95``).
+        token_ids: batch size -> what comparing the modes' tokens found.
+        failures: rows of runs that failed.
+        interrupted: Ctrl-C ended it.
+    """
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    batches: dict[int, dict[str, dict[str, Any]]]
+    token_ids: dict[int, dict[str, Any]]
+    failures: list[dict[str, Any]]
+    interrupted: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dict(vars(self))
+
+
+class ModesBenchmark:
+    """Measures draft modes against plain decoding and Hugging Face.
+
+    Args:
+        config: of the target, the sampling and the controller; its ``draft_mode`` is ignored.
+        modes: draft modes.
+        batch_sizes: prompts decoded together; Hugging Face is measured at 1 only.
+
+    Raises:
+        ValueError: an unknown mode, a batch size below 1 or above ``max_batch``.
+    """
+
+    def __init__(
+        self,
+        config: SpecdecConfig,
+        modes: Sequence[str] = DRAFT_MODES,
+        batch_sizes: Sequence[int] = (1,),
+    ) -> None:
+        for mode in modes:
+            if mode not in DRAFT_MODES:
+                raise ValueError(f"modes has {mode!r}; known are {', '.join(DRAFT_MODES)}")
+        for size in batch_sizes:
+            if not 1 <= size <= config.max_batch:
+                raise ValueError(
+                    f"batch sizes has {size}; each must be between 1 and max_batch "
+                    f"({config.max_batch})"
+                )
+        self.config = config
+        self.modes = tuple(modes)
+        self.batch_sizes = tuple(batch_sizes)
+        first = SpeculativePipeline(config=_with_mode(config, self.modes[0]))
+        self.target = first.target
+        self._pipelines = {self.modes[0]: first}
+        for mode in self.modes[1:]:
+            made = SpeculativePipeline(config=_with_mode(config, mode), target=self.target)
+            self._pipelines[mode] = made
+        self._pipelines[PLAIN] = plain_pipeline(first)
+
+    def num_runs(self, num_prompts: int) -> int:
+        """How many runs `run` makes, warm-up included."""
+        per_mode = sum(
+            len(_groups([""] * num_prompts, size)) * self.config.iterations
+            + self.config.warmup_iterations
+            for size in self.batch_sizes
+        )
+        alone = 1 in self.batch_sizes
+        extra = len(self._generators()) * (
+            num_prompts * self.config.iterations + self.config.warmup_iterations
+        )
+        return per_mode * len(self._pipelines) + (extra if alone else 0)
+
+    def run(
+        self, prompts: Sequence[str], on_run: Callable[[int], None] | None = None
+    ) -> ModesResult:
+        """Measures ``config.iterations`` rounds over the prompts, per batch size."""
+        batches: dict[int, dict[str, dict[str, Any]]] = {}
+        token_ids: dict[int, dict[str, Any]] = {}
+        failures: list[dict[str, Any]] = []
+        interrupted = False
+        for size in self.batch_sizes:
+            runners: dict[str, Runner] = {
+                mode: BatchRunner(pipeline) for mode, pipeline in self._pipelines.items()
+            }
+            if size == 1:
+                runners.update(self._generators())
+            groups = _groups(prompts, size)
+            measured = measure(
+                runners,
+                groups,
+                iterations=self.config.iterations,
+                warmup=self.config.warmup_iterations,
+                on_run=on_run,
+            )
+            batches[size] = {
+                mode: _figures(measured, mode, len(groups)) for mode in runners if measured.of(mode)
+            }
+            failures += [{"batch_size": size, **run.row()} for run in measured.failures()]
+            token_ids[size] = compare_token_ids(
+                _by_prompt(measured, size), list(prompts), self.config, self.target
+            )
+            if measured.interrupted:
+                interrupted = True
+                break
+        return ModesResult(
+            describe_environment(), self._settings(len(prompts)), batches, token_ids, failures,
+            interrupted,
+        )  # fmt: skip
+
+    def _generators(self) -> dict[str, Runner]:
+        """Hugging Face: plain, with the draft model as its assistant, and with prompt lookup."""
+        if not isinstance(self.target, HFModel):
+            return {}
+        runners: dict[str, Runner] = {GENERATE: GenerateRunner(self.target, self.config)}
+        if "vanilla" in self._pipelines and self.config.effective_temperature == 0:
+            draft = self._pipelines["vanilla"].draft_model
+            if isinstance(draft, HFModel):
+                runners["hf-assistant"] = GenerateRunner(self.target, self.config, assistant=draft)
+        if self.config.effective_temperature == 0:
+            runners["hf-lookup"] = GenerateRunner(self.target, self.config, lookup=LOOKUP_TOKENS)
+        return runners
+
+    def _settings(self, num_prompts: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "base_model": self.target.name,
+            "device": str(self.target.device),
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "prompts": num_prompts,
+            "max_new_tokens": config.max_new_tokens,
+            "temperature": config.effective_temperature,
+            "seed": config.seed,
+            "controller": config.controller,
+            "policy": config.policy,
+            "iterations": config.iterations,
+            "drafters": {m: p.describe_drafter() for m, p in self._pipelines.items() if m != PLAIN},
+        }
+
+
+def _with_mode(config: SpecdecConfig, mode: str) -> SpecdecConfig:
+    tree = config.tree if mode == "eagle" or config.tree != "grown" else None
+    return config.model_copy(update={"draft_mode": mode, "tree": tree})
+
+
+def _groups(prompts: Sequence[str], size: int) -> list[Any]:
+    """Prompts that are decoded together; alone they stay texts."""
+    if size == 1:
+        return list(prompts)
+    return [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+
+
+def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, Any]:
+    runs = measured.of(mode)
+    results = [run.result for run in runs if run.result is not None]
+    rows = [run.row() for run in runs]
+    figures: dict[str, Any] = {
+        "tokens_per_second": summarize([row["tokens_per_second"] for row in rows])["median"],
+    }
+    if "target_forwards" in results[0]:
+        forwards = sum(result["target_forwards"] for result in results)
+        figures["target_forwards"] = forwards / len(results)
+    if "results" in results[0]:
+        each = [result for group in results for result in group["results"]]
+        steps = sum(result["steps"] for result in each)
+        kept = sum(result["mean_accepted_length"] * result["steps"] for result in each)
+        figures["accepted_length"] = kept / steps if steps else None
+        figures["acceptance_by_position"] = _by_position(each)
+        figures["phases_ms_per_token"] = phases_of(measured, mode)
+    for key, baseline in (("x_plain", PLAIN), ("x_hf", GENERATE)):
+        if mode != baseline and measured.of(baseline):
+            figures[key] = speedup(measured, mode, baseline, num_groups)
+    return figures
+
+
+def _by_position(results: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Share of all drafts that offered position i in which it was accepted."""
+    offered: list[int] = []
+    accepted: list[float] = []
+    for result in results:
+        counts, rates = result["offered_by_position"], result["acceptance_by_position"]
+        for i, (count, rate) in enumerate(zip(counts, rates, strict=True)):
+            if i == len(offered):
+                offered.append(0)
+                accepted.append(0.0)
+            offered[i] += count
+            accepted[i] += count * rate
+    return [a / n if n else 0.0 for a, n in zip(accepted, offered, strict=True)]
+
+
+def _by_prompt(measured: Measurements, size: int) -> Measurements:
+    """The runs of groups as runs of their prompts."""
+    runs = []
+    for run in measured.runs:
+        results = (run.result or {}).get("results", [run.result])
+        for offset, result in enumerate(results):
+            index = run.prompt_index * size + offset
+            runs.append(replace(run, prompt_index=index, result=result))
+    return Measurements(runs)

@@ -1,0 +1,100 @@
+"""`inferlab bench --modes`: the table of all draft modes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
+from inferlab.benchmarks.modes_report import print_modes
+from inferlab.benchmarks.run_bench import main
+from inferlab.config import SpecdecConfig
+
+FAKE = SpecdecConfig(implementation="fake", max_new_tokens=24, iterations=2, warmup_iterations=1)
+PROMPTS = ["Hello, world!", "one two three one two", "a b a b a"]
+
+
+@pytest.fixture(scope="module")
+def result():
+    return ModesBenchmark(FAKE, ["vanilla", "ngram"], [1, 2]).run(PROMPTS)
+
+
+def test_every_mode_is_measured_at_every_batch_size(result):
+    assert list(result.batches) == [1, 2]
+    for modes in result.batches.values():
+        assert list(modes) == ["vanilla", "ngram", "plain"]
+        assert all(figures["tokens_per_second"] > 0 for figures in modes.values())
+        assert modes["plain"]["accepted_length"] == 1.0
+        assert modes["plain"]["acceptance_by_position"] == []
+        assert "x_plain" not in modes["plain"]
+    alone = result.batches[1]["vanilla"]
+    assert alone["accepted_length"] > 4  # FakeLM's draft agrees always, K = 4
+    assert alone["acceptance_by_position"] == [1.0] * 4
+    assert alone["x_plain"]["ratio"] > 0
+    assert alone["phases_ms_per_token"]["draft"] > 0
+    assert not result.failures
+
+
+def test_the_tokens_are_those_of_plain_decoding(result):
+    for found in result.token_ids.values():
+        assert found["verdict"] == "identical"
+        assert found["prompts"] == 3
+        assert found["compared"] == ["vanilla", "ngram", "plain"]
+
+
+def test_the_table_is_markdown(result, capsys):
+    print_modes(result)
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if line.startswith("| mode"))
+    assert header.count("|") == 9
+    rows = [line for line in lines if line.startswith("| vanilla")]
+    assert len(rows) == 2
+    assert "1 1 1 1" in rows[0]
+
+
+def test_the_number_of_runs_is_told_beforehand():
+    benchmark = ModesBenchmark(FAKE, ["ngram"], [1, 2])
+    made = []
+    benchmark.run(PROMPTS, made.append)
+    assert sum(made) == benchmark.num_runs(len(PROMPTS))
+
+
+def test_unknown_modes_and_sizes_are_named():
+    with pytest.raises(ValueError, match="modes has 'magic'"):
+        ModesBenchmark(FAKE, ["magic"])
+    with pytest.raises(ValueError, match="batch sizes has 64"):
+        ModesBenchmark(FAKE, ["ngram"], [64])
+
+
+def test_command(tmp_path, capsys):
+    argv = ["--modes", "ngram", "--impl", "fake", "--prompt", "a b a b", "--iterations", "1",
+            "--output", str(tmp_path / "modes"), "--json"]  # fmt: skip
+    assert main(argv) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["settings"]["controller"] == "cost"
+    assert printed["settings"]["max_new_tokens"] == 128
+    assert json.loads((tmp_path / "modes.json").read_text()) == printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--modes", "ngram", "--stream"), "--stream: has no meaning"),
+        (("--modes", "magic", "--impl", "fake", "--prompt", "a"), "modes has 'magic'"),
+        (("--mode", "specdec", "--prompt", "a", "--batch", "4"), "--batch: is of --modes"),
+        (("--modes", "all", "--batch", "x"), "'x' is not a list of numbers"),
+        (("--mode", "local"), "one of --prompt, --prompts and --heldout is required"),
+    ],
+)
+def test_bad_flags_are_named(argv, message, capsys):
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_modes_are_known():
+    assert {"vanilla", "ngram", "medusa", "eagle"} <= set(DRAFT_MODES)
