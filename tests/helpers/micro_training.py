@@ -22,9 +22,9 @@ MICRO = {
 
 
 def write_micro_corpus(root: Path) -> Corpus:
-    """60 modules of 30 short functions each."""
+    """60 modules of 80 short functions each."""
     for index in range(60):
-        lines = [f"def f{index}_{line}(x):\n    return x + {line * index}\n" for line in range(30)]
+        lines = [f"def f{index}_{line}(x):\n    return x + {line * index}\n" for line in range(80)]
         (root / f"module_{index}.py").write_text("".join(lines), encoding="utf-8")
     return load_corpus(root)
 

@@ -26,41 +26,47 @@ TOKEN_WEIGHT = 0.1
 FEATURE_NOISE = 0.2 * 512
 
 
-def agreement_loss(logits: Tensor, teacher: Tensor, argmax_weight: float) -> Tensor:
-    """`(1 - w) * KL(teacher, student) + w * CE(argmax of the teacher, student)`, mean over rows.
+def targets(teacher: Tensor, argmax_weight: float) -> Tensor:
+    """What to agree with: `(1 - w) * softmax(teacher) + w * one-hot of its first choice`.
+
+    Kept in the teacher's dtype, and made once for all positions.
+    """
+    soft = torch.softmax(teacher.float(), dim=-1)
+    first = torch.arange(teacher.shape[-1], device=teacher.device) == teacher.argmax(-1, True)
+    return ((1.0 - argmax_weight) * soft + argmax_weight * first).to(teacher.dtype)
+
+
+def agreement_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy `-sum(target * log_softmax(logits))`, mean over rows.
 
     Args:
         logits: of the student, `[rows, V]`.
-        teacher: logits of the target, `[rows, V]`.
-        argmax_weight: w.
+        target: distributions, `[rows, V]`.
     """
-    log_q = F.log_softmax(logits.float(), dim=-1)
-    log_p = F.log_softmax(teacher.float(), dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    first_choice = F.nll_loss(log_q, teacher.argmax(-1))
-    return (1.0 - argmax_weight) * divergence + argmax_weight * first_choice
+    wide = logits.float()
+    return (torch.logsumexp(wide, dim=-1) - (target * wide).sum(-1)).mean()
 
 
 def draft_loss(
     draft: LlamaForCausalLM, tokens: Tensor, features: Tensor, lm_head: Tensor, argmax_weight: float
 ) -> Tensor:
     """A draft model's: the distribution behind each token."""
-    teacher = features @ lm_head.T
+    target = targets(features @ lm_head.T, argmax_weight)
     positions = torch.arange(features.shape[1], device=tokens.device)[None]
     logits = draft(input_ids=tokens[:, :-1], position_ids=positions, use_cache=False).logits
-    return agreement_loss(logits.flatten(0, 1), teacher.flatten(0, 1), argmax_weight)[None]
+    return agreement_loss(logits.flatten(0, 1), target.flatten(0, 1))[None]
 
 
 def medusa_loss(
     heads: MedusaHeads, tokens: Tensor, features: Tensor, lm_head: Tensor, argmax_weight: float
 ) -> Tensor:
     """Head i at position t: what the target says behind token t + 1 + i."""
-    teacher = features @ lm_head.T
+    target = targets(features @ lm_head.T, argmax_weight)
     losses = []
     for index, states in enumerate(heads.hidden(features).unbind(-2)):
         rows = features.shape[1] - 1 - index
         logits = heads.read(states[:, :rows].flatten(0, 1), index)
-        losses.append(agreement_loss(logits, teacher[:, 1 + index :].flatten(0, 1), argmax_weight))
+        losses.append(agreement_loss(logits, target[:, 1 + index :].flatten(0, 1)))
     return torch.stack(losses)
 
 
@@ -80,13 +86,14 @@ def eagle3_loss(
     teacher = features[..., -lm_head.shape[1] :] @ lm_head.T
     if head.draft_to_target is not None:
         teacher = teacher[..., head.draft_to_target]
+    target = targets(teacher, argmax_weight)
     bias = causal_bias(features.shape[1]).to(features.device)
     outputs = unroll(head, tokens, features[..., : head.feature_size], bias, steps)
     losses = []
     for index, hidden in enumerate(outputs):
         rows = features.shape[1] - 1 - index
         logits = head.draft_logits(hidden[:, :rows].flatten(0, 1))
-        losses.append(agreement_loss(logits, teacher[:, 1 + index :].flatten(0, 1), argmax_weight))
+        losses.append(agreement_loss(logits, target[:, 1 + index :].flatten(0, 1)))
     return torch.stack(losses)
 
 
@@ -97,7 +104,5 @@ def eagle1_loss(head: EagleHead, tokens: Tensor, features: Tensor, lm_head: Tens
     bias = causal_bias(features.shape[1]).to(features.device)
     hidden = next(unroll(head, tokens, noisy, bias, 1))[:, :-1]
     regression = F.smooth_l1_loss(hidden.float(), features[:, 1:].float())
-    log_q = F.log_softmax((hidden @ lm_head.T).float(), dim=-1)
-    target = torch.softmax((features[:, 1:] @ lm_head.T).float(), dim=-1)
-    cross_entropy = -(target * log_q).sum(-1).mean()
+    cross_entropy = agreement_loss(hidden @ lm_head.T, targets(features[:, 1:] @ lm_head.T, 0.0))
     return (FEATURE_WEIGHT * regression + TOKEN_WEIGHT * cross_entropy)[None]

@@ -20,6 +20,7 @@ from .report import student_report, write_report
 from .sources import Source, corpus_source, file_source
 from .students import Student
 from .teach import RunConfig, require_accelerate, teach
+from .trainer import last_checkpoint
 
 HELDOUT_PROMPTS = 20
 # The bundled target's width learns best at this rate; a wider one needs a smaller one (Yang et
@@ -175,6 +176,8 @@ def run(args: argparse.Namespace) -> int:
     if args.eval_prompts < 1:
         raise ValueError(f"--eval-prompts is {args.eval_prompts}, expected at least 1")
     config = _run_config(args)
+    if config.resume:
+        last_checkpoint(config.output)  # before minutes are spent on anything else
     target, tokenizer = load_target(args.base_model, args.device)
     if args.lr is None:
         width = target.get_output_embeddings().weight.shape[1]
