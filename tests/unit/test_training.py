@@ -13,14 +13,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from helpers.micro_training import micro_model, write_micro_corpus  # noqa: E402
+from helpers.micro_training import micro_tokenizer as make_micro_tokenizer  # noqa: E402
 from inferlab.training import checkpoint, corpus, optim, train  # noqa: E402
-from inferlab.training.acceptance import count_forwards, measure_acceptance  # noqa: E402
-from inferlab.training.architectures import (  # noqa: E402
-    llama_config,
-    new_llama,
-    use_training_attention,
-)
-from inferlab.training.distill import DistillConfig, distill  # noqa: E402
+from inferlab.training.architectures import use_training_attention  # noqa: E402
 from inferlab.training.loop import LoopConfig  # noqa: E402
 from inferlab.training.pretrain import pretrain  # noqa: E402
 from inferlab.training.tokenizer import train_tokenizer  # noqa: E402
@@ -39,14 +35,6 @@ def area(width, height=2):
     return width  *  height \x20\x20
     # trailing
 '''
-MICRO = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
 MICRO_LOOP = LoopConfig(steps=6, lr=1e-3, phases=((0.0, 16), (0.5, 32)), eval_every=2)
 
 
@@ -61,23 +49,12 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def micro_corpus(tmp_path_factory: pytest.TempPathFactory) -> corpus.Corpus:
-    root = tmp_path_factory.mktemp("corpus")
-    for index in range(60):
-        lines = [f"def f{index}_{line}(x):\n    return x + {line * index}\n" for line in range(30)]
-        (root / f"module_{index}.py").write_text("".join(lines), encoding="utf-8")
-    return corpus.load_corpus(root)
+    return write_micro_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
 def micro_tokenizer(micro_corpus):
-    texts = [micro_corpus.read(path) for path in micro_corpus.paths]
-    return train_tokenizer([*texts, SNIPPET], vocab_size=300, max_length=64)
-
-
-def micro_model(seed: int = 0, **changes):
-    return new_llama(
-        llama_config({**MICRO, **changes}, vocab_size=300, max_positions=64), seed=seed
-    )
+    return make_micro_tokenizer(micro_corpus, SNIPPET)
 
 
 # The corpus and its split.
@@ -220,40 +197,6 @@ def test_resumed_pretraining_is_bit_identical(micro_corpus, micro_tokenizer, tmp
         assert torch.equal(weights, resumed.state_dict()[name]), name
 
 
-def test_resumed_distillation_is_bit_identical(micro_corpus, micro_tokenizer, tmp_path):
-    material = DistillConfig(
-        generated_windows=12,
-        corpus_windows=8,
-        long_windows=3,
-        window_length=16,
-        long_length=32,
-        min_prompt=2,
-        max_prompt=8,
-        generation_batch=6,
-    )
-    loop = LoopConfig(steps=10, lr=1e-3, phases=((0.0, 16),), eval_every=4)
-
-    def run(folder, **options):
-        return distill(
-            micro_model(1, num_hidden_layers=1),
-            micro_model(),
-            micro_corpus,
-            micro_tokenizer,
-            loop,
-            material,
-            seed=2,
-            checkpoint=folder / "checkpoint.pt",
-            use_compiler=False,
-            tokens_per_step=64,
-            **options,
-        )
-
-    (tmp_path / "whole").mkdir()
-    expected = run(tmp_path / "whole")
-    run(tmp_path, stop_after=4)
-    assert run(tmp_path, resume=True).losses == expected.losses
-
-
 @pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "os.replace"])
 def test_checkpoint_survives_a_full_disk(tmp_path, monkeypatch, failing):
     path = tmp_path / "checkpoint.pt"
@@ -281,27 +224,6 @@ def test_broken_checkpoint_is_reported(tmp_path):
         checkpoint.load_checkpoint(path)
 
 
-# The accepted length.
-
-
-@pytest.mark.parametrize(
-    ("match", "forwards"),
-    [([1, 1, 1, 1, 1], 1), ([0, 0, 0], 3), ([1, 0, 1, 1, 0, 1], 3), ([1] * 6, 2), ([], 0)],
-)
-def test_count_forwards(match, forwards):
-    assert count_forwards(torch.tensor(match, dtype=torch.bool), chain_length=4) == forwards
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_model_is_its_own_best_draft(micro_tokenizer, temperature):
-    model = micro_model()
-    found = measure_acceptance(
-        model, model, micro_tokenizer, ["def f(x):"], new_tokens=21, temperature=temperature
-    )
-    assert found.agreement == 1.0
-    assert found.mean_accepted_length == 5.0
-
-
 # The command.
 
 
@@ -319,8 +241,6 @@ def run_command(*arguments: str) -> int:
         (("target", "--lr", "0"), "--lr is 0"),
         (("target", "--threads", "0"), "--threads is 0"),
         (("target", "--corpus", "nowhere"), "--corpus nowhere"),
-        (("draft", "--base-model", ".", "--eval-prompts", "0"), "--eval-prompts is 0"),
-        (("draft", "--base-model", "./nowhere"), "--base-model ./nowhere"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, complaint):
@@ -332,27 +252,6 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch, capsys, arguments, compl
 def test_nothing_to_resume(tmp_path, micro_corpus, capsys):
     assert run_command("target", "--output", str(tmp_path), "--resume", "--no-compile") == 2
     assert "--resume: no checkpoint" in capsys.readouterr().err
-
-
-def test_tokenizer_mismatch_is_named(tmp_path, micro_tokenizer, capsys):
-    for name, text in [("base", "one two"), ("draft", "three four")]:
-        other = train_tokenizer([text], vocab_size=258, max_length=64)
-        other.save_pretrained(tmp_path / name)
-        micro_model().save_pretrained(tmp_path / name)
-    base, draft = str(tmp_path / "base"), str(tmp_path / "draft")
-    out = str(tmp_path / "out")
-    assert run_command("draft", "--base-model", base, "--init-from", draft, "--output", out) == 2
-    message = capsys.readouterr().err
-    assert "--init-from" in message
-    assert "same tokenizer" in message
-    assert run_command("draft", "--base-model", base, "--output", draft, "--resume") == 2
-    assert "--output" in capsys.readouterr().err
-
-
-def test_base_model_is_required(capsys):
-    with pytest.raises(SystemExit):
-        run_command("draft", "--output", "out")
-    assert "--base-model" in capsys.readouterr().err
 
 
 # The bundled pair.
@@ -385,14 +284,3 @@ def test_bundled_report_is_complete(name):
     card = (ASSETS / name / "README.md").read_text(encoding="utf-8")
     assert f"{report['heldout_perplexity']:.2f}" in card
     assert "testing and benchmarking only" in card
-
-
-def test_bundled_draft_serves_its_target():
-    pair = [
-        transformers.AutoModelForCausalLM.from_pretrained(ASSETS / name, dtype=torch.float32)
-        for name in BUNDLED
-    ]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / "tiny")
-    found = measure_acceptance(*pair, tokenizer, corpus.heldout_prompts(4), new_tokens=64)
-    # A floor for four short texts; the model card has the measured mean.
-    assert found.mean_accepted_length > 2.0

@@ -1,7 +1,8 @@
-"""Trains targets and drafts; makes the bundled pair `inferlab/tiny` and `inferlab/tiny-draft`.
+"""Trains targets, drafts and draft heads; makes the bundled models.
 
-`train` is the command, `pretrain` and `distill` say what is learned, `loop` how a run proceeds,
-`corpus` what is read and which files are held out. A new kind of draft (heads on the target, say)
-is one more module beside `distill` that hands its loss to `loop.train_loop`, and one more
-subcommand in `train`.
+`train` and `train_student` are the commands. A target: `tokenizer`, `pretrain`, `loop`. A student
+of a target, be it a draft model, Medusa heads or an EAGLE head: `sources` (what is read, and what
+is held out), `material` (what the target writes), `features` (what it thinks, on disk), `students`
+and `losses` (who learns what), `trainer` and `teach` (how a run proceeds), `heldout` and
+`dynamic_tree` (what is accepted), `report` and `curve`.
 """

@@ -39,7 +39,6 @@ def export_model(
 def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
     """README.md of a trained model, in Markdown."""
     config = model.config
-    is_draft = report["kind"] == "draft"
     lines = [
         "---",
         "library_name: transformers",
@@ -48,16 +47,11 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
         "tags: [speculative-decoding, testing]",
         "---",
         "",
-        "# inferlab/tiny-draft" if is_draft else "# inferlab/tiny",
+        "# inferlab/tiny",
         "",
-        (
-            "A draft for `inferlab/tiny`, distilled from it: it guesses the next tokens of the "
-            "target, which checks them."
-            if is_draft
-            else "A very small language model of Python source code: the target that the examples, "
-            "tests and benchmarks of LLM Inference Lab run on, without a download or a GPU. Its "
-            "draft is `inferlab/tiny-draft`."
-        ),
+        "A very small language model of Python source code: the target that the examples, tests "
+        "and benchmarks of LLM Inference Lab run on, without a download or a GPU. Its draft is "
+        "`inferlab/tiny-draft`.",
         "",
         "**For trying, testing and benchmarking only.** It writes text that looks like Python; the "
         "code rarely makes sense and must not be relied on.",
@@ -75,40 +69,22 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
         f"{report['minutes']:.0f} minutes on {report['threads']} CPU threads |",
         f"| held-out perplexity | {report['heldout_perplexity']:.2f} per token |",
     ]
-    for entry in report.get("acceptance", []):
-        lines.append(
-            f"| mean accepted length at temperature {entry['temperature']:g} | "
-            f"{entry['mean_accepted_length']:.2f} tokens per target forward "
-            f"(chains of {entry['chain_length']}, {entry['prompts']} held-out prompts, "
-            f"{entry['new_tokens']} new tokens each; agreement {entry['agreement']:.1%}) |"
-        )
-    command = "inferlab train " + (
-        "draft --base-model inferlab/tiny --output tiny-draft"
-        if is_draft
-        else "target --output tiny"
-    )
     lines += [
         "",
         "## How it was made",
         "",
         "```",
-        command,
+        "inferlab train target --output tiny",
         "```",
         "",
-        (
-            "The draft learned the target's next-token distribution (KL divergence and "
-            "cross-entropy to the first choice) on text that the target wrote from prompts of the "
-            "training files, half of it greedily, and on the training files themselves."
-            if is_draft
-            else "Next-token prediction on the training files; Muon for matrices, AdamW for "
-            "embeddings and norms; windows of 256 tokens, at the end 1,024."
-        ),
+        "Next-token prediction on the training files; Muon for matrices, AdamW for embeddings and "
+        "norms; windows of 256 tokens, at the end 1,024.",
         "",
         f"The corpus is the source code of Python's standard library ({report['python']}), read in "
         "place from the interpreter that runs the training. Held out are "
         f"{report['heldout_files']} of its files, chosen by a hash of their paths "
-        "(`inferlab.training.corpus.heldout_files()`); perplexity and accepted lengths are "
-        "measured on those.",
+        "(`inferlab.training.corpus.heldout_files()`); perplexity is measured on "
+        "those.",
         "",
         "The standard library is under the Python Software Foundation License. Its sources are "
         "read for training and are not part of this package; the weights are under this "

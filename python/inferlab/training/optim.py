@@ -22,6 +22,7 @@ class MasterOptimizer:
         model: its trainable parameters are updated in place.
         weight_decay: decoupled, for matrices only.
         max_norm: gradients are clipped to this global 2-norm.
+        vocab_size: matrices of so many rows are tables of tokens, like embeddings.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class MasterOptimizer:
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         max_norm: float = 1.0,
+        vocab_size: int | None = None,
     ) -> None:
         self.weight_decay = weight_decay
         self.momentum = momentum
@@ -43,7 +45,8 @@ class MasterOptimizer:
         groups: dict[tuple[int, ...], list[str]] = {}
         self._adam_names: list[str] = []
         for name, param in self._params.items():
-            if param.ndim == 2 and "embed" not in name and "lm_head" not in name:
+            is_table = "embed" in name or "lm_head" in name or param.shape[0] == vocab_size
+            if param.ndim == 2 and not is_table:
                 groups.setdefault(tuple(param.shape), []).append(name)
             else:
                 self._adam_names.append(name)

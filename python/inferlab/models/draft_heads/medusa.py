@@ -84,10 +84,14 @@ class MedusaHeads(nn.ModuleList):
         Returns:
             `[.., heads, V]`; head i at position t is about the token at position t + 2 + i.
         """
-        states = self.hidden(hidden)
+        states = self.hidden(hidden).unbind(-2)
+        return torch.stack([self.read(state, i) for i, state in enumerate(states)], dim=-2)
+
+    def read(self, state: Tensor, head: int) -> Tensor:
+        """Logits `[.., V]` of one head from its part of `hidden`."""
         if self.tied:
-            return self._target_head[0](states)
-        return torch.einsum("...kh,kvh->...kv", states, torch.stack(self._own_heads()))
+            return self._target_head[0](state)
+        return F.linear(state, self._own_heads()[head])
 
     def _blocks(self, head: nn.Module) -> nn.Sequential:
         return nn.Sequential(*list(head.children())[: self.num_layers])

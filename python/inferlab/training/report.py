@@ -1,0 +1,161 @@
+"""What a finished student is told about: training.json and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inferlab.models.draft_heads import EagleHead
+
+from . import dynamic_tree
+from .heldout import measure, write_texts
+from .sources import Source
+from .students import Student
+from .teach import RunConfig, Taught
+
+TEMPERATURES = (0.0, 0.8)
+# EAGLE-2's dynamic trees that the card tells about.
+TREE_DEPTH = 6
+TREE_WIDTH = 8
+
+
+def student_report(
+    kind: str,
+    command: list[str],
+    config: RunConfig,
+    student: Student,
+    target: Any,
+    source: Source,
+    taught: Taught,
+) -> dict[str, Any]:
+    """Measures the finished student, in fp32 beside its fp32 target, and says how it was made."""
+    target.float()
+    student.module.float().eval()
+    acceptance = []
+    for temperature in TEMPERATURES:
+        texts = write_texts(
+            target,
+            source.heldout,
+            student.feature_layers,
+            new_tokens=config.new_tokens,
+            temperature=temperature,
+        )
+        found = measure(
+            student.guess,
+            texts,
+            positions=min(config.depth, student.max_positions),
+            nodes=config.nodes,
+        )
+        entry = {
+            "temperature": temperature,
+            "prompts": len(texts),
+            "new_tokens": config.new_tokens,
+            **asdict(found),
+        }
+        if isinstance(student.module, EagleHead):
+            lengths = [
+                length
+                for text in texts
+                for length in dynamic_tree.accepted_lengths(
+                    student.module, text, nodes=config.nodes, depth=TREE_DEPTH, width=TREE_WIDTH
+                )
+            ]
+            entry["dynamic_tree"] = sum(lengths) / len(lengths)
+        acceptance.append(entry)
+    losses = [entry["loss"] for entry in taught.history if "loss" in entry]
+    recent = losses[-5:]
+    return {
+        "kind": kind,
+        "student": student.description,
+        "base_model": student.base_model,
+        "command": shlex.join(command),
+        "parameters": sum(p.numel() for p in student.module.parameters()),
+        "steps": taught.steps,
+        "tokens": taught.steps * config.tokens_per_batch * config.accumulate,
+        "minutes": round(taught.minutes, 1),
+        "learning_rate": config.lr,
+        "final_training_loss": sum(recent) / max(1, len(recent)),
+        "material": asdict(config.material),
+        "data": source.name,
+        "acceptance": acceptance,
+        "seed": config.seed,
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes training.json and README.md."""
+    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(student_card(report), encoding="utf-8")
+
+
+def student_card(report: dict[str, Any]) -> str:
+    """README.md of a student, in Markdown."""
+    lines = [
+        "---",
+        f"base_model: {report['base_model']}",
+        "license: mit",
+        "tags: [speculative-decoding]",
+        "---",
+        "",
+        f"# {report['student']} for {report['base_model']}",
+        "",
+        _WHAT[report["kind"]].format(base_model=report["base_model"]),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {report['parameters']:,} (bf16) |",
+        f"| training | {report['steps']:,} updates, {report['tokens'] / 1e6:.1f} M tokens, "
+        f"{report['minutes']:.0f} minutes on {report['threads']} CPU threads |",
+    ]
+    for entry in report["acceptance"]:
+        shares = ", ".join(f"{share:.1%}" for share in entry["by_position"])
+        lines += [
+            f"| acceptance by position, temperature {entry['temperature']:g} | {shares} |",
+            f"| tokens per target forward, temperature {entry['temperature']:g} | "
+            f"{entry['chain']:.2f} in chains of {len(entry['by_position'])}, {entry['tree']:.2f} "
+            f"in a static tree of {entry['nodes']} nodes"
+            + (f", {entry['dynamic_tree']:.2f} in a dynamic one" if "dynamic_tree" in entry else "")
+            + " |",
+        ]
+    first = report["acceptance"][0]
+    lines += [
+        "",
+        f"Measured on {first['prompts']} held-out prompts, {first['new_tokens']} new tokens each, "
+        "on text that the target wrote; the bonus token counts. The acceptance of a position is "
+        "that of the draft's first choice where those before it were right. Above temperature 0 "
+        "draft and target share their noise.",
+        "",
+        "## How it was made",
+        "",
+        "```",
+        report["command"],
+        "```",
+        "",
+        f"{report['material']['generated_windows']:,} texts were written by the target, half of "
+        "them greedily, "
+        f"{report['material']['corpus_windows'] + report['material']['long_windows']:,} are "
+        f"windows of the training data ({report['data']}). What acceptance is measured on is held "
+        "out by a hash: for the default corpus by file, "
+        "`inferlab.training.corpus.heldout_files()`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_WHAT = {
+    "draft": "A small draft model: it guesses the next tokens of `{base_model}`, which checks "
+    "them.",
+    "medusa": "Medusa heads: from the last hidden state of `{base_model}` each guesses one of the "
+    "tokens behind the next one, all at once. In the layout of FasterDecoding/Medusa.",
+    "eagle": "An EAGLE head: one decoder layer that reads hidden states of `{base_model}` and "
+    "guesses its next tokens, one level after the other. In the layout of SafeAILab/EAGLE.",
+}

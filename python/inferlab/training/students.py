@@ -1,0 +1,192 @@
+"""The three kinds of students: how each is made, taught, asked for guesses and saved."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from inferlab.models.draft_heads import (
+    EagleHead,
+    MedusaHeads,
+    eagle_config,
+    load_eagle,
+    load_medusa,
+    save_eagle,
+    save_medusa,
+)
+
+from . import losses
+from .architectures import causal_bias, use_training_attention
+from .heldout import Text
+from .unroll import unroll
+
+ARGMAX_WEIGHT = 0.5
+MEDUSA_HEADS = 4
+MEDUSA_LAYERS = 1
+EAGLE_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student of one target.
+
+    Attributes:
+        description: what it is, in words.
+        base_model: name of the target.
+        vocabulary: fingerprint of the target's tokenizer.
+        module: what is trained, bf16.
+        feature_layers: what is read of the target; -1, the teacher's, is always the last.
+        positions: how many tokens ahead it is taught.
+        max_positions: how many tokens ahead it can be asked.
+        loss: from module, tokens, features and LM head to a loss per position.
+        guess: from a held-out text and a number of positions to logits, see `heldout.Guess`.
+        save: writes the finished weights to a folder.
+    """
+
+    description: str
+    base_model: str
+    vocabulary: str
+    module: nn.Module
+    feature_layers: tuple[int, ...]
+    positions: int
+    max_positions: int
+    loss: Callable[..., Tensor]
+    guess: Callable[[Text, int], Tensor]
+    save: Callable[[Path], None]
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The same for tokenizers that map the same token strings to the same ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def medusa_student(
+    target: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str,
+    *,
+    init_from: str | None = None,
+    num_heads: int = MEDUSA_HEADS,
+    num_layers: int = MEDUSA_LAYERS,
+    tied: bool = False,
+    argmax_weight: float = ARGMAX_WEIGHT,
+) -> Student:
+    """Medusa heads; LM heads of fresh ones start as the target's."""
+    lm_head = target.get_output_embeddings()
+    vocab_size, hidden_size = lm_head.weight.shape
+    if init_from is not None:
+        heads = load_medusa(init_from, target).requires_grad_(True)
+    else:
+        heads = MedusaHeads(
+            num_heads, num_layers, hidden_size, vocab_size, target_head=lm_head, tied=tied
+        ).to(lm_head.weight.device)
+        heads.start_from_target()
+    heads.bfloat16()
+
+    def guess(text: Text, positions: int) -> Tensor:
+        rows = text.features[0, text.start - 1 : -1, -hidden_size:]
+        logits: Tensor = heads(rows.to(next(heads.parameters()).dtype))
+        return logits[:, :positions]
+
+    return Student(
+        description=f"{heads.num_heads} Medusa heads of {heads.num_layers} block(s)"
+        + (", tied" if heads.tied else ""),
+        base_model=base_model,
+        vocabulary=vocabulary_fingerprint(tokenizer),
+        module=heads,
+        feature_layers=(-1,),
+        positions=heads.num_heads,
+        max_positions=heads.num_heads,
+        loss=partial(losses.medusa_loss, argmax_weight=argmax_weight),
+        guess=guess,
+        save=lambda folder: save_medusa(folder, heads, base_model=base_model),
+    )
+
+
+def eagle_student(
+    target: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str,
+    *,
+    init_from: str | None = None,
+    version: int = 3,
+    feature_layers: tuple[int, ...] | None = None,
+    steps: int = EAGLE_STEPS,
+    argmax_weight: float = ARGMAX_WEIGHT,
+) -> Student:
+    """An EAGLE head; the LM head of a fresh EAGLE-3 starts as the target's."""
+    lm_head = target.get_output_embeddings()
+    if init_from is not None:
+        head = load_eagle(init_from, target).requires_grad_(True)
+    else:
+        config = eagle_config(target.config)
+        head = EagleHead(config, version, target, feature_layers=feature_layers)
+        if head.version == 3:
+            with torch.no_grad():
+                head.lm_head.weight.copy_(lm_head.weight)
+    head.bfloat16().to(lm_head.weight.device)
+    layers = head.feature_layers
+
+    def guess(text: Text, positions: int) -> Tensor:
+        features = text.features[..., : head.feature_size].to(head.fc.weight.dtype)
+        bias = causal_bias(features.shape[1]).to(features.device)
+        rows = slice(text.start - 1, -1)
+        levels = unroll(head, text.tokens, features, bias, positions)
+        return torch.stack([head.logits(hidden[0, rows]) for hidden in levels], dim=1)
+
+    return Student(
+        description=f"EAGLE-{head.version} head over layers {', '.join(map(str, layers))}",
+        base_model=base_model,
+        vocabulary=vocabulary_fingerprint(tokenizer),
+        module=head,
+        feature_layers=layers if layers[-1] == -1 else (*layers, -1),
+        positions=steps if head.version == 3 else 1,
+        max_positions=8,
+        loss=partial(losses.eagle3_loss, argmax_weight=argmax_weight, steps=steps)
+        if head.version == 3
+        else losses.eagle1_loss,
+        guess=guess,
+        save=lambda folder: save_eagle(folder, head),
+    )
+
+
+def draft_student(
+    draft: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str,
+    *,
+    save: Callable[[Path], None],
+    argmax_weight: float = ARGMAX_WEIGHT,
+) -> Student:
+    """A draft model with the target's tokenizer; it never reads the target, only its teacher is."""
+    draft.bfloat16()
+    use_training_attention(draft)
+
+    def guess(text: Text, positions: int) -> Tensor:
+        logits = draft(input_ids=text.tokens[:, :-1], use_cache=False).logits[0, text.start :]
+        # A draft that is right so far has read the very text, so its later guesses are the same
+        # rows further on; behind the end anything will do.
+        padded = torch.cat([logits, logits[-1:].expand(positions - 1, -1)])
+        return padded.unfold(0, positions, 1).transpose(1, 2)
+
+    return Student(
+        description=f"draft model of {draft.num_parameters():,} parameters",
+        base_model=base_model,
+        vocabulary=vocabulary_fingerprint(tokenizer),
+        module=draft,
+        feature_layers=(-1,),
+        positions=1,
+        max_positions=8,
+        loss=partial(losses.draft_loss, argmax_weight=argmax_weight),
+        guess=guess,
+        save=save,
+    )

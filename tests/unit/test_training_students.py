@@ -1,0 +1,659 @@
+"""Training of drafts, Medusa heads and EAGLE heads: data, features, losses, whole tiny runs."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.micro_training import (
+    VOCAB,
+    micro_model,
+    micro_tokenizer,
+    write_micro_corpus,
+)
+from inferlab.models.draft_heads import EagleHead, eagle_config, load_eagle, load_medusa
+from inferlab.training import (
+    curve,
+    dynamic_tree,
+    features,
+    heldout,
+    losses,
+    material,
+    sources,
+    students,
+    teach,
+    train,
+    trainer,
+)
+from inferlab.training.architectures import causal_bias
+from inferlab.training.tokenizer import train_tokenizer
+from inferlab.training.unroll import unroll
+
+MICRO_RUN = [
+    *("--steps", "6", "--windows", "24", "--window", "16", "--batch-tokens", "64"),
+    *("--eval-prompts", "2", "--no-compile", "--threads", "1", "--device", "cpu"),
+]
+KINDS = {
+    "draft": [],
+    "medusa": ["--heads", "2", "--layers", "2"],
+    "eagle": ["--features", "1", "3", "-1", "--depth", "2"],
+    "eagle-1": ["--version", "1"],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small only lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a corpus and a target."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "corpus").mkdir()
+    tokenizer = micro_tokenizer(write_micro_corpus(root / "corpus"))
+    tokenizer.save_pretrained(root / "target")
+    micro_model(num_hidden_layers=8).bfloat16().save_pretrained(root / "target")
+    return root
+
+
+@pytest.fixture(scope="module")
+def target():
+    return micro_model(num_hidden_layers=8).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(world / "target")
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Runs measure and save within their few steps."""
+    original = teach.RunConfig.__init__
+
+    def init(self, **options):
+        defaults = {"save_every": 2, "eval_every": 3, "log_every": 1, "new_tokens": 12, "depth": 3}
+        original(self, **{**defaults, **options})
+
+    monkeypatch.setattr(teach.RunConfig, "__init__", init)
+    # Takes longer than all the rest; one test draws.
+    monkeypatch.setattr(teach, "draw_curve", lambda file, history, title: None)
+
+
+def run_command(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.run(parser.parse_args(arguments))
+
+
+def command(kind: str, world: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *(kind.partition("-")[0], "--base-model", str(world / "target"), "--output", str(output)),
+        *("--corpus", str(world / "corpus"), *MICRO_RUN, *KINDS[kind], *more),
+    ]
+
+
+# Files of data.
+
+
+def file_of(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+LINES = "".join(f"def g{i}(x):\n    return {i}\n" for i in range(3000))
+
+
+def test_text_is_split_apart(tmp_path, tokenizer):
+    source = sources.file_source(file_of(tmp_path, "a.txt", LINES), tokenizer, heldout_prompts=3)
+    taught = tokenizer.decode(source.stream())
+    assert len(source.heldout) == 3
+    assert len(taught) > 0.9 * len(LINES)
+    for prompt in source.heldout:
+        assert tokenizer.decode(prompt) in LINES
+        assert tokenizer.decode(prompt) not in taught
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"prompt": "ask {}"}, "ask {}"),
+        ({"turns": ["first {}", "second"], "question_id": 7}, "first {}"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "one {}"},
+                    {"role": "assistant", "content": "two"},
+                    {"role": "user", "content": "three"},
+                    {"role": "assistant", "content": "four"},
+                ]
+            },
+            "one {}\ntwo\nthree",
+        ),
+    ],
+)
+def test_prompts_are_asked(tmp_path, tokenizer, entry, said):
+    lines = "\n".join(json.dumps(entry).replace("{}", str(i)) for i in range(40)) + "\n\n"
+    source = sources.file_source(file_of(tmp_path, "a.jsonl", lines), tokenizer, heldout_prompts=9)
+    asked = [tokenizer.decode(p) for p in source.prompts]
+    held = [tokenizer.decode(p) for p in source.heldout]
+    assert len(held) == 2
+    assert sorted(asked + held) == sorted(said.replace("{}", str(i)) for i in range(40))
+    assert not source.documents
+
+
+def test_texts_and_prompts_mix(tmp_path, tokenizer, target):
+    lines = [json.dumps({"text": f"def a{i}(x):\n    return x\n" * 20}) for i in range(40)]
+    lines += [json.dumps({"prompt": f"def b{i}(x):"}) for i in range(40)]
+    path = file_of(tmp_path, "a.jsonl", "\n".join(lines))
+    source = sources.file_source(path, tokenizer, heldout_prompts=9)
+    config = material.MaterialConfig(
+        generated_windows=6, corpus_windows=5, long_windows=2, window_length=16, long_length=32,
+        min_prompt=2, max_prompt=8, generation_batch=3,
+    )  # fmt: skip
+    kinds = material.make_windows(target, source, config, seed=0)
+    assert [tuple(kind.shape) for kind in kinds] == [(6, 17), (5, 17), (2, 33)]
+    again = material.make_windows(target, source, config, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(kinds, again, strict=True))
+
+
+def test_chat_template_is_used(tmp_path, world):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "target")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}:"
+    path = file_of(tmp_path, "a.jsonl", '{"turns": ["x"]}\n{"turns": ["y"]}\n')
+    source = sources.file_source(path, tokenizer, heldout_prompts=9)
+    said = {tokenizer.decode(p) for p in [*source.prompts, *source.heldout]}
+    assert said == {"<x>:", "<y>:"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", "", "the file is empty"),
+        ("a.txt", " \n ", "the file is empty"),
+        ("a.txt", b"\xff\xfe\x00 text", r"not UTF-8 text \(byte 0\)"),
+        ("a.txt", "a\0b", "zero bytes"),
+        ("a.txt", "too little", "1 texts or prompts are too few"),
+        ("a.csv", "a,b", "ends in .txt or .jsonl"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2: broken JSON"),
+        ("a.jsonl", '{"text": "a"}\n\n{"txt": "b"}\n', "line 3: expected an object with 'text'"),
+        ("a.jsonl", '["text"]\n', "line 1: expected an object"),
+        ("a.jsonl", '{"turns": []}\n', "line 1: expected an object"),
+        ("a.jsonl", '{"messages": ["hello"]}\n', "line 1: expected an object"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, tokenizer, name, content, complaint):
+    with pytest.raises(ValueError, match=f"--data .*{name}.*{complaint}"):
+        sources.file_source(file_of(tmp_path, name, content), tokenizer, heldout_prompts=1)
+
+
+def test_missing_data_is_named(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"--data .*nowhere.txt: no such file"):
+        sources.file_source(tmp_path / "nowhere.txt", tokenizer, heldout_prompts=1)
+
+
+@pytest.mark.parametrize("name", ["spec_bench.jsonl", "humaneval.jsonl"])
+def test_prompt_sets_are_read(name, tokenizer):
+    path = Path(__file__).resolve().parents[3] / "shared" / "data" / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside this checkout")
+    source = sources.file_source(path, tokenizer, heldout_prompts=5)
+    assert len(source.prompts) > 50
+    assert 1 < len(source.heldout) <= 5
+
+
+# Features.
+
+
+def test_features_are_the_hidden_states(target):
+    tokens = torch.randint(VOCAB, (2, 10))
+    found = features.read_features(target, tokens, (0, 5, -1))
+    states = target(tokens[:, :-1], output_hidden_states=True).hidden_states
+    expected = torch.cat([states[1], states[6], states[-1]], dim=-1)
+    assert torch.equal(found, expected.bfloat16())
+    # The last one is what the LM head reads.
+    torch.testing.assert_close(
+        target.lm_head(states[-1]), target(tokens[:, :-1]).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "qwen3"])
+def test_features_of_other_families(family):
+    from helpers.tiny_models import tiny_model
+
+    model = tiny_model(family)
+    tokens = torch.randint(100, (1, 8))
+    found = features.read_features(model, tokens, (1,))
+    expected = model(tokens[:, :-1], output_hidden_states=True).hidden_states[2]
+    assert torch.equal(found, expected.bfloat16())
+
+
+def test_cached_batches_hold_every_window_once(tmp_path, target, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_TOKENS", 64)
+    monkeypatch.setattr(features, "READ_TOKENS", 32)
+    kinds = [torch.arange(12 * 17).view(12, 17).int() % VOCAB, torch.randint(VOCAB, (4, 33)).int()]
+    layers = (2, -1)
+    features.write_cache(tmp_path / "cache", target, kinds, layers, {"seed": 1})
+    assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 5
+    batches = features.Batches(tmp_path / "cache", tokens_per_batch=64, seed=0)
+    rows = [batches[index] for index in range(len(batches))]
+    assert sorted(tuple(row["tokens"].shape) for row in rows) == [(2, 33)] * 2 + [(4, 17)] * 3
+    seen = torch.cat([row["tokens"] for row in rows if row["tokens"].shape[1] == 17])
+    assert torch.equal(seen[seen[:, 0].argsort()], kinds[0][kinds[0][:, 0].argsort()].long())
+    for row in rows:
+        assert torch.equal(row["features"], features.read_features(target, row["tokens"], layers))
+    bare = features.TokenBatches(kinds, tokens_per_batch=64, seed=0)
+    assert len(bare) == len(batches)
+    assert all(torch.equal(bare[i]["tokens"], rows[i]["tokens"]) for i in range(len(bare)))
+
+
+def test_a_cache_is_used_for_the_very_same_run_only(tmp_path, target):
+    windows = torch.randint(VOCAB, (3, 17)).int()
+    features.write_cache(tmp_path, target, [windows], (-1,), {"seed": 1, "data": "a"})
+    assert features.cache_matches(tmp_path, {"seed": 1, "data": "a"})
+    assert not features.cache_matches(tmp_path, {"seed": 1, "data": "b"})
+    (tmp_path / "index.json").unlink()
+    assert not features.cache_matches(tmp_path, {"seed": 1, "data": "a"})
+
+
+def test_a_full_disk_leaves_no_half_cache(tmp_path, target, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features, "save_file", full_disk)
+    windows = torch.randint(VOCAB, (3, 17)).int()
+    with pytest.raises(OSError, match=r"No space left.*free some space.*--no-cache"):
+        features.write_cache(tmp_path / "cache", target, [windows], (-1,), {})
+    assert not (tmp_path / "cache").exists()
+
+
+# Unrolled heads and losses.
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_unrolled_levels_are_drafts_from_every_position(version):
+    """Against drafting from each position alone, token after token, with plain forwards."""
+    torch.manual_seed(version)
+    target = micro_model(num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2)
+    head = EagleHead(eagle_config(target.config), version, target)
+    tokens = torch.randint(VOCAB, (1, 9))
+    feature = torch.randn(1, 8, head.feature_size)
+    with torch.no_grad():
+        levels = list(unroll(head, tokens, feature, causal_bias(8), 3))
+        embeds = head.embed(tokens[:, 1:])
+        first = head(embeds, feature)
+        torch.testing.assert_close(levels[0], first, rtol=1e-4, atol=1e-5)
+        for position in range(6):
+            # What is fed: the target's features up to the position, then the head's own outputs.
+            # EAGLE-3's are told apart by their width, so they enter the layer fused.
+            known = feature if version == 1 else head.fc(feature)
+            fed = known[:, : position + 1]
+            hidden = first[:, position : position + 1]
+            for level in (1, 2):
+                fed = torch.cat([fed, hidden], dim=1)
+                hidden = head(embeds[:, : fed.shape[1]], fed)[:, -1:]
+                torch.testing.assert_close(
+                    levels[level][:, position], hidden[:, 0], rtol=1e-4, atol=1e-5
+                )
+
+
+def test_agreement_loss_has_the_gradient_of_the_divergence():
+    teacher, student = torch.randn(5, 11), torch.randn(5, 11, requires_grad=True)
+    losses.agreement_loss(student, losses.targets(teacher, 0.3)).backward()
+    got = student.grad.clone()
+    student.grad = None
+    log_q = student.log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(log_q, teacher.softmax(-1), reduction="batchmean")
+    first = torch.nn.functional.cross_entropy(student, teacher.argmax(-1))
+    (0.7 * divergence + 0.3 * first).backward()
+    torch.testing.assert_close(got, student.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle3", "eagle1", "draft"])
+def test_losses_are_right_about_their_positions(kind, target, tokenizer):
+    """Each position's loss is the cross-entropy of the guess that drafting makes there."""
+    torch.manual_seed(3)
+    common = (target, tokenizer, "target")
+    student = {
+        "medusa": lambda: students.medusa_student(*common, num_heads=3, argmax_weight=0.0),
+        "eagle3": lambda: students.eagle_student(
+            *common, feature_layers=(1, 3, -1), steps=3, argmax_weight=0.0
+        ),
+        "eagle1": lambda: students.eagle_student(*common, version=1),
+        "draft": lambda: students.draft_student(
+            micro_model(7), tokenizer, "target", save=lambda folder: None, argmax_weight=0.0
+        ),
+    }[kind]()
+    student.module.float()
+    if kind == "medusa":
+        for parameter in student.module.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(VOCAB, (1, 13))
+    feats = features.read_features(target, tokens, student.feature_layers).float()
+    lm_head = target.lm_head.weight.detach()
+    with torch.no_grad():
+        got = student.loss(student.module, tokens, feats, lm_head=lm_head)
+        text = heldout.Text(tokens, feats, 1, torch.zeros(12, VOCAB))
+        guesses = student.guess(text, student.positions)
+    if kind == "eagle1":  # two losses in one, with noise: only that it is one number
+        assert got.shape == (1,)
+        assert got.isfinite().all()
+        return
+    teacher = (feats[0, :, -lm_head.shape[1] :] @ lm_head.T).softmax(-1)
+    assert got.shape == (student.positions,)
+    for position in range(student.positions):
+        # Drafts begin behind token 1 or later, and the losses look at token 0's, too.
+        rows = teacher[1 + position :]
+        log_q = guesses[: rows.shape[0], position].log_softmax(-1)
+        per_row = -(rows[: log_q.shape[0]] * log_q).sum(-1)
+        if kind == "draft":
+            everything = student.module(tokens[:, :-1]).logits[0].log_softmax(-1)
+            per_row = -(teacher * everything).sum(-1)
+        torch.testing.assert_close(got[position], per_row.mean(), rtol=1e-3, atol=1e-4)
+
+
+# Acceptance.
+
+
+def test_accepted_lengths_of_chains_and_trees():
+    found = torch.tensor([[0, 0, 1], [0, 2, 0], [3, 0, -1], [1, 0, 0], [0, 0, -1], [0, -1, -1]])
+    chain = heldout.chain(3)
+    # 2 accepted and a bonus, then [1, ..]: a bonus alone, then 2 of the last two.
+    assert heldout.accepted_lengths(found, chain) == [3, 1, 3]
+    tree = frozenset({(0,), (0, 0), (0, 0, 1), (1,), (1, 0)})
+    assert heldout.accepted_lengths(found, tree) == [4, 3]
+
+
+def test_the_grown_tree_takes_the_best_paths_first():
+    found = torch.tensor([[0, 0]] * 6 + [[0, 1]] * 2 + [[1, 0]] * 1 + [[2, 1]] * 1)
+    tree = heldout.grow_tree(found, 4)
+    assert tree == {(0,), (0, 0), (0, 1), (1,)}
+    for path in heldout.grow_tree(found, 7):
+        assert len(path) == 1 or path[:-1] in heldout.grow_tree(found, 7)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_is_its_own_best_draft(target, tokenizer, temperature):
+    student = students.draft_student(
+        micro_model(num_hidden_layers=8), tokenizer, "t", save=lambda folder: None
+    )
+    student.module.float().eval()
+    prompt = np.array([5, 6, 7], dtype=np.int32)
+    texts = heldout.write_texts(
+        target, [prompt], (-1,), new_tokens=21, temperature=temperature, seed=4
+    )
+    found = heldout.measure(student.guess, texts, positions=4, nodes=8)
+    assert found.by_position == (1.0,) * 4
+    assert found.chain == found.tree == 5.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_dynamic_trees_of_width_one_are_chains(target, tokenizer, temperature):
+    """With one child per node, and room for all, the tree is the chain of first choices."""
+    torch.manual_seed(0)
+    student = students.eagle_student(target, tokenizer, "t", feature_layers=(1, 3, -1))
+    head = student.module.float().eval()
+    # A head that is often right: one that knows the text by heart would be too easy.
+    texts = heldout.write_texts(
+        target,
+        [np.array([5, 6, 7], dtype=np.int32), np.array([9, 4], dtype=np.int32)],
+        student.feature_layers,
+        new_tokens=40,
+        temperature=temperature,
+    )
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    for _ in range(60):
+        text = texts[0]
+        loss = student.loss(
+            head, text.tokens, text.features.float(), lm_head=target.lm_head.weight.detach()
+        )
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+    for text in texts:
+        found = heldout.ranks(student.guess, text, 3)
+        expected = heldout.accepted_lengths(found, heldout.chain(3))
+        got = dynamic_tree.accepted_lengths(head, text, nodes=3, depth=3, width=1)
+        assert got == expected
+        wide = dynamic_tree.accepted_lengths(head, text, nodes=40, depth=3, width=8)
+        assert sum(wide) / len(wide) >= sum(got) / len(got)
+    assert max(dynamic_tree.accepted_lengths(head, texts[0], nodes=3, depth=3, width=1)) > 1
+
+
+# Whole runs.
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_a_loadable_student(world, tmp_path, capsys, monkeypatch, kind):
+    if kind == "medusa":
+        monkeypatch.setattr(teach, "draw_curve", curve.draw_curve)
+    assert run_command(*command(kind, world, tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "step 3: held-out acceptance by position" in out
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert [entry["temperature"] for entry in report["acceptance"]] == [0.0, 0.8]
+    assert report["steps"] == 6
+    assert report["command"].startswith(f"inferlab train {kind.partition('-')[0]} --base-model")
+    assert "--steps 6" in report["command"]
+    assert report["command"] in (tmp_path / "README.md").read_text()
+    if kind == "medusa":
+        assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    base = micro_model(num_hidden_layers=8).bfloat16()
+    if kind == "draft":
+        import transformers
+
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.dtype == torch.bfloat16
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    elif kind == "medusa":
+        heads = load_medusa(tmp_path, base)
+        assert (heads.num_heads, heads.num_layers) == (2, 2)
+    else:
+        head = load_eagle(tmp_path, base)
+        assert head.version == (1 if kind == "eagle-1" else 3)
+        assert head.feature_layers == ((-1,) if kind == "eagle-1" else (1, 3, -1))
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize("kind", ["draft", "medusa", "eagle"])
+def test_training_teaches(world, tmp_path, kind):
+    assert run_command(*command(kind, world, tmp_path, "--lr", "0.01", "--steps", "60")) == 0
+    state = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())
+    history = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert sum(history[-5:]) < 0.97 * sum(history[:5])
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize(("kind", "cached"), [*((kind, True) for kind in KINDS), ("eagle", False)])
+def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, monkeypatch, kind, cached):
+    more = ["--accumulate", "2"] + ([] if cached else ["--no-cache"])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_command(*command(kind, world, whole, *more)) == 0
+    with monkeypatch.context() as patch:
+        original = trainer.DraftTrainer.compute_loss
+        calls = []
+
+        def interrupted(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == 10:  # in step 5 of 6; the last checkpoint is of step 4
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        patch.setattr(trainer.DraftTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_command(*command(kind, world, parts, *more))
+    assert trainer.last_checkpoint(parts).name == "checkpoint-4"
+    assert run_command(*command(kind, world, parts, "--resume", *more)) == 0
+    expected, got = weights_of(whole), weights_of(parts)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_runs_share_a_cache(world, tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    assert run_command(*command("medusa", world, tmp_path / "a", "--cache", cache)) == 0
+    for name in ("make_windows", "write_cache"):
+        monkeypatch.setattr(teach, name, lambda *args, **kwargs: pytest.fail("made again"))
+    assert run_command(*command("draft", world, tmp_path / "b", "--cache", cache)) == 0
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_a_full_disk_leaves_the_last_checkpoint_intact(world, tmp_path, monkeypatch, capsys):
+    original = torch.save
+
+    def full_disk(content, file, *args, **kwargs):
+        if "checkpoint-4" in str(file):
+            Path(file).write_bytes(b"half an optim")
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed")
+        return original(content, file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        assert run_command(*command("medusa", world, tmp_path)) == 2
+    message = capsys.readouterr().err
+    assert "checkpoint-4: checkpoint not written" in message
+    assert "--resume" in message
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert run_command(*command("medusa", world, tmp_path, "--resume")) == 0
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 6
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_started_from_earlier_heads(world, tmp_path):
+    assert run_command(*command("medusa", world, tmp_path / "a")) == 0
+    first = ["--init-from", str(tmp_path / "a"), "--lr", "1e-9"]
+    assert run_command(*command("medusa", world, tmp_path / "b", *first)) == 0
+    expected, got = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0.02, atol=1e-3)
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "complaint"),
+    [
+        ("medusa", ["--steps", "0"], "--steps is 0"),
+        ("medusa", ["--minutes", "0"], "--minutes is 0"),
+        ("medusa", ["--lr", "-1"], "--lr is -1"),
+        ("medusa", ["--accumulate", "0"], "--accumulate is 0"),
+        ("medusa", ["--batch-tokens", "0"], "--batch-tokens is 0"),
+        ("medusa", ["--windows", "0"], "--windows is 0"),
+        ("medusa", ["--heads", "0"], "--heads is 0"),
+        ("medusa", ["--eval-prompts", "0"], "--eval-prompts is 0"),
+        ("medusa", ["--threads", "0"], "--threads is 0"),
+        ("medusa", ["--resume"], "--resume: no checkpoint in"),
+        ("medusa", ["--base-model", "./nowhere"], "--base-model ./nowhere"),
+        ("medusa", ["--corpus", "nowhere"], "--corpus nowhere"),
+        ("medusa", ["--data", "a.txt"], "not with --data a.txt"),
+        ("medusa", ["--init-from", "./nowhere"], "'./nowhere' does not exist"),
+        ("medusa", ["--batch-tokens", "9999"], "too little for one batch of 9999 tokens"),
+        ("eagle", ["--depth", "0"], "--depth is 0"),
+        ("eagle", ["--features", "0", "8", "-1"], "--features: 8 is no layer of 0 to 7"),
+        ("draft", ["--init-from", "./nowhere"], "--init-from ./nowhere"),
+    ],
+)
+def test_bad_arguments_are_named(world, tmp_path, monkeypatch, capsys, kind, more, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(*command(kind, world, tmp_path / "out", *more)) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_base_model_is_required(capsys):
+    with pytest.raises(SystemExit):
+        run_command("eagle", "--output", "out")
+    assert "--base-model" in capsys.readouterr().err
+
+
+def test_a_draft_with_another_tokenizer_is_refused(world, tmp_path, capsys):
+    other = train_tokenizer(["other words"], vocab_size=258, max_length=64)
+    other.save_pretrained(tmp_path / "draft")
+    micro_model().save_pretrained(tmp_path / "draft")
+    more = ["--init-from", str(tmp_path / "draft")]
+    assert run_command(*command("draft", world, tmp_path / "out", *more)) == 2
+    message = capsys.readouterr().err
+    assert "--init-from" in message
+    assert "same tokenizer" in message
+
+
+def test_a_target_with_too_large_a_tokenizer_is_refused(world, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "target")
+    small = micro_model()
+    small.resize_token_embeddings(200)
+    small.save_pretrained(tmp_path / "target")
+    assert run_command(*command("medusa", world, tmp_path / "out", "--base-model",
+                                str(tmp_path / "target"))) == 2  # fmt: skip
+    assert "tokenizer has 300 tokens, the model 200" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--seed", "1"], "seed = 0, this run has 1"),
+        (["--heads", "3"], "student = 2 Medusa heads"),
+        (["--data"], "it was begun with other --data"),
+        (["--base-model"], "tokenizer differs from that of --base-model"),
+    ],
+)
+def test_another_run_is_not_resumed(world, tokenizer, tmp_path, capsys, more, complaint):
+    begun = command("medusa", world, tmp_path / "out")
+    assert run_command(*begun) == 0
+    if more == ["--data"]:
+        text = file_of(tmp_path, "a.txt", LINES)
+        begun = [word for word in begun if word not in ("--corpus", str(world / "corpus"))]
+        more = ["--data", str(text)]
+    if more == ["--base-model"]:
+        # The same name, but what is there now has another tokenizer.
+        run = json.loads((tmp_path / "out" / "run.json").read_text())
+        run["vocabulary"] = "another"
+        (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+        more = []
+    assert run_command(*begun, *more, "--resume") == 2
+    message = capsys.readouterr().err
+    assert "--resume" in message
+    assert complaint in message
+
+
+def test_accelerate_is_asked_for(world, tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "accelerate" else found(name)
+    )
+    assert run_command(*command("medusa", world, tmp_path)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "pip install 'llm-inference-lab[train]'" in message
+
+
+def test_matplotlib_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"matplotlib is missing.*\[train\]"):
+        curve.draw_curve(tmp_path / "curve.png", [], title="x")
