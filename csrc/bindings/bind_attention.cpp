@@ -148,7 +148,7 @@ void paged_tree_attention(py::handle q_, py::handle k_pages_, py::handle v_pages
     const int64_t given = workspace ? workspace->u8().contiguous().numel() : 0;
     require(given >= needed, [&] {
       return "workspace has " + std::to_string(given) + " bytes; it must have at least " +
-             std::to_string(needed) + " (attention_workspace_bytes)";
+             std::to_string(needed) + " (attention_workspace)";
     });
     if (workspace) check_aligned(*workspace);
     run_cuda(q_, place, "paged_tree_attention", [&](void* stream) {

@@ -87,6 +87,20 @@ def likely_tokens(
     return tokens
 
 
+def random_walk(
+    rng: np.random.Generator, logits: torch.Tensor
+) -> tuple[tuple[torch.Tensor, TreeLinks, torch.Tensor, SamplingTensors], int | None]:
+    """A tree for logits [B, N, V]: (tokens, links, seq_lens, sampling), allowed_vocab."""
+    batch, nodes, vocab = logits.shape
+    parents = random_parents(rng, batch, nodes)
+    links = build_tree(parents)
+    sampling = random_sampling(rng, batch, vocab)
+    seq_lens = torch.from_numpy(rng.integers(0, 100_000, batch).astype(np.int32))
+    tokens = likely_tokens(rng, logits, parents, links, seq_lens, sampling)
+    allowed = None if rng.random() < 0.7 else int(rng.integers(1, vocab + 1))
+    return (tokens, links, seq_lens, sampling), allowed
+
+
 def chain(nodes: int, batch: int = 1) -> TreeLinks:
     """The links of a chain."""
     return build_tree(torch.tensor([list(range(-1, nodes - 1))] * batch, dtype=torch.int32))

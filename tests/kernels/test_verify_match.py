@@ -12,7 +12,7 @@ from helpers.sampling_cases import (
     likely_tokens,
     random_logits,
     random_parents,
-    random_sampling,
+    random_walk,
 )
 from inferlab import _C
 from inferlab.kernels import (
@@ -59,13 +59,8 @@ def assert_same(ours, theirs):
 def test_matches_the_reference(seed, batch, nodes, vocab, kind, dtype, isa, threads):
     rng = np.random.default_rng(seed)
     logits = random_logits(rng, (batch, nodes, vocab), kind, dtype)
-    parents = random_parents(rng, batch, nodes)
-    links = build_tree(parents)
-    sampling = random_sampling(rng, batch, vocab)
-    seq_lens = torch.from_numpy(rng.integers(0, 100_000, batch).astype(np.int32))
-    tokens = likely_tokens(rng, logits, parents, links, seq_lens, sampling)
-    allowed = None if rng.random() < 0.7 else int(rng.integers(1, vocab + 1))
-    arguments = (logits, tokens, links, seq_lens, sampling)
+    walk, allowed = random_walk(rng, logits)
+    arguments = (logits, *walk)
     _C.force_isa(isa)
     _C.set_num_threads(threads)
     assert_same(

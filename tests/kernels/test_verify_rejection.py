@@ -11,7 +11,7 @@ from helpers.sampling_cases import (
     likely_tokens,
     random_logits,
     random_parents,
-    random_sampling,
+    random_walk,
 )
 from helpers.speculative_rules import (
     BROKEN_RULES,
@@ -382,16 +382,9 @@ def test_matches_the_reference(
     other = random_logits(rng, (batch, nodes, vocab), kind, dtype)
     near = (logits.float() + 0.5 * torch.randn(logits.shape)).to(dtype)
     draft_logits = {"none": None, "near": near, "other": other}[draft]
-    parents = random_parents(rng, batch, nodes)
-    links = build_tree(parents)
-    sampling = random_sampling(rng, batch, vocab)
-    seq_lens = torch.from_numpy(rng.integers(0, 100_000, batch).astype(np.int32))
-    tokens = likely_tokens(rng, logits, parents, links, seq_lens, sampling)
-    options = {
-        "with_replacement": with_replacement,
-        "allowed_vocab": None if rng.random() < 0.7 else int(rng.integers(1, vocab + 1)),
-    }
-    arguments = (logits, draft_logits, tokens, links, seq_lens, sampling)
+    walk, allowed = random_walk(rng, logits)
+    options = {"with_replacement": with_replacement, "allowed_vocab": allowed}
+    arguments = (logits, draft_logits, *walk)
     _C.force_isa(isa)
     _C.set_num_threads(threads)
     ours = verify_tree_rejection(*arguments, **options)

@@ -1,6 +1,6 @@
 """The ops: thin wrappers over the kernels of each device, torch reference ops where it has none."""
 
-from inferlab.kernels.attention import attention_workspace_bytes, paged_tree_attention
+from inferlab.kernels.attention import attention_workspace, paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
 from inferlab.kernels.kv import (
     advise_large_pages,
@@ -25,7 +25,7 @@ __all__ = [
     "TreeLinks",
     "VerifyResult",
     "advise_large_pages",
-    "attention_workspace_bytes",
+    "attention_workspace",
     "build_tree",
     "kv_append",
     "kv_compact",

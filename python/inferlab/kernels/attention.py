@@ -49,9 +49,8 @@ def paged_tree_attention(
         softcap: c > 0 replaces a score s by c * tanh(s / c) (Gemma-2); 0 for none.
         num_nodes: [B] i32, rows of each sequence that count; None for all N.
         out: [B, N, Hq, D] to write to, contiguous.
-        workspace: u8, at least `attention_workspace_bytes(q, k_pages, block_table)`, to call this
-            without an allocation; its contents do not matter. On CUDA, a row of the block table
-            that can hold no more than 256 slots needs none.
+        workspace: of `attention_workspace(q, k_pages, block_table)`, to call this without an
+            allocation; its contents do not matter.
 
     Returns:
         [B, N, Hq, D], contiguous, q's dtype; padding rows are zeros.
@@ -98,7 +97,7 @@ def paged_tree_attention(
     if out is None:
         out = empty(q.shape, q)
     if workspace is None:
-        workspace = new_workspace(ops.attention_workspace_bytes(q, k_pages, block_table), q)
+        workspace = attention_workspace(q, k_pages, block_table)
     ops.paged_tree_attention(
         q,
         k_pages,
@@ -117,14 +116,18 @@ def paged_tree_attention(
     return out
 
 
-def attention_workspace_bytes(q: Array, k_pages: Array, block_table: Array) -> int:
-    """Bytes of `workspace` that paged_tree_attention needs for tensors of these shapes.
+def attention_workspace(q: Array, k_pages: Array, block_table: Array) -> torch.Tensor | None:
+    """Scratch memory that paged_tree_attention may use for tensors of these shapes, or None where
+    it needs none: on the CPU, on Metal, and where a row of the block table can hold no more than
+    256 slots.
 
-    They depend on shapes, dtype and device only: on what the block table could hold, not on
-    lengths. 0 where no workspace is needed, as on the CPU.
+    Its size depends on shapes, dtype and device only: on what the block table could hold, not on
+    lengths. Any number of calls may use it one after another.
     """
     ops = ops_for(q)
-    return 0 if ops is None else int(ops.attention_workspace_bytes(q, k_pages, block_table))
+    if ops is None:
+        return None
+    return new_workspace(ops.attention_workspace_bytes(q, k_pages, block_table), q)
 
 
 def _paged_tree_attention_op(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, empty, is_compiling, is_numpy, ops_for, register
+from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, ops_for, register
 
 
 class TreeLinks(NamedTuple):
@@ -34,9 +34,13 @@ def _run(parents: torch.Tensor) -> TreeLinks:
     if parents.dim() != 2:
         raise ValueError(f"parents has shape {list(parents.shape)}; it must be [B, N]")
     batch, nodes = parents.shape
-    link = empty((3, batch, nodes), parents, torch.int32)
-    bits = empty((batch, nodes, (nodes + 63) // 64), parents, torch.int64)
-    depth, first_child, next_sibling = link.unbind(0)
+    # Three empty_like cost less than one tensor and its three views.
+    depth, first_child, next_sibling = (
+        torch.empty_like(parents),
+        torch.empty_like(parents),
+        torch.empty_like(parents),
+    )
+    bits = parents.new_empty((batch, nodes, (nodes + 63) // 64), dtype=torch.int64)
     ops.build_tree(parents, depth, first_child, next_sibling, bits)
     return TreeLinks(depth, first_child, next_sibling, bits)
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.backends import random_examples
 from helpers.kv_cases import ancestor_words, attention_case, random_parents
-from inferlab.kernels import attention_workspace_bytes, paged_tree_attention, reference
+from inferlab.kernels import attention_workspace, paged_tree_attention, reference
 
 # fp32 sums some hundred terms; 16-bit weights and results are rounded, to 8 or 11 bits.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -31,9 +32,7 @@ def check(backend, case):
 # ---- against the reference -----------------------------------------------------------------------
 
 
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@random_examples(50)
 @given(
     seed=st.integers(0, 2**31),
     lens=st.lists(
@@ -212,19 +211,17 @@ def test_the_workspace_may_hold_anything_and_be_used_again(backend, heads, dtype
     expected = run(backend, case)
     with backend.active():
         moved = [backend.to(t) for t in (case.q, case.k_pages, case.block_table)]
-        num_bytes = attention_workspace_bytes(*moved)
-    assert (num_bytes > 0) == ("cuda" in backend.name)  # Metal needs none
-    workspace = backend.to(torch.full((num_bytes,), 0xFF, dtype=torch.uint8))
+        workspace = attention_workspace(*moved)
+    assert workspace is not None
+    workspace.fill_(0xFF)
 
     def call(*args, **options):
         return paged_tree_attention(*args, workspace=workspace, **options)
 
     for _ in range(2):
         assert torch.equal(case.run(lambda *a, **k: backend.call(call, *a, **k)), expected)
-    if num_bytes == 0:
-        return
-    workspace = workspace[: num_bytes - 1]
-    with pytest.raises(ValueError, match=f"workspace has {num_bytes - 1} bytes"):
+    workspace = workspace[:-1]
+    with pytest.raises(ValueError, match=f"workspace has {workspace.numel()} bytes"):
         case.run(lambda *a, **k: backend.call(call, *a, **k))
 
 

@@ -7,13 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.backends import random_examples
-from helpers.sampling_cases import (
-    chain,
-    likely_tokens,
-    random_logits,
-    random_parents,
-    random_sampling,
-)
+from helpers.sampling_cases import chain, random_logits, random_walk
 from inferlab.kernels import (
     SamplingTensors,
     build_tree,
@@ -39,13 +33,8 @@ def assert_same(ours, theirs):
 def random_case(seed, batch, nodes, vocab, kind, dtype):
     rng = np.random.default_rng(seed)
     logits = random_logits(rng, (batch, nodes, vocab), kind, dtype)
-    parents = random_parents(rng, batch, nodes)
-    links = build_tree(parents)
-    sampling = random_sampling(rng, batch, vocab)
-    seq_lens = torch.from_numpy(rng.integers(0, 100_000, batch).astype(np.int32))
-    tokens = likely_tokens(rng, logits, parents, links, seq_lens, sampling)
-    allowed = None if rng.random() < 0.7 else int(rng.integers(1, vocab + 1))
-    return (logits, tokens, links, seq_lens, sampling), {"allowed_vocab": allowed}
+    walk, allowed = random_walk(rng, logits)
+    return (logits, *walk), {"allowed_vocab": allowed}
 
 
 @random_examples(30)

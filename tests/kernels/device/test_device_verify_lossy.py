@@ -7,14 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.backends import random_examples
-from helpers.sampling_cases import (
-    chain,
-    likely_tokens,
-    random_logits,
-    random_parents,
-    random_sampling,
-)
-from inferlab.kernels import SamplingTensors, build_tree, verify_tree_lossy
+from helpers.sampling_cases import chain, random_logits, random_walk
+from inferlab.kernels import SamplingTensors, verify_tree_lossy
 
 P = [0.4, 0.25, 0.2, 0.1, 0.05]
 
@@ -83,13 +77,8 @@ def test_the_rules_by_hand(backend, policy, threshold, options, expected):
 def test_gives_the_cpus_tokens(backend, seed, batch, nodes, vocab, kind, dtype, rule):
     rng = np.random.default_rng(seed)
     logits = random_logits(rng, (batch, nodes, vocab), kind, dtype)
-    parents = random_parents(rng, batch, nodes)
-    links = build_tree(parents)
-    sampling = random_sampling(rng, batch, vocab)
-    seq_lens = torch.from_numpy(rng.integers(0, 100_000, batch).astype(np.int32))
-    tokens = likely_tokens(rng, logits, parents, links, seq_lens, sampling)
-    allowed = None if rng.random() < 0.7 else int(rng.integers(1, vocab + 1))
-    arguments = (logits, tokens, links, seq_lens, sampling, *rule)
+    walk, allowed = random_walk(rng, logits)
+    arguments = (logits, *walk, *rule)
     ours = backend.call(verify_tree_lossy, *arguments, allowed_vocab=allowed)
     theirs = verify_tree_lossy(*arguments, allowed_vocab=allowed)
     for a, b in zip(ours, theirs, strict=True):

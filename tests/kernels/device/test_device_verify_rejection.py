@@ -7,13 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.backends import random_examples
-from helpers.sampling_cases import (
-    chain,
-    likely_tokens,
-    random_logits,
-    random_parents,
-    random_sampling,
-)
+from helpers.sampling_cases import chain, random_logits, random_walk
 from helpers.speculative_rules import assert_follows, exact, outcomes
 from inferlab.kernels import SamplingTensors, build_tree, sample, verify_tree_rejection
 from inferlab.kernels.reference import noise
@@ -79,16 +73,9 @@ def test_gives_the_cpus_tokens(
         noisy = rng.standard_normal(logits.shape).astype(np.float32)
         draft_logits = logits.float() + 0.5 * torch.from_numpy(noisy)
         draft_logits = draft_logits.to(dtype) if draft == "near" else draft_logits
-    parents = random_parents(rng, batch, nodes)
-    links = build_tree(parents)
-    sampling = random_sampling(rng, batch, vocab)
-    seq_lens = torch.from_numpy(rng.integers(0, 100_000, batch).astype(np.int32))
-    tokens = likely_tokens(rng, logits, parents, links, seq_lens, sampling)
-    options = {
-        "with_replacement": with_replacement,
-        "allowed_vocab": None if rng.random() < 0.7 else int(rng.integers(1, vocab + 1)),
-    }
-    arguments = (logits, draft_logits, tokens, links, seq_lens, sampling)
+    walk, allowed = random_walk(rng, logits)
+    options = {"with_replacement": with_replacement, "allowed_vocab": allowed}
+    arguments = (logits, draft_logits, *walk)
     ours = backend.call(verify_tree_rejection, *arguments, **options)
     theirs = verify_tree_rejection(*arguments, **options)
     for a, b in zip(ours, theirs, strict=True):
