@@ -2,7 +2,16 @@
 
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.corpus import load_corpus
+from inferlab.specdec.drafters.ensemble import EnsembleDrafter
 from inferlab.specdec.drafters.model import ModelDrafter
 from inferlab.specdec.drafters.ngram import NgramDrafter
+from inferlab.specdec.drafters.recycling import RecyclingDrafter
 
-__all__ = ["Drafter", "ModelDrafter", "NgramDrafter", "load_corpus"]
+__all__ = [
+    "Drafter",
+    "EnsembleDrafter",
+    "ModelDrafter",
+    "NgramDrafter",
+    "RecyclingDrafter",
+    "load_corpus",
+]
