@@ -23,7 +23,6 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
-    draft_cached: int = 0  # tokens whose K/V a draft model's cache holds
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     timings_ms: dict[str, float] = field(default_factory=dict)
     first_token_at: float | None = None

@@ -23,12 +23,17 @@ class Drafter(ABC):
         max_depth: levels of its largest tree.
         feature_layers: hidden states of the target that it needs (see
             ``ForwardBatch.feature_layers``).
+        keeps_nodes: keeps state, such as K/V, of the nodes of its own tree. In an ensemble
+            ``commit`` and ``settle`` then get that tree, a walk in its numbers and how much of it
+            was in that tree, while ``output`` belongs to the merged tree; others get the merged
+            tree and its whole walk.
     """
 
     name: str
     max_nodes: int
     max_depth: int
     feature_layers: tuple[int, ...] = ()
+    keeps_nodes: bool = False
 
     @abstractmethod
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:

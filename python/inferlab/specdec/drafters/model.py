@@ -38,6 +38,7 @@ class ModelDrafter(Drafter):
     """
 
     name = "vanilla"
+    keeps_nodes = True
 
     def __init__(
         self,
@@ -61,7 +62,8 @@ class ModelDrafter(Drafter):
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
         self._batch: Batch | None = None  # the one that _cached belongs to
-        self._cached = torch.empty(0, dtype=torch.int32)  # [B]: draft_cached, on the device
+        self._cached_of: dict[int, int] = {}  # by request, tokens whose K/V the cache holds
+        self._cached = torch.empty(0, dtype=torch.int32)  # [B]: those of the batch, on the device
 
     def ladder(self) -> SequenceOf[Budget]:
         return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
@@ -139,9 +141,9 @@ class ModelDrafter(Drafter):
         """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V]."""
         if self._batch is not batch:
             self._batch = batch
-            cached = [s.draft_cached for s in batch.sequences]
+            cached = [self._cached_of.setdefault(s.request_id, 0) for s in batch.sequences]
             self._cached = upload(cached, np.int32, batch.device)
-        pending = [len(s.tokens) - s.draft_cached for s in batch.sequences]
+        pending = [self._lag(s) for s in batch.sequences]
         for i in range(len(pending)):
             while pending[i] > CATCH_UP_CHUNK:
                 self._forward_tokens(batch, slice(i, i + 1), [CATCH_UP_CHUNK])
@@ -170,7 +172,7 @@ class ModelDrafter(Drafter):
         # Uneven counts run up to the roots.
         self._cached[rows] = cached + longest if even else batch.lengths
         for sequence, count in zip(batch.sequences[rows], counts, strict=True):
-            sequence.draft_cached += count
+            self._cached_of[sequence.request_id] += count
         return logits
 
     def commit(
@@ -191,10 +193,18 @@ class ModelDrafter(Drafter):
 
     def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
         if tree.num_nodes > 1:
-            sequence.draft_cached = sequence.num_cached + min(kept, max(tree.depths))
+            cached = sequence.num_cached + min(kept, max(tree.depths))
+            self._cached_of[sequence.request_id] = cached
 
     def is_lagging(self, batch: Batch) -> bool:
-        return any(len(s.tokens) - s.draft_cached > 2 for s in batch.sequences)
+        return any(self._lag(s) > 2 for s in batch.sequences)
+
+    def _lag(self, sequence: Sequence) -> int:
+        """Tokens up to and with the root that the cache lacks."""
+        return len(sequence.tokens) - self._cached_of.get(sequence.request_id, 0)
+
+    def release(self, sequence: Sequence) -> None:
+        self._cached_of.pop(sequence.request_id, None)
 
     def describe(self) -> dict[str, Any]:
         return {
