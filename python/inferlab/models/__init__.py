@@ -9,6 +9,7 @@ from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
 from inferlab.models.tokenizer_check import check_same_tokenizer
+from inferlab.models.vocabulary import VocabularyMap
 
 __all__ = [
     "BUNDLED",
@@ -22,6 +23,7 @@ __all__ = [
     "ModelTooLargeError",
     "TargetModel",
     "UnsupportedArchitectureError",
+    "VocabularyMap",
     "check_same_tokenizer",
     "resolve_model_path",
 ]

@@ -2,12 +2,14 @@
 
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.corpus import load_corpus
+from inferlab.specdec.drafters.cross import CrossVocabularyDrafter
 from inferlab.specdec.drafters.eagle import EagleDrafter
 from inferlab.specdec.drafters.medusa import MedusaDrafter
 from inferlab.specdec.drafters.model import ModelDrafter
 from inferlab.specdec.drafters.ngram import NgramDrafter
 
 __all__ = [
+    "CrossVocabularyDrafter",
     "Drafter",
     "EagleDrafter",
     "MedusaDrafter",
