@@ -4,6 +4,7 @@ from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
 from inferlab.models.base import TargetModel
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
@@ -14,6 +15,7 @@ from inferlab.models.vocabulary import VocabularyMap
 __all__ = [
     "BUNDLED",
     "FINAL_HIDDEN",
+    "EarlyExit",
     "FakeLM",
     "ForwardBatch",
     "ForwardOutput",
