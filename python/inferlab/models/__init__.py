@@ -4,15 +4,18 @@ from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
 from inferlab.models.base import TargetModel
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
 from inferlab.models.tokenizer_check import check_same_tokenizer
+from inferlab.models.vocabulary import VocabularyMap
 
 __all__ = [
     "BUNDLED",
     "FINAL_HIDDEN",
+    "EarlyExit",
     "FakeLM",
     "ForwardBatch",
     "ForwardOutput",
@@ -22,6 +25,7 @@ __all__ = [
     "ModelTooLargeError",
     "TargetModel",
     "UnsupportedArchitectureError",
+    "VocabularyMap",
     "check_same_tokenizer",
     "resolve_model_path",
 ]

@@ -8,6 +8,8 @@ from itertools import product
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from inferlab.models.spelling import byte_alphabet
+
 EOS_ID = 256
 FIRST_WORD_ID = 257
 MIN_VOCAB = 320
@@ -43,7 +45,7 @@ def fake_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"vocab_size is {vocab_size}, the fake tokenizer needs at least {MIN_VOCAB}"
         )
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     # Scores: a word beats the bytes that spell it.
     pieces = [(alphabet[byte], -10.0) for byte in range(256)]
     pieces.append(("<|end|>", -100.0))
@@ -69,10 +71,3 @@ def _words(count: int) -> list[str]:
                 break
         length += 1
     return words
-
-
-def _byte_alphabet() -> list[str]:
-    """The printable character that byte-level tokenizers use for each byte (GPT-2's mapping)."""
-    kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = iter(range(256, 512))
-    return [chr(byte) if byte in kept else chr(next(moved)) for byte in range(256)]

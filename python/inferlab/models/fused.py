@@ -11,6 +11,7 @@ Only exact classes whose forward is known are taken over; all others run through
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class FusedDecoder:
     def of(cls, model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> FusedDecoder | None:
         """The fused decoder of `model`, or None where its modules must run themselves."""
         return cls(model, layers) if _is_known(model, layers) else None
+
+    def first(self, count: int) -> FusedDecoder:
+        """The first ``count`` layers alone, then norm and head; with the same weights."""
+        shallow = copy.copy(self)
+        shallow._layers = self._layers[:count]
+        return shallow
 
     def forward(
         self, batch: ForwardBatch, step: Step, feature_layers: tuple[int, ...] = ()

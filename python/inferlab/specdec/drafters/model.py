@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from inferlab import kernels
+from inferlab.kernels import SamplingTensors
 from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
@@ -19,6 +21,25 @@ from inferlab.specdec.drafters.static import describe_shape, drafted_level
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
 
 CATCH_UP_CHUNK = 256
+
+
+@dataclass(slots=True)
+class Ground:
+    """What the draft trees of R sequences grow from.
+
+    Attributes:
+        roots: [R] int32, target ids.
+        positions: [R] int32, the roots' positions in the target's text, which key the noise.
+        seq_lens: [R] int32, the roots' positions in the draft's text and cache.
+        block_table: [R, max_pages] int32, of the draft's cache.
+        sampling: one entry per sequence.
+    """
+
+    roots: torch.Tensor
+    positions: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    sampling: SamplingTensors
 
 
 class ModelDrafter(Drafter):
@@ -75,49 +96,79 @@ class ModelDrafter(Drafter):
         if budget.levels < 1:
             return DraftTree.root_only(batch.roots)
         shape = self.shape.within(budget)
-        links = shape.links(len(batch), batch.device)
-        tokens = torch.empty((len(batch), shape.num_nodes), dtype=torch.int32, device=batch.device)
-        tokens[:, 0] = batch.roots
         logits = self._catch_up(batch)
+        seq_lens, table = batch.seq_lens, batch.block_table
+        ground = Ground(batch.roots, seq_lens, seq_lens, table, batch.sampling)
+        return DraftTree.of_shape(shape, *self._grow(ground, shape, logits))
+
+    def _grow(
+        self, ground: Ground, shape: TreeShape, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Drafts level by level.
+
+        Args:
+            logits: [R, 1, V], the draft's at the roots.
+
+        Returns:
+            Tokens [R, N] and, with ``keep_logits``, the logits [R, N, V] they were drawn from.
+        """
+        size, device = len(ground.roots), ground.roots.device
+        links = shape.links(size, device)
+        tokens = torch.empty((size, shape.num_nodes), dtype=torch.int32, device=device)
+        tokens[:, 0] = ground.roots
         kept: list[torch.Tensor] = []
-        positions = batch.seq_lens.to(torch.int64)[:, None]
+        places = ground.seq_lens.to(torch.int64)[:, None]
+        positions = places
+        if ground.positions is not ground.seq_lens:
+            positions = ground.positions.to(torch.int64)[:, None]
         purpose = PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT
         for depth, level in enumerate(shape.levels):
+            same = positions is places
             positions = positions + 1
-            size = logits.shape[1]
+            places = positions if same else places + 1
+            count = logits.shape[1]
+            scores = self._scores(logits)
             if self.keep_logits:
-                kept.append(logits)
+                kept.append(scores)
             drawn = kernels.sample(
-                logits,
-                positions.expand(-1, size).contiguous() if size > 1 else positions,
-                batch.sampling,
+                scores,
+                positions.expand(-1, count).contiguous() if count > 1 else positions,
+                ground.sampling,
                 purpose=purpose,
                 num_samples=shape.widths[depth],
             )
             children = drafted_level(drawn, shape, depth)
             tokens[:, level.start : level.stop] = children
             if depth + 1 < shape.depth:
-                logits = self._forward_level(batch, shape, links, children, positions, level.start)
-        draft_logits = None
-        if self.keep_logits:
-            draft_logits = torch.cat(kept, dim=1)
-            missing = shape.num_nodes - draft_logits.shape[1]  # leaves have no children
-            draft_logits = torch.nn.functional.pad(draft_logits, (0, 0, 0, missing))
-        return DraftTree.of_shape(shape, tokens, draft_logits)
+                inputs = self._inputs(children)
+                logits = self._forward_level(ground, shape, links, inputs, places, level.start)
+        if not self.keep_logits:
+            return tokens, None
+        draft_logits = torch.cat(kept, dim=1)
+        missing = shape.num_nodes - draft_logits.shape[1]  # leaves have no children
+        return tokens, torch.nn.functional.pad(draft_logits, (0, 0, 0, missing))
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """The draft's logits as logits of the tokens that it drafts."""
+        return logits
+
+    def _inputs(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Drafted tokens as the draft model reads them."""
+        return tokens.to(torch.int64)
 
     def _forward_level(
         self,
-        batch: Batch,
+        ground: Ground,
         shape: TreeShape,
         links: kernels.TreeLinks,
         tokens: torch.Tensor,
         positions: torch.Tensor,
         first_node: int,
     ) -> torch.Tensor:
-        """Logits of one level's nodes, [B, M, V]. ``positions``: [B, 1], those of the level."""
+        """Logits of one level's nodes, [R, M, V]. ``positions``: [R, 1], those of the level."""
         count = tokens.shape[1]
         ancestors = None
-        seq_lens = batch.seq_lens
+        seq_lens = ground.seq_lens
         node_offset = first_node
         if shape.is_chain:
             # Causal over everything before: no ancestor bits to read.
@@ -127,10 +178,10 @@ class ModelDrafter(Drafter):
             ancestors = links.ancestors[:, first_node : first_node + count].contiguous()
         return self.model.forward(
             ForwardBatch(
-                tokens=tokens.to(torch.int64),
+                tokens=tokens,
                 positions=positions.expand(-1, count),
                 seq_lens=seq_lens,
-                block_table=batch.block_table,
+                block_table=ground.block_table,
                 ancestors=ancestors,
                 node_offset=node_offset,
             ),

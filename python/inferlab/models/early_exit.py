@@ -1,0 +1,76 @@
+"""The first layers of a target as a model of their own: a draft model for free."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from inferlab.models.base import TargetModel
+from inferlab.models.hf import HFModel
+
+
+class EarlyExit(HFModel):
+    """The first ``layers`` layers of a target, then its final norm and head.
+
+    All weights are the target's own tensors. A target trained for it (LayerSkip: Elhoushi et al.,
+    2024) makes good drafts after few of its layers; others may need most of them.
+
+    Args:
+        target: a model with weights.
+        layers: how many layers, fewer than the target has.
+
+    Raises:
+        ValueError: a target without layers (FakeLM), whose layers cannot be found, or that does
+            not have so many.
+    """
+
+    def __init__(self, target: TargetModel, layers: int) -> None:
+        if not isinstance(target, HFModel):
+            raise ValueError(
+                f"{target.name} has no layers to leave early; drafting with the target's first "
+                "layers needs a real model (implementation='hf')"
+            )
+        count = len(target.layers)
+        if not 1 <= layers < count:
+            raise ValueError(
+                f"early exit layers is {layers}; {target.name} has {count} layers, so it must be "
+                f"from 1 to {count - 1}"
+            )
+        stack = target._decoder_layers()
+        # Everything but the depth is the target's.
+        self.__dict__.update(target.__dict__)
+        self._target = target
+        self._model = _shallow(target.model, stack, layers)
+        self._plan = replace(target._plan, layers=target.layers[:layers])
+        if target._plan.decoder is not None:
+            self._plan = replace(self._plan, decoder=self._model.get_decoder())
+        self._fused = target._fused.first(layers) if target._fused is not None else None
+        self.name = f"{target.name}, first {layers} of {count} layers"
+        self.num_parameters = sum(p.numel() for p in self._model.parameters())
+        self.load_notes = ()
+
+    @contextmanager
+    def plain(self) -> Iterator[PreTrainedModel]:
+        """See `HFModel.plain`; the target cannot run meanwhile either, as they share the layers."""
+        with self._target.plain():
+            yield self._model
+
+
+def _shallow(module: torch.nn.Module, stack: torch.nn.ModuleList, count: int) -> Any:
+    """The module with only the first layers of ``stack`` inside; all else is shared."""
+    if module is stack:
+        return torch.nn.ModuleList(stack[:count])
+    shallow = copy.copy(module)
+    shallow._modules = {
+        name: _shallow(child, stack, count)
+        if child is not None and any(part is stack for part in child.modules())
+        else child
+        for name, child in module._modules.items()
+    }
+    return shallow
