@@ -153,19 +153,38 @@ class EagleConfig(Section):
 
 
 class NgramConfig(Section):
-    """Prompt lookup: the longest suffix of min_match..max_match tokens that occurred before."""
+    """Prompt lookup: the longest suffix of min_match..max_match tokens (null: any number) that
+    occurred before, in the text or in a ``corpus`` file."""
 
     min_match: Annotated[int, Field(ge=1, le=64)] = 1
-    max_match: Annotated[int, Field(ge=1, le=64)] = 4
+    max_match: Annotated[int, Field(ge=1)] | None = 4
+    corpus: Annotated[str | None, _allowed("a file of text or token ids")] = None
 
     @model_validator(mode="after")
     def _ordered(self) -> NgramConfig:
-        if self.min_match > self.max_match:
+        if self.max_match is not None and self.min_match > self.max_match:
             raise ValueError(
                 f"min_match: {self.min_match} is not allowed; "
                 f"must be at most max_match ({self.max_match})"
             )
         return self
+
+
+class EarlyExitConfig(Section):
+    """``draft_mode: self``: how many of the target's first layers draft; null: a quarter."""
+
+    layers: PositiveCount | None = None
+
+
+class EnsembleConfig(Section):
+    """``draft_mode: ensemble``: whose trees are merged."""
+
+    drafters: Annotated[
+        tuple[Literal["vanilla", "ngram", "recycling", "self", "medusa", "eagle"], ...],
+        BeforeValidator(_as_tuple),
+        Field(min_length=1),
+        _allowed("a list of vanilla, ngram, recycling, self, medusa and eagle"),
+    ] = ("eagle", "ngram")
 
 
 class FakeConfig(Section):
@@ -208,10 +227,13 @@ class BaselineConfig(Sampled):
         return self.temperature if self.do_sample else 0.0
 
 
-DraftMode = Literal["vanilla", "ngram", "medusa", "eagle", "none"]
+DraftMode = Literal[
+    "vanilla", "ngram", "recycling", "self", "medusa", "eagle", "ensemble", "medusa-lite",
+    "eagle-lite", "none",
+]  # fmt: skip
 
-DRAFT_LEVELS = {"vanilla": 4, "ngram": 4, "medusa": 4, "eagle": 6}
-"""K where ``max_draft`` is left out: levels drafted per step."""
+DRAFT_LEVELS = {"eagle": 6, "ensemble": 6, "ngram": 8, "recycling": 6}
+"""K where ``max_draft`` is left out: levels drafted per step; 4 for the others."""
 
 
 class SpecdecConfig(Sampled):
@@ -241,6 +263,8 @@ class SpecdecConfig(Sampled):
     ngram: NgramConfig = NgramConfig()
     medusa: MedusaConfig = MedusaConfig()
     eagle: EagleConfig = EagleConfig()
+    early_exit: EarlyExitConfig = EarlyExitConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
     fake: FakeConfig = FakeConfig()
 
     policy: Literal["longest_prefix", "rejection", "conf_threshold", "topk_agree", "typical"] = (

@@ -9,7 +9,7 @@ from inferlab.models.fake import FakeLM
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
-from inferlab.models.tokenizer_check import check_same_tokenizer
+from inferlab.models.tokenizer_check import tokenizer_difference
 from inferlab.models.vocabulary import VocabularyMap
 
 __all__ = [
@@ -26,6 +26,6 @@ __all__ = [
     "TargetModel",
     "UnsupportedArchitectureError",
     "VocabularyMap",
-    "check_same_tokenizer",
     "resolve_model_path",
+    "tokenizer_difference",
 ]

@@ -1,8 +1,8 @@
-"""Do two models speak the same token ids? Speculation compares ids, so they must."""
+"""Do two models speak the same token ids?"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from inferlab.models.base import TargetModel
 
@@ -10,42 +10,40 @@ _PROBE = "Hello, world! def f(x):\n    return x ** 2  # café, 漢字\t123456789
 _SHOWN = 4
 
 
-def check_same_tokenizer(target: TargetModel, draft: TargetModel) -> None:
-    """Refuses a draft whose token ids mean something else than the target's.
+def tokenizer_difference(target: TargetModel, draft: TargetModel) -> str | None:
+    """What tells the token ids of two models apart; None where they mean the same.
 
     Compares vocabularies, special tokens and the ids of a probe text; models without tokenizers
     are compared by the width of their logits. Widths may differ otherwise, as many models pad
     their vocabulary, as long as the tokenizers are the same.
 
     Raises:
-        ValueError: says what differs and what to do about it.
+        ValueError: one has no tokenizer, so that it cannot be told.
     """
     if target.tokenizer is None or draft.tokenizer is None:
-        if target.tokenizer is None and draft.tokenizer is None:
-            if target.vocab_size != draft.vocab_size:
-                _refuse(
-                    target,
-                    draft,
-                    f"they have no tokenizers and {target.vocab_size} and {draft.vocab_size} ids",
-                )
-            return
-        without = target if target.tokenizer is None else draft
-        _refuse(target, draft, f"{without.name} has no tokenizer to compare")
+        if (target.tokenizer, draft.tokenizer) == (None, None):
+            if target.vocab_size == draft.vocab_size:
+                return None
+            why = f"have no tokenizers and {target.vocab_size} and {draft.vocab_size} ids"
+        else:
+            without = target if target.tokenizer is None else draft
+            why = f"cannot be compared: {without.name} has no tokenizer"
+        raise ValueError(
+            f"{target.name} and {draft.name} {why}; add tokenizer.json to the model's directory, "
+            "or use draft_mode 'ngram', which needs no draft model"
+        )
     if target.tokenizer is draft.tokenizer:
-        return
+        return None
     ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
     if ours != theirs:
-        _refuse(target, draft, _vocabulary_difference(ours, theirs))
+        return _vocabulary_difference(ours, theirs)
     special, other_special = _special_tokens(target.tokenizer), _special_tokens(draft.tokenizer)
     for role in sorted(special.keys() | other_special.keys()):
         if special.get(role) != other_special.get(role):
-            _refuse(
-                target,
-                draft,
-                f"{role} is {special.get(role)!r} and {other_special.get(role)!r}",
-            )
+            return f"{role} is {special.get(role)!r} and {other_special.get(role)!r}"
     if _probe_ids(target.tokenizer) != _probe_ids(draft.tokenizer):
-        _refuse(target, draft, "their vocabularies agree, but they split the same text differently")
+        return "their vocabularies agree, but they split the same text differently"
+    return None
 
 
 def _vocabulary_difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
@@ -75,11 +73,3 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
 def _probe_ids(tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer.encode(_PROBE)
     return ids
-
-
-def _refuse(target: TargetModel, draft: TargetModel, why: str) -> NoReturn:
-    raise ValueError(
-        f"{target.name} and {draft.name} have different tokenizers: {why}. A draft model must use "
-        "its target's tokenizer: take a smaller model of the same family, or draft_mode 'ngram', "
-        "which needs no draft model"
-    )

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from inferlab.config import SpecdecConfig
-from inferlab.models import FakeLM, HFModel, TargetModel, check_same_tokenizer
+from inferlab.models import (
+    EarlyExit,
+    FakeLM,
+    HFModel,
+    TargetModel,
+    VocabularyMap,
+    tokenizer_difference,
+)
 from inferlab.models.draft_heads import PagedEagle, load_eagle, load_medusa
 from inferlab.specdec.calibration import measured_acceptance
 from inferlab.specdec.drafters import (
+    CrossVocabularyDrafter,
     Drafter,
     EagleDrafter,
+    EagleLiteDrafter,
+    EnsembleDrafter,
     MedusaDrafter,
+    MedusaLiteDrafter,
     ModelDrafter,
     NgramDrafter,
+    RecyclingDrafter,
+    load_corpus,
 )
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
@@ -60,8 +74,7 @@ def plan_drafter(
             f"policy is {policy.name!r}, which needs the draft's probabilities; draft_mode "
             f"{mode!r} has none to give: use draft_mode 'vanilla', or policy 'longest_prefix'"
         )
-    planners = {"vanilla": _vanilla, "ngram": _ngram, "medusa": _medusa, "eagle": _eagle}
-    return planners[mode](_Request(config, target, policy, max_levels, draft))
+    return _PLANNERS[mode](_Request(config, target, policy, max_levels, draft))
 
 
 @dataclass(frozen=True)
@@ -100,18 +113,33 @@ def _vanilla(request: _Request) -> DrafterPlan:
         draft = FakeLM(seed=config.seed, agreement=config.fake.agreement)
     elif draft is None:
         draft = load_model(config, config.draft_model)
-        check_same_tokenizer(request.target, draft)
+    return _model_plan(request, draft)
+
+
+def _self(request: _Request) -> DrafterPlan:
+    target = request.real_target()
+    layers = request.config.early_exit.layers
+    count = len(target.layers)
+    return _model_plan(request, EarlyExit(target, max(count // 4, 1) if layers is None else layers))
+
+
+def _model_plan(request: _Request, draft: TargetModel) -> DrafterPlan:
+    config = request.config
+    vocabulary = None
+    if tokenizer_difference(request.target, draft) is not None:
+        vocabulary = VocabularyMap.of(request.target, draft)
     shape = request.shape("chain", request.max_levels, config.draft_model)
 
     def build(pages: int) -> Drafter:
         cache = draft.new_cache(pages, config.page_size)
-        return ModelDrafter(
-            draft,
-            cache,
-            shape,
-            coupled=config.coupled_noise and not request.policy.needs_draft_logits,
-            keep_logits=request.policy.needs_draft_logits,
-        )
+        keep_logits = request.policy.needs_draft_logits
+        noise: dict[str, Any] = {
+            "coupled": config.coupled_noise and not keep_logits,
+            "keep_logits": keep_logits,
+        }
+        if vocabulary is not None:
+            return CrossVocabularyDrafter(draft, cache, shape, vocabulary, **noise)
+        return ModelDrafter(draft, cache, shape, **noise)
 
     weight = draft.new_cache(1, config.page_size).bytes_per_token
     return DrafterPlan(build, weight, draft.name)
@@ -125,7 +153,55 @@ def _ngram(request: _Request) -> DrafterPlan:
         branches=max(widths) if widths is not None else 1,
         min_match=config.ngram.min_match,
         max_match=config.ngram.max_match,
+        corpus=_corpus(request),
     )
+    return DrafterPlan(lambda _: drafter)
+
+
+def _corpus(request: _Request) -> Any:
+    path, target = request.config.ngram.corpus, request.target
+    return None if path is None else load_corpus(path, target.tokenizer, target.vocab_size)
+
+
+def _recycling(request: _Request) -> DrafterPlan:
+    shape = None
+    if request.config.tree is not None:
+        shape = request.shape("optimal", request.max_levels, "")
+    target = request.target
+    return DrafterPlan(lambda _: RecyclingDrafter(target.vocab_size, target.device, shape))
+
+
+def _ensemble(request: _Request) -> DrafterPlan:
+    config = request.config
+    plans = []
+    for mode in config.ensemble.drafters:
+        own = config.model_copy(update={"draft_mode": mode, "tree": None, "max_draft": None})
+        member = _Request(own, request.target, request.policy, own.levels, request.draft)
+        plans.append(_PLANNERS[mode](member))
+
+    def build(pages: int) -> Drafter:
+        return EnsembleDrafter([plan.build(pages) for plan in plans], 1 + config.tree_nodes)
+
+    models = [plan.model for plan in plans if plan.model is not None]
+    return DrafterPlan(build, sum(p.bytes_per_token for p in plans), ", ".join(models) or None)
+
+
+def _medusa_lite(request: _Request) -> DrafterPlan:
+    lite = request.config.medusa
+    drafter = MedusaLiteDrafter(
+        request.real_target(),
+        lite.num_heads,
+        lite.head_init,
+        lite.temperature,
+        lite.top_p,
+        seed=request.config.seed,
+    )
+    return DrafterPlan(lambda _: drafter)
+
+
+def _eagle_lite(request: _Request) -> DrafterPlan:
+    lite = request.config.eagle
+    drafter = EagleLiteDrafter(request.real_target(), lite.alpha, max(lite.max_draft, 1))
     return DrafterPlan(lambda _: drafter)
 
 
@@ -158,6 +234,19 @@ def _eagle(request: _Request) -> DrafterPlan:
         )
 
     return DrafterPlan(build, paged.new_cache(1, config.page_size).bytes_per_token, name)
+
+
+_PLANNERS: dict[str, Callable[[_Request], DrafterPlan]] = {
+    "vanilla": _vanilla,
+    "ngram": _ngram,
+    "recycling": _recycling,
+    "self": _self,
+    "medusa": _medusa,
+    "eagle": _eagle,
+    "ensemble": _ensemble,
+    "medusa-lite": _medusa_lite,
+    "eagle-lite": _eagle_lite,
+}
 
 
 def load_model(config: SpecdecConfig, name: str) -> HFModel:

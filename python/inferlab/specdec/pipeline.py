@@ -41,14 +41,18 @@ class SpeculativePipeline:
     Args:
         config_path: a ``specdec`` YAML file; ``configs/NAME.yaml`` is found from anywhere.
         base_model: the target: hub id, local directory or ``inferlab/tiny``.
-        draft_model: the draft model of ``draft_mode="vanilla"``; same tokenizer as the target.
-        draft_mode: ``vanilla`` (draft model), ``ngram`` (prompt lookup) or ``none`` (plain
-            decoding through the same engine).
+        draft_model: the draft model of ``draft_mode="vanilla"``. With another tokenizer than the
+            target's it drafts by the tokens they share, or by text.
+        draft_mode: ``vanilla`` (draft model), ``eagle`` and ``medusa`` (trained heads), ``ngram``
+            (prompt lookup), ``recycling`` (the target's runners-up), ``self`` (its first layers),
+            ``ensemble`` (several at once), the untrained ``medusa-lite`` and ``eagle-lite``, or
+            ``none`` (plain decoding through the same engine).
         implementation: ``hf`` (real models) or ``fake`` (instant, deterministic, no weights).
         policy: name of an acceptance policy, or a Policy.
         controller: ``fixed``, ``adaptive`` or ``cost``, or a Controller.
         k: draft tokens per step of the fixed controller, 0 to 64.
-        tree: children per node by depth, e.g. ``[4, 2, 1]``; None drafts chains.
+        tree: ``chain``, ``optimal``, ``grown`` (eagle) or children per node by depth, e.g.
+            ``[4, 2, 1]``; None: what suits the drafter.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         seed: key of the noise; the same seed gives the same tokens whatever the drafter.
@@ -339,7 +343,8 @@ class SpeculativePipeline:
     def _max_levels(self) -> int:
         """Levels of the largest tree: of chains as many as the controller may ask for."""
         c = self.config
-        is_chain = c.tree == "chain" or (c.tree is None and c.draft_mode in ("vanilla", "ngram"))
+        drafts_chains = c.draft_mode in ("vanilla", "ngram", "self")
+        is_chain = c.tree == "chain" or (c.tree is None and drafts_chains)
         return self.controller.max_k if is_chain else min(c.levels, self.controller.max_k)
 
     def _load_target(self) -> TargetModel:
