@@ -57,22 +57,27 @@ void bind_suffix(py::module_& m) {
              for (const int32_t token : tokens) match = self.follow(match, token);
              return Cursor(match.state, match.length);
            });
-  m.def("draft_trie", [](const SuffixAutomaton& own, const SuffixAutomaton* corpus, Cursor cursor,
-                         int depth, int branches, int min_match, int max_match, int nodes) {
-    require(!own.text().empty(), "own has no tokens; a draft needs a root");
-    for (const auto& [name, value] :
-         {std::pair("depth", depth), {"branches", branches}, {"min_match", min_match}}) {
-      require(value >= 1, [&, name = name, value = value] {
-        return std::string(name) + " is " + std::to_string(value) + "; it must be >= 1";
-      });
-    }
-    require(nodes >= 0, [&] { return "nodes is " + std::to_string(nodes) + "; it must be >= 0"; });
-    SuffixAutomaton::Match in_corpus;
-    if (corpus != nullptr) in_corpus = match_of(*corpus, cursor);
-    cpu::DraftTrie trie =
-        cpu::draft_trie({&own, corpus, in_corpus}, {depth, branches, min_match, max_match, nodes});
-    return py::make_tuple(std::move(trie.tokens), std::move(trie.parents), trie.depth);
-  });
+  m.def("draft_trie",
+        [](const SuffixAutomaton& own, const SuffixAutomaton* corpus, Cursor cursor, int depth,
+           int branches, int min_match, int max_match, int margin, int nodes) {
+          require(!own.text().empty(), "own has no tokens; a draft needs a root");
+          for (const auto& [name, value] :
+               {std::pair("depth", depth), {"branches", branches}, {"min_match", min_match}}) {
+            require(value >= 1, [&, name = name, value = value] {
+              return std::string(name) + " is " + std::to_string(value) + "; it must be >= 1";
+            });
+          }
+          for (const auto& [name, value] : {std::pair("margin", margin), {"nodes", nodes}}) {
+            require(value >= 0, [&, name = name, value = value] {
+              return std::string(name) + " is " + std::to_string(value) + "; it must be >= 0";
+            });
+          }
+          SuffixAutomaton::Match in_corpus;
+          if (corpus != nullptr) in_corpus = match_of(*corpus, cursor);
+          cpu::DraftTrie trie = cpu::draft_trie(
+              {&own, corpus, in_corpus}, {depth, branches, min_match, max_match, margin, nodes});
+          return py::make_tuple(std::move(trie.tokens), std::move(trie.parents), trie.depth);
+        });
 }
 
 }  // namespace inferlab

@@ -252,7 +252,8 @@ DraftTrie draft_trie(const DraftSources& sources, const DraftLimits& limits) {
   std::vector<Successor> successors;
   int32_t found = 0;
   while (found < limits.branches && std::max(in_own.length, in_corpus.length) >= limits.min_match) {
-    const bool is_own = in_own.length >= in_corpus.length;
+    const bool is_own = in_own.length >= limits.min_match &&
+                        int64_t{in_own.length} + limits.margin >= in_corpus.length;
     const SuffixAutomaton& source = is_own ? own : *sources.corpus;
     Match& match = is_own ? in_own : in_corpus;
     const double occurrences = source.earlier_count(match);

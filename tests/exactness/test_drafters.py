@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
 from exactness.compare import assert_same_tokens
+from exactness.test_device_step import Reads
 from exactness.test_families import draft_of, target_of
 from helpers.tiny_models import VOCAB
 from inferlab import _C
@@ -18,6 +19,7 @@ from inferlab.specdec.drafters import (
     ModelDrafter,
     NgramDrafter,
     RecyclingDrafter,
+    ensemble,
 )
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
@@ -165,6 +167,28 @@ def test_the_draft_models_cache_in_an_ensemble_is_that_of_a_draft_model_alone(na
     assert len(differing) <= (0 if name == "fake" else 1), differing
 
 
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("drafter", ["vanilla+ngram", "vanilla+vanilla+recycling"])
+@pytest.mark.parametrize("name", ["fake", "llama"])
+def test_trees_merged_as_on_an_accelerator_change_no_token(
+    monkeypatch, name, drafter, tree, params
+):
+    monkeypatch.setattr(ensemble, "merge", partial(ensemble.merge, on_host=False))
+    decoding = engine(drafter, name, tree, "fixed", 4)
+    results = decoding.generate([(p, PARAMS[params]) for p in prompts(name)])
+    for prompt, tokens, result in zip(
+        prompts(name), plain_tokens(name, params), results, strict=True
+    ):
+        if name == "fake":
+            assert result.token_ids == tokens
+        else:
+            assert_same_tokens(
+                model(name), prompt, tokens, result.token_ids, PARAMS[params], drafter
+            )
+    assert sum(r.stats.accepted for r in results) > 0
+
+
 @pytest.mark.parametrize("drafter", ["recycling", "vanilla+vanilla+recycling"])
 @pytest.mark.parametrize("params", PARAMS)
 def test_rejection_decodes_to_the_end(drafter, params):
@@ -179,3 +203,17 @@ def test_rejection_decodes_to_the_end(drafter, params):
             prompts("llama"), plain_tokens("llama", params), results, strict=True
         ):
             assert_same_tokens(target, prompt, tokens, result.token_ids, PARAMS[params], drafter)
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("drafter", ["ngram+corpus", "recycling"])
+def test_the_host_reads_once_a_step(drafter, tree):
+    decoding = engine(drafter, "llama", tree, "fixed", 4)
+    for prompt in prompts("llama")[:3]:
+        decoding.submit(prompt, PARAMS["greedy"])
+    decoding.step()
+    decoding.step()
+    with Reads() as reads:
+        for _ in range(4):
+            decoding.step()
+    assert reads.count == 4

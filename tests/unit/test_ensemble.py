@@ -65,10 +65,10 @@ def ragged_trees(draw: Any, roots: list[int]) -> DraftTree:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 3), st.integers(1, 3), st.booleans())
-def test_a_merged_tree_holds_each_path_once_the_best_first(data, members, size, trim):
+def test_a_merged_tree_holds_each_path_once_the_best_first(data, members, size, on_host):
     roots = [5 + row for row in range(size)]
     trees = [data.draw(ragged_trees(roots)) for _ in range(members)]
-    merged, maps = merge(trees, trim)
+    merged, maps = merge(trees, on_host)
     assert merged.depths == [max(t.depths[row] for t in trees) for row in range(size)]
     longest = 0
     for row in range(size):
@@ -84,7 +84,7 @@ def test_a_merged_tree_holds_each_path_once_the_best_first(data, members, size, 
         assert len(paths) == len(expected)
         assert int(merged.tokens[row, 0]) == roots[row]
         assert all(d == -1 for d in merged.links.depth[row, len(expected) :].tolist())
-        if trim:
+        if on_host:
             assert merged.node_counts[row] == len(expected)
         for tree, node_map in zip(trees, maps, strict=True):
             own = paths_of(tree, row)
@@ -93,10 +93,11 @@ def test_a_merged_tree_holds_each_path_once_the_best_first(data, members, size, 
                     assert paths.get(n) not in own.values()
                 else:
                     assert own[mine] == paths[n]
-    assert merged.num_nodes == (longest if trim else 1 + sum(t.num_nodes - 1 for t in trees))
+    assert merged.num_nodes == (longest if on_host else 1 + sum(t.num_nodes - 1 for t in trees))
 
 
-def test_a_walk_is_told_in_a_members_numbers_as_far_as_it_stays_in_its_tree():
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_walk_is_told_in_a_members_numbers_as_far_as_it_stays_in_its_tree(on_host):
     roots = torch.tensor([9], dtype=torch.int32)
 
     def chain(*tokens: int) -> DraftTree:
@@ -104,9 +105,10 @@ def test_a_walk_is_told_in_a_members_numbers_as_far_as_it_stays_in_its_tree():
         return DraftTree.of_shape(TreeShape.chain(len(tokens)), row)
 
     trees = [chain(1, 2, 3), chain(4, 5), chain(1, 7), DraftTree.root_only(roots)]
-    merged, maps = merge(trees)
+    merged, maps = merge(trees, on_host)
     # By rank, then by member: 1, 4, then 2, 5, 7, then 3.
-    assert merged.tokens.tolist() == [[9, 1, 4, 2, 5, 7, 3]]
+    assert merged.tokens[:, :7].tolist() == [[9, 1, 4, 2, 5, 7, 3]]
+    assert merged.num_nodes == (7 if on_host else 8)
     walk = torch.tensor([[0, 1, 5, -1]], dtype=torch.int32)  # 1, 7
     for kept, expected in ((3, [2, 1, 3, 1]), (2, [2, 1, 2, 1]), (1, [1, 1, 1, 1])):
         told = [m.walk(walk, torch.tensor([kept], dtype=torch.int32)) for m in maps]
@@ -249,7 +251,7 @@ def test_nothing_is_read_back_from_a_device():
     trees = [models.propose(batch, Budget(2, 9)), NgramDrafter(3).propose(batch, Budget(3, 9))]
     walk = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
     with Reads() as reads:
-        merged, maps = merge(trees, trim=False)
+        merged, maps = merge(trees, on_host=False)
         maps[0].walk(walk, torch.tensor([2, 2], dtype=torch.int32))
     assert reads.count == 0
     assert merged.node_counts == [8, 8]

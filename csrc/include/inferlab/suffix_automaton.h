@@ -107,6 +107,7 @@ struct DraftLimits {
   int32_t branches;   // different continuations
   int32_t min_match;  // tokens that must have occurred
   int32_t max_match;  // tokens that are looked at
+  int32_t margin;     // tokens by which the corpus's match must be longer than the own one
   int32_t nodes;      // below the root
 };
 
@@ -117,11 +118,11 @@ struct DraftTrie {
   int32_t depth = 0;
 };
 
-// Merges the continuations of the longest matches, the sequence's own before the corpus's on ties,
-// then those of shorter ones. A token is worth the chance that the target takes it and all before
-// it, estimated by share * L / (L + d) at depth d of a continuation of a match of L tokens, of
-// which that share went on like this: a match of L tokens is taken to hold for another token in L
-// of L + 1 cases, and it grows as it holds.
+// Merges the continuations of the longest matches, then those of shorter ones; the sequence's own
+// before the corpus's unless that match is longer by more than the margin. A token is worth the
+// chance that the target takes it and all before it, estimated by share * L / (L + d) at depth d of
+// a continuation of a match of L tokens, of which that share went on like this: a match of L tokens
+// is taken to hold for another token in L of L + 1 cases, and it grows as it holds.
 DraftTrie draft_trie(const DraftSources& sources, const DraftLimits& limits);
 
 }  // namespace inferlab::cpu

@@ -192,17 +192,64 @@ class _Drafted:
 
 
 def merge(
-    trees: SequenceOf[DraftTree], trim: bool | None = None
+    trees: SequenceOf[DraftTree], on_host: bool | None = None
 ) -> tuple[DraftTree, list[NodeMap]]:
     """One tree of several with the same roots; nodes of equal paths become one.
 
-    A path has a hash, the sum over its nodes of a random word for (token, depth): nodes are equal
-    if their hashes are, and a node's parent is the one with the hash that lacks the node's own
-    word. Hashes of different paths that agree, once in 2^64, would cost a branch, not a token.
-
     Args:
-        trees: of the members, their nodes' parents worth more than they.
-        trim: cut padding off that all rows have, which asks the device; by default on the CPU.
+        trees: of the members; parents are worth more than their children.
+        on_host: node by node, without padding that all rows have, or in tensor ops that ask nothing
+            of the device; by default on the host for trees that are there.
+    """
+    if on_host is None:
+        on_host = trees[0].tokens.device.type == "cpu"
+    return _merge_on_host(trees) if on_host else _merge_on_device(trees)
+
+
+def _merge_on_host(trees: SequenceOf[DraftTree]) -> tuple[DraftTree, list[NodeMap]]:
+    size = len(trees[0].tokens)
+    ranks = [_ranks(t) for t in trees]
+    by_worth = sorted(
+        (rank, i, n) for i, of_tree in enumerate(ranks) for n, rank in enumerate(of_tree)
+    )
+    most = 1 + sum(t.num_nodes - 1 for t in trees)
+    tokens = np.zeros((size, most), dtype=np.int32)
+    parents = np.full((size, most), -2, dtype=np.int32)
+    own = np.full((len(trees), size, most), -1, dtype=np.int64)
+    counts = []
+    token_rows = [t.tokens.tolist() for t in trees]
+    parent_rows = [_parents(t) for t in trees]
+    for row in range(size):
+        known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        place = [[0] * t.num_nodes for t in trees]
+        for _, i, n in by_worth:
+            parent = parent_rows[i][row][n]
+            if parent == -2:
+                continue
+            key = (place[i][parent] if n > 0 else -1, token_rows[i][row][n])
+            node = known.get(key)
+            if node is None:
+                node = known[key] = len(known)
+                parents[row, node], tokens[row, node] = key
+            place[i][n] = node
+            if own[i, row, node] < 0:
+                own[i, row, node] = n
+        counts.append(len(known))
+    width = max(counts)
+    merged = DraftTree(
+        torch.from_numpy(tokens[:, :width].copy()),
+        build_tree(torch.from_numpy(parents[:, :width].copy())),
+        is_chain=width == 1,
+        depths=_depths(trees),
+        node_counts=counts,
+    )
+    return merged, [NodeMap(torch.from_numpy(of_tree[:, :width].copy())) for of_tree in own]
+
+
+def _merge_on_device(trees: SequenceOf[DraftTree]) -> tuple[DraftTree, list[NodeMap]]:
+    """A path has a hash, the sum over its nodes of a random word for (token, depth): nodes are
+    equal if their hashes are, and a node's parent is the one with the hash that lacks the node's
+    own word. Hashes of different paths that agree, once in 2^64, would cost a branch, not a token.
     """
     device = trees[0].tokens.device
     tokens = torch.cat([t.tokens for t in trees], dim=1).to(torch.int64)
@@ -229,10 +276,6 @@ def merge(
     parents = parents.masked_fill(depth == 0, -1)
 
     width = 1 + sum(t.num_nodes - 1 for t in trees)  # the roots are one
-    counts = [width] * len(tokens)
-    if device.type == "cpu" if trim is None else trim:
-        counts = stands.sum(1).tolist()
-        width = max(counts)
     order = order[:, :width]
     kept = stands.gather(1, order)
     parents = parents.gather(1, order).masked_fill(~kept, -2)
@@ -240,8 +283,8 @@ def merge(
         tokens.gather(1, order).masked_fill(~kept, 0).to(torch.int32),
         build_tree(parents.to(torch.int32).contiguous()),
         is_chain=width == 1,
-        depths=[max(of_row) for of_row in zip(*(t.depths for t in trees), strict=True)],
-        node_counts=counts,
+        depths=_depths(trees),
+        node_counts=[width] * len(tokens),
     )
     maps = []
     first = 0
@@ -254,6 +297,32 @@ def merge(
         maps.append(NodeMap(own[:, :width]))
         first = at.stop
     return merged, maps
+
+
+def _depths(trees: SequenceOf[DraftTree]) -> list[int]:
+    return [max(of_row) for of_row in zip(*(t.depths for t in trees), strict=True)]
+
+
+def _ranks(tree: DraftTree) -> SequenceOf[int]:
+    return tree.ranks if tree.ranks is not None else range(tree.num_nodes)
+
+
+def _parents(tree: DraftTree) -> list[list[int]]:
+    """[B][N]: -1 at roots, -2 at padding."""
+    rows = []
+    for depths, first, following in zip(
+        tree.links.depth.tolist(),
+        tree.links.first_child.tolist(),
+        tree.links.next_sibling.tolist(),
+        strict=True,
+    ):
+        parents = [-1 if depth == 0 else -2 for depth in depths]
+        for n, child in enumerate(first):
+            while child >= 0:
+                parents[child] = n
+                child = following[child]
+        rows.append(parents)
+    return rows
 
 
 def _paths(tree: DraftTree) -> torch.Tensor:
@@ -272,8 +341,7 @@ def _words(tree: DraftTree) -> torch.Tensor:
 
 def _worth(tree: DraftTree, member: int, members: int) -> torch.Tensor:
     """[1, N] int64: low is worth much. Roots come first; no two nodes are worth the same."""
-    ranks = tuple(tree.ranks if tree.ranks is not None else range(tree.num_nodes))
-    return _interleaved(ranks, member, members, tree.tokens.device)
+    return _interleaved(tuple(_ranks(tree)), member, members, tree.tokens.device)
 
 
 @lru_cache(maxsize=1024)

@@ -36,7 +36,9 @@ class NgramDrafter(Drafter):
         max_depth: tokens to draft at most.
         branches: different continuations merged into one tree; 1 makes chains.
         min_match, max_match: sizes of the suffix that must have occurred before; None: any length.
-        corpus: of `load_corpus`; a longer match there goes before one in the sequence's own text.
+        corpus: of `load_corpus`.
+        corpus_margin: a match in the corpus goes before one in the sequence's own text, which is
+            closer to what comes, if it is longer by more than this.
     """
 
     name = "ngram"
@@ -48,16 +50,19 @@ class NgramDrafter(Drafter):
         min_match: int = 1,
         max_match: int | None = 4,
         corpus: Any = None,
+        corpus_margin: int = 4,
     ) -> None:
         check("ngram min_match", min_match, min_match >= 1, "an integer >= 1")
         ordered = max_match is None or max_match >= min_match
         check("ngram max_match", max_match, ordered, "an integer >= min_match, or None")
         check("ngram branches", branches, branches >= 1, "an integer >= 1")
+        check("ngram corpus_margin", corpus_margin, corpus_margin >= 0, "an integer >= 0")
         self.max_depth = max_depth
         self.branches = branches
         self.min_match = min_match
         self.max_match = max_match
         self.corpus = corpus
+        self.corpus_margin = corpus_margin
         self.max_nodes = min(1 + max_depth * branches, MAX_TREE_NODES)
         self._texts: dict[int, _Text] = {}
 
@@ -99,6 +104,7 @@ class NgramDrafter(Drafter):
             self.branches,
             self.min_match,
             UNBOUNDED if self.max_match is None else self.max_match,
+            self.corpus_margin,
             min(budget.nodes, self.max_nodes - 1),
         )
         return trie
