@@ -569,6 +569,8 @@ def test_started_from_earlier_heads(world, tmp_path):
         ("medusa", ["--heads", "0"], "--heads is 0"),
         ("medusa", ["--eval-prompts", "0"], "--eval-prompts is 0"),
         ("medusa", ["--threads", "0"], "--threads is 0"),
+        ("medusa", ["--text-windows", "-1"], "--text-windows is -1"),
+        ("medusa", ["--window", "512"], "--window is 512, the target reads at most 256 tokens"),
         ("medusa", ["--resume"], "--resume: no checkpoint in"),
         ("medusa", ["--base-model", "./nowhere"], "--base-model ./nowhere"),
         ("medusa", ["--corpus", "nowhere"], "--corpus nowhere"),

@@ -17,7 +17,7 @@ from . import dynamic_tree
 from .heldout import measure, write_texts
 from .sources import Source
 from .students import Student
-from .teach import RunConfig, Taught
+from .teach import RunConfig, Taught, heldout_prompts
 
 TEMPERATURES = (0.0, 0.8)
 # EAGLE-2's dynamic trees that the card tells about.
@@ -41,7 +41,7 @@ def student_report(
     for temperature in TEMPERATURES:
         texts = write_texts(
             target,
-            source.heldout,
+            heldout_prompts(config, source),
             student.feature_layers,
             new_tokens=config.new_tokens,
             temperature=temperature,
@@ -82,7 +82,7 @@ def student_report(
         "learning_rate": config.lr,
         "final_training_loss": sum(recent) / max(1, len(recent)),
         "material": asdict(config.material),
-        "data": source.name,
+        "data": source.title,
         "acceptance": acceptance,
         "seed": config.seed,
         "python": platform.python_version(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import Corpus, cut_prompts, training_texts
+from .corpus import Corpus, cut_prompts, stdlib_root, training_texts
 from .windows import encode_documents
 
 TEST_SHARE = 3  # test suites are spread over as many epochs
@@ -26,6 +27,7 @@ class Source:
 
     Attributes:
         name: for messages, e.g. "--data FILE".
+        title: for model cards.
         fingerprint: of the contents, so that a cache made of other data is noticed.
         prompts: int32 each; asked of the target as they are. Empty: prompts are cut from texts.
         heldout: int32 each, prompts that acceptance is measured on.
@@ -34,6 +36,7 @@ class Source:
     """
 
     name: str
+    title: str
     fingerprint: str
     prompts: list[np.ndarray]
     heldout: list[np.ndarray]
@@ -64,6 +67,9 @@ def corpus_source(
         digest.update(f"{path}\0{(corpus.root / path).stat().st_size}\0".encode())
     return Source(
         name=f"--data corpus ({corpus.root})",
+        title=f"the source code of Python's standard library, {platform.python_version()}"
+        if corpus.root == stdlib_root()
+        else f"the .py files of {corpus.root.name}",
         fingerprint=digest.hexdigest(),
         prompts=[],
         heldout=[
@@ -134,6 +140,7 @@ def file_source(path: Path, tokenizer: PreTrainedTokenizerFast, *, heldout_promp
         ]
     return Source(
         name=name,
+        title=path.name,
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
         prompts=_encode(kept_prompts, tokenizer),
         heldout=[prompt for prompt in heldout if prompt.size > 1][:heldout_prompts],

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -105,6 +106,15 @@ class Watch(TrainerCallback):
         if self.config.stop_after == state.global_step:
             control.should_training_stop = True
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.draw(state)
+
+    def draw(self, state: Any) -> None:
+        """Draws how the run went so far, beside the checkpoints."""
+        draw_curve(
+            self.config.output / "curve.png", state.log_history, title=self.student.description
+        )
+
     def report(self, state: Any) -> None:
         """Adds an entry to the history and prints it."""
         found = measure_student(self.student, self.texts, self.config)
@@ -126,6 +136,11 @@ def measure_student(student: Student, texts: list[Text], config: RunConfig) -> M
     found = measure(student.guess, texts, positions=positions, nodes=config.nodes)
     student.module.train()
     return found
+
+
+def heldout_prompts(config: RunConfig, source: Source) -> list[np.ndarray]:
+    """The held-out prompts, cut in front to the length that the target is taught with."""
+    return [prompt[-config.material.max_prompt :] for prompt in source.heldout]
 
 
 def require_accelerate() -> None:
@@ -160,7 +175,7 @@ def teach(config: RunConfig, student: Student, target: Any, source: Source) -> T
         )
     texts = write_texts(
         target,
-        source.heldout,
+        heldout_prompts(config, source),
         student.feature_layers,
         new_tokens=config.new_tokens,
         temperature=0.0,
@@ -181,9 +196,8 @@ def teach(config: RunConfig, student: Student, target: Any, source: Source) -> T
     student.module.train()
     trainer.train(resume_from_checkpoint=None if resume is None else os.fspath(resume))
     watch.report(trainer.state)
-    history = list(trainer.state.log_history)
-    draw_curve(config.output / "curve.png", history, title=student.description)
-    return Taught(trainer.state.global_step, clock.elapsed, history)
+    watch.draw(trainer.state)
+    return Taught(trainer.state.global_step, clock.elapsed, list(trainer.state.log_history))
 
 
 def _arguments(config: RunConfig, target: Any) -> TrainingArguments:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from . import train_student
 from .architectures import MAX_POSITIONS, TARGET_SHAPE, VOCAB_SIZE, llama_config, new_llama
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
             compile=not args.no_compile,
         )
         report = train_target(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"inferlab train {args.train_kind}: {error}", file=sys.stderr)
         return 2
     print(f"{config.output}: held-out perplexity {report['heldout_perplexity']:.2f}")

@@ -135,6 +135,16 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
         help="sequences the target writes (default: %(default)s)",
     )
     parser.add_argument(
+        "--text-windows",
+        type=int,
+        help="sequences of the training texts themselves (default: half of --windows)",
+    )
+    parser.add_argument(
+        "--long-windows",
+        type=int,
+        help="the same, four times as long (default: a twelfth of --text-windows)",
+    )
+    parser.add_argument(
         "--window",
         type=int,
         default=material.window_length,
@@ -179,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
     if config.resume:
         last_checkpoint(config.output)  # before minutes are spent on anything else
     target, tokenizer = load_target(args.base_model, args.device)
+    config = replace(config, material=_within_context(config.material, target))
     if args.lr is None:
         width = target.get_output_embeddings().weight.shape[1]
         config = replace(config, lr=BASE_LR * min(1.0, BASE_WIDTH / width))
@@ -223,7 +234,11 @@ def _command(args: argparse.Namespace) -> list[str]:
 def _run_config(args: argparse.Namespace) -> RunConfig:
     output = Path(args.output)
     defaults = MaterialConfig()
-    scale = args.windows / defaults.generated_windows
+    texts = args.windows // 2 if args.text_windows is None else args.text_windows
+    long_texts = texts // 12 if args.long_windows is None else args.long_windows
+    for flag, value in (("--text-windows", texts), ("--long-windows", long_texts)):
+        if value < 0:
+            raise ValueError(f"{flag} is {value}, expected at least 0")
     return RunConfig(
         output=output,
         cache=output / "cache" if args.cache is None else Path(args.cache),
@@ -239,14 +254,24 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
         material=replace(
             defaults,
             generated_windows=args.windows,
-            corpus_windows=round(scale * defaults.corpus_windows),
-            long_windows=round(scale * defaults.long_windows),
+            corpus_windows=texts,
+            long_windows=long_texts,
             window_length=args.window,
             long_length=4 * args.window,
             min_prompt=max(1, args.window // 16),
             max_prompt=max(1, args.window // 2),
         ),
     )
+
+
+def _within_context(material: MaterialConfig, target: Any) -> MaterialConfig:
+    """The same windows, long ones no longer than the target can read."""
+    context = target.config.get_text_config(decoder=True).max_position_embeddings
+    if material.window_length > context:
+        raise ValueError(
+            f"--window is {material.window_length}, the target reads at most {context} tokens"
+        )
+    return replace(material, long_length=min(material.long_length, context))
 
 
 def load_target(name: str, device: str) -> tuple[Any, PreTrainedTokenizerFast]:
