@@ -18,7 +18,8 @@ COMMANDS = {
     "baseline": ("inferlab.server.local_baseline", "decode plainly, by Hugging Face generate"),
     "bench": ("inferlab.benchmarks.run_bench", "measure local, speculative or HTTP decoding"),
     "ping": ("inferlab.server.ping_vllm", "try an OpenAI-compatible server"),
-    "train": ("inferlab.training.train", "train the bundled pair of models again"),
+    "train": ("inferlab.training.train", "train draft models, Medusa and EAGLE heads"),
+    "calibrate": ("inferlab.training.calibrate", "measure acceptance, for optimal trees"),
     "doctor": ("inferlab.doctor", "what is built in, what this machine offers, what is missing"),
 }
 

@@ -55,12 +55,14 @@ def plan_drafter(
     policy: Policy,
     max_levels: int,
     draft: TargetModel | None = None,
+    shape: TreeShape | None = None,
 ) -> DrafterPlan | None:
     """The drafter that ``config`` asks for; None for plain decoding.
 
     Args:
         max_levels: of a chain: the most that the controller may ask for.
         draft: a loaded draft model in place of ``config.draft_model``.
+        shape: a static tree in place of ``config.tree``.
 
     Raises:
         ValueError: models that cannot be loaded or do not fit the target, a policy that needs more
@@ -74,7 +76,7 @@ def plan_drafter(
             f"policy is {policy.name!r}, which needs the draft's probabilities; draft_mode "
             f"{mode!r} has none to give: use draft_mode 'vanilla', or policy 'longest_prefix'"
         )
-    return _PLANNERS[mode](_Request(config, target, policy, max_levels, draft))
+    return _PLANNERS[mode](_Request(config, target, policy, max_levels, draft, shape))
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,13 @@ class _Request:
     policy: Policy
     max_levels: int
     draft: TargetModel | None
+    given_shape: TreeShape | None = None
 
     def shape(self, default: str, depth: int, drafts: str) -> TreeShape:
         """The static tree asked for, at most ``depth`` levels. ``drafts``: what is accepted."""
         config = self.config
+        if self.given_shape is not None:
+            return self.given_shape
         tree = config.tree if config.tree is not None else default
         if isinstance(tree, tuple):
             return TreeShape.regular(tree)
@@ -219,8 +224,8 @@ def _eagle(request: _Request) -> DrafterPlan:
     name = config.eagle.model
     head = load_eagle(name, request.real_target().model, allow_pickle=config.allow_pickle)
     paged = PagedEagle(head)
-    tree = config.tree if config.tree is not None else "grown"
-    shape = None if tree == "grown" else request.shape("grown", request.max_levels, name)
+    grown = config.tree in (None, "grown") and request.given_shape is None
+    shape = None if grown else request.shape("grown", request.max_levels, name)
 
     def build(pages: int) -> Drafter:
         return EagleDrafter(

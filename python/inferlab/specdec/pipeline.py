@@ -17,6 +17,7 @@ from inferlab.specdec.controllers import Controller, make_controller
 from inferlab.specdec.drafters import ModelDrafter
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
+from inferlab.specdec.tree import TreeShape
 from inferlab.types import GenerationResult, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -58,6 +59,7 @@ class SpeculativePipeline:
         seed: key of the noise; the same seed gives the same tokens whatever the drafter.
         agree_k: the k of the ``topk_agree`` policy.
         target, draft: loaded models to use in place of ``base_model`` and ``draft_model``.
+        shape: a static tree of any form, in place of ``tree``.
         overrides: any other key of SpecdecConfig (``tau``, ``p``, ``max_k``, ``max_batch``, ...).
 
     Raises:
@@ -83,6 +85,7 @@ class SpeculativePipeline:
         agree_k: int | None = None,
         target: TargetModel | None = None,
         draft: TargetModel | None = None,
+        shape: TreeShape | None = None,
         config: SpecdecConfig | None = None,
         **overrides: Any,
     ) -> None:
@@ -119,7 +122,9 @@ class SpeculativePipeline:
             controller if isinstance(controller, Controller) else self._make_controller()
         )
         self.target = target if target is not None else self._load_target()
-        self._plan = plan_drafter(config, self.target, self.policy, self._max_levels(), draft)
+        self._plan = plan_drafter(
+            config, self.target, self.policy, self._max_levels(), draft, shape
+        )
         self.engine = self._make_engine()
 
     @property

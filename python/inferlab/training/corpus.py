@@ -155,6 +155,27 @@ def cut_prompts(corpus: Corpus, num_prompts: int, *, max_chars: int) -> list[str
     )
 
 
+def training_prompts(corpus: Corpus, num_prompts: int, *, max_chars: int = 240) -> list[str]:
+    """As `heldout_prompts`, from files that are trained on: one from the middle of each.
+
+    Raises:
+        ValueError: there are fewer such files.
+    """
+    files = corpus.train_files()
+    step = max(len(files) // num_prompts, 1)
+    prompts: list[str] = []
+    for path in (*files[::step], *files):
+        text = corpus.read(path)
+        prompt = _whole_lines(text, len(text) // 2, max_chars)
+        if len(text) >= 8 * max_chars and len(prompt) >= max_chars // 4 and prompt not in prompts:
+            prompts.append(prompt)
+        if len(prompts) == num_prompts:
+            return prompts
+    raise ValueError(
+        f"{corpus.root}: only {len(prompts)} prompts found, {num_prompts} wanted; ask for fewer"
+    )
+
+
 def _van_der_corput(count: int) -> list[float]:
     """1/2, 1/4, 3/4, 1/8, 5/8, ...: points of (0, 1), each far from the ones before."""
     points = []
