@@ -38,11 +38,19 @@ _EXPORTS = {
         "CostController",
         "FixedController",
     ),
-    "inferlab.specdec.drafters": ("Drafter", "ModelDrafter", "NgramDrafter"),
+    "inferlab.specdec.drafters": (
+        "Drafter",
+        "EagleDrafter",
+        "EnsembleDrafter",
+        "MedusaDrafter",
+        "ModelDrafter",
+        "NgramDrafter",
+        "RecyclingDrafter",
+    ),
     "inferlab.specdec.engine": ("Engine", "Interrupted"),
     "inferlab.specdec.pipeline": ("GenerationError", "SpeculativePipeline"),
     "inferlab.specdec.policies": ("Policy",),
-    "inferlab.specdec.tree": ("DraftTree", "TreeShape"),
+    "inferlab.specdec.tree": ("Budget", "DraftTree", "TreeShape"),
     "inferlab.types": ("GenerationResult", "SamplingParams", "SpeculationStats"),
 }
 
@@ -73,13 +81,18 @@ if TYPE_CHECKING:
     from inferlab.specdec.controllers import CostController as CostController
     from inferlab.specdec.controllers import FixedController as FixedController
     from inferlab.specdec.drafters import Drafter as Drafter
+    from inferlab.specdec.drafters import EagleDrafter as EagleDrafter
+    from inferlab.specdec.drafters import EnsembleDrafter as EnsembleDrafter
+    from inferlab.specdec.drafters import MedusaDrafter as MedusaDrafter
     from inferlab.specdec.drafters import ModelDrafter as ModelDrafter
     from inferlab.specdec.drafters import NgramDrafter as NgramDrafter
+    from inferlab.specdec.drafters import RecyclingDrafter as RecyclingDrafter
     from inferlab.specdec.engine import Engine as Engine
     from inferlab.specdec.engine import Interrupted as Interrupted
     from inferlab.specdec.pipeline import GenerationError as GenerationError
     from inferlab.specdec.pipeline import SpeculativePipeline as SpeculativePipeline
     from inferlab.specdec.policies import Policy as Policy
+    from inferlab.specdec.tree import Budget as Budget
     from inferlab.specdec.tree import DraftTree as DraftTree
     from inferlab.specdec.tree import TreeShape as TreeShape
     from inferlab.types import GenerationResult as GenerationResult
