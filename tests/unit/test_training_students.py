@@ -544,14 +544,31 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(world, tmp_path, monkeypa
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 6
 
 
-@pytest.mark.usefixtures("short_runs")
-def test_started_from_earlier_heads(world, tmp_path):
-    assert run_command(*command("medusa", world, tmp_path / "a")) == 0
-    first = ["--init-from", str(tmp_path / "a"), "--lr", "1e-9"]
-    assert run_command(*command("medusa", world, tmp_path / "b", *first)) == 0
-    expected, got = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0.02, atol=1e-3)
+def test_more_heads_and_blocks_start_as_the_earlier_ones(target, tokenizer, tmp_path):
+    first = students.medusa_student(target, tokenizer, "t", num_heads=2, num_layers=1)
+    for parameter in first.module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    first.save(tmp_path)
+    common = {"init_from": str(tmp_path)}
+    hidden = torch.randn(5, 32).bfloat16()
+    same = students.medusa_student(target, tokenizer, "t", **common).module
+    assert torch.equal(same(hidden), first.module(hidden))
+    more = students.medusa_student(target, tokenizer, "t", num_heads=3, num_layers=4, **common)
+    assert torch.equal(more.module(hidden)[:, :2], first.module(hidden))
+    assert all(parameter.requires_grad for parameter in more.module.parameters())
+    more.save(tmp_path)
+    with pytest.raises(ValueError, match=r"--layers is 1, .* have 4 blocks"):
+        students.medusa_student(target, tokenizer, "t", num_layers=1, **common)
+
+
+def test_eagle_starts_from_an_earlier_head(target, tokenizer, tmp_path):
+    first = students.eagle_student(target, tokenizer, "t", feature_layers=(1, 3, -1))
+    first.save(tmp_path)
+    again = students.eagle_student(target, tokenizer, "t", init_from=str(tmp_path))
+    assert again.feature_layers == (1, 3, -1)
+    for name, weights in again.module.state_dict().items():
+        assert torch.equal(weights, first.module.state_dict()[name]), name
+    assert all(parameter.requires_grad for parameter in again.module.parameters())
 
 
 # What goes wrong.

@@ -59,13 +59,15 @@ def add_arguments(kinds: Any) -> None:
         _add_sizes(parser)
         if kind == "medusa":
             parser.add_argument(
-                "--heads", type=int, default=students.MEDUSA_HEADS, help="default: %(default)s"
+                "--heads",
+                type=int,
+                help=f"default: {students.MEDUSA_HEADS}, or as --init-from has",
             )
             parser.add_argument(
                 "--layers",
                 type=int,
-                default=students.MEDUSA_LAYERS,
-                help="residual blocks per head (default: %(default)s)",
+                help=f"residual blocks per head (default: {students.MEDUSA_LAYERS}, or as "
+                "--init-from has)",
             )
             parser.add_argument(
                 "--tied", action="store_true", help="share the target's LM head, own none"
@@ -313,7 +315,7 @@ def make_student(
     common = (target, tokenizer, args.base_model)
     if args.train_kind == "medusa":
         for flag, value in (("--heads", args.heads), ("--layers", args.layers)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{flag} is {value}, expected at least 1")
         return students.medusa_student(
             *common,

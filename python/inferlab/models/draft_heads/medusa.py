@@ -71,6 +71,16 @@ class MedusaHeads(nn.ModuleList):
             for weight in self._own_heads():
                 weight.copy_(self._target_head[0].weight)
 
+    @torch.no_grad()
+    def start_from(self, earlier: MedusaHeads) -> None:
+        """Copies the heads that both have; further blocks of these come behind the copied ones."""
+        for head in range(min(self.num_heads, earlier.num_heads)):
+            for layer in range(earlier.num_layers):
+                block = self.get_submodule(f"{head}.{layer}")
+                block.load_state_dict(earlier.get_submodule(f"{head}.{layer}").state_dict())
+            if not self.tied:
+                self._own_heads()[head].copy_(earlier._own_heads()[head])
+
     def hidden(self, hidden: Tensor) -> Tensor:
         """What the LM heads see: `[.., H]` -> `[.., heads, H]`."""
         return torch.stack([self._blocks(head)(hidden) for head in self], dim=-2)
