@@ -34,7 +34,7 @@ def texts(loaded, layers, temperature=0.0):
 
 def test_heads_are_small_together():
     files = [path for name in NAMES for path in (ASSETS / name).iterdir()]
-    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
 
 
 @pytest.mark.parametrize("name", NAMES)

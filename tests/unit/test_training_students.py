@@ -45,6 +45,7 @@ MICRO_RUN = [
 KINDS = {
     "draft": [],
     "medusa": ["--heads", "2", "--layers", "2"],
+    "medusa-root": ["--heads", "2", "--root-token"],
     "eagle": ["--features", "1", "3", "-1", "--depth", "2"],
     "eagle-1": ["--version", "1"],
 }
@@ -328,13 +329,16 @@ def test_agreement_loss_has_the_gradient_of_the_divergence():
     torch.testing.assert_close(got, student.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle3", "eagle1", "draft"])
+@pytest.mark.parametrize("kind", ["medusa", "medusa-root", "eagle3", "eagle1", "draft"])
 def test_losses_are_right_about_their_positions(kind, target, tokenizer):
     """Each position's loss is the cross-entropy of the guess that drafting makes there."""
     torch.manual_seed(3)
     common = (target, tokenizer, "target")
     student = {
         "medusa": lambda: students.medusa_student(*common, num_heads=3, argmax_weight=0.0),
+        "medusa-root": lambda: students.medusa_student(
+            *common, num_heads=2, root_token=True, argmax_weight=0.0
+        ),
         "eagle3": lambda: students.eagle_student(
             *common, feature_layers=(1, 3, -1), steps=3, argmax_weight=0.0
         ),
@@ -344,7 +348,7 @@ def test_losses_are_right_about_their_positions(kind, target, tokenizer):
         ),
     }[kind]()
     student.module.float()
-    if kind == "medusa":
+    if kind.startswith("medusa"):
         for parameter in student.module.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     tokens = torch.randint(VOCAB, (1, 13))
@@ -361,7 +365,6 @@ def test_losses_are_right_about_their_positions(kind, target, tokenizer):
     teacher = (feats[0, :, -lm_head.shape[1] :] @ lm_head.T).softmax(-1)
     assert got.shape == (student.positions,)
     for position in range(student.positions):
-        # Drafts begin behind token 1 or later, and the losses look at token 0's, too.
         rows = teacher[1 + position :]
         log_q = guesses[: rows.shape[0], position].log_softmax(-1)
         per_row = -(rows[: log_q.shape[0]] * log_q).sum(-1)
@@ -465,9 +468,10 @@ def test_a_run_leaves_a_loadable_student(world, tmp_path, capsys, monkeypatch, k
         loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.dtype == torch.bfloat16
         assert transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
-    elif kind == "medusa":
+    elif kind.startswith("medusa"):
         heads = load_medusa(tmp_path, base)
-        assert (heads.num_heads, heads.num_layers) == (2, 2)
+        assert (heads.num_heads, heads.num_layers) == (2, 2 if kind == "medusa" else 1)
+        assert heads.reads_token == (kind == "medusa-root")
     else:
         head = load_eagle(tmp_path, base)
         assert head.version == (1 if kind == "eagle-1" else 3)

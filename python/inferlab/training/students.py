@@ -78,6 +78,7 @@ def medusa_student(
     num_heads: int | None = None,
     num_layers: int | None = None,
     tied: bool = False,
+    root_token: bool = False,
     argmax_weight: float = ARGMAX_WEIGHT,
 ) -> Student:
     """Medusa heads; LM heads of fresh ones start as the target's.
@@ -91,6 +92,7 @@ def medusa_student(
     if earlier is not None:
         num_heads, num_layers = num_heads or earlier.num_heads, num_layers or earlier.num_layers
         tied = earlier.tied
+        root_token = root_token or earlier.reads_token
         if num_layers < earlier.num_layers:
             raise ValueError(
                 f"--layers is {num_layers}, but the heads of --init-from {init_from} have "
@@ -103,6 +105,7 @@ def medusa_student(
         vocab_size,
         target_head=lm_head,
         tied=tied,
+        embedding=target.get_input_embeddings() if root_token else None,
     ).to(lm_head.weight.device)
     heads.start_from_target()
     if earlier is not None:
@@ -111,12 +114,14 @@ def medusa_student(
 
     def guess(text: Text, positions: int) -> Tensor:
         rows = text.features[0, text.start - 1 : -1, -hidden_size:]
-        logits: Tensor = heads(rows.to(next(heads.parameters()).dtype))
+        rows = rows.to(next(heads.parameters()).dtype)
+        logits: Tensor = heads(rows, text.tokens[0, text.start : -1])
         return logits[:, :positions]
 
     return Student(
         description=f"{heads.num_heads} Medusa heads of {heads.num_layers} block(s)"
-        + (", tied" if heads.tied else ""),
+        + (", tied" if heads.tied else "")
+        + (", reading the newest token" if heads.reads_token else ""),
         base_model=base_model,
         vocabulary=vocabulary_fingerprint(tokenizer),
         module=heads,

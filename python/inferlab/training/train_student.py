@@ -72,6 +72,11 @@ def add_arguments(kinds: Any) -> None:
             parser.add_argument(
                 "--tied", action="store_true", help="share the target's LM head, own none"
             )
+            parser.add_argument(
+                "--root-token",
+                action="store_true",
+                help="heads also read the newest token, which the published ones do not",
+            )
         if kind == "eagle":
             parser.add_argument(
                 "--version",
@@ -323,6 +328,7 @@ def make_student(
             num_heads=args.heads,
             num_layers=args.layers,
             tied=args.tied,
+            root_token=args.root_token,
         )
     if args.train_kind == "eagle":
         if args.depth < 1:
