@@ -247,6 +247,25 @@ def test_medusa_forward_is_the_published_one(tmp_path, layers, tied):
     torch.testing.assert_close(logits, torch.stack(expected, dim=2), rtol=1e-4, atol=1e-5)
 
 
+def test_heads_that_read_the_token(tmp_path):
+    """The token's embedding, projected, is added to the hidden state; nothing else changes."""
+    target = micro_model()
+    weights = {**medusa_weights(2, 1), "root_projection": linear(WIDTH, WIDTH)}
+    save_file(weights, tmp_path / "medusa_lm_head.safetensors")
+    heads = load_medusa(tmp_path, target)
+    hidden, tokens = torch.randn(3, WIDTH), torch.tensor([7, 8, 9])
+    with pytest.raises(ValueError, match="tokens is None"):
+        heads(hidden)
+    logits = heads(hidden, tokens)
+    del weights["root_projection"]
+    save_file(weights, tmp_path / "medusa_lm_head.safetensors")
+    plain = load_medusa(tmp_path, target)
+    assert (heads.reads_token, plain.reads_token) == (True, False)
+    embeds = target.model.embed_tokens.weight[tokens]
+    moved = hidden + embeds @ heads.root_projection.T
+    torch.testing.assert_close(logits, plain(moved), rtol=1e-4, atol=1e-5)
+
+
 def test_fresh_medusa_heads_say_what_the_target_says(target):
     heads = MedusaHeads(2, 1, WIDTH, VOCAB, target_head=target.lm_head).bfloat16()
     heads.start_from_target()

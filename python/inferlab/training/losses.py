@@ -63,7 +63,7 @@ def medusa_loss(
     """Head i at position t: what the target says behind token t + 1 + i."""
     target = targets(features @ lm_head.T, argmax_weight)
     losses = []
-    for index, states in enumerate(heads.hidden(features).unbind(-2)):
+    for index, states in enumerate(heads.hidden(features, tokens[:, 1:]).unbind(-2)):
         rows = features.shape[1] - 1 - index
         logits = heads.read(states[:, :rows].flatten(0, 1), index)
         losses.append(agreement_loss(logits, target[:, 1 + index :].flatten(0, 1)))

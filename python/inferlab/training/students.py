@@ -75,31 +75,53 @@ def medusa_student(
     base_model: str,
     *,
     init_from: str | None = None,
-    num_heads: int = MEDUSA_HEADS,
-    num_layers: int = MEDUSA_LAYERS,
+    num_heads: int | None = None,
+    num_layers: int | None = None,
     tied: bool = False,
+    root_token: bool = False,
     argmax_weight: float = ARGMAX_WEIGHT,
 ) -> Student:
-    """Medusa heads; LM heads of fresh ones start as the target's."""
+    """Medusa heads; LM heads of fresh ones start as the target's.
+
+    Earlier heads that are started from may be fewer or have fewer blocks: a fresh block leaves its
+    input as it is.
+    """
     lm_head = target.get_output_embeddings()
     vocab_size, hidden_size = lm_head.weight.shape
-    if init_from is not None:
-        heads = load_medusa(init_from, target).requires_grad_(True)
-    else:
-        heads = MedusaHeads(
-            num_heads, num_layers, hidden_size, vocab_size, target_head=lm_head, tied=tied
-        ).to(lm_head.weight.device)
-        heads.start_from_target()
+    earlier = None if init_from is None else load_medusa(init_from, target)
+    if earlier is not None:
+        num_heads, num_layers = num_heads or earlier.num_heads, num_layers or earlier.num_layers
+        tied = earlier.tied
+        root_token = root_token or earlier.reads_token
+        if num_layers < earlier.num_layers:
+            raise ValueError(
+                f"--layers is {num_layers}, but the heads of --init-from {init_from} have "
+                f"{earlier.num_layers} blocks; ask for as many or more"
+            )
+    heads = MedusaHeads(
+        num_heads or MEDUSA_HEADS,
+        num_layers or MEDUSA_LAYERS,
+        hidden_size,
+        vocab_size,
+        target_head=lm_head,
+        tied=tied,
+        embedding=target.get_input_embeddings() if root_token else None,
+    ).to(lm_head.weight.device)
+    heads.start_from_target()
+    if earlier is not None:
+        heads.start_from(earlier)
     heads.bfloat16()
 
     def guess(text: Text, positions: int) -> Tensor:
         rows = text.features[0, text.start - 1 : -1, -hidden_size:]
-        logits: Tensor = heads(rows.to(next(heads.parameters()).dtype))
+        rows = rows.to(next(heads.parameters()).dtype)
+        logits: Tensor = heads(rows, text.tokens[0, text.start : -1])
         return logits[:, :positions]
 
     return Student(
         description=f"{heads.num_heads} Medusa heads of {heads.num_layers} block(s)"
-        + (", tied" if heads.tied else ""),
+        + (", tied" if heads.tied else "")
+        + (", reading the newest token" if heads.reads_token else ""),
         base_model=base_model,
         vocabulary=vocabulary_fingerprint(tokenizer),
         module=heads,

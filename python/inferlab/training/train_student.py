@@ -59,16 +59,23 @@ def add_arguments(kinds: Any) -> None:
         _add_sizes(parser)
         if kind == "medusa":
             parser.add_argument(
-                "--heads", type=int, default=students.MEDUSA_HEADS, help="default: %(default)s"
+                "--heads",
+                type=int,
+                help=f"default: {students.MEDUSA_HEADS}, or as --init-from has",
             )
             parser.add_argument(
                 "--layers",
                 type=int,
-                default=students.MEDUSA_LAYERS,
-                help="residual blocks per head (default: %(default)s)",
+                help=f"residual blocks per head (default: {students.MEDUSA_LAYERS}, or as "
+                "--init-from has)",
             )
             parser.add_argument(
                 "--tied", action="store_true", help="share the target's LM head, own none"
+            )
+            parser.add_argument(
+                "--root-token",
+                action="store_true",
+                help="heads also read the newest token, which the published ones do not",
             )
         if kind == "eagle":
             parser.add_argument(
@@ -313,7 +320,7 @@ def make_student(
     common = (target, tokenizer, args.base_model)
     if args.train_kind == "medusa":
         for flag, value in (("--heads", args.heads), ("--layers", args.layers)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{flag} is {value}, expected at least 1")
         return students.medusa_student(
             *common,
@@ -321,6 +328,7 @@ def make_student(
             num_heads=args.heads,
             num_layers=args.layers,
             tied=args.tied,
+            root_token=args.root_token,
         )
     if args.train_kind == "eagle":
         if args.depth < 1:

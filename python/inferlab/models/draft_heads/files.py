@@ -50,6 +50,8 @@ def load_medusa(
     """
     source, weights = _read(name_or_path, MEDUSA_FILES, allow_pickle)
     renamed: dict[str, Tensor] = {}
+    if "root_projection" in weights:
+        renamed["root_projection"] = weights.pop("root_projection")
     indices = []
     for key, tensor in weights.items():
         match = _MEDUSA_KEY.fullmatch(key)
@@ -71,6 +73,7 @@ def load_medusa(
         vocab_size,
         target_head=target.get_output_embeddings(),
         tied=not any(what == "weight" for _, _, what in indices),
+        embedding=target.get_input_embeddings() if "root_projection" in renamed else None,
     )
     _fill(heads, renamed, source, hidden_size, vocab_size)
     return _like_target(heads, target)

@@ -36,7 +36,10 @@ class MedusaHeads(nn.ModuleList):
         hidden_size, vocab_size: of the target.
         target_head: the target's LM head, `[V, H]` without bias; it is used, not owned.
         tied: the heads end in `target_head` instead of LM heads of their own.
+        embedding: the target's embedding, for heads that read the newest token; not owned.
     """
+
+    root_projection: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class MedusaHeads(nn.ModuleList):
         *,
         target_head: nn.Module,
         tied: bool = False,
+        embedding: nn.Module | None = None,
     ) -> None:
         super().__init__(
             nn.Sequential(
@@ -62,6 +66,9 @@ class MedusaHeads(nn.ModuleList):
         self.tied = tied
         # In a tuple, so that the target's weights do not become weights of the heads.
         self._target_head: tuple[Any] = (target_head,)
+        self._embedding = (embedding,)
+        projection = None if embedding is None else torch.zeros(hidden_size, hidden_size)
+        self.root_projection = None if projection is None else nn.Parameter(projection)
 
     def start_from_target(self) -> None:
         """Copies the target's LM head into the heads' own, from where training learns fastest."""
@@ -71,20 +78,44 @@ class MedusaHeads(nn.ModuleList):
             for weight in self._own_heads():
                 weight.copy_(self._target_head[0].weight)
 
-    def hidden(self, hidden: Tensor) -> Tensor:
-        """What the LM heads see: `[.., H]` -> `[.., heads, H]`."""
+    @torch.no_grad()
+    def start_from(self, earlier: MedusaHeads) -> None:
+        """Copies the heads that both have; further blocks of these come behind the copied ones."""
+        for head in range(min(self.num_heads, earlier.num_heads)):
+            for layer in range(earlier.num_layers):
+                block = self.get_submodule(f"{head}.{layer}")
+                block.load_state_dict(earlier.get_submodule(f"{head}.{layer}").state_dict())
+            if not self.tied:
+                self._own_heads()[head].copy_(earlier._own_heads()[head])
+        if self.root_projection is not None and earlier.root_projection is not None:
+            self.root_projection.copy_(earlier.root_projection)
+
+    @property
+    def reads_token(self) -> bool:
+        """Whether `forward` needs the newest token."""
+        return self.root_projection is not None
+
+    def hidden(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """What the LM heads see: `[.., H]` -> `[.., heads, H]`; arguments as for `forward`."""
+        if self.root_projection is not None:
+            embedding = self._embedding[0]
+            if tokens is None or embedding is None:
+                raise ValueError("tokens is None, but these heads read the newest token")
+            embeds = embedding(tokens).to(hidden.dtype)
+            hidden = hidden + F.linear(embeds, self.root_projection)
         return torch.stack([self._blocks(head)(hidden) for head in self], dim=-2)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Logits of every head.
 
         Args:
             hidden: the target's hidden states after its final norm, `[.., H]`.
+            tokens: what was chosen from them, `[..]`; used where `reads_token`.
 
         Returns:
             `[.., heads, V]`; head i at position t is about the token at position t + 2 + i.
         """
-        states = self.hidden(hidden).unbind(-2)
+        states = self.hidden(hidden, tokens).unbind(-2)
         return torch.stack([self.read(state, i) for i, state in enumerate(states)], dim=-2)
 
     def read(self, state: Tensor, head: int) -> Tensor:
