@@ -258,7 +258,7 @@ class SpecdecConfig(Sampled):
     max_draft: DraftCount | None = None
     tree: Tree | None = None
     tree_nodes: Annotated[int, Field(ge=1, le=MAX_TREE_NODES - 1)] = 31
-    tree_width: Annotated[int, Field(ge=1, le=64)] = 8
+    tree_width: Annotated[int, Field(ge=1, le=64)] = 4
     coupled_noise: bool = True
     ngram: NgramConfig = NgramConfig()
     medusa: MedusaConfig = MedusaConfig()

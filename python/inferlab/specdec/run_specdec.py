@@ -122,7 +122,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--tree-nodes", type=int, metavar="N", help="draft nodes of optimal and grown trees (31)"
     )
     group.add_argument(
-        "--tree-width", type=int, metavar="N", help="nodes expanded per level of grown trees (8)"
+        "--tree-width", type=int, metavar="N", help="nodes expanded per level of grown trees (4)"
     )
     group.add_argument("--policy", choices=one_of("policy"), help="(longest_prefix)")
     group.add_argument("--tau", type=float, help="threshold of conf_threshold (0.5)")

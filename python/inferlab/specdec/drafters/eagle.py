@@ -51,7 +51,7 @@ class EagleDrafter(Drafter):
         shape: TreeShape | None = None,
         *,
         depth: int = 6,
-        width: int = 8,
+        width: int = 4,
         nodes: int = 31,
         coupled: bool = True,
     ) -> None:
