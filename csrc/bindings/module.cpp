@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, m) {
   inferlab::bind_kv(m);
   inferlab::bind_layer(m);
   inferlab::bind_suffix(m);
+  inferlab::bind_growth(m);
 }

@@ -2,6 +2,7 @@
 
 from inferlab.kernels.attention import attention_workspace, paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
+from inferlab.kernels.growth import Frontier, grow_level, grow_tree
 from inferlab.kernels.kv import (
     advise_large_pages,
     kv_append,
@@ -21,12 +22,15 @@ from inferlab.kernels.verify import (
 )
 
 __all__ = [
+    "Frontier",
     "SamplingTensors",
     "TreeLinks",
     "VerifyResult",
     "advise_large_pages",
     "attention_workspace",
     "build_tree",
+    "grow_level",
+    "grow_tree",
     "kv_append",
     "kv_compact",
     "kv_copy_pages",

@@ -18,7 +18,7 @@ from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import PendingFeatures
-from inferlab.specdec.drafters.growth import Frontier, Growth
+from inferlab.specdec.drafters.growth import Growth
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 
@@ -120,7 +120,6 @@ class EagleDrafter(Drafter):
         """A tree of the ``nodes`` tokens that the head is surest of."""
         width = min(self.width, nodes)
         growth = Growth(batch.roots, width, levels)
-        frontier: Frontier | None = None
         positions = batch.seq_lens.to(torch.int64)[:, None]
         for level in range(1, levels + 1):
             positions = positions + 1
@@ -135,7 +134,7 @@ class EagleDrafter(Drafter):
                 num_samples=width,
                 scores=scores,
             )
-            frontier = growth.add(drawn, scores, frontier)
+            frontier = growth.add(drawn, scores)
             if frontier is not None:
                 parent = frontier.parents.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
                 hidden = self._expand(

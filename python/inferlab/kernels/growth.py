@@ -1,0 +1,100 @@
+"""grow_level and grow_tree: draft trees that grow where the draft is sure (EAGLE-2).
+
+Candidates are numbered as they are seen: [0, W) hang on the root, then W * W per level. Expanded
+node f (0 is the root, then W per level) has the candidates [f * W, (f + 1) * W).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from inferlab.kernels import reference
+from inferlab.kernels._registry import ops_for
+
+
+class Frontier(NamedTuple):
+    """The nodes to expand next.
+
+    Attributes:
+        tokens: i32[B, W].
+        parents: i64[B, W], which of the nodes expanded last each one hangs on.
+        ancestors: i64[B, W, words]; bit 0 is the root, bit f is expanded node f.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    ancestors: torch.Tensor
+
+
+def grow_level(
+    drawn: torch.Tensor,
+    scores: torch.Tensor,
+    above: torch.Tensor | None,
+    level: int,
+    tokens: torch.Tensor,
+    confidence: torch.Tensor,
+    expanded: torch.Tensor,
+    words: int | None,
+) -> Frontier | None:
+    """Takes the children of the nodes expanded last, and picks the W surest ones to expand next.
+
+    A child's confidence is the softmax of its score among its siblings, in logs, added to its
+    parent's. Ties go to the candidate seen first, so that a parent is never behind its child.
+
+    Args:
+        drawn: i32[B, M, W], the best W tokens at each of the M nodes, best first; -1: none.
+        scores: f32[B, M, W], what they were drawn by.
+        above: the frontier's ancestors; None at level 0, where M is 1.
+        level: 0 for the children of the root.
+        tokens, confidence: i32 and f32[B, candidates], filled in.
+        expanded: i32[B, 1 + W * (levels - 1)], candidate of each expanded node, filled in.
+        words: words of ancestor bits per node; None on the last level.
+
+    Returns:
+        the next frontier; None on the last level.
+    """
+    native = getattr(ops_for(drawn), "grow_level", None)
+    if native is None or not drawn.is_cpu:
+        found = reference.grow_level(
+            drawn, scores, above, level, tokens, confidence, expanded, words
+        )
+        return None if found is None else Frontier(*found)
+    if words is None:
+        native(drawn, scores, None, level, tokens, confidence, expanded, None, None, None)
+        return None
+    size, _, width = drawn.shape
+    frontier = Frontier(
+        torch.empty((size, width), dtype=torch.int32),
+        torch.empty((size, width), dtype=torch.int64),
+        torch.empty((size, width, words), dtype=torch.int64),
+    )
+    native(drawn, scores, above, level, tokens, confidence, expanded, *frontier)
+    return frontier
+
+
+def grow_tree(
+    roots: torch.Tensor,
+    tokens: torch.Tensor,
+    confidence: torch.Tensor,
+    expanded: torch.Tensor,
+    width: int,
+    nodes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The surest nodes of a growth as a tree, numbered by confidence behind the root.
+
+    Args:
+        roots: i32[B].
+        tokens, confidence, expanded: what `grow_level` filled in.
+        nodes: root included; at most 1 + candidates.
+
+    Returns:
+        tokens and parents, i32[B, nodes].
+    """
+    native = getattr(ops_for(tokens), "grow_tree", None)
+    if native is None or not tokens.is_cpu:
+        return reference.grow_tree(roots, tokens, confidence, expanded, width, nodes)
+    tree = torch.empty((2, tokens.shape[0], nodes), dtype=torch.int32)
+    native(roots, tokens, confidence, expanded, width, tree[0], tree[1])
+    return tree[0], tree[1]

@@ -1,0 +1,75 @@
+"""Growing draft trees, in torch operations: see inferlab.kernels.growth."""
+
+from __future__ import annotations
+
+import torch
+
+NEVER = -1e30
+"""Log confidence of what merely fills a row in which too few tokens were drawn."""
+
+
+def grow_level(
+    drawn: torch.Tensor,
+    scores: torch.Tensor,
+    above: torch.Tensor | None,
+    level: int,
+    tokens: torch.Tensor,
+    confidence: torch.Tensor,
+    expanded: torch.Tensor,
+    words: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """See inferlab.kernels.growth.grow_level."""
+    size, parents, width = drawn.shape
+    before = 0 if level == 0 else 1 + (level - 1) * width
+    first, count = before * width, parents * width
+    if level == 0:
+        expanded[:, 0] = -1
+        path = torch.zeros((size, 1), device=drawn.device)
+    else:
+        ids = expanded[:, before : before + parents].to(torch.int64)
+        path = confidence.gather(1, ids)
+    missing = drawn < 0
+    own = torch.log_softmax(scores.masked_fill(missing, -torch.inf), dim=-1)
+    own = torch.where(missing, NEVER, own.clamp_max(0.0))
+    here = (own + path[:, :, None]).view(size, count)
+    filled = torch.where(missing, drawn[:, :, :1], drawn).clamp_min(0).view(size, count)
+    tokens[:, first : first + count] = filled
+    confidence[:, first : first + count] = here
+    if words is None:
+        return None
+    at = here.sort(dim=1, descending=True, stable=True).indices[:, :width]
+    slots = torch.arange(1 + level * width, 1 + (level + 1) * width, device=drawn.device)
+    expanded[:, 1 + level * width : 1 + (level + 1) * width] = (at + first).to(torch.int32)
+    on = at // width
+    bits = torch.zeros((width, words), dtype=torch.int64, device=drawn.device)
+    row = torch.arange(width, device=drawn.device)
+    bits[row, slots // 64] = torch.ones_like(slots) << (slots % 64)
+    if above is None:
+        bits[:, 0] |= 1
+        ancestors = bits.expand(size, -1, -1).contiguous()
+    else:
+        ancestors = above.gather(1, on[:, :, None].expand(-1, -1, words)) | bits
+    return filled.gather(1, at), on, ancestors
+
+
+def grow_tree(
+    roots: torch.Tensor,
+    tokens: torch.Tensor,
+    confidence: torch.Tensor,
+    expanded: torch.Tensor,
+    width: int,
+    nodes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See inferlab.kernels.growth.grow_tree."""
+    size, count = confidence.shape
+    order = confidence.sort(dim=1, descending=True, stable=True).indices[:, : nodes - 1]
+    numbers = torch.arange(1, nodes, device=order.device).expand(size, -1)
+    place = torch.zeros((size, count + 1), dtype=torch.int64, device=order.device)
+    place.scatter_(1, order + 1, numbers)  # entry 0: the root, whose number is 0
+    parents = expanded.to(torch.int64).gather(1, order // width)
+    parents = place.gather(1, parents + 1).to(torch.int32)
+    picked = tokens.gather(1, order)
+    return (
+        torch.cat((roots[:, None], picked), dim=1),
+        torch.nn.functional.pad(parents, (1, 0), value=-1),
+    )
