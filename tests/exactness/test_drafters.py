@@ -130,7 +130,8 @@ def test_speculation_changes_no_token(name, drafter, tree, params, controller):
                 )
             accepted += result.stats.accepted
         assert decoding.scheduler.allocator.num_free == PAGES
-    if controller == "fixed" and drafter not in ("ngram", "recycling"):
+    copies = drafter == "ngram+corpus" and params == "greedy"
+    if controller == "fixed" and (copies or "vanilla" in drafter):
         assert accepted > 0, "the draft never agreed: nothing was tested"
 
 
