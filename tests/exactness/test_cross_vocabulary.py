@@ -11,11 +11,17 @@ from scipy.stats import chi2
 
 from exactness.compare import assert_same_tokens
 from exactness.test_rejection_engine import next_probabilities
+from helpers.paged import PagedRunner
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from helpers.vocabularies import KINDS, permuted, reheaded, trained_tokenizer
 from inferlab.models import FakeLM, ForwardBatch, HFModel, VocabularyMap
 from inferlab.specdec.controllers import FixedController
-from inferlab.specdec.drafters import CrossVocabularyDrafter, Drafter, ModelDrafter
+from inferlab.specdec.drafters import (
+    CrossVocabularyDrafter,
+    Drafter,
+    EnsembleDrafter,
+    ModelDrafter,
+)
 from inferlab.specdec.drafters.cross import _Choice
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
@@ -205,6 +211,28 @@ def test_who_finds_no_pages_is_not_drafted_for(way, shape, params):
     accepted, _ = check(decoding, params, "few pages")
     assert accepted > 0
     assert any(1 in nodes and max(nodes) > 1 for nodes in counts if len(nodes) == 4)
+
+
+@SHAPES
+@pytest.mark.parametrize("way", ["tokens", "text"])
+def test_with_other_drafters_its_cache_stays_right(way, shape):
+    """What the cache is said to hold is what it holds: the draft's logits are those without it."""
+    other = drafter_of("same", TreeShape.regular((4, 1)))
+    drafter = drafter_of("permuted", shape, way=way)
+    fresh = draft_of("permuted")
+    read, compared = drafter._read, []
+
+    def watched(ground, texts):
+        logits = read(ground, texts)
+        for row, text in enumerate(texts):
+            alone = PagedRunner(fresh).chain([text.ids])[0, -1]
+            assert torch.allclose(logits[row, 0], alone, atol=1e-3)
+            compared.append(len(text.ids))
+        return logits
+
+    drafter._read = watched
+    check(engine(EnsembleDrafter([other, drafter])), SAMPLED, f"ensemble, {way}")
+    assert len(compared) > 20
 
 
 def test_nothing_is_drafted_beyond_the_drafts_context():

@@ -80,7 +80,7 @@ class CrossVocabularyDrafter(ModelDrafter):
                 "token can be drafted; use way='text' with another policy than rejection, or "
                 "another draft model"
             )
-        if keep_logits or vocabulary.is_whole:
+        if keep_logits or (way == "auto" and vocabulary.is_whole):
             way = "tokens"
         elif not len(targets):
             way = "text"
@@ -280,8 +280,9 @@ class CrossVocabularyDrafter(ModelDrafter):
         if text is not None:
             if tree.num_nodes > 1:
                 self._choice.learn(kept)
-            # The root is among the kept, the newest token is not: it is the next root.
-            new = len(sequence.tokens) - kept
+            # The root is among the kept, the newest token is not: it is the next root. The kept may
+            # be fewer than the new tokens, where others drafted too.
+            new = sequence.num_cached + 1
             count = min(kept, text.drafted) - 1
             text.accepted(sequence.tokens[new : new + count] if count > 0 else ())
             text.asleep = text.drafted == 0 and tree.num_nodes == 1
