@@ -1,10 +1,15 @@
-// The products of a range of outputs. Register blocks of up to kRows rows by 4 outputs: a vector of
-// W is loaded once for all rows of the block. A block's shape changes no bit of a result.
+// The products of a range of outputs: bf16 by AMX where there is (linear_amx.h), else register
+// blocks of up to kRows rows by 4 outputs: a vector of W is loaded once for all rows of the block.
+// A block's shape changes no bit of a result.
 #include "inferlab/linear.h"
 
 #include <cmath>
 
+#include "isa.h"
 #include "simd.h"
+#if defined(INFERLAB_ISA_AVX512)
+#include "linear_amx.h"
+#endif
 
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
@@ -123,50 +128,73 @@ inline void finish_row(const LinearParams& p, int64_t row, int64_t begin, int64_
   }
 }
 
-}  // namespace
-
-void linear_widen(const LinearParams& p, float* wide) {
-  with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t row = 0; row < p.rows; ++row) {
-      const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-      float* out = wide + row * p.in;
-      int64_t i = 0;
-      for (; i + kLanes <= p.in; i += kLanes) vstore(out + i, vload(x + i));
-      for (; i < p.in; ++i) out[i] = to_float(x[i]);
-    }
-  });
+// Rows of x in fp32.
+template <typename T>
+void widen(const LinearParams& p, float* wide) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+    float* out = wide + row * p.in;
+    int64_t i = 0;
+    for (; i + kLanes <= p.in; i += kLanes) vstore(out + i, vload(x + i));
+    for (; i < p.in; ++i) out[i] = to_float(x[i]);
+  }
 }
 
-void linear_outputs(const LinearParams& p, const float* x, int64_t x_stride, int64_t begin,
-                    int64_t end) {
+template <typename T>
+void dot_outputs(const LinearParams& p, const float* x, int64_t x_stride, int64_t begin,
+                 int64_t end) {
   // A block's sums stay in the first-level cache until they are rounded and stored.
   constexpr int64_t kSpan = 64;
   constexpr int64_t kBlockRows = 48;
   float sums[kBlockRows * kSpan];
-  with_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t from = begin; from < end; from += kSpan) {
-      const int64_t to = from + kSpan < end ? from + kSpan : end;
-      for (int64_t row = 0; row < p.rows; row += kBlockRows) {
-        const int64_t rows = p.rows - row < kBlockRows ? p.rows - row : kBlockRows;
-        const float* block = x + row * x_stride;
-        const T* w = static_cast<const T*>(p.weight) + from * p.in;
-        float* out = sums;
-        int64_t n = from;
-        const auto advance = [&](int64_t count) {
-          n += count;
-          w += count * p.in;
-          out += count;
-        };
-        if (rows == 1) {
-          for (; n + 8 <= to; advance(8)) dot_block<T, 1, 8>(block, x_stride, w, p.in, out, kSpan);
-        }
-        for (; n + 4 <= to; advance(4)) all_rows<T, 4>(block, x_stride, rows, w, p.in, out, kSpan);
-        for (; n < to; advance(1)) all_rows<T, 1>(block, x_stride, rows, w, p.in, out, kSpan);
-        for (int64_t r = 0; r < rows; ++r) finish_row<T>(p, row + r, from, to, sums + r * kSpan);
+  for (int64_t from = begin; from < end; from += kSpan) {
+    const int64_t to = from + kSpan < end ? from + kSpan : end;
+    for (int64_t row = 0; row < p.rows; row += kBlockRows) {
+      const int64_t rows = p.rows - row < kBlockRows ? p.rows - row : kBlockRows;
+      const float* block = x + row * x_stride;
+      const T* w = static_cast<const T*>(p.weight) + from * p.in;
+      float* out = sums;
+      int64_t n = from;
+      const auto advance = [&](int64_t count) {
+        n += count;
+        w += count * p.in;
+        out += count;
+      };
+      if (rows == 1) {
+        for (; n + 8 <= to; advance(8)) dot_block<T, 1, 8>(block, x_stride, w, p.in, out, kSpan);
       }
+      for (; n + 4 <= to; advance(4)) all_rows<T, 4>(block, x_stride, rows, w, p.in, out, kSpan);
+      for (; n < to; advance(1)) all_rows<T, 1>(block, x_stride, rows, w, p.in, out, kSpan);
+      for (int64_t r = 0; r < rows; ++r) finish_row<T>(p, row + r, from, to, sums + r * kSpan);
     }
+  }
+}
+
+}  // namespace
+
+int64_t linear_scratch_floats(const LinearParams& p) {
+#if defined(INFERLAB_ISA_AVX512)
+  if (LinearTiles::usable(p)) return LinearTiles::scratch_floats(p);
+#endif
+  return p.dtype == DType::kF32 ? 0 : p.rows * p.in;
+}
+
+void linear_prepare(const LinearParams& p, float* scratch) {
+#if defined(INFERLAB_ISA_AVX512)
+  if (LinearTiles::usable(p)) return LinearTiles::pack(p, scratch);
+#endif
+  if (p.dtype == DType::kF16) widen<f16>(p, scratch);
+  if (p.dtype == DType::kBF16) widen<bf16>(p, scratch);
+}
+
+void linear_outputs(const LinearParams& p, const float* scratch, int64_t begin, int64_t end) {
+#if defined(INFERLAB_ISA_AVX512)
+  if (LinearTiles::usable(p)) return LinearTiles(p, scratch).outputs(begin, end);
+#endif
+  const bool wide = p.dtype == DType::kF32;
+  const float* x = wide ? static_cast<const float*>(p.x) : scratch;
+  with_dtype(p.dtype, [&](auto zero) {
+    dot_outputs<decltype(zero)>(p, x, wide ? p.x_stride : p.in, begin, end);
   });
 }
 
