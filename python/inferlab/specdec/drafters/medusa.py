@@ -53,7 +53,8 @@ class MedusaDrafter(Drafter):
     @torch.inference_mode()
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         shape = self.shape.within(budget)
-        logits = self.heads(self._features.of(batch)[:, -1])[:, : shape.depth]
+        tokens = batch.roots.to(torch.int64) if self.heads.reads_token else None
+        logits = self.heads(self._features.of(batch)[:, -1], tokens)[:, : shape.depth]
         ahead = torch.arange(1, shape.depth + 1, device=batch.device)
         positions = batch.seq_lens.to(torch.int64)[:, None] + ahead
         drawn = kernels.sample(
