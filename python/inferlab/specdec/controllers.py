@@ -126,6 +126,7 @@ class _Costs:
     plan: list[int]  # rungs to run before deciding again: the warm-up, later probes
     interval: int
     until_probe: int
+    until_decision: int = 0
     times: dict[int, deque[float]] = field(default_factory=dict)
     current: int = 0
 
@@ -151,6 +152,7 @@ class CostController:
 
     FORGET = 0.98  # weight of what was known, per step
     SAMPLES = 9  # step times kept per rung
+    DECIDE_EVERY = 4  # steps: deciding takes as long as some ops of a small model
     PROBE_INTERVAL = 32
     MAX_PROBE_INTERVAL = 1024
     MARGIN = 1.02  # what another rung must promise before it is taken
@@ -177,9 +179,13 @@ class CostController:
             if not step.caught_up:
                 rung = self._rungs.index(step.budget)
                 costs.times.setdefault(rung, deque(maxlen=self.SAMPLES)).append(step.step_ms)
+        costs.until_probe -= 1
+        costs.until_decision -= 1
         if costs.plan:
             costs.plan.pop(0)
-        if not costs.plan:
+            costs.until_decision = 0
+        if not costs.plan and costs.until_decision <= 0:
+            costs.until_decision = self.DECIDE_EVERY
             self._decide(costs)
 
     def describe(self) -> dict[str, Any]:
@@ -280,7 +286,6 @@ class CostController:
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] > rates[costs.current] * self.MARGIN:
             costs.current = best
-        costs.until_probe -= 1
         if costs.until_probe <= 0:
             self._plan_probe(costs)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inferlab.models.fused import product
+
 
 class ResidualBlock(nn.Module):
     """x + SiLU(W x + b); a fresh one has W = 0 and so leaves x nearly as it is."""
@@ -123,6 +125,23 @@ class MedusaHeads(nn.ModuleList):
         if self.tied:
             return self._target_head[0](state)
         return F.linear(state, self._own_heads()[head])
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None, count: int) -> Tensor:
+        """`forward` of the first ``count`` heads, by the kernels: `[B, H]` to `[B, count, V]`."""
+        if self.root_projection is not None:
+            embedding = self._embedding[0]
+            assert embedding is not None
+            assert tokens is not None
+            hidden = product(embedding(tokens).to(hidden.dtype), self.root_projection, None, hidden)
+        out = []
+        for index in range(count):
+            state = hidden
+            for block in self._blocks(self[index]):
+                linear: Any = block.linear
+                state = state + F.silu(product(state, linear.weight, linear.bias))
+            own = self._own_heads()[index] if not self.tied else self._target_head[0].weight
+            out.append(product(state, own))
+        return torch.stack(out, dim=1)
 
     def _blocks(self, head: nn.Module) -> nn.Sequential:
         return nn.Sequential(*list(head.children())[: self.num_layers])

@@ -54,11 +54,11 @@ class MedusaDrafter(Drafter):
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         shape = self.shape.within(budget)
         tokens = batch.roots.to(torch.int64) if self.heads.reads_token else None
-        logits = self.heads(self._features.of(batch)[:, -1], tokens)[:, : shape.depth]
+        logits = self.heads.logits(self._features.of(batch)[:, -1], tokens, shape.depth)
         ahead = torch.arange(1, shape.depth + 1, device=batch.device)
         positions = batch.seq_lens.to(torch.int64)[:, None] + ahead
         drawn = kernels.sample(
-            logits.contiguous(),
+            logits,
             positions,
             batch.sampling,
             purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
