@@ -48,6 +48,9 @@ class LastFeatures:
             nodes: [B, S] int32, the walk. kept: [B] int32, how many of its entries count, >= 1.
         """
         rows = self.of(batch)
+        if features.shape[1] == 1:  # the root alone, which is always kept
+            self._rows = features if self.count == 1 else torch.cat((rows[:, 1:], features), dim=1)
+            return
         # Walk entry j stands at count + j in (rows, walk); the last `count` before the kept end.
         ahead = torch.arange(self.count, device=batch.device) - self.count
         at = kept.to(torch.int64)[:, None] + ahead
