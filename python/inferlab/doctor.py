@@ -22,7 +22,12 @@ CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve",
 )  # fmt: skip
-BUNDLED_MODELS = ("tiny", "tiny-draft")
+BUNDLED_MODELS = {
+    "tiny": "model.safetensors",
+    "tiny-draft": "model.safetensors",
+    "tiny-medusa": "medusa_lm_head.safetensors",
+    "tiny-eagle": "model.safetensors",
+}
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "httpx")
 
 
@@ -202,10 +207,9 @@ def _unmet(distribution: str, extras: set[str]) -> list[str]:
 def _bundled_models() -> dict[str, dict[str, Any]]:
     # Not asked of inferlab.models: the doctor must speak where the native module cannot be loaded.
     models: dict[str, dict[str, Any]] = {}
-    for name in BUNDLED_MODELS:
+    for name, weights in BUNDLED_MODELS.items():
         directory = Path(__file__).resolve().parent / "assets" / name
-        files = ("config.json", "tokenizer.json", "model.safetensors")
-        present = all((directory / file).is_file() for file in files)
+        present = all((directory / file).is_file() for file in ("config.json", weights))
         size = sum(file.stat().st_size for file in directory.glob("*")) if present else 0
         models[f"inferlab/{name}"] = {
             "present": present,
