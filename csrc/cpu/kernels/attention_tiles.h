@@ -26,6 +26,9 @@ constexpr int kValueRows = 4;
 constexpr int kValueVecs = 4;
 #endif
 
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
+
 // The rows to ask the memory for while a tile is worked on: row i of the tile asks for
 // base + offsets[i]. They come no nearer than the second-level cache: the first level's few miss
 // buffers are left to the tile at hand.
@@ -36,10 +39,13 @@ struct Ahead {
 
   // Elements [begin, end) of row i.
   void ask(int64_t i, int64_t begin, int64_t end) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t d = begin; d < end; d += kLine) __builtin_prefetch(base + offsets[i] + d, 0, 2);
+    for (int64_t d = begin; d < end; d += kLine<T>) __builtin_prefetch(base + offsets[i] + d, 0, 2);
   }
 };
+
+// Values of this many rows further on come from the second-level cache into the first. Sums that
+// wait for a value hold up the asking behind them, and meanwhile the memory idles.
+constexpr int64_t kNear = 16;
 
 // Rows of 16-bit keys or values in fp32, padded with zeros to `stride`.
 template <typename T>
@@ -123,7 +129,8 @@ void score_rows(const float* q, int64_t q_stride, const T* k, const int64_t* off
   }
 }
 
-// acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i])
+// acc[r][0 .. V vectors) += sum over i in [begin, end) of weights[r][i] * v(offsets[i]). Whoever
+// asks is the first to pass over these channels; those beside them come next.
 template <int R, int V, bool kHalf, bool kAsk, typename T>
 void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v,
                 const int64_t* offsets, int64_t begin, int64_t end, const Ahead<T>& ahead) {
@@ -135,7 +142,12 @@ void sum_values(float* acc, int64_t acc_stride, const float* weights, const T* v
   }
   for (int64_t i = begin; i < end; ++i) {
     const T* value = v + offsets[i];
-    if (kAsk) ahead.ask(i, 0, V * kLanes);
+    if (kAsk) {
+      ahead.ask(i, 0, V * kLanes);
+      const int64_t near = i + kNear;
+      const T* soon = near < end ? v + offsets[near] : v + offsets[near - end + begin] + V * kLanes;
+      for (int64_t d = 0; d < V * kLanes; d += kLine<T>) __builtin_prefetch(soon + d, 0, 3);
+    }
     vf x[V];
 #pragma GCC unroll 8
     for (int c = 0; c < V; ++c) {
