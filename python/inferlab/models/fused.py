@@ -26,7 +26,7 @@ from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
 MAX_ROWS = {
     torch.float32: 48,
-    torch.bfloat16: 256 if _C.active_isa() == "amx" else 8,
+    torch.bfloat16: 128 if _C.active_isa() == "amx" else 8,
     torch.float16: 8,
 }
 
