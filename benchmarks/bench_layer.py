@@ -24,14 +24,13 @@ LINEAR = [(160, 896), (768, 4096), (768, 32_000), (4096, 14_336)]
         [
             {"rows": rows, "in": i, "out": o, "dtype": dtype}
             for i, o in LINEAR
-            for rows in (1, 5)
-            for dtype in ("f32", "bf16")
+            for rows, dtype in ((1, "f32"), (5, "f32"), (1, "bf16"), (5, "bf16"), (32, "bf16"))
             if (i, dtype) != (4096, "f32")
         ],
         sweep=[
             {"rows": rows, "in": i, "out": o, "dtype": dtype}
             for i, o in LINEAR
-            for rows in (1, 4, 8, 16, 32)
+            for rows in (1, 4, 8, 16, 32, 64, 128)
             for dtype in ("f32", "bf16")
         ],
     ),

@@ -1,5 +1,5 @@
-// Splits the outputs over threads; rows of x that are not fp32 are widened, or
-// laid out for AMX, once, up front.
+// Splits the outputs over threads; rows of x that are not fp32 are widened, or laid out for AMX,
+// once, up front.
 // Bytes: out * in * s (the weight, once), rows * (in + out) * s.
 #include "inferlab/linear.h"
 
@@ -25,7 +25,7 @@ Status linear(const LinearParams& p) {
   // A few tasks per thread, so that a thread that is interrupted holds up little.
   const int64_t bytes = p.out * p.in * dtype_size(p.dtype) * (p.rows + 3) / 4;
   const int64_t pieces = bytes < (1 << 20) ? num_threads() : 4 * num_threads();
-  const int64_t chunk = ((p.out + pieces - 1) / pieces + 31) / 32 * 32;
+  const int64_t chunk = ((p.out + pieces - 1) / pieces + 15) / 16 * 16;
   const int64_t tasks = (p.out + chunk - 1) / chunk;
   parallel_for(tasks, bytes, [&](int64_t task) {
     const int64_t begin = task * chunk;

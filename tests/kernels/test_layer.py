@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from helpers.isas import ISAS
 from inferlab import _C, kernels
 from inferlab.kernels.reference import layer as reference
 
@@ -82,13 +85,57 @@ def test_linear(isa, size, dtype):
     assert_close(both, product + bias.double() + residual.double(), dtype)
 
 
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_linear_of_any_shape(data):
+    """Partial tiles on every side, rows that are apart, NaN wherever nothing may be read."""
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows, outputs = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    inputs, apart = data.draw(st.integers(1, 130)), data.draw(st.integers(0, 3))
+    wide = random(rows, inputs + apart, dtype=dtype)
+    wide[:, inputs:] = float("nan")
+    behind = torch.full((outputs + 17, inputs), float("nan"), dtype=dtype)
+    x, weight = wide[:, :inputs], behind[:outputs]
+    weight.copy_(random(outputs, inputs, dtype=dtype, seed=1))
+    bias = random(outputs, dtype=dtype, seed=2) if data.draw(st.booleans()) else None
+    residual = random(rows, outputs, dtype=dtype, seed=3) if data.draw(st.booleans()) else None
+    exact = x.double() @ weight.double().T
+    if bias is not None:
+        exact += bias.double()
+    if residual is not None:
+        exact += residual.double()
+    for isa in ISAS:
+        _C.force_isa(isa)
+        try:
+            assert_close(kernels.linear(x, weight, bias, residual), exact, dtype)
+        finally:
+            _C.force_isa("auto")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rounds_the_product_before_it_adds_the_residual(isa, dtype):
+    x, weight = torch.ones(20, 2, dtype=dtype), torch.ones(24, 2, dtype=dtype)
+    weight[:, 1] = torch.finfo(dtype).eps / 4  # lost when the product is rounded
+    weight[8] = float("nan")
+    residual = torch.full((20, 24), -1.0, dtype=dtype)
+    out = kernels.linear(x, weight, None, residual)
+    assert out[:, 8].isnan().all()
+    assert (out[:, :8] == 0).all()
+    assert (out[:, 9:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", [160, 147])
 def test_linear_of_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(isa, inputs, dtype):
-    x, weight = random(13, inputs, dtype=dtype), random(2003, inputs, dtype=dtype, seed=1)
-    alone = torch.cat([kernels.linear(x[i : i + 1], weight) for i in range(13)])
-    for rows in range(1, 14):
+    most = 70
+    x, weight = random(most, inputs, dtype=dtype), random(483, inputs, dtype=dtype, seed=1)
+    x[::7] *= 1e4
+    alone = torch.cat([kernels.linear(x[i : i + 1], weight) for i in range(most)])
+    for rows in range(1, most + 1):
         assert torch.equal(kernels.linear(x[:rows], weight), alone[:rows])
+        assert torch.equal(kernels.linear(x[-rows:], weight), alone[-rows:])
+    many = kernels.linear(x.repeat(4, 1), weight)
+    assert torch.equal(many, alone.repeat(4, 1))
     _C.set_num_threads(1)
     try:
         assert torch.equal(kernels.linear(x, weight), alone)

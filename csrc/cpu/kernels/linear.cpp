@@ -191,10 +191,10 @@ void linear_outputs(const LinearParams& p, const float* scratch, int64_t begin, 
 #if defined(INFERLAB_ISA_AVX512)
   if (LinearTiles::usable(p)) return LinearTiles(p, scratch).outputs(begin, end);
 #endif
-  const bool wide = p.dtype == DType::kF32;
-  const float* x = wide ? static_cast<const float*>(p.x) : scratch;
+  const bool in_place = p.dtype == DType::kF32;
+  const float* x = in_place ? static_cast<const float*>(p.x) : scratch;
   with_dtype(p.dtype, [&](auto zero) {
-    dot_outputs<decltype(zero)>(p, x, wide ? p.x_stride : p.in, begin, end);
+    dot_outputs<decltype(zero)>(p, x, in_place ? p.x_stride : p.in, begin, end);
   });
 }
 

@@ -11,6 +11,7 @@
 
 #include "amx.h"
 #include "inferlab/linear.h"
+#include "isa.h"
 #include "simd.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {

@@ -1,6 +1,6 @@
 // y = x W^T (+ bias) (+ residual) for few rows of x: the matrix product of decoding, where reading
-// W is the work. Each output is one chain of fused multiply-adds over k, in the same order for any
-// number of rows and threads: a token's result does not depend on what is verified beside it.
+// W is the work. Each output is a chain of fp32 sums over k, in the same order for any number of
+// rows and threads: a token's result does not depend on what is verified beside it.
 #pragma once
 
 #include <cstdint>

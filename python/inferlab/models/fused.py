@@ -18,12 +18,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from inferlab import _C
 from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
 from inferlab.models.attention_hook import LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
-MAX_ROWS = {torch.float32: 48, torch.bfloat16: 8, torch.float16: 8}
+MAX_ROWS = {
+    torch.float32: 48,
+    torch.bfloat16: 128 if _C.active_isa() == "amx" else 8,
+    torch.float16: 8,
+}
 
 # Pre-norm, rotary halves, gated SiLU, no scaling of embeddings, residuals or logits.
 _KNOWN = {
