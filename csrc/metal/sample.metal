@@ -26,8 +26,8 @@ kernel void sample(
     device const int* prompt_lens [[buffer(12)]], device const int* bias_tokens [[buffer(13)]],
     device const float* bias_values [[buffer(14)]], device int* tokens [[buffer(15)]],
     device float* scores [[buffer(16)]], device float* workspace [[buffer(17)]],
-    constant SampleParams& p [[buffer(18)]],
-    uint3 group [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]]) {
+    constant SampleParams& p [[buffer(18)]], uint3 group [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(SampleShared, shared);
   const Group g{&shared.row, tid};
   const Sampling sampling{temperature, top_k,       top_p,      min_p,          seed,
