@@ -195,7 +195,8 @@ def ladder(nodes: int, levels: int) -> tuple[Budget, ...]:
     while size < nodes:
         sizes.append(size)
         size += max(1, size // 3)
-    return tuple(Budget(levels, n) for n in (*sizes, nodes)) if nodes > 0 else ()
+    # As many nodes are at most as many levels; a drafter that goes level by level stops there.
+    return tuple(Budget(min(levels, n), n) for n in (*sizes, nodes)) if nodes > 0 else ()
 
 
 @lru_cache(maxsize=1024)
