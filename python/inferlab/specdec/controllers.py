@@ -127,6 +127,7 @@ class _Costs:
     interval: int
     until_probe: int
     until_decision: int = 0
+    climbing: bool = True
     times: dict[int, deque[float]] = field(default_factory=dict)
     current: int = 0
 
@@ -140,11 +141,13 @@ class CostController:
       the draft node of rank j (a node is on the walk or not, so this is exact for any tree), with
       exponential forgetting;
     * step time is the median of the last measured steps of that rung (draft, verify and overhead),
-      interpolated for a rung that was not measured, per batch size (in powers of two).
+      interpolated for a rung between measured ones, per batch size (in powers of two).
 
-    A short warm-up measures no draft, the largest rung and some in between. Afterwards other rungs
-    are measured again now and then; while not drafting is best, at intervals that double up to
-    ``MAX_PROBE_INTERVAL`` steps, so that a useless drafter costs next to nothing.
+    A batch size begins without drafts and on the first rung, and climbs, every time to a rung twice
+    as high, while the highest one keeps up with the best: trees that are too large for a batch are
+    not even tried. Afterwards other rungs are measured again now and then; while not drafting is
+    best, at intervals that double up to ``MAX_PROBE_INTERVAL`` steps, so that a useless drafter
+    costs next to nothing.
 
     Args:
         max_k: levels to draft at most.
@@ -156,6 +159,7 @@ class CostController:
     PROBE_INTERVAL = 32
     MAX_PROBE_INTERVAL = 1024
     MARGIN = 1.02  # what another rung must promise before it is taken
+    PROMISING = 0.9  # of the best rate: from a rung that reaches it the climb goes on
     UNKNOWN = 0.9  # acceptance of a node that was never tried, relative to the one before
 
     def __init__(self, max_k: int = 8) -> None:
@@ -230,12 +234,8 @@ class CostController:
         return self._costs[bits]
 
     def _warmup(self) -> list[int]:
-        top = len(self._rungs) - 1
-        if top == 0:
-            return []
-        middle = (top + 1) // 2
-        # The first step of a batch pays for cold caches: the largest is measured again later.
-        return [top, 0, middle, 0, top, 1, 0, middle, top, 0]
+        # The first step of its kind pays for cold caches.
+        return [0, 1, 1, 0] if len(self._rungs) > 1 else []
 
     def _learn_acceptance(self, step: StepObservation) -> None:
         # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
@@ -279,13 +279,17 @@ class CostController:
         times = {rung: median(v) for rung, v in costs.times.items()}
         if not times or len(self._rungs) == 1:
             return
-        rates = [
-            tokens / self._step_time(times, rung)
-            for rung, tokens in enumerate(self._expected_tokens())
-        ]
+        top, highest = len(self._rungs) - 1, max(times)
+        expected = self._expected_tokens()[: highest + 1]
+        rates = [tokens / self._step_time(times, rung) for rung, tokens in enumerate(expected)]
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] > rates[costs.current] * self.MARGIN:
             costs.current = best
+        if 0 < highest < top and costs.climbing:
+            costs.climbing = rates[highest] >= self.PROMISING * rates[best]
+            if costs.climbing:
+                costs.plan = [min(2 * highest, top)] * 2
+                return
         if costs.until_probe <= 0:
             self._plan_probe(costs)
 
