@@ -36,7 +36,7 @@ SuffixAutomaton::Match match_of(const SuffixAutomaton& automaton, Cursor cursor)
 }  // namespace
 
 void bind_suffix(py::module_& m) {
-  py::class_<SuffixAutomaton>(m, "SuffixAutomaton")
+  py::class_<SuffixAutomaton>(m, "SuffixAutomaton", py::module_local())
       .def(py::init<>())
       .def("__len__", [](const SuffixAutomaton& self) { return self.text().size(); })
       .def("extend",
