@@ -1,5 +1,5 @@
 // bf16 products by AMX: 16 outputs, straight from W's rows, times 16 rows of x in 16 cycles per 32
-// inputs, while the same 1 KB of W takes some 190 cycles to come from memory. So up to 64 rows cost
+// inputs, while the same 1 KB of W takes some 190 cycles to come from memory. So up to 32 rows cost
 // little more than one. Bytes: W once, x twice (it is laid out in pairs first), y once.
 //
 // A sum takes its products in the order of k from tiles of one shape, so its bits depend neither on
