@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Any, Protocol, runtime_checkable
+from statistics import median_low
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from inferlab.config import MAX_DRAFT, MAX_TREE_NODES
 from inferlab.specdec.tree import NO_DRAFT, Budget
@@ -15,8 +15,7 @@ from inferlab.types import check
 CONTROLLERS = ("fixed", "adaptive", "cost")
 
 
-@dataclass(frozen=True)
-class StepObservation:
+class StepObservation(NamedTuple):
     """What a step told: its size, what it took and what was accepted.
 
     Attributes:
@@ -120,14 +119,17 @@ class AdaptiveController:
 class _Costs:
     """What is known about one batch size: measured step times, the rung in use, what to try next.
 
-    Rungs are numbered from 1; 0 is not to draft.
+    Rungs are numbered from 1; 0 is not to draft. What is `.._at` counts in `steps`.
     """
 
     plan: list[int]  # rungs to run before deciding again: the warm-up, later probes
     interval: int
-    until_probe: int
-    until_decision: int = 0
+    probe_at: int
+    steps: int = 0
+    decide_at: int = 0
+    listen_at: int = 0  # steps before it are not looked at
     climbing: bool = True
+    lost_ms: float = 0.0  # by what was tried since the last probe, against the rung in use
     times: dict[int, deque[float]] = field(default_factory=dict)
     current: int = 0
 
@@ -140,14 +142,15 @@ class CostController:
     * expected tokens = 1 + sum over ranks j <= n of the share of sequences whose walk went through
       the draft node of rank j (a node is on the walk or not, so this is exact for any tree), with
       exponential forgetting;
-    * step time is the median of the last measured steps of that rung (draft, verify and overhead),
+    * step time is the (low) median of the last measured steps of that rung (draft, verify and overhead),
       interpolated for a rung between measured ones, per batch size (in powers of two).
 
     A batch size begins without drafts and on the first rung, and climbs, every time to a rung twice
     as high, while the highest one keeps up with the best: trees that are too large for a batch are
-    not even tried. Afterwards other rungs are measured again now and then; while not drafting is
-    best, at intervals that double up to ``MAX_PROBE_INTERVAL`` steps, so that a useless drafter
-    costs next to nothing.
+    not even tried. Afterwards other rungs are measured again now and then: while not drafting is
+    best, at intervals that grow fourfold up to ``MAX_PROBE_INTERVAL`` steps, and never before what the
+    last probe lost is ``PROBE_SHARE`` of the time since (a draft model that slept has the whole text
+    to catch up with), so that a useless drafter costs next to nothing.
 
     Args:
         max_k: levels to draft at most.
@@ -157,7 +160,8 @@ class CostController:
     SAMPLES = 9  # step times kept per rung
     DECIDE_EVERY = 4  # steps: deciding takes as long as some ops of a small model
     PROBE_INTERVAL = 32
-    MAX_PROBE_INTERVAL = 1024
+    MAX_PROBE_INTERVAL = 2048
+    PROBE_SHARE = 0.002
     MARGIN = 1.02  # what another rung must promise before it is taken
     PROMISING = 0.9  # of the best rate: from a rung that reaches it the climb goes on
     UNKNOWN = 0.9  # acceptance of a node that was never tried, relative to the one before
@@ -177,20 +181,28 @@ class CostController:
 
     def observe(self, step: StepObservation) -> None:
         costs = self._of(step.batch_size)
+        costs.steps += 1
+        if costs.steps < costs.listen_at:
+            return
         # Near a sequence's end the engine drafts less than it was told to: that is no rung.
         if step.budget in self._rungs:
             self._learn_acceptance(step)
             if not step.caught_up:
                 rung = self._rungs.index(step.budget)
                 costs.times.setdefault(rung, deque(maxlen=self.SAMPLES)).append(step.step_ms)
-        costs.until_probe -= 1
-        costs.until_decision -= 1
         if costs.plan:
+            costs.lost_ms += self._loss(costs, step)
             costs.plan.pop(0)
-            costs.until_decision = 0
-        if not costs.plan and costs.until_decision <= 0:
-            costs.until_decision = self.DECIDE_EVERY
+            if not costs.plan:
+                costs.probe_at = costs.steps + max(costs.interval, self._steps_to_earn(costs))
+                costs.decide_at = costs.steps
+        if not costs.plan and costs.steps >= costs.decide_at:
+            costs.decide_at = costs.steps + self.DECIDE_EVERY
             self._decide(costs)
+            if costs.current == 0 and not costs.plan:
+                # While nothing is drafted nothing is learnt that could change that.
+                costs.decide_at = costs.probe_at
+                costs.listen_at = costs.probe_at - self.SAMPLES
 
     def describe(self) -> dict[str, Any]:
         by_size = {2 ** (bits - 1): costs for bits, costs in sorted(self._costs.items())}
@@ -200,7 +212,7 @@ class CostController:
             "chosen_nodes": {s: self._rungs[costs.current].nodes for s, costs in by_size.items()},
             "step_ms": {
                 size: {
-                    self._rungs[rung].nodes: round(median(v), 4)
+                    self._rungs[rung].nodes: round(median_low(v), 4)
                     for rung, v in sorted(costs.times.items())
                 }
                 for size, costs in by_size.items()
@@ -275,8 +287,22 @@ class CostController:
         slope = (times[upper] - times[lower]) / (end - start)
         return max(times[lower] + slope * (at - start), 1e-6)
 
+    def _loss(self, costs: _Costs, step: StepObservation) -> float:
+        """Milliseconds that a step took longer than the rung in use takes for as many tokens."""
+        times = costs.times.get(costs.current)
+        if not times:
+            return 0.0
+        tokens = 1.0 + sum(map(len, step.accepted)) / len(step.accepted)
+        return step.step_ms - tokens * median_low(times) / self._expected_tokens()[costs.current]
+
+    def _steps_to_earn(self, costs: _Costs) -> int:
+        """Steps after which what was lost by trying is ``PROBE_SHARE`` of the time."""
+        lost, costs.lost_ms = costs.lost_ms, 0.0
+        times = costs.times.get(costs.current)
+        return int(lost / (self.PROBE_SHARE * median_low(times))) if times else 0
+
     def _decide(self, costs: _Costs) -> None:
-        times = {rung: median(v) for rung, v in costs.times.items()}
+        times = {rung: median_low(v) for rung, v in costs.times.items()}
         if not times or len(self._rungs) == 1:
             return
         top, highest = len(self._rungs) - 1, max(times)
@@ -290,7 +316,7 @@ class CostController:
             if costs.climbing:
                 costs.plan = [min(2 * highest, top)] * 2
                 return
-        if costs.until_probe <= 0:
+        if costs.steps >= costs.probe_at:
             self._plan_probe(costs)
 
     def _plan_probe(self, costs: _Costs) -> None:
@@ -298,13 +324,12 @@ class CostController:
         if costs.current == 0:
             # Twice: a drafter that slept catches up in the first.
             costs.plan = [min(2, top)] * 2
-            costs.interval = min(2 * costs.interval, self.MAX_PROBE_INTERVAL)
+            costs.interval = min(4 * costs.interval, self.MAX_PROBE_INTERVAL)
         else:
             costs.interval = self.PROBE_INTERVAL
             others = (0, min(costs.current + 1, top), costs.current - 1)
             costs.plan = [others[self._probe_turn % len(others)]]
             self._probe_turn += 1
-        costs.until_probe = costs.interval
 
 
 def make_controller(

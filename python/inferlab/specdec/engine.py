@@ -237,8 +237,10 @@ class Engine:
     def _choose_budget(self, batch: Batch) -> Budget:
         if self.drafter is None:
             return NO_DRAFT
-        useful = max(s.remaining for s in batch.sequences) - 1
         levels, nodes = self.controller.choose(len(batch), self._ladder)
+        if levels == 0:
+            return NO_DRAFT
+        useful = max(s.remaining for s in batch.sequences) - 1
         levels = min(levels, self.drafter.max_depth, useful)
         return Budget(levels, nodes) if min(levels, nodes) > 0 else NO_DRAFT
 

@@ -20,7 +20,7 @@ class LastFeatures:
     def __init__(self, count: int = 1) -> None:
         self.count = count
         self._batch: Batch | None = None
-        self._rows = torch.empty(0)  # [B, count, F]
+        self._rows: list[torch.Tensor] = []  # [B, .., F] each; the last `count` rows matter
         self._loose: dict[int, torch.Tensor] = {}  # [count, F] of sequences not in _batch
 
     def start(self, sequence: Sequence, features: torch.Tensor) -> None:
@@ -34,9 +34,11 @@ class LastFeatures:
         """[B, count, F], newest last."""
         if self._batch is not batch:
             self._put_back()
-            self._rows = torch.stack([self._loose.pop(s.request_id) for s in batch.sequences])
+            self._rows = [torch.stack([self._loose.pop(s.request_id) for s in batch.sequences])]
             self._batch = batch
-        return self._rows
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows, dim=1)[:, -self.count :]]
+        return self._rows[0]
 
     def advance(
         self, batch: Batch, features: torch.Tensor, nodes: torch.Tensor, kept: torch.Tensor
@@ -47,10 +49,10 @@ class LastFeatures:
             features: [B, N, F], of all nodes of the tree.
             nodes: [B, S] int32, the walk. kept: [B] int32, how many of its entries count, >= 1.
         """
-        rows = self.of(batch)
-        if features.shape[1] == 1:  # the root alone, which is always kept
-            self._rows = features if self.count == 1 else torch.cat((rows[:, 1:], features), dim=1)
+        if features.shape[1] == 1 and self._batch is batch:  # the root alone, which is always kept
+            self._rows = [*self._rows, features][-self.count :]
             return
+        rows = self.of(batch)
         # Walk entry j stands at count + j in (rows, walk); the last `count` before the kept end.
         ahead = torch.arange(self.count, device=batch.device) - self.count
         at = kept.to(torch.int64)[:, None] + ahead
@@ -59,7 +61,7 @@ class LastFeatures:
         if self.count > 1:
             older = _rows_at(rows, (at + self.count).clamp_max(self.count - 1))
             picked = torch.where((at < 0)[:, :, None], older, picked)
-        self._rows = picked
+        self._rows = [picked]
 
     def release(self, sequence: Sequence) -> None:
         """Forgets a sequence."""
@@ -69,7 +71,8 @@ class LastFeatures:
 
     def _put_back(self) -> None:
         if self._batch is not None:
-            for row, sequence in zip(self._rows, self._batch.sequences, strict=True):
+            rows = self.of(self._batch)
+            for row, sequence in zip(rows, self._batch.sequences, strict=True):
                 self._loose[sequence.request_id] = row
         self._batch = None
 
