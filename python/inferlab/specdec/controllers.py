@@ -142,15 +142,15 @@ class CostController:
     * expected tokens = 1 + sum over ranks j <= n of the share of sequences whose walk went through
       the draft node of rank j (a node is on the walk or not, so this is exact for any tree), with
       exponential forgetting;
-    * step time is the (low) median of the last measured steps of that rung (draft, verify and overhead),
-      interpolated for a rung between measured ones, per batch size (in powers of two).
+    * step time is the (low) median of the last measured steps of that rung (draft, verify and
+      overhead), interpolated for a rung between measured ones, per batch size (in powers of two).
 
     A batch size begins without drafts and on the first rung, and climbs, every time to a rung twice
     as high, while the highest one keeps up with the best: trees that are too large for a batch are
     not even tried. Afterwards other rungs are measured again now and then: while not drafting is
-    best, at intervals that grow fourfold up to ``MAX_PROBE_INTERVAL`` steps, and never before what the
-    last probe lost is ``PROBE_SHARE`` of the time since (a draft model that slept has the whole text
-    to catch up with), so that a useless drafter costs next to nothing.
+    best, at intervals that grow fourfold up to ``MAX_PROBE_INTERVAL`` steps, and never before what
+    the last probe lost is ``PROBE_SHARE`` of the time since (a draft model that slept has the whole
+    text to catch up with), so that a useless drafter costs next to nothing.
 
     Args:
         max_k: levels to draft at most.
