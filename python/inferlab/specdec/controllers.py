@@ -148,9 +148,9 @@ class CostController:
     A batch size begins without drafts and on the first rung, and climbs, every time to a rung twice
     as high, while the highest one keeps up with the best: trees that are too large for a batch are
     not even tried. Afterwards other rungs are measured again now and then: while not drafting is
-    best, at intervals that grow fourfold up to ``MAX_PROBE_INTERVAL`` steps, and never before what
-    the last probe lost is ``PROBE_SHARE`` of the time since (a draft model that slept has the whole
-    text to catch up with), so that a useless drafter costs next to nothing.
+    best, at intervals that grow fourfold up to ``MAX_PROBE_INTERVAL`` steps, and but for the first
+    not before what the last probe lost is ``PROBE_SHARE`` of the time since (a draft model that
+    slept has the whole text to catch up with), so that a useless drafter costs next to nothing.
 
     Args:
         max_k: levels to draft at most.
@@ -194,7 +194,10 @@ class CostController:
             costs.lost_ms += self._loss(costs, step)
             costs.plan.pop(0)
             if not costs.plan:
-                costs.probe_at = costs.steps + max(costs.interval, self._steps_to_earn(costs))
+                wait = self._steps_to_earn(costs)
+                if costs.interval == self.PROBE_INTERVAL:
+                    wait = 0  # something else may have been in the way: once more, soon
+                costs.probe_at = costs.steps + max(costs.interval, wait)
                 costs.decide_at = costs.steps
         if not costs.plan and costs.steps >= costs.decide_at:
             costs.decide_at = costs.steps + self.DECIDE_EVERY

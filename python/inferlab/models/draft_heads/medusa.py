@@ -69,6 +69,7 @@ class MedusaHeads(nn.ModuleList):
         # In a tuple, so that the target's weights do not become weights of the heads.
         self._target_head: tuple[Any] = (target_head,)
         self._embedding = (embedding,)
+        self._stacked: list[tuple[Tensor, Tensor]] = []
         projection = None if embedding is None else torch.zeros(hidden_size, hidden_size)
         self.root_projection = None if projection is None else nn.Parameter(projection)
 
@@ -127,21 +128,39 @@ class MedusaHeads(nn.ModuleList):
         return F.linear(state, self._own_heads()[head])
 
     def logits(self, hidden: Tensor, tokens: Tensor | None, count: int) -> Tensor:
-        """`forward` of the first ``count`` heads, by the kernels: `[B, H]` to `[B, count, V]`."""
+        """`forward` of the first ``count`` heads, by the kernels: `[B, H]` to `[B, count, V]`.
+
+        Block i of all heads is one batched product. The weights must not change any more.
+        """
         if self.root_projection is not None:
             embedding = self._embedding[0]
             assert embedding is not None
             assert tokens is not None
             hidden = product(embedding(tokens).to(hidden.dtype), self.root_projection, None, hidden)
-        out = []
-        for index in range(count):
-            state = hidden
-            for block in self._blocks(self[index]):
-                linear: Any = block.linear
-                state = state + F.silu(product(state, linear.weight, linear.bias))
-            own = self._own_heads()[index] if not self.tied else self._target_head[0].weight
-            out.append(product(state, own))
-        return torch.stack(out, dim=1)
+        states = hidden.expand(count, -1, -1)  # [count, B, H]
+        for weight, bias in self._stacked_blocks():
+            states = states + F.silu(torch.baddbmm(bias[:count], states, weight[:count]))
+        if self.tied:
+            return product(states.transpose(0, 1).flatten(0, 1), self._target_head[0].weight).view(
+                len(hidden), count, -1
+            )
+        own = self._own_heads()
+        return torch.stack([product(states[i], own[i]) for i in range(count)], dim=1)
+
+    def _stacked_blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """By block, over the heads: transposed weights [heads, H, H], biases [heads, 1, H]."""
+        if not self._stacked:
+            for layer in range(self.num_layers):
+                linears: list[Any] = [
+                    self.get_submodule(f"{i}.{layer}").linear for i in range(len(self))
+                ]
+                self._stacked.append(
+                    (
+                        torch.stack([linear.weight.T for linear in linears]),
+                        torch.stack([linear.bias[None] for linear in linears]),
+                    )
+                )
+        return self._stacked
 
     def _blocks(self, head: nn.Module) -> nn.Sequential:
         return nn.Sequential(*list(head.children())[: self.num_layers])
