@@ -329,6 +329,21 @@ def test_agreement_loss_has_the_gradient_of_the_divergence():
     torch.testing.assert_close(got, student.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_loss_in_blocks_is_that_of_whole_logits(rows, frozen):
+    states = torch.randn(rows, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=not frozen)
+    target = losses.targets(torch.randn(rows, 50), 0.3)
+    inputs = [x for x in (states, weight) if x.requires_grad]
+    whole = losses.agreement_loss(states @ weight.T, target)
+    in_blocks = losses.linear_agreement_loss(states, weight, target)
+    torch.testing.assert_close(in_blocks, whole)
+    wanted = torch.autograd.grad(3 * whole, inputs)
+    got = torch.autograd.grad(3 * in_blocks, inputs)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["medusa", "medusa-root", "eagle3", "eagle1", "draft"])
 def test_losses_are_right_about_their_positions(kind, target, tokenizer):
     """Each position's loss is the cross-entropy of the guess that drafting makes there."""

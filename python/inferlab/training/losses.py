@@ -8,6 +8,8 @@ fp32 `[positions]`, in nats, unweighted; `POSITION_DECAY ** i` is the weight of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,6 +49,49 @@ def agreement_loss(logits: Tensor, target: Tensor) -> Tensor:
     return (torch.logsumexp(wide, dim=-1) - (target * wide).sum(-1)).mean()
 
 
+class _LinearAgreement(torch.autograd.Function):
+    """`linear_agreement_loss`; the gradients are found on the way forward."""
+
+    CPU_ROWS, ROWS = 128, 2048  # at a time: on a CPU their logits stay in the cache
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        to_states = torch.empty_like(states)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        loss = torch.zeros((), device=states.device)
+        rows = _LinearAgreement.CPU_ROWS if states.is_cpu else _LinearAgreement.ROWS
+        blocks = (x.split(rows) for x in (states, target, to_states))
+        for some, wanted, to_some in zip(*blocks, strict=True):
+            wide, wanted = (some @ weight.T).float(), wanted.float()
+            log_sum = torch.logsumexp(wide, dim=-1, keepdim=True)
+            loss += log_sum.sum() - (wanted * wide).sum()
+            to_logits = ((wide - log_sum).exp() - wanted).to(weight.dtype)
+            torch.mm(to_logits, weight, out=to_some)
+            if ctx.needs_input_grad[1]:
+                to_weight += to_logits.T @ some
+        ctx.save_for_backward(to_states, to_weight)
+        return loss / len(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        to_states, to_weight = ctx.saved_tensors
+        scale = grads[0] / len(to_states)
+        learns = ctx.needs_input_grad[1]
+        return to_states * scale, (to_weight * scale).to(to_states.dtype) if learns else None, None
+
+
+def linear_agreement_loss(states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """`agreement_loss(states @ weight.T, target)`, but the logits are never all in memory.
+
+    Args:
+        states: `[rows, H]`.
+        weight: `[V, H]`, in the dtype of `states`.
+        target: distributions, `[rows, V]`; no gradient goes there.
+    """
+    loss: Tensor = _LinearAgreement.apply(states, weight, target)
+    return loss
+
+
 def draft_loss(
     draft: LlamaForCausalLM, tokens: Tensor, features: Tensor, lm_head: Tensor, argmax_weight: float
 ) -> Tensor:
@@ -57,6 +102,7 @@ def draft_loss(
     return agreement_loss(logits.flatten(0, 1), target.flatten(0, 1))[None]
 
 
+@torch.compiler.disable  # many deep heads take minutes to compile, and gain nothing here
 def medusa_loss(
     heads: MedusaHeads, tokens: Tensor, features: Tensor, lm_head: Tensor, argmax_weight: float
 ) -> Tensor:
@@ -65,8 +111,9 @@ def medusa_loss(
     losses = []
     for index, states in enumerate(heads.hidden(features, tokens[:, 1:]).unbind(-2)):
         rows = features.shape[1] - 1 - index
-        logits = heads.read(states[:, :rows].flatten(0, 1), index)
-        losses.append(agreement_loss(logits, target[:, 1 + index :].flatten(0, 1)))
+        wanted = target[:, 1 + index :].flatten(0, 1)
+        read = states[:, :rows].flatten(0, 1)
+        losses.append(linear_agreement_loss(read, heads.lm_head(index), wanted))
     return torch.stack(losses)
 
 

@@ -78,8 +78,8 @@ class MedusaHeads(nn.ModuleList):
         if self.tied:
             return
         with torch.no_grad():
-            for weight in self._own_heads():
-                weight.copy_(self._target_head[0].weight)
+            for head in range(self.num_heads):
+                self.lm_head(head).copy_(self._target_head[0].weight)
 
     @torch.no_grad()
     def start_from(self, earlier: MedusaHeads) -> None:
@@ -89,7 +89,7 @@ class MedusaHeads(nn.ModuleList):
                 block = self.get_submodule(f"{head}.{layer}")
                 block.load_state_dict(earlier.get_submodule(f"{head}.{layer}").state_dict())
             if not self.tied:
-                self._own_heads()[head].copy_(earlier._own_heads()[head])
+                self.lm_head(head).copy_(earlier.lm_head(head))
         if self.root_projection is not None and earlier.root_projection is not None:
             self.root_projection.copy_(earlier.root_projection)
 
@@ -119,13 +119,15 @@ class MedusaHeads(nn.ModuleList):
             `[.., heads, V]`; head i at position t is about the token at position t + 2 + i.
         """
         states = self.hidden(hidden, tokens).unbind(-2)
-        return torch.stack([self.read(state, i) for i, state in enumerate(states)], dim=-2)
+        logits = [F.linear(state, self.lm_head(i)) for i, state in enumerate(states)]
+        return torch.stack(logits, dim=-2)
 
-    def read(self, state: Tensor, head: int) -> Tensor:
-        """Logits `[.., V]` of one head from its part of `hidden`."""
+    def lm_head(self, head: int) -> Tensor:
+        """`[V, H]`, what makes logits of one head's part of `hidden`."""
         if self.tied:
-            return self._target_head[0](state)
-        return F.linear(state, self._own_heads()[head])
+            weight: Tensor = self._target_head[0].weight
+            return weight
+        return self.get_parameter(f"{head}.{self.num_layers}.weight")
 
     def logits(self, hidden: Tensor, tokens: Tensor | None, count: int) -> Tensor:
         """`forward` of the first ``count`` heads, by the kernels: `[B, H]` to `[B, count, V]`.
@@ -141,11 +143,9 @@ class MedusaHeads(nn.ModuleList):
         for weight, bias in self._stacked_blocks():
             states = states + F.silu(torch.baddbmm(bias[:count], states, weight[:count]))
         if self.tied:
-            return product(states.transpose(0, 1).flatten(0, 1), self._target_head[0].weight).view(
-                len(hidden), count, -1
-            )
-        own = self._own_heads()
-        return torch.stack([product(states[i], own[i]) for i in range(count)], dim=1)
+            rows = states.transpose(0, 1).flatten(0, 1)
+            return product(rows, self.lm_head(0)).view(len(hidden), count, -1)
+        return torch.stack([product(states[i], self.lm_head(i)) for i in range(count)], dim=1)
 
     def _stacked_blocks(self) -> list[tuple[Tensor, Tensor]]:
         """By block, over the heads: transposed weights [heads, H, H], biases [heads, 1, H]."""
@@ -164,6 +164,3 @@ class MedusaHeads(nn.ModuleList):
 
     def _blocks(self, head: nn.Module) -> nn.Sequential:
         return nn.Sequential(*list(head.children())[: self.num_layers])
-
-    def _own_heads(self) -> list[Tensor]:
-        return [self.get_parameter(f"{head}.{self.num_layers}.weight") for head in range(len(self))]
