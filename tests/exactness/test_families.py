@@ -129,3 +129,18 @@ def test_different_seeds_give_different_tokens():
         [(PROMPTS[0], SamplingParams(max_tokens=24, temperature=1.0, seed=s)) for s in range(4)]
     )
     assert len({tuple(r.token_ids) for r in runs}) == 4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])  # tables of positions, which end
+def test_a_long_text_beside_one_that_has_just_come(family):
+    texts = [[(5 * i) % 97 + 3 for i in range(100)], [(3 * i) % 89 + 3 for i in range(60)]]
+    plain = engine(family, max_batch=1).generate([(text, GREEDY) for text in texts])
+    speculative = engine(family, "vanilla")
+    results = [speculative.submit(texts[0], GREEDY)]
+    speculative.step()
+    results.append(speculative.submit(texts[1], GREEDY))
+    while speculative.scheduler.running or speculative.scheduler.waiting:
+        speculative.step()
+    for text, expected, sequence in zip(texts, plain, results, strict=True):
+        tokens = sequence.tokens[len(text) :]
+        assert_same_tokens(target_of(family), text, expected.token_ids, tokens, GREEDY, family)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from helpers.vocabularies import permuted
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.modes_report import print_modes
 from inferlab.benchmarks.run_bench import main
@@ -94,6 +95,18 @@ def test_bad_flags_are_named(argv, message, capsys):
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_draft_of_another_vocabulary_is_no_assistant(tmp_path):
+    for draft in ("inferlab/tiny-draft", str(tmp_path)):
+        if draft == str(tmp_path):
+            with permuted("inferlab/tiny-draft").plain() as model:
+                model.save_pretrained(tmp_path)
+            permuted("inferlab/tiny-draft").tokenizer.save_pretrained(tmp_path)
+        config = SpecdecConfig(draft_model=draft, device="cpu")
+        runners = ModesBenchmark(config, ["vanilla"])._generators()
+        assert ("hf-assistant" in runners) == (draft == "inferlab/tiny-draft")
+        assert "hf-lookup" in runners
 
 
 def test_all_modes_are_known():

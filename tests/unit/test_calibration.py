@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from inferlab import cli
 from inferlab.specdec.calibration import AcceptanceCounts, measured_acceptance, write_acceptance
 from inferlab.specdec.tree import TreeShape
 
@@ -50,6 +51,13 @@ def test_a_broken_file_is_named(tmp_path, text):
     (tmp_path / "acceptance.json").write_text(text)
     with pytest.raises(ValueError, match=r"acceptance\.json"):
         measured_acceptance(str(tmp_path))
+
+
+def test_too_few_steps_to_measure_anything_write_nothing(tmp_path, capsys):
+    argv = ["calibrate", "--impl", "fake", "--num-prompts", "1", "--max-tokens", "1"]
+    assert cli.main([*argv, "--output", str(tmp_path)]) == 2
+    assert "--num-prompts: 1 prompts of 1 tokens were too few" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_on_the_hub_has_none():

@@ -224,6 +224,16 @@ def test_budgets_are_shared_and_what_one_can_not_use_goes_to_the_others():
     assert all(a < b for a, b in pairwise(rungs))
 
 
+def test_slots_are_reserved_for_what_a_member_draws_and_does_not_keep():
+    grows = Recorder(1, depth=4)
+    grows.max_nodes = 21
+    ensemble = EnsembleDrafter([grows, Recorder(2)], max_nodes=8)
+    assert ensemble.max_nodes == 21
+    assert ensemble.ladder()[-1].nodes == 7
+    assert sum(ensemble._shares(99)) == 7
+    assert ensemble.describe()["max_nodes"] == 8
+
+
 class Reads(torch.overrides.TorchFunctionMode):
     """Counts what would make the host wait for a device."""
 

@@ -32,6 +32,7 @@ from inferlab.training import (
     students,
     teach,
     train,
+    train_student,
     trainer,
 )
 from inferlab.training.architectures import causal_bias
@@ -696,3 +697,31 @@ def test_matplotlib_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"matplotlib is missing.*\[train\]"):
         curve.draw_curve(tmp_path / "curve.png", [], title="x")
+
+
+# Devices.
+
+
+def test_a_fresh_draft_is_where_the_target_is(world, target, tokenizer):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(command("draft", world, world / "never"))
+    elsewhere = micro_model().to("meta")
+    student = train_student.make_student(args, elsewhere, tokenizer)
+    assert {p.device.type for p in student.module.parameters()} == {"meta"}
+
+
+def test_one_gpu_of_several_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    target = argparse.Namespace(device=torch.device("cuda"))
+    config = teach.RunConfig(output=tmp_path, cache=tmp_path, steps=1)
+    arguments = teach._arguments(config, target)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 1
+
+
+def test_another_gpu_than_the_first_is_refused(world, capsys):
+    assert run_command(*command("draft", world, world / "never"), "--device", "cuda:1") == 2
+    said = capsys.readouterr().err
+    assert "--device is 'cuda:1'" in said
+    assert "CUDA_VISIBLE_DEVICES=1" in said

@@ -18,6 +18,7 @@ from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
 from inferlab.models import HFModel
+from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 DRAFT_MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "none")
@@ -144,13 +145,18 @@ class ModesBenchmark:
         )  # fmt: skip
 
     def _generators(self) -> dict[str, Runner]:
-        """Hugging Face: plain, with the draft model as its assistant, and with prompt lookup."""
+        """Hugging Face: plain, with the draft model as its assistant, and with prompt lookup.
+
+        Not with a draft model of another vocabulary, which ``generate`` takes in another way.
+        """
         if not isinstance(self.target, HFModel):
             return {}
         runners: dict[str, Runner] = {GENERATE: GenerateRunner(self.target, self.config)}
         if "vanilla" in self._pipelines and self.config.effective_temperature == 0:
-            draft = self._pipelines["vanilla"].draft_model
-            if isinstance(draft, HFModel):
+            vanilla = self._pipelines["vanilla"]
+            draft = vanilla.draft_model
+            one_vocabulary = not isinstance(vanilla.engine.drafter, CrossVocabularyDrafter)
+            if isinstance(draft, HFModel) and one_vocabulary:
                 runners["hf-assistant"] = GenerateRunner(self.target, self.config, assistant=draft)
         if self.config.effective_temperature == 0:
             runners["hf-lookup"] = GenerateRunner(self.target, self.config, lookup=LOOKUP_TOKENS)

@@ -97,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
         prompts = training_prompts(load_corpus(), args.num_prompts)
     setup_logging(config.log_level, args.verbose)
     rates = calibrate(config, prompts)
+    if not rates:
+        raise UsageError(
+            f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "
+            "to measure any rate; give more, or more --max-tokens"
+        )
     about: dict[str, Any] = {
         "base_model": config.base_model,
         "draft_mode": config.draft_mode,

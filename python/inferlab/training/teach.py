@@ -202,7 +202,7 @@ def teach(config: RunConfig, student: Student, target: Any, source: Source) -> T
 
 def _arguments(config: RunConfig, target: Any) -> TrainingArguments:
     on_cpu = target.device.type == "cpu"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(config.output),
         max_steps=config.steps,
         per_device_train_batch_size=1,  # an item is a batch
@@ -218,6 +218,10 @@ def _arguments(config: RunConfig, target: Any) -> TrainingArguments:
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
     )
+    # Where several GPUs are visible the trainer would split each batch among copies of the student,
+    # which the compiled loss does not know of; there is no argument for it.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _loss(config: RunConfig, student: Student, target: Any) -> Any:

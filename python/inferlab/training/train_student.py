@@ -285,8 +285,14 @@ def load_target(name: str, device: str) -> tuple[Any, PreTrainedTokenizerFast]:
     """The target in bf16 and its tokenizer.
 
     Raises:
-        ValueError: it cannot be loaded, or its tokenizer has tokens that the model lacks.
+        ValueError: it cannot be loaded, its tokenizer has tokens that the model lacks, or the
+            device is a CUDA device but the first.
     """
+    if device.startswith("cuda:") and device != "cuda:0":
+        raise ValueError(
+            f"--device is {device!r}; the trainer uses the first GPU that it sees: give --device "
+            f"cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}"
+        )
     try:
         loaded = loading.load(name, device=device, dtype="bfloat16")
     except (ValueError, FileNotFoundError) as error:
@@ -366,7 +372,7 @@ def _new_draft(
         llama = llama_config(
             DRAFT_SHAPE, vocab_size=target.config.vocab_size, eos_id=tokenizer.eos_token_id
         )
-        return new_llama(llama, seed=args.seed)
+        return new_llama(llama, seed=args.seed).to(target.device)
     try:
         loaded = loading.load(args.init_from, dtype="bfloat16", device=str(target.device))
     except (ValueError, FileNotFoundError) as error:

@@ -19,7 +19,8 @@ class Drafter(ABC):
 
     Attributes:
         name: as in ``draft_mode``.
-        max_nodes: nodes of its largest tree, root included.
+        max_nodes: the most nodes that it drafts, root included, whether its tree keeps them or not:
+            so many slots are reserved behind each sequence.
         max_depth: levels of its largest tree.
         feature_layers: hidden states of the target that it needs (see
             ``ForwardBatch.feature_layers``).

@@ -48,13 +48,15 @@ class EnsembleDrafter(Drafter):
             )
             most = min(most, max_nodes)
         self.drafters = tuple(drafters)
-        self.max_nodes = min(most, MAX_TREE_NODES)
+        self._tree_nodes = min(most, MAX_TREE_NODES)
+        # A member that grows its tree draws more nodes than it keeps, and needs slots for them all.
+        self.max_nodes = max(self._tree_nodes, *(d.max_nodes for d in drafters))
         self.max_depth = max(d.max_depth for d in drafters)
         self.feature_layers = tuple(layer for d in drafters for layer in d.feature_layers)
         self._drafted: _Drafted | None = None
 
     def ladder(self) -> SequenceOf[Budget]:
-        return ladder(self.max_nodes - 1, self.max_depth)
+        return ladder(self._tree_nodes - 1, self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         trees = [
@@ -71,7 +73,7 @@ class EnsembleDrafter(Drafter):
     def _shares(self, nodes: int) -> list[int]:
         """Each member's part of a budget: equal parts, but for what a member can not use."""
         shares = [0] * len(self.drafters)
-        left = min(nodes, self.max_nodes - 1)
+        left = min(nodes, self._tree_nodes - 1)
         room = [d.max_nodes - 1 for d in self.drafters]
         while left > 0 and any(room):
             open_members = [i for i, r in enumerate(room) if r > 0]
@@ -129,7 +131,7 @@ class EnsembleDrafter(Drafter):
     def describe(self) -> dict[str, Any]:
         return {
             "drafter": self.name,
-            "max_nodes": self.max_nodes,
+            "max_nodes": self._tree_nodes,
             "members": [d.describe() for d in self.drafters],
         }
 

@@ -209,6 +209,8 @@ class ModelDrafter(Drafter):
         positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
         # Behind a row's own tokens there may be a walk's -1.
         tokens = batch.history[rows].gather(1, positions).clamp_min(0)
+        if self.model.context_length is not None:
+            positions = positions.clamp_max(self.model.context_length - 1)  # padding
         logits = self.model.forward(
             ForwardBatch(
                 tokens=tokens.to(torch.int64),
