@@ -15,6 +15,8 @@ from helpers.paged import PagedRunner
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from helpers.vocabularies import KINDS, permuted, reheaded, trained_tokenizer
 from inferlab.models import FakeLM, ForwardBatch, HFModel, VocabularyMap
+from inferlab.scheduler import Sequence
+from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import (
     CrossVocabularyDrafter,
@@ -248,6 +250,39 @@ def test_nothing_is_drafted_beyond_the_drafts_context():
     result = decoding.generate([(prompt, params)])[0]
     assert_same_tokens(target(), prompt, plain, result.token_ids, params, "short context")
     assert 0 < result.stats.proposed < 4 * result.stats.steps
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "wordpiece"])
+def test_text_is_drafted_no_deeper_than_asked(kind):
+    """Where the draft's tokens are shorter than the target's it writes more of them."""
+    decoding = engine(drafter_of(kind, TREE, way="text"), controller=FixedController(2))
+    drafter, depths = decoding.drafter, []
+    propose = drafter.propose
+
+    def watched(batch, budget):
+        tree = propose(batch, budget)
+        depths.extend(tree.depths)
+        return tree
+
+    drafter.propose = watched
+    check(decoding, GREEDY, f"{kind}, two levels")
+    assert max(depths) == 2
+
+
+def test_a_tree_that_is_given_up_is_forgotten():
+    """A step that fails behind `propose` leaves no tree for the next one's commit."""
+    drafter = drafter_of("permuted", TREE, way="tokens")
+    sequence = Sequence(0, prompts()[0], GREEDY, 0.0, pages=[0])
+    batch = Batch([sequence], target().device, ())
+    drafter.propose(batch, Budget(3, 99))
+    assert drafter._tree is not None
+    drafter._has_room = lambda text: False
+    assert drafter.propose(batch, Budget(3, 99)).num_nodes == 1
+    assert drafter._tree is None
+    del drafter._has_room
+    drafter.propose(batch, Budget(3, 99))
+    drafter.release(sequence)
+    assert drafter._tree is None
 
 
 class Scribe:

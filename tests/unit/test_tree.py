@@ -112,12 +112,26 @@ def check_shape_ranks(part: TreeShape, nodes: int) -> None:
     assert sorted(part.ranks) == list(range(nodes + 1)), "a part is a prefix of its family"
 
 
-def test_a_part_of_the_first_levels_keeps_the_ranks_of_its_family():
+def test_fewer_levels_are_a_family_of_their_own():
     shape = TreeShape.regular([2, 2])
     part = shape.within(Budget(1, 255))
     assert part.parents == (-1, 0, 0)
-    assert part.ranks == tuple(shape.ranks[:3])
+    assert part.ranks == (0, 1, 2)
     assert shape.within(Budget(9, 255)) is shape
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(rates=st.lists(RATES, min_size=1, max_size=3), nodes=st.integers(1, 30))
+def test_a_budget_of_n_nodes_offers_the_first_n_ranks(rates, nodes):
+    """At any number of levels: controllers read from a rank which budgets offer it."""
+    shape = TreeShape.best(rates, nodes, 6)
+    for levels in range(1, shape.depth + 1):
+        whole = shape.within(Budget(levels, 255))
+        for fewer in range(1, whole.num_nodes):
+            part = shape.within(Budget(levels, fewer))
+            check_shape(part)
+            check_shape_ranks(part, fewer)
+            assert whole.within(Budget(levels, fewer)) == part
 
 
 def test_ladders_grow_to_the_whole():

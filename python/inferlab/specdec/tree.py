@@ -37,7 +37,8 @@ class TreeShape:
         parents: parent of each node, the root's is -1.
         ranks: place of each node in the order of worth, the root first. A parent comes before its
             children, so that the first n of them are a tree for every n: the family that
-            ``within`` cuts its trees from. A cut tree keeps the ranks of its family.
+            ``within`` cuts its trees from. A tree cut by nodes keeps the ranks of its family; one
+            cut by levels begins a family of its own.
     """
 
     parents: tuple[int, ...]
@@ -201,11 +202,13 @@ def ladder(nodes: int, levels: int) -> tuple[Budget, ...]:
 
 @lru_cache(maxsize=1024)
 def _within(shape: TreeShape, ranks: tuple[int, ...], budget: Budget) -> TreeShape:
-    allowed = [n for n in range(1, shape.num_nodes) if shape.depths[n] <= budget.levels]
-    kept = sorted(sorted(allowed, key=ranks.__getitem__)[: budget.nodes])
-    place = {0: 0} | {node: index + 1 for index, node in enumerate(kept)}
-    parents = (-1, *(place[shape.parents[n]] for n in kept))
-    return TreeShape(parents, (0, *(ranks[n] for n in kept)))
+    allowed = [n for n in range(shape.num_nodes) if shape.depths[n] <= budget.levels]
+    by_worth = sorted(allowed, key=ranks.__getitem__)
+    rank = {node: index for index, node in enumerate(by_worth)}
+    kept = sorted(by_worth[: 1 + budget.nodes])
+    place = {node: index for index, node in enumerate(kept)}
+    parents = tuple(place.get(shape.parents[n], -1) for n in kept)
+    return TreeShape(parents, tuple(rank[n] for n in kept))
 
 
 @lru_cache(maxsize=512)

@@ -99,6 +99,7 @@ class CrossVocabularyDrafter(ModelDrafter):
         self._longest = min(2 * shape.depth, MAX_DRAFT)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+        self._tree = None
         way = self._choose_way(batch)
         texts = [self._text_of(sequence, way) for sequence in batch.sequences]
         rows = [row for row, text in enumerate(texts) if self._has_room(text)]
@@ -168,10 +169,10 @@ class CrossVocabularyDrafter(ModelDrafter):
         texts: list[DraftText],
         logits: torch.Tensor,
     ) -> DraftTree:
-        most = min(budget.nodes, self.max_depth)
+        most = min(budget.levels, budget.nodes, self.max_depth)
         self._columns = self._all
         ratio = max(len(text.ids) / text.length for text in texts)
-        levels = min(math.ceil(min(budget.levels, most) * ratio), self._longest)
+        levels = min(math.ceil(most * ratio), self._longest)
         tokens, _ = self._grow(ground, TreeShape.chain(levels), logits)
         drafted = self._inputs(tokens[:, 1:]).tolist()
         chains: list[list[int]] = [[] for _ in batch.sequences]
@@ -293,6 +294,7 @@ class CrossVocabularyDrafter(ModelDrafter):
         return any(text is None or text.asleep for text in texts)
 
     def release(self, sequence: Sequence) -> None:
+        self._tree = None  # of the batch that it leaves
         text = self._texts.pop(sequence.request_id, None)
         if text is not None:
             self._pages.release(text.pages)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 
@@ -120,7 +122,7 @@ class PendingFeatures:
         for into, row in zip(self._rows, rows, strict=True):
             into[: len(row)] = row
         done = [self._done[s.request_id] for s in batch.sequences]
-        self.cached = torch.tensor(done, dtype=torch.int32).to(batch.device)
+        self.cached = upload(done, np.int32, batch.device)
         self._batch = batch
 
     def counts(self, batch: Batch) -> list[int]:

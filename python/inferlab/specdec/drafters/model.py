@@ -49,6 +49,9 @@ class ModelDrafter(Drafter):
     replacement. With the target's noise (the default) the first child is the draft's guess of the
     very token that the target will choose, at any temperature.
 
+    All sequences of a batch get trees of one shape, so where one of them is at the end of the draft
+    model's context nothing is drafted for any until it has left the batch.
+
     Args:
         model: the draft model; same vocabulary as the target.
         cache: its K/V pool, with as many pages as the target's.
