@@ -157,7 +157,7 @@ class NgramConfig(Section):
     occurred before, in the text or in a ``corpus`` file."""
 
     min_match: Annotated[int, Field(ge=1, le=64)] = 1
-    max_match: Annotated[int, Field(ge=1)] | None = 4
+    max_match: Annotated[int, Field(ge=1)] | None = None
     corpus: Annotated[str | None, _allowed("a file of text or token ids")] = None
 
     @model_validator(mode="after")
@@ -235,14 +235,34 @@ DraftMode = Literal[
 DRAFT_LEVELS = {"eagle": 6, "ensemble": 6, "ngram": 8, "recycling": 6}
 """K where ``max_draft`` is left out: levels drafted per step; 4 for the others."""
 
+DRAFT_NODES = {"recycling": 80}
+"""Nodes below the root where ``tree_nodes`` is left out; 31 for the others."""
+
+
+def tree_misfit(draft_mode: str, tree: str | tuple[int, ...] | None) -> str:
+    """Why a draft mode has no such tree and what to use instead; "" where it has."""
+    if tree == "grown" and draft_mode != "eagle":
+        return "only 'eagle' grows trees: use 'optimal', or children per node by depth: [4, 2, 1]"
+    if tree == "optimal" and draft_mode == "ngram":
+        return (
+            "where a match was says nothing of ranks: use 'chain', or children per node by depth: "
+            "[4, 2, 1]"
+        )
+    if tree is not None and draft_mode == "ensemble":
+        return "its members draft trees of their own: leave it out, or bound tree_nodes"
+    if tree is not None and draft_mode.endswith("-lite"):
+        return "it drafts a chain: leave it out"
+    return ""
+
 
 class SpecdecConfig(Sampled):
     """Speculative decoding (``configs/specdec.yaml``, ``configs/specdec_hf.yaml``).
 
     Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
     of ``max_draft``; left out it is what suits the drafter (DRAFT_LEVELS). So is ``tree``: chain;
-    optimal, the ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is
-    sure of itself, expanding ``tree_width`` nodes per level; or children per node by depth.
+    optimal, the ``tree_nodes`` nodes (DRAFT_NODES) most likely to be accepted; grown, as many where
+    the draft is sure of itself, expanding ``tree_width`` nodes per level; or children per node by
+    depth.
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
     comparison, they agree less often. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
     smaller one wins; without both it is sized for the batch.
@@ -257,7 +277,7 @@ class SpecdecConfig(Sampled):
     draft_mode: DraftMode = "vanilla"
     max_draft: DraftCount | None = None
     tree: Tree | None = None
-    tree_nodes: Annotated[int, Field(ge=1, le=MAX_TREE_NODES - 1)] = 31
+    tree_nodes: Annotated[int, Field(ge=1, le=MAX_TREE_NODES - 1)] | None = None
     tree_width: Annotated[int, Field(ge=1, le=64)] = 4
     coupled_noise: bool = True
     ngram: NgramConfig = NgramConfig()
@@ -310,6 +330,11 @@ class SpecdecConfig(Sampled):
         return DRAFT_LEVELS.get(self.draft_mode, 4) if self.max_draft is None else self.max_draft
 
     @property
+    def nodes(self) -> int:
+        """``tree_nodes``, or what suits the drafter."""
+        return DRAFT_NODES.get(self.draft_mode, 31) if self.tree_nodes is None else self.tree_nodes
+
+    @property
     def requested_device(self) -> str:
         """``force_device`` where it is set, else ``device`` (which may be "auto")."""
         return self.force_device or self.device
@@ -322,11 +347,10 @@ class SpecdecConfig(Sampled):
                     f"{mode}.enabled: true contradicts draft_mode: {self.draft_mode!r}; the mode "
                     f"says who drafts: set it to {mode!r} (trained heads) or '{mode}-lite'"
                 )
-        if self.tree == "grown" and self.draft_mode != "eagle":
-            raise ValueError(
-                f"tree: 'grown' is not for draft_mode: {self.draft_mode!r}; only 'eagle' grows "
-                "trees: use 'optimal', or children per node by depth: [4, 2, 1]"
-            )
+        misfit = tree_misfit(self.draft_mode, self.tree)
+        if misfit:
+            tree = list(self.tree) if isinstance(self.tree, tuple) else self.tree
+            raise ValueError(f"tree: {tree!r} is not for draft_mode: {self.draft_mode!r}; {misfit}")
         if self.min_k > self.max_k:
             raise ValueError(
                 f"min_k: {self.min_k} is not allowed; must be at most max_k ({self.max_k})"

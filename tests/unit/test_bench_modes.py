@@ -82,6 +82,7 @@ def test_command(tmp_path, capsys):
     ("argv", "message"),
     [
         (("--modes", "ngram", "--stream"), "--stream: has no meaning"),
+        (("--modes", "all", "--heads", "x"), "--heads: belongs to one draft mode; with --modes"),
         (("--modes", "magic", "--impl", "fake", "--prompt", "a"), "modes has 'magic'"),
         (("--mode", "specdec", "--prompt", "a", "--batch", "4"), "--batch: is of --modes"),
         (("--modes", "all", "--batch", "x"), "'x' is not a list of numbers"),
@@ -95,6 +96,13 @@ def test_bad_flags_are_named(argv, message, capsys):
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_mode_without_such_a_tree_takes_its_own():
+    config = FAKE.model_copy(update={"tree": "optimal"})
+    pipelines = ModesBenchmark(config, ["vanilla", "ngram"])._pipelines
+    assert pipelines["vanilla"].describe_drafter()["tree"]["nodes"] == 31
+    assert pipelines["ngram"].config.tree is None
 
 
 def test_a_draft_of_another_vocabulary_is_no_assistant(tmp_path):

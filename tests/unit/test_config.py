@@ -213,7 +213,10 @@ BAD_SPECDEC = [
     ("medusa: 3", "medusa: 3 is not allowed; must be a mapping with the keys enabled,"),
     ("medusa: {num_heads: 0}", "medusa.num_heads: 0 is not allowed; must be an integer from 1"),
     ("medusa: {heads: 1}", "medusa.heads: is not a key; did you mean 'num_heads'?"),
-    ("ngram: {min_match: 5}", "ngram.min_match: 5 is not allowed; must be at most max_match (4)"),
+    (
+        "ngram: {min_match: 5, max_match: 4}",
+        "ngram.min_match: 5 is not allowed; must be at most max_match (4)",
+    ),
     ("fake: {agreement: 2}", "fake.agreement: 2 is not allowed; must be a number from 0 to 1"),
     ("max_darft: 3", "max_darft: is not a key; did you mean 'max_draft'?"),
     ("max_tokens: 3", "max_tokens: is not a key; did you mean 'max_new_tokens'?"),
@@ -221,6 +224,22 @@ BAD_SPECDEC = [
     ("zzz: 1", "zzz: is not a key; valid keys are K, allow_pickle,"),
     ("1: 2", "1 is not a key"),
     ("tree: wide", "tree: 'wide' is not allowed; must be chain, optimal, grown or a list of"),
+    (
+        "{draft_mode: ensemble, tree: optimal}",
+        "tree: 'optimal' is not for draft_mode: 'ensemble'; its members draft trees of their own",
+    ),
+    (
+        "{draft_mode: medusa-lite, tree: [2, 1]}",
+        "tree: [2, 1] is not for draft_mode: 'medusa-lite'; it drafts a chain: leave it out",
+    ),
+    (
+        "{draft_mode: eagle-lite, tree: chain}",
+        "tree: 'chain' is not for draft_mode: 'eagle-lite'; it drafts a chain: leave it out",
+    ),
+    (
+        "{draft_mode: ngram, tree: optimal}",
+        "tree: 'optimal' is not for draft_mode: 'ngram'; where a match was says nothing of ranks",
+    ),
     ("tree: grown", "tree: 'grown' is not for draft_mode: 'vanilla'; only 'eagle' grows"),
     ("eagle: {enabled: true}", "eagle.enabled: true contradicts draft_mode: 'vanilla'"),
 ]

@@ -225,10 +225,11 @@ def test_budgets_are_shared_and_what_one_can_not_use_goes_to_the_others():
 
 
 def test_slots_are_reserved_for_what_a_member_draws_and_does_not_keep():
-    grows = Recorder(1, depth=4)
+    grows = Recorder(1, depth=4, keeps=True)
     grows.max_nodes = 21
     ensemble = EnsembleDrafter([grows, Recorder(2)], max_nodes=8)
     assert ensemble.max_nodes == 21
+    assert EnsembleDrafter([Recorder(1), Recorder(2)], max_nodes=5).max_nodes == 5
     assert ensemble.ladder()[-1].nodes == 7
     assert sum(ensemble._shares(99)) == 7
     assert ensemble.describe()["max_nodes"] == 8

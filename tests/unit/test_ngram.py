@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from helpers.tiny_models import tiny_tokenizer
 from inferlab import _C
+from inferlab.config import SpecdecConfig
 from inferlab.models import FakeLM
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
@@ -240,6 +241,16 @@ def test_a_corpus_is_drafted_from_where_it_matches_longer(tmp_path):
         [2, 3, 4, 5], [2, 8, 9, 1], [7, 0, 0, 0], [2, 6, 0, 0], [2, 8, 1, 2], [2, 3, 4, 5]
     ]  # fmt: skip
     assert drafter.describe()["corpus_tokens"] == 8
+
+
+def test_by_default_a_corpus_wins_where_it_matches_much_longer(tmp_path):
+    file = tmp_path / "ids.json"
+    file.write_text(json.dumps([1, 2, 3, 4, 5, 6, 7, 8]))
+    drafter = NgramDrafter(max_depth=1, corpus=load_corpus(file, None, 10))
+    tree = drafter.propose(batch_of([6, 9, 2, 3, 4, 5, 6], [6, 9, 1, 2, 3, 4, 5, 6]), Budget(1, 9))
+    # One token of its own against five of the corpus, and against six.
+    assert tree.tokens.tolist() == [[6, 9], [6, 7]]
+    assert SpecdecConfig().ngram.max_match is None
 
 
 @pytest.mark.parametrize(

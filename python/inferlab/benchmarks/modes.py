@@ -16,7 +16,7 @@ from inferlab.benchmarks.measure import Measurements, Runner, measure
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
 from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
-from inferlab.config import SpecdecConfig, choices
+from inferlab.config import SpecdecConfig, choices, tree_misfit
 from inferlab.models import HFModel
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -180,7 +180,7 @@ class ModesBenchmark:
 
 
 def _with_mode(config: SpecdecConfig, mode: str) -> SpecdecConfig:
-    tree = config.tree if mode == "eagle" or config.tree != "grown" else None
+    tree = None if tree_misfit(mode, config.tree) else config.tree
     return config.model_copy(update={"draft_mode": mode, "tree": tree})
 
 

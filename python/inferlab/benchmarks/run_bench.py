@@ -139,6 +139,11 @@ def _run_modes(args: argparse.Namespace) -> int:
     for flag in ("--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode"):
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --modes, which compares all of them")
+    if args.heads is not None:
+        raise UsageError(
+            "--heads: belongs to one draft mode; with --modes name heads in the --config file: "
+            f"medusa: {{model: {args.heads}}}, or eagle: {{model: {args.heads}}}"
+        )
     args.mode = "specdec"
     _refuse_misplaced(args)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):

@@ -30,6 +30,7 @@ from inferlab.specdec.drafters import (
     RecyclingDrafter,
     load_corpus,
 )
+from inferlab.specdec.drafters.recycling import ACCEPTANCE, TREE_DEPTH
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
 
@@ -99,7 +100,7 @@ class _Request:
         if tree == "chain":
             return TreeShape.chain(depth)
         acceptance = measured_acceptance(drafts) or [list(ASSUMED_ACCEPTANCE)]
-        return TreeShape.best(acceptance, config.tree_nodes, depth)
+        return TreeShape.best(acceptance, config.nodes, depth)
 
     def real_target(self) -> HFModel:
         """The target, which must have hidden states."""
@@ -133,7 +134,7 @@ def _model_plan(request: _Request, draft: TargetModel) -> DrafterPlan:
     vocabulary = None
     if tokenizer_difference(request.target, draft) is not None:
         vocabulary = VocabularyMap.of(request.target, draft)
-    shape = request.shape("chain", request.max_levels, config.draft_model)
+    shape = request.shape("chain", request.max_levels, draft.name)
 
     def build(pages: int) -> Drafter:
         cache = draft.new_cache(pages, config.page_size)
@@ -169,10 +170,13 @@ def _corpus(request: _Request) -> Any:
 
 
 def _recycling(request: _Request) -> DrafterPlan:
-    shape = None
-    if request.config.tree is not None:
+    config, target = request.config, request.target
+    if request.given_shape is None and config.tree in (None, "optimal"):
+        # The table's own rates, not those of a draft: there is one tree that is best.
+        depth = TREE_DEPTH if config.max_draft is None else request.max_levels
+        shape = TreeShape.best([ACCEPTANCE], config.nodes, depth)
+    else:
         shape = request.shape("optimal", request.max_levels, "")
-    target = request.target
     return DrafterPlan(lambda _: RecyclingDrafter(target.vocab_size, target.device, shape))
 
 
@@ -180,12 +184,12 @@ def _ensemble(request: _Request) -> DrafterPlan:
     config = request.config
     plans = []
     for mode in config.ensemble.drafters:
-        own = config.model_copy(update={"draft_mode": mode, "tree": None, "max_draft": None})
+        own = config.model_copy(update={"draft_mode": mode})
         member = _Request(own, request.target, request.policy, own.levels, request.draft)
         plans.append(_PLANNERS[mode](member))
 
     def build(pages: int) -> Drafter:
-        return EnsembleDrafter([plan.build(pages) for plan in plans], 1 + config.tree_nodes)
+        return EnsembleDrafter([plan.build(pages) for plan in plans], 1 + config.nodes)
 
     models = [plan.model for plan in plans if plan.model is not None]
     return DrafterPlan(build, sum(p.bytes_per_token for p in plans), ", ".join(models) or None)
@@ -234,7 +238,7 @@ def _eagle(request: _Request) -> DrafterPlan:
             shape,
             depth=request.max_levels,
             width=config.tree_width,
-            nodes=config.tree_nodes,
+            nodes=config.nodes,
             coupled=config.coupled_noise,
         )
 

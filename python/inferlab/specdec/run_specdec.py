@@ -109,7 +109,10 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads", metavar="MODEL", help="trained heads for --draft-mode medusa or eagle"
     )
     group.add_argument(
-        "--K", type=int, metavar="N", help="levels drafted per step (by mode: 4; eagle 6)"
+        "--K",
+        type=int,
+        metavar="N",
+        help="levels drafted per step (by mode: 4; eagle, ensemble, recycling 6; ngram 8)",
     )
     group.add_argument("--max-draft", type=int, metavar="N", help="another name of --K")
     group.add_argument(
@@ -119,7 +122,10 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         help="chain, optimal, grown (eagle), or children per node by depth: 4,2,1",
     )
     group.add_argument(
-        "--tree-nodes", type=int, metavar="N", help="draft nodes of optimal and grown trees (31)"
+        "--tree-nodes",
+        type=int,
+        metavar="N",
+        help="draft nodes of optimal, grown and merged trees (31; recycling 80)",
     )
     group.add_argument(
         "--tree-width", type=int, metavar="N", help="nodes expanded per level of grown trees (4)"

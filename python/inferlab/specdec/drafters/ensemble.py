@@ -50,7 +50,8 @@ class EnsembleDrafter(Drafter):
         self.drafters = tuple(drafters)
         self._tree_nodes = min(most, MAX_TREE_NODES)
         # A member that grows its tree draws more nodes than it keeps, and needs slots for them all.
-        self.max_nodes = max(self._tree_nodes, *(d.max_nodes for d in drafters))
+        slots = [d.max_nodes for d in drafters if d.keeps_nodes]
+        self.max_nodes = max([self._tree_nodes, *slots])
         self.max_depth = max(d.max_depth for d in drafters)
         self.feature_layers = tuple(layer for d in drafters for layer in d.feature_layers)
         self._drafted: _Drafted | None = None

@@ -48,7 +48,7 @@ class NgramDrafter(Drafter):
         max_depth: int = 8,
         branches: int = 1,
         min_match: int = 1,
-        max_match: int | None = 4,
+        max_match: int | None = None,
         corpus: Any = None,
         corpus_margin: int = 4,
     ) -> None:

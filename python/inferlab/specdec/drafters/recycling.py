@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
+from inferlab.config import DRAFT_NODES
 from inferlab.models import ForwardOutput
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
@@ -27,7 +28,7 @@ SUCCESSORS = 8
 # P(a token's r-th successor in the table is the target's choice), of the bundled target at
 # temperature 0: what `python benchmarks/recycling_acceptance.py` prints, rounded.
 ACCEPTANCE = (0.73, 0.08, 0.035, 0.018, 0.015, 0.009, 0.007, 0.005)
-TREE_NODES = 80  # below the root, as in the paper
+TREE_NODES = DRAFT_NODES["recycling"]  # below the root, as in the paper
 TREE_DEPTH = 8
 
 
