@@ -60,5 +60,16 @@ def test_too_few_steps_to_measure_anything_write_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--tree optimal", "--tree-nodes 9", "--tree-width 2", "--controller cost", "--adaptive-K",
+     "--min-k 1", "--max-k 4", "--target-acceptance 0.5"],
+)  # fmt: skip
+def test_flags_that_say_how_much_to_draft_are_refused(tmp_path, capsys, flag):
+    argv = ["calibrate", "--impl", "fake", *flag.split(), "--output", str(tmp_path)]
+    assert cli.main(argv) == 2
+    assert f"{flag.split()[0]}: has no meaning here" in capsys.readouterr().err
+
+
 def test_a_name_on_the_hub_has_none():
     assert measured_acceptance("somebody/something") is None

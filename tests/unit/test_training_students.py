@@ -592,6 +592,18 @@ def test_eagle_starts_from_an_earlier_head(target, tokenizer, tmp_path):
     assert all(parameter.requires_grad for parameter in again.module.parameters())
 
 
+def test_what_an_earlier_head_is_can_not_be_asked_for(target, tokenizer):
+    common = (target, tokenizer, "t")
+    for options, flags in (
+        ({"version": 3}, "--version: not with --init-from x"),
+        ({"version": 1, "feature_layers": (1, 3, -1)}, "--version and --features: not with"),
+    ):
+        with pytest.raises(ValueError, match=flags):
+            students.eagle_student(*common, init_from="x", **options)
+    with pytest.raises(ValueError, match="--tied: not with --init-from x"):
+        students.medusa_student(*common, init_from="x", tied=True)
+
+
 # What goes wrong.
 
 

@@ -27,8 +27,20 @@ from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
 
 from .corpus import load_corpus, training_prompts
 
-MODES = ("vanilla", "self", "medusa", "eagle")
-"""Draft modes whose static trees take a node's r-th best token."""
+MODES = ("vanilla", "medusa", "eagle")
+"""Draft modes whose static trees take a node's r-th best token, with weights of their own."""
+
+MEANINGLESS = (
+    "--tree",
+    "--tree-nodes",
+    "--tree-width",
+    "--controller",
+    "--adaptive-K",
+    "--min-k",
+    "--max-k",
+    "--target-acceptance",
+)
+"""Flags of `inferlab specdec` that say how much to draft."""
 
 
 class CountingController(FixedController):
@@ -84,6 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab calibrate``; returns the exit code."""
+    for flag in MEANINGLESS:
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise UsageError(
+                f"{flag}: has no meaning here; every step drafts the largest tree of --K levels"
+            )
     overrides, names = run_specdec.given_overrides(args)
     config = load_config(SpecdecConfig, args.config, overrides, names=names)
     folder = Path(args.output)

@@ -84,8 +84,9 @@ def medusa_student(
     """Medusa heads; LM heads of fresh ones start as the target's.
 
     Earlier heads that are started from may be fewer or have fewer blocks: a fresh block leaves its
-    input as it is.
+    input as it is. Whether they are tied is theirs to say.
     """
+    _refuse_with(init_from, {"--tied": tied or None})
     lm_head = target.get_output_embeddings()
     vocab_size, hidden_size = lm_head.weight.shape
     earlier = None if init_from is None else load_medusa(init_from, target)
@@ -140,18 +141,23 @@ def eagle_student(
     base_model: str,
     *,
     init_from: str | None = None,
-    version: int = 3,
+    version: int | None = None,
     feature_layers: tuple[int, ...] | None = None,
     steps: int = EAGLE_STEPS,
     argmax_weight: float = ARGMAX_WEIGHT,
 ) -> Student:
-    """An EAGLE head; the LM head of a fresh EAGLE-3 starts as the target's."""
+    """An EAGLE head, by default EAGLE-3; the LM head of a fresh one starts as the target's.
+
+    An earlier head that is started from is what it is: ``version`` and ``feature_layers`` are those
+    of a fresh one.
+    """
+    _refuse_with(init_from, {"--version": version, "--features": feature_layers})
     lm_head = target.get_output_embeddings()
     if init_from is not None:
         head = load_eagle(init_from, target).requires_grad_(True)
     else:
         config = eagle_config(target.config)
-        head = EagleHead(config, version, target, feature_layers=feature_layers)
+        head = EagleHead(config, version or 3, target, feature_layers=feature_layers)
         if head.version == 3:
             with torch.no_grad():
                 head.lm_head.weight.copy_(lm_head.weight)
@@ -179,6 +185,16 @@ def eagle_student(
         guess=guess,
         save=lambda folder: save_eagle(folder, head),
     )
+
+
+def _refuse_with(init_from: str | None, flags: dict[str, Any]) -> None:
+    """Raises ValueError where a flag describes fresh heads, and earlier ones are started from."""
+    given = [flag for flag, value in flags.items() if value is not None]
+    if init_from is not None and given:
+        raise ValueError(
+            f"{' and '.join(given)}: not with --init-from {init_from}, whose heads are what they "
+            "are; leave one of them out"
+        )
 
 
 def draft_student(

@@ -82,8 +82,8 @@ def add_arguments(kinds: Any) -> None:
                 "--version",
                 type=int,
                 choices=(1, 3),
-                default=3,
-                help="EAGLE-1 (which EAGLE-2 uses, too) or EAGLE-3 (default: %(default)s)",
+                help="EAGLE-1 (which EAGLE-2 uses, too) or EAGLE-3 (default: 3, or as --init-from "
+                "has)",
             )
             parser.add_argument(
                 "--features",
@@ -91,7 +91,7 @@ def add_arguments(kinds: Any) -> None:
                 nargs=3,
                 metavar="LAYER",
                 help="EAGLE-3: layers whose output is read, from 0; -1 is what the LM head sees "
-                "(default: those of the published code)",
+                "(default: those of the published code, or as --init-from has)",
             )
             parser.add_argument(
                 "--depth",
