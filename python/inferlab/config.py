@@ -28,6 +28,8 @@ __all__ = [
     "BaselineConfig",
     "ConfigError",
     "EagleConfig",
+    "EarlyExitConfig",
+    "EnsembleConfig",
     "FakeConfig",
     "MedusaConfig",
     "NgramConfig",
