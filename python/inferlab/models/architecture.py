@@ -111,6 +111,21 @@ def plan_forward(model: PreTrainedModel, name: str) -> ForwardPlan:
     return ForwardPlan(layers, decoder if same else None, bare if same else None)
 
 
+def decoder_layers(model: PreTrainedModel, count: int, name: str) -> torch.nn.ModuleList:
+    """The list of a model's ``count`` decoder layers, whatever its family calls it.
+
+    Raises:
+        ValueError: there is none of that length.
+    """
+    for module in model.get_decoder().modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"{name} ({model.config.model_type}) keeps its decoder layers where they cannot be found; "
+        "only its last hidden state (-1) can be read"
+    )
+
+
 def check_against_plain(plain: torch.Tensor, paged: torch.Tensor, name: str, kind: str) -> None:
     """Compares logits of one text by the model's own attention and over the paged cache.
 

@@ -11,7 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from inferlab.models import loading
-from inferlab.models.architecture import TESTED, check_against_plain, check_model, plan_forward
+from inferlab.models.architecture import (
+    TESTED,
+    check_against_plain,
+    check_model,
+    decoder_layers,
+    plan_forward,
+)
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
@@ -188,15 +194,7 @@ class HFModel:
                 handle.remove()
 
     def _decoder_layers(self) -> torch.nn.ModuleList:
-        """The list of decoder layers: the one that is as long as there are attention layers."""
-        decoder = self._model.get_decoder()
-        for module in decoder.modules():
-            if isinstance(module, torch.nn.ModuleList) and len(module) == len(self.layers):
-                return module
-        raise ValueError(
-            f"{self.name} ({self.config.model_type}) keeps its decoder layers where they cannot be "
-            "found; only its last hidden state (-1) can be read"
-        )
+        return decoder_layers(self._model, len(self.layers), self.name)
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

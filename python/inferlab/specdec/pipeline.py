@@ -51,7 +51,8 @@ class SpeculativePipeline:
         implementation: ``hf`` (real models) or ``fake`` (instant, deterministic, no weights).
         policy: name of an acceptance policy, or a Policy.
         controller: ``fixed``, ``adaptive`` or ``cost``, or a Controller.
-        k: draft tokens per step of the fixed controller, 0 to 64.
+        k: levels drafted per step by the fixed controller, 0 to 64: the most draft tokens along one
+            path. How many nodes they hold is the tree's to say.
         tree: ``chain``, ``optimal``, ``grown`` (eagle) or children per node by depth, e.g.
             ``[4, 2, 1]``; None: what suits the drafter.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
@@ -129,10 +130,12 @@ class SpeculativePipeline:
 
     @property
     def implementation(self) -> str:
+        """``hf`` or ``fake``."""
         return self.config.implementation
 
     @property
     def device(self) -> str:
+        """Where the target runs: ``cpu``, ``cuda:0``, ..."""
         return str(self.target.device)
 
     @property

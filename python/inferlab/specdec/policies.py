@@ -56,15 +56,12 @@ class Policy:
         return self.name in ("longest_prefix", "rejection")
 
     @property
-    def seed_exact(self) -> bool:
-        """The output is the very same tokens as plain decoding with the same seed."""
-        return self.name == "longest_prefix"
-
-    @property
     def needs_draft_logits(self) -> bool:
+        """Whether it compares p with q: ``DraftTree.draft_logits`` must be there."""
         return self.name == "rejection"
 
     def describe(self) -> dict[str, Any]:
+        """For reports: name, losslessness and its own parameter."""
         info: dict[str, Any] = {"policy": self.name, "lossless": self.lossless}
         parameter = {"conf_threshold": "tau", "topk_agree": "k", "typical": "p"}.get(self.name)
         if parameter is not None:

@@ -34,6 +34,7 @@ class Clock:
     _mark: float = 0.0
 
     def start(self) -> None:
+        """Sets the first mark of a step."""
         self._mark = time.perf_counter()
 
     def lap(self, phase: str) -> float:

@@ -53,6 +53,7 @@ class TreeShape:
 
     @classmethod
     def chain(cls, k: int) -> TreeShape:
+        """``k`` nodes below the root, each the only child of the one before."""
         return cls(tuple(range(-1, k)), tuple(range(k + 1)))
 
     @classmethod
@@ -144,10 +145,12 @@ class TreeShape:
 
     @property
     def depth(self) -> int:
+        """Levels below the root."""
         return self.depths[-1]
 
     @cached_property
     def is_chain(self) -> bool:
+        """Whether every node but the last has one child; a root alone is a chain, too."""
         return self.parents == tuple(range(-1, self.num_nodes - 1))
 
     @cached_property
@@ -243,10 +246,12 @@ class DraftTree:
 
     @property
     def num_nodes(self) -> int:
+        """N: of the largest tree of the batch, root included."""
         return self.tokens.shape[1]
 
     @property
     def is_ragged(self) -> bool:
+        """Whether some sequence has fewer nodes than N, and padding behind them."""
         return any(n != self.num_nodes for n in self.node_counts)
 
     def ranks_of(self, nodes: Sequence[int]) -> list[int]:

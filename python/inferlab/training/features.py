@@ -20,17 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from inferlab.models.architecture import decoder_layers
+
 SHARD_TOKENS = 262_144
 READ_TOKENS = 8192
-
-
-def decoder_layers(target: Any) -> torch.nn.ModuleList:
-    """The target's decoder layers, whatever its family calls them."""
-    count = target.config.get_text_config(decoder=True).num_hidden_layers
-    for module in target.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"{type(target).__name__} has no list of {count} decoder layers")
 
 
 @torch.no_grad()
@@ -48,8 +41,11 @@ def read_features(target: Any, tokens: Tensor, layers: tuple[int, ...]) -> Tenso
 
         return keep
 
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
     hooks = [
-        decoder_layers(target)[index].register_forward_hook(keeper(index))
+        decoder_layers(target, count, type(target).__name__)[index].register_forward_hook(
+            keeper(index)
+        )
         for index in layers
         if index >= 0
     ]

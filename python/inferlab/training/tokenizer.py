@@ -66,8 +66,3 @@ def train_tokenizer(
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def same_vocabulary(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> bool:
-    """Whether both map the same token strings to the same ids."""
-    return bool(one.get_vocab() == other.get_vocab())

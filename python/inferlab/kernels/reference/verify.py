@@ -20,13 +20,6 @@ from inferlab.kernels.sampling_params import SamplingTensors
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Links(NamedTuple):
-    depth: torch.Tensor
-    first_child: torch.Tensor
-    next_sibling: torch.Tensor
-    ancestors: torch.Tensor
-
-
 class Node(NamedTuple):
     """What a rule sees of the node that the walk stands on."""
 

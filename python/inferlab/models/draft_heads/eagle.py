@@ -85,6 +85,7 @@ class EagleAttention(nn.Module):
         return query, key, value
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Causal, without a cache: `[B, T, width]` -> `[B, T, H]`."""
         query, key, value = self.qkv(x, rotation)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

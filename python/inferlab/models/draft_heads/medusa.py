@@ -26,6 +26,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[.., H]` -> `[.., H]`."""
         return x + F.silu(self.linear(x))
 
 

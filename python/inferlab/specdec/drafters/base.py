@@ -85,4 +85,5 @@ class Drafter(ABC):
         return
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """For reports: ``drafter``, its name, and what it was set to."""
