@@ -11,20 +11,38 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StringConstraints,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from inferlab.config_file import ConfigError, build, find_config, packaged_configs, read_yaml
+from inferlab.config_types import (
+    MAX_DRAFT,
+    MAX_TREE_NODES,
+    TREES,
+    Count,
+    Device,
+    DevicePriority,
+    DraftCount,
+    Dtype,
+    Fraction,
+    LogLevel,
+    ModelName,
+    Penalty,
+    Positive,
+    PositiveCount,
+    Section,
+    Seed,
+    Temperature,
+    Texts,
+    TopP,
+    Tree,
+    allowed,
+    as_tuple,
+)
 
 __all__ = [
+    "MAX_DRAFT",
+    "MAX_TREE_NODES",
+    "TREES",
     "BaselineConfig",
     "ConfigError",
     "EagleConfig",
@@ -39,95 +57,6 @@ __all__ = [
     "load_config",
     "packaged_configs",
 ]
-
-MAX_DRAFT = 64
-"""Most draft tokens of one step, along one path."""
-
-MAX_TREE_NODES = 256
-"""Most nodes of a draft tree, its root included."""
-
-_DTYPE_NAMES = {
-    "fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16",
-    "half": "float16",
-}  # fmt: skip
-
-
-def _long_dtype_name(value: object) -> object:
-    return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
-
-
-def _as_tuple(value: object) -> object:
-    """YAML has lists, frozen configurations hold tuples; a single text is a list of one."""
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _allowed(text: str) -> Any:
-    """A field whose error message says ``must be <text>``."""
-    return Field(json_schema_extra={"allowed": text})
-
-
-ModelName = Annotated[str, StringConstraints(min_length=1), _allowed("a hub id or a directory")]
-Device = Annotated[
-    str,
-    StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
-    _allowed("auto, cpu, mps, cuda or cuda:N"),
-]
-DeviceKind = Literal["mps", "cuda", "cpu"]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype_name)
-]
-LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Temperature = Annotated[float, Field(ge=0.0, le=100.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-PositiveCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
-DraftCount = Annotated[int, Field(ge=0, le=MAX_DRAFT)]
-DevicePriority = Annotated[
-    tuple[DeviceKind, ...],
-    BeforeValidator(_as_tuple),
-    Field(min_length=1),
-    _allowed("a list of mps, cuda and cpu, in the order to try"),
-]
-Texts = Annotated[
-    tuple[Annotated[str, StringConstraints(min_length=1)], ...],
-    BeforeValidator(_as_tuple),
-    _allowed("a list of texts, none of them empty"),
-]
-TREES = ("chain", "optimal", "grown")
-
-
-def _as_tree(value: object) -> str | tuple[int, ...]:
-    if isinstance(value, str) and value in TREES:
-        return value
-    is_list = isinstance(value, list | tuple) and 1 <= len(value) <= MAX_DRAFT
-    if is_list and all(type(width) is int and width >= 1 for width in value):  # type: ignore[attr-defined]
-        return tuple(value)  # type: ignore[arg-type]
-    raise PydanticCustomError("tree", "not a tree")
-
-
-Tree = Annotated[
-    str | tuple[int, ...],
-    PlainValidator(_as_tree),
-    _allowed(
-        f"{', '.join(TREES)} or a list of 1 to {MAX_DRAFT} numbers >= 1, children per node by "
-        "depth: [4, 2, 1]"
-    ),
-]
-
-
-class Section(BaseModel):
-    """Frozen, without unknown keys, and without silent conversions ("4" is not 4)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    aliases: ClassVar[Mapping[str, str]] = {}
-    """Other names under which files and callers may give a key."""
 
 
 class MedusaConfig(Section):
@@ -160,7 +89,7 @@ class NgramConfig(Section):
 
     min_match: Annotated[int, Field(ge=1, le=64)] = 1
     max_match: Annotated[int, Field(ge=1)] | None = None
-    corpus: Annotated[str | None, _allowed("a file of text or token ids")] = None
+    corpus: Annotated[str | None, allowed("a file of text or token ids")] = None
 
     @model_validator(mode="after")
     def _ordered(self) -> NgramConfig:
@@ -183,9 +112,9 @@ class EnsembleConfig(Section):
 
     drafters: Annotated[
         tuple[Literal["vanilla", "ngram", "recycling", "self", "medusa", "eagle"], ...],
-        BeforeValidator(_as_tuple),
+        BeforeValidator(as_tuple),
         Field(min_length=1),
-        _allowed("a list of vanilla, ngram, recycling, self, medusa and eagle"),
+        allowed("a list of vanilla, ngram, recycling, self, medusa and eagle"),
     ] = ("eagle", "ngram")
 
 
@@ -379,12 +308,12 @@ class VllmConfig(Section):
     seconds; ``retry_attempts`` counts the first try.
     """
 
-    host: Annotated[str, StringConstraints(min_length=1), _allowed("a host name")] = "127.0.0.1"
+    host: Annotated[str, StringConstraints(min_length=1), allowed("a host name")] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     base_url: Annotated[
-        str, StringConstraints(pattern=r"^https?://.+"), _allowed("an http:// or https:// address")
+        str, StringConstraints(pattern=r"^https?://.+"), allowed("an http:// or https:// address")
     ] | None = None  # fmt: skip
-    api_key: Annotated[str | None, Field(repr=False), _allowed("a text")] = None
+    api_key: Annotated[str | None, Field(repr=False), allowed("a text")] = None
     model: ModelName = "llama-2-7b"
     endpoint: Literal["chat", "completions"] = "chat"
     max_tokens: PositiveCount = 50

@@ -15,11 +15,11 @@ from inferlab.kernels.sample import sample, sample_workspace
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import (
     VerifyResult,
-    verify_tree_lossy,
     verify_tree_match,
     verify_tree_rejection,
     verify_workspace,
 )
+from inferlab.kernels.verify_lossy import verify_tree_lossy
 
 __all__ = [
     "Frontier",

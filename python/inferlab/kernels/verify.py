@@ -1,84 +1,25 @@
-"""verify_tree_*: walk a draft tree under an acceptance policy; one or more tokens come out."""
+"""verify_tree_match, verify_tree_rejection: walk a draft tree and lose nothing by it."""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 
 from inferlab.kernels import reference
-from inferlab.kernels._registry import (
-    as_tensor,
-    empty,
-    is_compiling,
-    is_numpy,
-    new_workspace,
-    ops_for,
-    register,
+from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, ops_for, register
+from inferlab.kernels._walk import (
+    TREE_SCHEMA,
+    VerifyResult,
+    allowed_columns,
+    fake_result,
+    filled,
+    new_result,
+    numpy_result,
+    split_arguments,
+    tensor_links,
+    verify_workspace,
 )
 from inferlab.kernels.build_tree import TreeLinks
-from inferlab.kernels.sample import NUM_SAMPLING_FIELDS, SAMPLING_SCHEMA
 from inferlab.kernels.sampling_params import SamplingTensors
-
-LOSSY_POLICIES = ("conf_threshold", "topk_agree", "typical")
-
-
-class VerifyResult(NamedTuple):
-    """The walk of each sequence, root first; entries behind num_accepted are -1.
-
-    Attributes:
-        accepted_nodes: i32[B, N], the j-th node visited (0, the root, first).
-        accepted_tokens: i32[B, N], the token emitted there: the entered child's, and at the last
-            node the bonus token; -1 at a row that cannot be sampled from, where the walk ends.
-        num_accepted: i32[B], entries: accepted draft tokens + 1.
-    """
-
-    accepted_nodes: torch.Tensor
-    accepted_tokens: torch.Tensor
-    num_accepted: torch.Tensor
-
-
-def _numpy_result(result: VerifyResult) -> VerifyResult:
-    return VerifyResult(*(t.numpy() for t in result))  # type: ignore[arg-type]
-
-
-def _tensor_links(links: TreeLinks) -> TreeLinks:
-    return TreeLinks(*(as_tensor(t) for t in links))
-
-
-def _outputs(logits: torch.Tensor) -> VerifyResult:
-    if logits.dim() != 3:
-        raise ValueError(f"logits has shape {list(logits.shape)}; it must be [B, N, V]")
-    batch, nodes, _ = logits.shape
-    return VerifyResult(
-        empty((batch, nodes), logits, torch.int32),
-        empty((batch, nodes), logits, torch.int32),
-        empty((batch,), logits, torch.int32),
-    )
-
-
-def _result(
-    values: tuple[torch.Tensor, torch.Tensor, torch.Tensor], out: VerifyResult | None
-) -> VerifyResult:
-    if out is None:
-        return VerifyResult(*values)
-    return VerifyResult(*(o.copy_(v) for o, v in zip(out, values, strict=True)))
-
-
-def verify_workspace(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tensor | None:
-    """Scratch memory that serves the verifiers for these shapes; None where they need none.
-
-    Its contents do not matter, before and after. To be given where the call may not allocate, or
-    is made again and again.
-    """
-    ops = ops_for(logits)
-    if ops is None:
-        return None
-    return new_workspace(ops.verify_workspace_bytes(logits, sampling.changes_logits), logits)
-
-
-def _allowed(allowed_vocab: int | None) -> int:
-    return -1 if allowed_vocab is None else max(allowed_vocab, 0)
 
 
 def _run_match(
@@ -96,9 +37,9 @@ def _run_match(
         result = reference.verify_tree_match(
             logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
         )
-        return _result(result, out)
+        return filled(result, out)
     if out is None:
-        out = _outputs(logits)
+        out = new_result(logits)
     if workspace is None:
         workspace = verify_workspace(logits, sampling)
     ops.verify_tree_match(
@@ -108,7 +49,7 @@ def _run_match(
         links.next_sibling,
         seq_lens,
         sampling.flat,
-        _allowed(allowed_vocab),
+        allowed_columns(allowed_vocab),
         *out,
         workspace,
     )
@@ -154,8 +95,8 @@ def verify_tree_match(
         )
         return VerifyResult(*out)
     if is_numpy(logits):
-        arrays = as_tensor(logits), as_tensor(tokens), _tensor_links(links), as_tensor(seq_lens)
-        return _numpy_result(_run_match(*arrays, sampling, allowed_vocab))
+        arrays = as_tensor(logits), as_tensor(tokens), tensor_links(links), as_tensor(seq_lens)
+        return numpy_result(_run_match(*arrays, sampling, allowed_vocab))
     return _run_match(logits, tokens, links, seq_lens, sampling, allowed_vocab, out, workspace)
 
 
@@ -183,9 +124,9 @@ def _run_rejection(
             with_replacement=with_replacement,
             allowed_vocab=allowed_vocab,
         )
-        return _result(result, out)
+        return filled(result, out)
     if out is None:
-        out = _outputs(logits)
+        out = new_result(logits)
     if workspace is None:
         workspace = verify_workspace(logits, sampling)
     ops.verify_tree_rejection(
@@ -197,7 +138,7 @@ def _run_rejection(
         seq_lens,
         sampling.flat,
         with_replacement,
-        _allowed(allowed_vocab),
+        allowed_columns(allowed_vocab),
         *out,
         workspace,
     )
@@ -257,12 +198,12 @@ def verify_tree_rejection(
         )
         return VerifyResult(*out)
     if is_numpy(logits):
-        return _numpy_result(
+        return numpy_result(
             _run_rejection(
                 as_tensor(logits),
                 as_tensor(draft_logits),
                 as_tensor(tokens),
-                _tensor_links(links),
+                tensor_links(links),
                 as_tensor(seq_lens),
                 sampling,
                 with_replacement,
@@ -283,146 +224,15 @@ def verify_tree_rejection(
     )
 
 
-def _run_lossy(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    links: TreeLinks,
-    seq_lens: torch.Tensor,
-    sampling: SamplingTensors,
-    policy: str,
-    threshold: float,
-    allowed_vocab: int | None,
-    out: VerifyResult | None = None,
-    workspace: torch.Tensor | None = None,
-) -> VerifyResult:
-    if policy not in LOSSY_POLICIES:
-        raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(LOSSY_POLICIES)}")
-    if policy == "topk_agree":
-        if not 1 <= threshold < 2**31:
-            raise ValueError(f"threshold is {threshold}; k must be >= 1 for topk_agree")
-    elif not 0.0 <= threshold <= 1.0:
-        raise ValueError(f"threshold is {threshold}; it must be in [0, 1] for {policy}")
-    ops = ops_for(logits)
-    if ops is None:
-        result = reference.verify_tree_lossy(
-            logits,
-            tokens,
-            links,
-            seq_lens,
-            sampling,
-            policy,
-            threshold,
-            allowed_vocab=allowed_vocab,
-        )
-        return _result(result, out)
-    if out is None:
-        out = _outputs(logits)
-    if workspace is None:
-        workspace = verify_workspace(logits, sampling)
-    ops.verify_tree_lossy(
-        logits,
-        tokens,
-        links.first_child,
-        links.next_sibling,
-        seq_lens,
-        sampling.flat,
-        LOSSY_POLICIES.index(policy),
-        threshold,
-        _allowed(allowed_vocab),
-        *out,
-        workspace,
-    )
-    return out
-
-
-def verify_tree_lossy(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    links: TreeLinks,
-    seq_lens: torch.Tensor,
-    sampling: SamplingTensors,
-    policy: str,
-    threshold: float,
-    *,
-    allowed_vocab: int | None = None,
-    out: VerifyResult | None = None,
-    workspace: torch.Tensor | None = None,
-) -> VerifyResult:
-    """Accepts children that the target finds good enough. Changes the output's distribution.
-
-    The first accepted child, in order, is entered; where none is, the target's own choice (as in
-    verify_tree_match) is emitted. p is the target's distribution after the filters; at temperature
-    0 it is the softmax of the penalised logits, untruncated, since a one-hot p would make every
-    policy the exact one. A token of probability 0 is never accepted.
-
-    Args:
-        logits, tokens, links, seq_lens, sampling, allowed_vocab: as in verify_tree_match.
-        policy: "conf_threshold": p(x) >= threshold. "topk_agree": x is among the int(threshold)
-            most probable tokens, ties by lower id. "typical": x is in the locally typical set of
-            mass threshold (Meister et al., "Locally typical sampling", 2022).
-        threshold: in [0, 1]; for topk_agree >= 1.
-        out: where the result goes.
-        workspace: of `verify_workspace`.
-
-    Returns:
-        VerifyResult.
-
-    Raises:
-        ValueError, TypeError: naming the argument, its value and what is allowed.
-    """
-    if is_compiling():
-        out = torch.ops.inferlab.verify_tree_lossy(
-            logits,
-            tokens,
-            *links[:3],
-            seq_lens,
-            *sampling.flat,
-            policy,
-            float(threshold),
-            allowed_vocab,
-        )
-        return VerifyResult(*out)
-    if is_numpy(logits):
-        arrays = as_tensor(logits), as_tensor(tokens), _tensor_links(links), as_tensor(seq_lens)
-        return _numpy_result(_run_lossy(*arrays, sampling, policy, threshold, allowed_vocab))
-    return _run_lossy(
-        logits, tokens, links, seq_lens, sampling, policy, threshold, allowed_vocab, out, workspace
-    )
-
-
-def _fake(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, nodes = logits.shape[:2]
-    walk = [logits.new_empty((batch, nodes), dtype=torch.int32) for _ in range(2)]
-    return walk[0], walk[1], logits.new_empty((batch,), dtype=torch.int32)
-
-
-def _split(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """tokens, links, seq_lens, sampling and whatever follows, from flat op arguments."""
-    tokens, depth, first_child, next_sibling, seq_lens = rest[:5]
-    links = TreeLinks(depth, first_child, next_sibling, depth)
-    sampling = SamplingTensors(*rest[5 : 5 + NUM_SAMPLING_FIELDS])
-    return (tokens, links, seq_lens, sampling, *rest[5 + NUM_SAMPLING_FIELDS :])
-
-
-_TREE_SCHEMA = (
-    "Tensor tokens, Tensor depth, Tensor first_child, Tensor next_sibling, Tensor seq_lens, "
-    + SAMPLING_SCHEMA
-)
 register(
-    f"verify_tree_match(Tensor logits, {_TREE_SCHEMA}, int? allowed_vocab) "
+    f"verify_tree_match(Tensor logits, {TREE_SCHEMA}, int? allowed_vocab) "
     "-> (Tensor, Tensor, Tensor)",
-    lambda logits, *rest: tuple(_run_match(logits, *_split(rest))),
-    _fake,
+    lambda logits, *rest: tuple(_run_match(logits, *split_arguments(rest))),
+    fake_result,
 )
 register(
-    f"verify_tree_rejection(Tensor logits, Tensor? draft_logits, {_TREE_SCHEMA}, "
+    f"verify_tree_rejection(Tensor logits, Tensor? draft_logits, {TREE_SCHEMA}, "
     "bool with_replacement, int? allowed_vocab) -> (Tensor, Tensor, Tensor)",
-    lambda logits, draft, *rest: tuple(_run_rejection(logits, draft, *_split(rest))),
-    _fake,
-)
-register(
-    f"verify_tree_lossy(Tensor logits, {_TREE_SCHEMA}, str policy, float threshold, "
-    "int? allowed_vocab) -> (Tensor, Tensor, Tensor)",
-    lambda logits, *rest: tuple(_run_lossy(logits, *_split(rest))),
-    _fake,
+    lambda logits, draft, *rest: tuple(_run_rejection(logits, draft, *split_arguments(rest))),
+    fake_result,
 )
