@@ -23,6 +23,8 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = 64;  // of one KV head
 constexpr int64_t kRowsPerTask = 32;
+// What of a slot is read at a time must be long for memory to stream, and bf16 slots are short.
+constexpr int64_t kBf16RowsPerTask = 256;
 
 // Grows and never shrinks, so that a decoding loop allocates nothing.
 class Workspace {
@@ -104,7 +106,8 @@ Status paged_tree_attention(const AttentionParams& p) {
   const int64_t rows = plan.nodes_per_block * group;
   plan.blocks = (p.nodes + plan.nodes_per_block - 1) / plan.nodes_per_block;
   plan.splits = (longest + kSplit - 1) / kSplit;
-  plan.heads_per_task = std::clamp<int64_t>(kRowsPerTask / rows, 1, p.kv_heads);
+  plan.heads_per_task = std::clamp<int64_t>(
+      (p.dtype == DType::kBF16 ? kBf16RowsPerTask : kRowsPerTask) / rows, 1, p.kv_heads);
   const int64_t units = p.batch * plan.blocks * plan.splits;
   const int64_t wanted = (2 * num_threads() + units - 1) / units;  // head groups, for balance
   if (wanted > 1) {

@@ -55,8 +55,8 @@ inline int64_t own_list_length(int64_t words) {
   return (64 * words < kChunk ? 64 * words : kChunk) + kMaxLanes;
 }
 
-// What AMX reads: a tile of bf16 keys side by side, and q as bf16 in blocks of 4 or 16 rows.
-inline int64_t query_tile_floats(int64_t heads, int64_t rows, int64_t head_dim) {
+// What AMX reads: a tile of bf16 keys or values laid out, and q as bf16 in blocks of 4 or 16 rows.
+inline int64_t tile_products_floats(int64_t heads, int64_t rows, int64_t head_dim) {
   const int64_t block_rows = rows <= 4 ? 4 : (rows + 15) / 16 * 16;
   return padded((kTile + heads * block_rows) * head_dim / 2);
 }
@@ -68,9 +68,9 @@ inline int64_t attention_scratch_floats(int64_t heads, int64_t nodes, int64_t gr
                                         int64_t head_dim, int64_t words) {
   const int64_t rows = heads * nodes * group;
   return 4 * kListLength + padded(2 * nodes * own_list_length(words)) + 2 * padded(4 * nodes) +
-         padded(4 * rows) + rows * padded(head_dim) + rows * (kChunk + kMaxLanes) +
+         padded(4 * rows) + rows * padded(head_dim) + 2 * rows * (kChunk + kMaxLanes) +
          3 * attention_state_floats(rows, head_dim) + (kTile + kMaxLanes) * padded(head_dim) +
-         padded(2 * (kTile + kMaxLanes)) + query_tile_floats(heads, nodes * group, head_dim);
+         padded(2 * (kTile + kMaxLanes)) + tile_products_floats(heads, nodes * group, head_dim);
 }
 
 }  // namespace inferlab::cpu

@@ -12,20 +12,34 @@ namespace inferlab::cpu::INFERLAB_ISA {
 class TileScope {
  public:
   explicit TileScope(int columns) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int t = 0; t < 8; ++t) {
-      config.rows[t] = 16;
-      config.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? 64 : 4 * columns);
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    Config config;
+    for (int t = 0; t < 8; ++t) config.set(t, 16, t == 4 || t == 5 ? 64 : 4 * columns);
+    load(config);
+  }
+  // With tiles of another kind of product besides, of few rows: 2, 3: sums of `rows` rows by 16;
+  // 7: a, `rows` rows by 32 bf16. Its b are 4 and 5.
+  TileScope(int columns, int rows) {
+    Config config;
+    for (int t = 0; t < 8; ++t) config.set(t, 16, t == 4 || t == 5 ? 64 : 4 * columns);
+    for (const int t : {2, 3, 7}) config.set(t, rows, 64);
+    load(config);
   }
   ~TileScope() { asm volatile("tilerelease"); }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, int height, int bytes) {
+      rows[tile] = static_cast<uint8_t>(height);
+      row_bytes[tile] = static_cast<uint16_t>(bytes);
+    }
+  };
+  static void load(const Config& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 };
 
 template <int kTile>

@@ -67,13 +67,14 @@ class Block {
     row_ = state_at(take(state_floats()));
     chunk_ = state_at(take(state_floats()));
     scores_ = take(heads_ * rows_ * kScoreStride);
+    even_ = take(heads_ * rows_ * kScoreStride);
     tile_ = take((kTile + kMaxLanes) * stride_);
     tile_offsets_ = reinterpret_cast<int64_t*>(take(2 * (kTile + kMaxLanes)));
     for (int64_t i = 0; convert_ && i < kTile + kMaxLanes; ++i) tile_offsets_[i] = i * stride_;
 #if defined(INFERLAB_ISA_AVX512)
-    if (std::is_same_v<T, bf16> && QueryTiles::usable(p.head_dim)) {
-      float* memory = take(query_tile_floats(heads_, rows_, p.head_dim));
-      query_tiles_.emplace(memory, heads_, rows_, p.head_dim, p.scale);
+    if (std::is_same_v<T, bf16> && TileProducts::usable(p.head_dim)) {
+      float* memory = take(tile_products_floats(heads_, rows_, p.head_dim));
+      products_.emplace(memory, heads_, rows_, p.head_dim, p.scale);
     }
 #endif
   }
@@ -82,7 +83,7 @@ class Block {
     load_rows();
 #if defined(INFERLAB_ISA_AVX512)
     std::optional<TileScope> scope;
-    if (query_tiles_) scope.emplace(query_tiles_->columns());
+    if (products_) products_->enter(scope);
 #endif
     clear(row_);
     const int64_t first = std::max(t_.split_begin, lowest_ / kSplit);
@@ -164,8 +165,8 @@ class Block {
         for (int64_t g = 0; g < group_; ++g, q += p_.q_stride[2], to += stride_) {
 #if defined(INFERLAB_ISA_AVX512)
           if constexpr (std::is_same_v<T, bf16>) {
-            if (query_tiles_) {
-              query_tiles_->set_row(h, i * group_ + g, q);
+            if (products_) {
+              products_->set_row(h, i * group_ + g, q);
               continue;
             }
           }
@@ -203,6 +204,15 @@ class Block {
     const Range next{0, std::min(kChunk, committed_end - begin - kChunk)};
     list_shared(begin + kChunk, next, next_offsets_);
     list_own(begin);
+#if defined(INFERLAB_ISA_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (products_) {
+        run_chunk_by_tiles(shared, next, shared_here);
+        merge(chunk_, split_, heads_ * rows_, stride_);
+        return;
+      }
+    }
+#endif
     for (int64_t i = shared.begin; i < shared.end; i += tile_keys_) {
       const bool more = i + tile_keys_ < shared.end;
       for (int64_t h = 0; h < heads_; ++h) {
@@ -240,12 +250,14 @@ class Block {
   // repeated to the end of the list.
   void list_shared(int64_t begin, Range shared, int64_t* offsets) const {
     if (shared.empty()) return;
+    const int64_t slack = shared.begin & ~(kMaxLanes - 1);
     for (int64_t i = shared.begin; i < shared.end;) {
       const int64_t slot = begin + i;
       int64_t offset = slot_offset(slot);
       const int64_t stop = std::min(shared.end, i + p_.page_size - (slot & (p_.page_size - 1)));
       for (; i < stop; ++i, offset += slot_elems_) offsets[i] = offset;
     }
+    std::fill(offsets + slack, offsets + shared.begin, offsets[shared.begin]);
     std::fill(offsets + shared.end, offsets + kListLength, offsets[shared.end - 1]);
   }
 
@@ -283,11 +295,6 @@ class Block {
   }
 
   void score_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
-#if defined(INFERLAB_ISA_AVX512)
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (query_tiles_) return score_shared_by_tiles(h, tile, ahead);
-    }
-#endif
     const float* q = q_ + h * rows_ * stride_;
     if (convert_) convert_rows(keys(h), offsets_, tile, p_.head_dim, stride_, ahead, tile_);
     in_groups<kKeyRows>(0, rows_, [&](int64_t r, auto count) {
@@ -309,11 +316,6 @@ class Block {
 
   void score_own(int64_t h, int64_t node) {
     const Range own = own_[node];
-#if defined(INFERLAB_ISA_AVX512)
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (query_tiles_) return score_own_by_tiles(h, node);
-    }
-#endif
     const int64_t first = h * rows_ + node * group_;
     in_groups<kKeyRows>(first, first + group_, [&](int64_t r, auto count) {
       score_rows<count>(q_ + r * stride_, stride_, keys(h), own_list(node), 0, own.end - own.begin,
@@ -322,21 +324,131 @@ class Block {
   }
 
 #if defined(INFERLAB_ISA_AVX512)
-  void score_shared_by_tiles(int64_t h, Range tile, const Ahead<T>& ahead) {
-    query_tiles_->copy_keys(keys(h), offsets_, tile, ahead);
-    query_tiles_->score(h, {0, rows_}, tile.end - tile.begin,
-                        scores_ + h * rows_ * kScoreStride + tile.begin);
+  // 16 committed keys or values from `place` on, a multiple of 16, of `seen` places: from their
+  // page where all are seen and stand in one.
+  Block16 committed_block(const T* from, int64_t place, Range seen) {
+    const int64_t* list = offsets_ + place;
+    if (p_.page_size >= kBlock && seen.begin <= place && place + kBlock <= seen.end) {
+      return {from + list[0], slot_elems_};
+    }
+    return products_->lay(place / kBlock % (kTile / kBlock), from, list,
+                          {seen.begin - place, seen.end - place});
   }
 
-  void score_own_by_tiles(int64_t h, int64_t node) {
-    const int64_t count = own_[node].end - own_[node].begin;
-    float* scores = scores_ + h * rows_ * kScoreStride + own_[node].begin;
-    for (int64_t i = 0; i < count; i += kTile) {
-      const Range some{i, std::min(i + kTile, count)};
-      query_tiles_->copy_keys(keys(h), own_list(node), some, Ahead<T>{});
-      query_tiles_->score(h, {node * group_, (node + 1) * group_}, some.end - some.begin,
-                          scores + i);
+  // run_chunk's work by AMX.
+  void run_chunk_by_tiles(Range shared, Range next, int64_t shared_here) {
+    const int64_t begin = shared.begin & ~(kBlock - 1);
+    const int64_t slots = std::max<int64_t>(shared.end - begin, 0);
+    ahead_.begin_chunk(keys(0), values(0), offsets_ + begin, slots, next_offsets_,
+                       std::clamp<int64_t>(next.end, 0, tile_keys_), heads_ * p_.head_dim,
+                       std::min(slots, tile_keys_));
+    // Softmax reads no memory, so that it asks for lines that sums will not have to ask for.
+    constexpr int64_t kSoftmaxLines = 16;
+    const int64_t lines =
+        std::max(kBlock - 32 * kSoftmaxLines * rows_ / (16 * p_.head_dim), kBlock / 2);
+    for (int64_t i = begin; i < shared.end; i += tile_keys_) {
+      const int64_t stop = std::min(i + tile_keys_, shared.end);
+      for (int64_t h = 0; h < heads_; ++h) {
+        for (int64_t j = i; j < stop; j += kBlock) {
+          products_->score(h, {0, rows_}, committed_block(keys(h), j, shared),
+                           scores_ + h * rows_ * kScoreStride + j, &ahead_);
+        }
+      }
     }
+    for (int64_t node = 0; node < nodes_; ++node) {
+      const Range own = own_[node];
+      for (int64_t i = own.begin; i < own.end; i += kBlock) {
+        for (int64_t h = 0; h < heads_; ++h) {
+          const Block16 block = products_->lay(0, keys(h), own_list(node) + i - own.begin,
+                                               {0, std::min(kBlock, own.end - i)});
+          products_->score(h, {node * group_, (node + 1) * group_}, block,
+                           scores_ + h * rows_ * kScoreStride + i, nullptr);
+        }
+      }
+    }
+    for (int64_t r = 0; r < heads_ * rows_; ++r) {
+      const Softened row = soften(scores_ + r * kScoreStride, here_[r], p_.softcap);
+      chunk_.m[r] = row.m;
+      chunk_.l[r] = row.l;
+      split_weights(scores_ + r * kScoreStride, even_ + r * kScoreStride, here_[r]);
+      ahead_.ask(kSoftmaxLines);
+    }
+    std::fill_n(chunk_.acc, heads_ * rows_ * stride_, 0.0f);
+    // A block with some node's own ancestors is that node's alone.
+    const int64_t whole = p_.ancestors != nullptr ? shared_here & ~(kBlock - 1) : kChunk;
+    const int64_t end = std::min(shared.end, whole);
+    for (int64_t i = begin; i < end; i += tile_keys_) {
+      const int64_t stop = std::min(i + tile_keys_, end);
+      for (int64_t h = 0; h < heads_; ++h) {
+        sum_committed(h, {i, stop}, shared, lines);
+      }
+    }
+    for (int64_t node = 0; node < nodes_ && p_.ancestors != nullptr; ++node) {
+      sum_alone(node, {whole, kChunk}, shared_here);
+    }
+    // Rows that a value spoiled which they do not see, NaN or infinite, see to it alone.
+    if (!finite(chunk_.acc, heads_ * rows_ * stride_)) {
+      std::fill_n(chunk_.acc, heads_ * rows_ * stride_, 0.0f);
+      for (int64_t node = 0; node < nodes_; ++node) {
+        sum_alone(node, {0, kChunk}, shared_here);
+        for (int64_t h = 0; h < heads_; ++h) {
+          for (int64_t g = 0; g < group_; ++g) sum_exactly(h, h * rows_ + node * group_ + g, node);
+        }
+      }
+    }
+  }
+
+  // A value that is not finite spoils its channel alone; a tile's zero spoils the one beside it.
+  void sum_exactly(int64_t h, int64_t r, int64_t node) {
+    float* acc = chunk_.acc + r * stride_;
+    if (finite(acc, stride_)) return;
+    const float* weights = scores_ + r * kScoreStride;
+    const Range own = own_[node];
+    std::fill_n(tile_, stride_, 0.0f);
+    value_rows<1>(tile_, stride_, weights, values(h), offsets_, here_[r].begin,
+                  own.empty() ? here_[r].end : own.begin, p_.head_dim);
+    if (!own.empty()) {
+      value_rows<1>(tile_, stride_, weights + own.begin, values(h), own_list(node), 0,
+                    own.end - own.begin, p_.head_dim);
+    }
+    for (int64_t d = 0; d < p_.head_dim; ++d) acc[tile_place(d)] = tile_[d];
+  }
+
+  // Blocks of `places`, all of them committed, of which `shared` are read.
+  void sum_committed(int64_t h, Range places, Range shared, int64_t lines) {
+    Block16 blocks[kTile / kBlock];
+    int64_t count = 0;
+    for (int64_t j = places.begin; j < places.end; j += kBlock) {
+      blocks[count++] = committed_block(values(h), j, shared);
+    }
+    const int64_t at = h * rows_ * kScoreStride + places.begin;
+    products_->sum({0, rows_}, blocks, count, scores_ + at, even_ + at,
+                   chunk_.acc + h * rows_ * stride_, stride_, &ahead_, lines);
+  }
+
+  // What a node sees of `places`, from a multiple of 16 on.
+  void sum_alone(int64_t node, Range places, int64_t shared_here) {
+    const Range here = intersect(here_[node * group_], places);
+    for (int64_t i = here.begin & ~(kBlock - 1); i < here.end; i += kBlock) {
+      const Range block = intersect(here, {i, i + kBlock});
+      int64_t list[kBlock] = {};
+      for (int64_t j = block.begin; j < block.end; ++j) {
+        list[j - i] = j < shared_here ? offsets_[j] : own_list(node)[j - own_[node].begin];
+      }
+      for (int64_t h = 0; h < heads_; ++h) {
+        const Block16 values_here =
+            products_->lay(0, values(h), list, {block.begin - i, block.end - i});
+        const int64_t at = h * rows_ * kScoreStride + i;
+        products_->sum({node * group_, (node + 1) * group_}, &values_here, 1, scores_ + at,
+                       even_ + at, chunk_.acc + h * rows_ * stride_, stride_, nullptr, 0);
+      }
+    }
+  }
+
+  static bool finite(const float* x, int64_t count) {
+    vf worst = vset(0.0f);  // x * 0 is NaN where x is not finite
+    for (int64_t i = 0; i < count; i += kLanes) worst = vfma(vload(x + i), vset(0.0f), worst);
+    return visnan(worst) == 0;
   }
 #endif
 
@@ -380,6 +492,14 @@ class Block {
     });
   }
 
+  // Where channel d stands in a row's sums.
+  int64_t place(int64_t d) const {
+#if defined(INFERLAB_ISA_AVX512)
+    if (products_) return tile_place(d);
+#endif
+    return d;
+  }
+
   void write_rows() const {
     int64_t r = 0;
     for (int64_t h = t_.head_begin; h < t_.head_end; ++h) {
@@ -393,7 +513,9 @@ class Block {
             continue;
           }
           const float inverse = 1.0f / row_.l[r];
-          for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = from_float<T>(acc[d] * inverse);
+          for (int64_t d = 0; d < p_.head_dim; ++d) {
+            out[d] = from_float<T>(acc[place(d)] * inverse);
+          }
         }
       }
     }
@@ -421,11 +543,13 @@ class Block {
   Range* own_;   // per node: the places of these with ancestors of its own
   float* q_;
   float* scores_;
+  float* even_;  // with AMX: weights in the low halves; scores_ has them in the high ones
   float* tile_;
   int64_t* tile_offsets_;
   State chunk_, split_, row_;
 #if defined(INFERLAB_ISA_AVX512)
-  std::optional<QueryTiles> query_tiles_;  // bf16 only: scores are taken by AMX
+  SlotsAhead ahead_;
+  std::optional<TileProducts> products_;  // bf16 only: products are taken by AMX
 #endif
 };
 

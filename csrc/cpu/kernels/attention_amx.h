@@ -1,16 +1,32 @@
-// Scores of bf16 keys by AMX: 16 keys, straight from their page, times up to 16 rows of q in 16
-// cycles per 32 channels. The sum over channels is the same for every row and key, whatever tile
-// they stand in.
+// Attention on bf16 K and V by AMX. Tiles are loaded straight from the pages, 16 slots of one head
+// at a time, from lines that were asked for a few thousand cycles before (Ahead):
+//
+//   scores   keys (16 keys x 32 channels) times q (16 pairs of channels x rows)
+//   sums     weights (rows x 16 keys) times values (16 keys x 32 channels)
+//
+// A tile of values pairs channels where the product wants pairs of keys. So each weight stands
+// beside a zero: (w, 0) selects the even channels, (0, w) the odd ones. That doubles the work of
+// AMX, which has nothing else to do, and spares the vector units all of it.
+//
+// A score is the same for every row and key, whatever tile they stand in. A row's sum takes its
+// keys in blocks of 16 places of the chunk, and who stands beside the row makes no difference, as
+// long as what has weight 0 is finite; the caller sees to the rest.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "amx.h"
 #include "attention_tiles.h"
 #include "isa.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {
+
+constexpr int64_t kBlock = 16;  // keys of a tile
+
+// Where channel d stands in a row of sums: the even ones of 32, then the odd ones.
+inline int64_t tile_place(int64_t d) { return (d & ~int64_t{31}) + (d & 1) * 16 + (d % 32) / 2; }
 
 // Four columns of a 16-row tile of sums as four vectors, times `scale`.
 inline void tile_columns(const float* sums, int64_t stride, float scale, vf* columns) {
@@ -36,81 +52,213 @@ inline void tile_columns(const float* sums, int64_t stride, float scale, vf* col
   columns[3] = {_mm512_mul_ps(_mm512_shuffle_f32x4(e0, e1, 0xEE), s)};
 }
 
-// The rows of q of one task, and the scores of keys with them.
-class QueryTiles {
+// Exponentials of a row -> weights: rounded to bf16 in the high half of each dword in place, in the
+// low half in `even`, and 0 where `keys` are not.
+inline void split_weights(float* odd, float* even, Range keys) {
+  if (keys.empty()) keys = {0, 0};
+  const int64_t first = keys.begin & ~int64_t{15}, last = (keys.end + 15) & ~int64_t{15};
+  std::fill(odd, odd + first, 0.0f);
+  std::fill(even, even + first, 0.0f);
+  for (int64_t i = first; i < last; i += 16) {  // soften has put 0 up to whole vectors
+    const __m512i x = _mm512_loadu_si512(odd + i);
+    const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff));
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(x, half), 16);
+    _mm512_storeu_si512(even + i, low);
+    _mm512_storeu_si512(odd + i, _mm512_slli_epi32(low, 16));
+  }
+  std::fill(odd + last, odd + kChunk, 0.0f);
+  std::fill(even + last, even + kChunk, 0.0f);
+}
+
+// 16 keys or values of one head: in a page, or laid out.
+struct Block16 {
+  const bf16* first;
+  int64_t stride;  // elements
+};
+
+// What memory is asked for while other slots are worked on: all heads of a slot in a line, in the
+// order in which slots will be used, K of a chunk, V of it, the first K of the next chunk.
+class SlotsAhead {
+ public:
+  // A chunk's slots; `width`: elements of a slot that are wanted. Of the next chunk's keys some
+  // have been asked for already when it is that chunk's turn.
+  void begin_chunk(const bf16* keys, const bf16* values, const int64_t* offsets, int64_t slots,
+                   const int64_t* next_offsets, int64_t next_slots, int64_t width, int64_t lead) {
+    const bool carried = phase_ == 2;
+    const int64_t slot = carried ? slot_ : 0, at = carried ? at_ : 0;
+    const Run runs[3] = {
+        {keys, offsets, slots}, {values, offsets, slots}, {keys, next_offsets, next_slots}};
+    std::copy_n(runs, 3, runs_);
+    width_ = width;
+    phase_ = 0;
+    slot_ = slot;
+    at_ = at;
+    skip_ended();
+    if (slot < lead) ask(((lead - slot) * width - at) / kLine<bf16>);
+  }
+
+  void ask(int64_t lines) {
+    while (lines > 0 && !ended()) {
+      const int64_t some = std::min(lines, (width_ - at_) / kLine<bf16>);
+      const bf16* line = runs_[phase_].base + runs_[phase_].offsets[slot_] + at_;
+      for (int64_t i = 0; i < some; ++i, line += kLine<bf16>) __builtin_prefetch(line, 0, 2);
+      lines -= some;
+      at_ += some * kLine<bf16>;
+      if (at_ < width_) continue;
+      at_ = 0;
+      ++slot_;
+      skip_ended();
+    }
+  }
+
+ private:
+  struct Run {
+    const bf16* base;
+    const int64_t* offsets;
+    int64_t slots;
+  };
+
+  bool ended() const { return slot_ >= runs_[phase_].slots; }
+  void skip_ended() {
+    while (phase_ < 2 && ended()) slot_ -= runs_[phase_++].slots;
+  }
+
+  Run runs_[3] = {};
+  int phase_ = 0;
+  int64_t width_ = 0, slot_ = 0, at_ = 0;
+};
+
+// q of one task, and its products with keys and values; `rows` are of one head.
+class TileProducts {
  public:
   static bool usable(int64_t head_dim) {
     return active_isa() == Isa::kAmx && head_dim % kChannels == 0;
   }
 
-  // `memory`: query_tile_floats(heads, rows, dim). rows are of one head.
-  QueryTiles(float* memory, int64_t heads, int64_t rows, int64_t dim, float scale)
-      : keys_(reinterpret_cast<bf16*>(memory)),
-        pairs_(reinterpret_cast<uint32_t*>(memory + kTile * dim / 2)),
+  // `memory`: tile_products_floats(heads, rows, dim).
+  TileProducts(float* memory, int64_t heads, int64_t rows, int64_t dim, float scale)
+      : laid_(reinterpret_cast<bf16*>(memory)),
+        pairs_(reinterpret_cast<uint32_t*>(laid_ + kTile * dim)),
+        rows_(rows),
+        dim_(dim),
         columns_(rows <= 4 ? 4 : 16),
         blocks_((rows + columns_ - 1) / columns_),
         steps_(dim / kChannels),
-        rows_(rows),
         scale_(scale) {
     std::fill_n(pairs_, heads * blocks_ * block_size(), 0u);
   }
 
-  int columns() const { return static_cast<int>(columns_); }
+  // Shapes the tile registers for score and sum.
+  void enter(std::optional<TileScope>& scope) const {
+    if (rows_ <= 16) {
+      scope.emplace(static_cast<int>(columns_), static_cast<int>(rows_));
+    } else {
+      scope.emplace(static_cast<int>(columns_));
+    }
+  }
 
   void set_row(int64_t h, int64_t r, const bf16* q) {
     uint32_t* to = block(h, r / columns_) + r % columns_;
-    for (int64_t i = 0; i < steps_ * kChannels / 2; ++i) {
+    for (int64_t i = 0; i < dim_ / 2; ++i) {
       std::memcpy(to + i * columns_, q + 2 * i, sizeof *to);
     }
   }
 
-  // Lays rows [keys.begin, keys.end) of `offsets`, kTile at most, side by side, and asks for
-  // `ahead` on the way. Tiles are not loaded from the pages, since few of them can wait for memory
-  // at once.
-  void copy_keys(const bf16* from, const int64_t* offsets, Range keys, const Ahead<bf16>& ahead) {
-    bf16* to = keys_;
-    for (int64_t i = keys.begin; i < keys.end; ++i, to += steps_ * kChannels) {
-      if (ahead.base != nullptr) ahead.ask(i, 0, steps_ * kChannels);
-      const bf16* key = from + offsets[i];
-      for (int64_t d = 0; d < steps_ * kChannels; d += kChannels) {
-        _mm512_store_si512(to + d, _mm512_loadu_si512(key + d));
+  // A block laid out as number `at` of kTile / kBlock: place i < 16 is from + offsets[i], or zeros
+  // outside of `keys`.
+  Block16 lay(int64_t at, const bf16* from, const int64_t* offsets, Range keys) {
+    bf16* to = laid_ + at * kBlock * dim_;
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const bool in = i >= keys.begin && i < keys.end;
+      for (int64_t d = 0; d < dim_; d += kChannels) {
+        const __m512i x = in ? _mm512_loadu_si512(from + offsets[i] + d) : _mm512_setzero_si512();
+        _mm512_store_si512(to + i * dim_ + d, x);
       }
+    }
+    return {to, dim_};
+  }
+
+  // scores[r * kScoreStride + i], of row r with the block's key i, for the rows given. Asks for as
+  // many lines of `ahead` as it reads.
+  void score(int64_t h, Range rows, Block16 keys, float* scores, SlotsAhead* ahead) const {
+    const int64_t first = rows.begin / columns_, last = (rows.end - 1) / columns_;
+    for (int64_t b = first; b <= last; b += 2) {
+      const uint32_t* q = block(h, b);
+      const uint32_t* q_next = q + block_size();
+      const bool more = b < last;
+      tile_zero<0>();
+      tile_zero<1>();
+      for (int64_t c = 0; c < steps_; ++c) {
+        if (b == first && ahead != nullptr) ahead->ask(kBlock);
+        tile_load<4>(keys.first + c * kChannels, 2 * keys.stride);
+        tile_load<6>(q + c * 16 * columns_, 4 * columns_);
+        tile_dot<0, 4, 6>();
+        if (more) {
+          tile_load<6>(q_next + c * 16 * columns_, 4 * columns_);
+          tile_dot<1, 4, 6>();
+        }
+      }
+      store_scores<0>(b, rows, scores);
+      if (more) store_scores<1>(b + 1, rows, scores);
     }
   }
 
-  // scores[r * kScoreStride + i], of row r with copied key i < count, for the rows given.
-  void score(int64_t h, Range rows, int64_t count, float* scores) const {
-    const int64_t first = rows.begin / columns_, last = (rows.end - 1) / columns_;
-    const int64_t key_stride = steps_ * kChannels;
-    for (int64_t i = 0; i < count; i += 32) {
-      const bf16* key = keys_ + i * key_stride;
-      const bool more_keys = i + 16 < count;
-      for (int64_t b = first; b <= last; b += 2) {
-        const uint32_t* q = block(h, b);
-        const uint32_t* q_next = q + block_size();
-        const bool more_rows = b < last;
-        tile_zero<0>();
-        tile_zero<1>();
-        tile_zero<2>();
-        tile_zero<3>();
-        for (int64_t c = 0; c < steps_; ++c) {
-          tile_load<6>(q + c * 16 * columns_, 4 * columns_);
-          tile_load<4>(key + c * kChannels, 2 * key_stride);
+  // acc[r * stride + tile_place(d)] += sum over blocks i < count of weights[r][16 i ..] times the
+  // values, for the rows given. odd, even: weights of head h's row 0 at the first block.
+  void sum(Range rows, const Block16* values, int64_t count, const float* odd, const float* even,
+           float* acc, int64_t stride, SlotsAhead* ahead, int64_t lines) const {
+    if (rows_ <= 16) {
+      for (int64_t c = 0; c < steps_; ++c) {
+        float* to = acc + c * kChannels;
+        tile_load<2>(to, 4 * stride);
+        tile_load<3>(to + 16, 4 * stride);
+        for (int64_t i = 0; i < count; ++i) {
+          if (ahead != nullptr) ahead->ask(lines);
+          tile_load<4>(values[i].first + c * kChannels, 2 * values[i].stride);
+          tile_load<7>(even + i * kBlock, 4 * kScoreStride);
+          tile_dot<2, 7, 4>();
+          tile_load<7>(odd + i * kBlock, 4 * kScoreStride);
+          tile_dot<3, 7, 4>();
+        }
+        store_sums<2>(0, rows, to, stride);
+        store_sums<3>(0, rows, to + 16, stride);
+      }
+      return;
+    }
+    const int64_t first = rows.begin & ~int64_t{15};
+    for (int64_t c = 0; c < steps_; ++c) {
+      for (int64_t r = first; r < rows.end; r += 32) {
+        const bool more = r + 16 < rows.end;
+        float* to = acc + r * stride + c * kChannels;
+        float* to_next = to + 16 * stride;
+        tile_load<0>(to, 4 * stride);
+        tile_load<1>(to + 16, 4 * stride);
+        if (more) {
+          tile_load<2>(to_next, 4 * stride);
+          tile_load<3>(to_next + 16, 4 * stride);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          if (r == first && ahead != nullptr) ahead->ask(lines);
+          const int64_t at = r * kScoreStride + i * kBlock;
+          tile_load<6>(values[i].first + c * kChannels, 2 * values[i].stride);
+          tile_load<4>(even + at, 4 * kScoreStride);
           tile_dot<0, 4, 6>();
-          if (more_keys) {
-            tile_load<5>(key + 16 * key_stride + c * kChannels, 2 * key_stride);
-            tile_dot<1, 5, 6>();
-          }
-          if (more_rows) {
-            tile_load<7>(q_next + c * 16 * columns_, 4 * columns_);
-            tile_dot<2, 4, 7>();
-            if (more_keys) tile_dot<3, 5, 7>();
+          tile_load<5>(odd + at, 4 * kScoreStride);
+          tile_dot<1, 5, 6>();
+          if (more) {
+            tile_load<4>(even + at + 16 * kScoreStride, 4 * kScoreStride);
+            tile_dot<2, 4, 6>();
+            tile_load<5>(odd + at + 16 * kScoreStride, 4 * kScoreStride);
+            tile_dot<3, 5, 6>();
           }
         }
-        store<0>(b, rows, scores + i);
-        if (more_keys) store<1>(b, rows, scores + i + 16);
-        if (more_rows) store<2>(b + 1, rows, scores + i);
-        if (more_rows && more_keys) store<3>(b + 1, rows, scores + i + 16);
+        store_sums<0>(r, rows, to, stride);
+        store_sums<1>(r, rows, to + 16, stride);
+        if (more) {
+          store_sums<2>(r + 16, rows, to_next, stride);
+          store_sums<3>(r + 16, rows, to_next + 16, stride);
+        }
       }
     }
   }
@@ -121,10 +269,10 @@ class QueryTiles {
   int64_t block_size() const { return steps_ * 16 * columns_; }
   uint32_t* block(int64_t h, int64_t b) const { return pairs_ + (h * blocks_ + b) * block_size(); }
 
-  template <int kTile>
-  void store(int64_t b, Range rows, float* scores) const {
+  template <int kSum>
+  void store_scores(int64_t b, Range rows, float* scores) const {
     alignas(64) float sums[16 * 16];
-    tile_store<kTile>(sums, 4 * columns_);
+    tile_store<kSum>(sums, 4 * columns_);
     const int64_t first = b * columns_;
     const Range here = intersect(rows, {first, std::min(first + columns_, rows_)});
     for (int64_t r = first + ((here.begin - first) & ~int64_t{3}); r < here.end; r += 4) {
@@ -136,9 +284,26 @@ class QueryTiles {
     }
   }
 
-  bf16* const keys_;       // [kTile, dim]
+  // Rows r .. of a tile of sums; only those of `rows` are written.
+  template <int kSum>
+  void store_sums(int64_t r, Range rows, float* to, int64_t stride) const {
+    const int64_t height = std::min<int64_t>(rows_, 16);
+    if (rows.begin <= r && r + height <= rows.end) {
+      tile_store<kSum>(to, 4 * stride);
+      return;
+    }
+    alignas(64) float sums[16 * 16];
+    tile_store<kSum>(sums, 64);
+    const Range here = intersect(rows, {r, r + height});
+    for (int64_t i = here.begin - r; i < here.end - r; ++i) {
+      vstore(to + i * stride, vload(sums + i * 16));
+    }
+  }
+
+  bf16* const laid_;       // [kTile, dim]: what cannot be loaded from a page
   uint32_t* const pairs_;  // [heads, blocks, dim / 2, columns]: two channels of a row
-  const int64_t columns_, blocks_, steps_, rows_;
+  const int64_t rows_, dim_;
+  const int64_t columns_, blocks_, steps_;
   const float scale_;
 };
 
