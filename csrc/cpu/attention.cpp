@@ -23,8 +23,9 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = 64;  // of one KV head
 constexpr int64_t kRowsPerTask = 32;
-// What of a slot is read at a time must be long for memory to stream, and bf16 slots are short.
-constexpr int64_t kBf16RowsPerTask = 256;
+// Where AMX takes the products, what of a slot is read at a time can be as long as streaming wants
+// it.
+constexpr int64_t kAmxRowsPerTask = 256;
 
 // Grows and never shrinks, so that a decoding loop allocates nothing.
 class Workspace {
@@ -106,8 +107,10 @@ Status paged_tree_attention(const AttentionParams& p) {
   const int64_t rows = plan.nodes_per_block * group;
   plan.blocks = (p.nodes + plan.nodes_per_block - 1) / plan.nodes_per_block;
   plan.splits = (longest + kSplit - 1) / kSplit;
-  plan.heads_per_task = std::clamp<int64_t>(
-      (p.dtype == DType::kBF16 ? kBf16RowsPerTask : kRowsPerTask) / rows, 1, p.kv_heads);
+  const bool amx =
+      active_isa() == Isa::kAmx && p.dtype == DType::kBF16 && p.head_dim % kAmxChannels == 0;
+  plan.heads_per_task =
+      std::clamp<int64_t>((amx ? kAmxRowsPerTask : kRowsPerTask) / rows, 1, p.kv_heads);
   const int64_t units = p.batch * plan.blocks * plan.splits;
   const int64_t wanted = (2 * num_threads() + units - 1) / units;  // head groups, for balance
   if (wanted > 1) {

@@ -16,6 +16,8 @@ constexpr int64_t kMaxLanes = 16;
 constexpr int64_t kTile =
     64;  // keys, at most, that all rows of a head pass over while they are in L1
 
+constexpr int64_t kAmxChannels = 32;  // AMX takes head dimensions that are a multiple of this
+
 // [begin, end) of positions, or of places in a chunk.
 struct Range {
   int64_t begin, end;

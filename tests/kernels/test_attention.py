@@ -183,6 +183,35 @@ def test_a_nan_in_a_seen_key_is_not_lost():
     assert out[0, 0, 2:].isfinite().all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_an_infinite_value_spoils_its_channel_alone(dtype, isa):
+    _C.force_isa(isa)
+    case = attention_case(7, [300], 5, dtype=dtype, kv_heads=2, group=2, dim=64)
+    clean = case.run(paged_tree_attention)
+    case.v_pages[case.block_table[0, 1], 3, 0, 5] = float("inf")  # slot 19, KV head 0
+    out = case.run(paged_tree_attention)
+    assert (out[0, :, :2, 5] == float("inf")).all()
+    out[0, :, :2, 5] = clean[0, :, :2, 5]
+    torch.testing.assert_close(out, clean, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tree", [True, False])
+def test_a_nan_behind_a_rows_window_changes_no_bit_of_it(tree, dtype, isa):
+    _C.force_isa(isa)
+    case = attention_case(8, [300], 4, dtype=dtype, kv_heads=2, group=2, dim=64, window=9)
+    ancestors = ancestor_words([-1, 0, 1, 2])[None] if tree else None
+    case = replace(case, ancestors=ancestors)
+    clean = case.run(paged_tree_attention)
+    page = case.block_table[0, 292 // case.k_pages.shape[1]]
+    case.v_pages[page, 292 % case.k_pages.shape[1]] = float("nan")  # seen by node 0 alone
+    out = case.run(paged_tree_attention)
+    assert out[0, 0].isnan().all()
+    assert torch.equal(out[0, 1:], clean[0, 1:])
+
+
 # ---- broken variants are caught by the same check ------------------------------------------------
 
 

@@ -3,11 +3,12 @@
 // head:
 //
 //   1. scores of all rows against the committed keys of the chunk, in tiles of keys that stay in L1
-//      while the rows pass over them; then each node's own ancestors, through a list of its own.
-//      bf16 keys of whole 32 channels go to AMX (attention_amx.h) where the processor has it
+//      while the rows pass over them; then each node's own ancestors, through a list of its own
 //   2. per row: soft cap, maximum, exponentials, their sum
 //   3. weighted values, in the same tiles
 //   4. merged into the row's state: M = max(m, m'), l = l e^(m-M) + l' e^(m'-M), acc likewise
+//
+// bf16 of whole 32 channels goes to AMX (attention_amx.h) where the processor has it.
 //
 // Each tile prefetches the one that comes after it, values after the chunk's last keys and the next
 // chunk's keys after the last values. A key that a row does not see is not in the row's range: it
@@ -225,7 +226,7 @@ class Block {
       for (int64_t h = 0; h < heads_ && !own_[node].empty(); ++h) score_own(h, node);
     }
     for (int64_t r = 0; r < heads_ * rows_; ++r) {
-      const Softened row = soften(scores_ + r * kScoreStride, here_[r], p_.softcap);
+      const Softened row = soften(scores_ + r * kScoreStride, here_[r], p_.softcap, [] {});
       chunk_.m[r] = row.m;
       chunk_.l[r] = row.l;
     }
@@ -342,10 +343,8 @@ class Block {
     ahead_.begin_chunk(keys(0), values(0), offsets_ + begin, slots, next_offsets_,
                        std::clamp<int64_t>(next.end, 0, tile_keys_), heads_ * p_.head_dim,
                        std::min(slots, tile_keys_));
-    // Softmax reads no memory, so that it asks for lines that sums will not have to ask for.
-    constexpr int64_t kSoftmaxLines = 16;
-    const int64_t lines =
-        std::max(kBlock - 32 * kSoftmaxLines * rows_ / (16 * p_.head_dim), kBlock / 2);
+    // Softmax asks for a line with each vector, since it reads none, and sums ask for so many less.
+    const int64_t lines = std::max(kBlock - 32 * rows_ / p_.head_dim, kBlock / 2);
     for (int64_t i = begin; i < shared.end; i += tile_keys_) {
       const int64_t stop = std::min(i + tile_keys_, shared.end);
       for (int64_t h = 0; h < heads_; ++h) {
@@ -367,11 +366,11 @@ class Block {
       }
     }
     for (int64_t r = 0; r < heads_ * rows_; ++r) {
-      const Softened row = soften(scores_ + r * kScoreStride, here_[r], p_.softcap);
+      const Softened row =
+          soften(scores_ + r * kScoreStride, here_[r], p_.softcap, [this] { ahead_.ask(1); });
       chunk_.m[r] = row.m;
       chunk_.l[r] = row.l;
       split_weights(scores_ + r * kScoreStride, even_ + r * kScoreStride, here_[r]);
-      ahead_.ask(kSoftmaxLines);
     }
     std::fill_n(chunk_.acc, heads_ * rows_ * stride_, 0.0f);
     // A block with some node's own ancestors is that node's alone.

@@ -25,8 +25,10 @@ struct Softened {
 };
 
 // Scores of one row -> exponentials, in place. Lanes are counted from the chunk's start, and places
-// outside `keys` count as e^-inf, up to whole vectors of kMaxLanes.
-inline Softened soften(float* s, Range keys, float softcap) {
+// outside `keys` count as e^-inf, up to whole vectors of kMaxLanes. each(): called for every
+// vector.
+template <typename F>
+Softened soften(float* s, Range keys, float softcap, const F& each) {
   if (keys.empty()) return {kNegInf, 0.0f};
   const int64_t first = keys.begin & ~int64_t{kMaxLanes - 1};
   const int64_t last = (keys.end + kMaxLanes - 1) & ~int64_t{kMaxLanes - 1};
@@ -52,6 +54,7 @@ inline Softened soften(float* s, Range keys, float softcap) {
   const vf floor = vset(-87.0f);
   vf sum = vset(0.0f);
   for (int64_t i = first; i < last; i += kLanes) {
+    each();
     const vf x = vload(s + i) - shift;
     const vf e = vselect_lt(x, floor, vset(0.0f), vexp(vmax(x, floor)));
     vstore(s + i, e);
@@ -75,8 +78,9 @@ inline void merge(const State& from, const State& into, int64_t rows, int64_t st
       continue;
     }
     const float top = std::max(into.m[r], from.m[r]);
-    const float keep = std::exp(into.m[r] - top);
-    const float gain = std::exp(from.m[r] - top);
+    const float less = std::exp(std::min(into.m[r], from.m[r]) - top);
+    const float keep = into.m[r] < top ? less : 1.0f;
+    const float gain = from.m[r] < top ? less : 1.0f;
     into.m[r] = top;
     into.l[r] = into.l[r] * keep + from.l[r] * gain;
     const vf a = vset(keep), b = vset(gain);
