@@ -70,8 +70,9 @@ def attention_shape(
 
 
 def kv_pool(device: Device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Random pages in memory that was asked for as `KVCache` asks for it."""
-    pages = torch.zeros(shape, dtype=dtype, device=device.torch)
+    """Random pages in large pages of the system, where it has them: torch.zeros would have filled
+    small ones before it could be asked."""
+    pages = torch.empty(shape, dtype=dtype, device=device.torch)
     if pages.is_cpu:
         advise_large_pages(pages)
     return pages.copy_(device.randn(*shape, dtype=dtype))
