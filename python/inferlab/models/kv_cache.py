@@ -74,12 +74,11 @@ class KVCache:
         try:
             for (heads, dim), layers in by_shape.items():
                 size = (len(layers), num_pages, page_size, heads, dim)
-                # zeros() maps pages that the system fills on first use; zeros_like() would write
-                # them all now.
-                k, v = (torch.zeros(size, dtype=dtype, device=self.device) for _ in range(2))
-                if self.device.type == "cpu":
-                    advise_large_pages(k)
-                    advise_large_pages(v)
+                k, v = (torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
+                for part in (k, v):
+                    if part.is_cpu:
+                        advise_large_pages(part)  # before the first write, which takes the pages
+                    part.zero_()
                 pools.append(Pool(tuple(layers), k, v))
         except (RuntimeError, MemoryError) as error:
             raise MemoryError(self._does_not_fit("the allocation failed")) from error
