@@ -113,6 +113,38 @@ def test_cost_keeps_batch_sizes_apart():
     assert chosen[32] == 0
 
 
+def test_cost_begins_a_batch_size_where_its_neighbour_is():
+    controller = CostController(8)
+    World(acceptance=0.9).run(controller, 200, batch_size=4)
+    learnt = controller.choose(4, CHAIN).levels
+    smaller = World(acceptance=0.9)
+    smaller.run(controller, 3, batch_size=2)
+    assert smaller.chosen == [learnt, 0, learnt]
+
+
+def test_cost_does_not_try_in_a_larger_batch_what_did_not_pay_in_a_smaller_one():
+    controller = CostController(8)
+    World(acceptance=0.05, draft_ms=5.0).run(controller, 200, batch_size=1)
+    larger = World(acceptance=0.05, draft_ms=5.0)
+    larger.run(controller, 30, batch_size=8)
+    assert larger.chosen == [0] * 30
+    smaller = CostController(8)
+    World(acceptance=0.05, draft_ms=5.0).run(smaller, 200, batch_size=8)
+    tried = World(acceptance=0.05, draft_ms=5.0)
+    tried.run(smaller, 30, batch_size=1)
+    assert any(tried.chosen)
+
+
+def test_cost_probes_what_is_dear_less_often():
+    """The second probe on waits until the last one's loss is a small share of the time."""
+    cheap, dear = World(acceptance=0.0, draft_ms=0.5), World(acceptance=0.0, draft_ms=500.0)
+    for world in (cheap, dear):
+        world.run(CostController(8), 20_000)
+    assert sum(map(bool, dear.chosen)) < sum(map(bool, cheap.chosen))
+    lost = dear.elapsed_ms - 20_000 * dear.plain_ms
+    assert lost < 0.05 * dear.elapsed_ms
+
+
 def test_cost_counts_levels_that_were_not_offered_as_rejected():
     controller = CostController(max_k=4)
     controller.choose(1, CHAIN)

@@ -145,12 +145,13 @@ class CostController:
     * step time is the (low) median of the last measured steps of that rung (draft, verify and
       overhead), interpolated for a rung between measured ones, per batch size (in powers of two).
 
-    A batch size begins without drafts and on the first rung, and climbs, every time to a rung twice
-    as high, while the highest one keeps up with the best: trees that are too large for a batch are
-    not even tried. Afterwards other rungs are measured again now and then: while not drafting is
-    best, at intervals that grow fourfold up to ``MAX_PROBE_INTERVAL`` steps, and but for the first
-    not before what the last probe lost is ``PROBE_SHARE`` of the time since (a draft model that
-    slept has the whole text to catch up with), so that a useless drafter costs next to nothing.
+    A batch size begins without drafts and on the first rung, or where its nearest neighbour is, and
+    climbs, every time to a rung twice as high, while the highest one keeps up with the best: trees
+    that are too large for a batch are not even tried. Afterwards other rungs are measured again now
+    and then: while not drafting is best, at intervals that grow fourfold up to
+    ``MAX_PROBE_INTERVAL`` steps, and but for the first not before what the last probe lost is
+    ``PROBE_SHARE`` of the time since (a draft model that slept has the whole text to catch up
+    with), so that a useless drafter costs next to nothing.
 
     Args:
         max_k: levels to draft at most.
@@ -245,12 +246,20 @@ class CostController:
     def _of(self, batch_size: int) -> _Costs:
         bits = batch_size.bit_length()
         if bits not in self._costs:
-            self._costs[bits] = _Costs(self._warmup(), self.PROBE_INTERVAL, self.PROBE_INTERVAL)
+            self._costs[bits] = self._begin(bits)
         return self._costs[bits]
 
-    def _warmup(self) -> list[int]:
-        # The first step of its kind pays for cold caches.
-        return [0, 1, 1, 0] if len(self._rungs) > 1 else []
+    def _begin(self, bits: int) -> _Costs:
+        """Costs of a batch size that is new: from its nearest neighbour's choice on, if any."""
+        known = [b for b, costs in self._costs.items() if not costs.plan]
+        near = min(known, key=lambda b: abs(b - bits), default=None)
+        current = 0 if near is None else self._costs[near].current
+        if len(self._rungs) == 1 or (near is not None and near < bits and current == 0):
+            plan = []  # what does not pay in a small batch does not in a larger one
+        else:
+            # The first step of its kind pays for cold caches.
+            plan = [current, 0, current] if current else [0, 1, 1, 0]
+        return _Costs(plan, self.PROBE_INTERVAL, self.PROBE_INTERVAL, current=current)
 
     def _learn_acceptance(self, step: StepObservation) -> None:
         # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
