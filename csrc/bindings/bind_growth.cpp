@@ -92,11 +92,39 @@ void grow_tree(py::handle roots, py::handle tokens, py::handle confidence, py::h
   run_cpu("grow_tree", [&] { return cpu::grow_tree(p); });
 }
 
+void grow_offsets(py::handle roots, py::handle drawn, py::handle scores, py::handle tree_tokens,
+                  py::handle tree_parents) {
+  Tensor r(roots, "roots"), d(drawn, "drawn"), s(scores, "scores"), tt(tree_tokens, "tree_tokens"),
+      tp(tree_parents, "tree_parents");
+  d.dims(3).i32().contiguous().cpu();
+  GrowOffsetsParams p{};
+  p.batch = d.size(0);
+  p.depth = d.size(1);
+  p.width = d.size(2);
+  r.i32().shape({p.batch}).contiguous().cpu();
+  s.f32().shape({p.batch, p.depth, p.width}).contiguous().cpu();
+  p.nodes = tt.dims(2).i32().shape({p.batch, Tensor::kAny}).contiguous().cpu().size(1);
+  tp.i32().shape({p.batch, p.nodes}).contiguous().cpu();
+  int64_t paths = 1, level = 1;
+  for (int64_t i = 0; i < p.depth && paths < p.nodes; ++i) paths += level *= p.width;
+  require(p.nodes >= 1 && p.nodes <= paths, [&] {
+    return "tree_tokens has shape " + tt.shape_str() + "; drawn of shape " + d.shape_str() +
+           " has no more than " + std::to_string(paths) + " paths, the root included";
+  });
+  p.roots = r.ptr<const int32_t>();
+  p.drawn = d.ptr<const int32_t>();
+  p.scores = s.ptr<const float>();
+  p.tree_tokens = tt.ptr<int32_t>();
+  p.tree_parents = tp.ptr<int32_t>();
+  run_cpu("grow_offsets", [&] { return cpu::grow_offsets(p); });
+}
+
 }  // namespace
 
 void bind_growth(py::module_& m) {
   m.def("grow_level", &grow_level);
   m.def("grow_tree", &grow_tree);
+  m.def("grow_offsets", &grow_offsets);
 }
 
 }  // namespace inferlab

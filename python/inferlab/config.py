@@ -163,7 +163,7 @@ DraftMode = Literal[
     "eagle-lite", "none",
 ]  # fmt: skip
 
-DRAFT_LEVELS = {"eagle": 6, "ensemble": 6, "ngram": 8, "recycling": 6}
+DRAFT_LEVELS = {"eagle": 6, "ensemble": 6, "medusa": 6, "ngram": 8, "recycling": 6}
 """K where ``max_draft`` is left out: levels drafted per step; 4 for the others."""
 
 DRAFT_NODES = {"recycling": 80}
@@ -172,8 +172,11 @@ DRAFT_NODES = {"recycling": 80}
 
 def tree_misfit(draft_mode: str, tree: str | tuple[int, ...] | None) -> str:
     """Why a draft mode has no such tree and what to use instead; "" where it has."""
-    if tree == "grown" and draft_mode != "eagle":
-        return "only 'eagle' grows trees: use 'optimal', or children per node by depth: [4, 2, 1]"
+    if tree == "grown" and draft_mode not in ("eagle", "medusa"):
+        return (
+            "only 'eagle' and 'medusa' grow trees: use 'optimal', or children per node by depth: "
+            "[4, 2, 1]"
+        )
     if tree == "optimal" and draft_mode == "ngram":
         return (
             "where a match was says nothing of ranks: use 'chain', or children per node by depth: "
@@ -192,8 +195,8 @@ class SpecdecConfig(Sampled):
     Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
     of ``max_draft``; left out it is what suits the drafter (DRAFT_LEVELS). So is ``tree``: chain;
     optimal, the ``tree_nodes`` nodes (DRAFT_NODES) most likely to be accepted; grown, as many where
-    the draft is sure of itself, expanding ``tree_width`` nodes per level; or children per node by
-    depth.
+    the draft is sure of itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per
+    node by depth.
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
     comparison, they agree less often. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
     smaller one wins; without both it is sized for the batch.

@@ -118,11 +118,11 @@ class Sleepy(FixedController):
 
 def drafter_of(kind: str, family: str, tree: bool) -> Drafter:
     target = target_of(family)
+    shape = {"static": TREE, True: None, False: TreeShape.chain(3)}[tree]
     if kind == "medusa":
-        return MedusaDrafter(medusa_heads(target), TREE if tree else TreeShape.chain(3))
+        return MedusaDrafter(medusa_heads(target), shape, nodes=14)
     head = eagle_head(family, int(kind[-1]), kind.startswith("reduced"))
     paged = PagedEagle(head)
-    shape = {"static": TREE, True: None, False: TreeShape.chain(3)}[tree]
     made = Checked(paged, paged.new_cache(PAGES, 16), shape, depth=3, width=4, nodes=14)
     made.family = family
     return made
@@ -186,3 +186,5 @@ class RarelyAwake(Sleepy):
 def test_more_levels_than_heads_are_refused():
     with pytest.raises(ValueError, match="3 Medusa heads"):
         MedusaDrafter(medusa_heads(target_of("llama")), TreeShape.chain(4))
+    with pytest.raises(ValueError, match="3 Medusa heads"):
+        MedusaDrafter(medusa_heads(target_of("llama")), depth=4)

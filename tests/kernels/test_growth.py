@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferlab import _C
-from inferlab.kernels import Frontier, grow_level, grow_tree, reference
+from inferlab.kernels import Frontier, grow_level, grow_offsets, grow_tree, reference
 
 
 def grow(
@@ -122,6 +122,59 @@ def test_confidence_is_the_product_along_the_path():
     assert parents.tolist() == [[-1, 0, 1, 1, 0]]
 
 
+def paths_by_hand(drawn, scores, nodes):
+    """All paths of ranks of one sequence, the surest first: ranks and log confidences."""
+    own = torch.log_softmax(scores.double(), dim=-1)
+    paths, level = [], [((), 0.0)]
+    for depth in range(drawn.shape[0]):
+        level = [
+            ((*ranks, rank), sure + float(own[depth, rank]))
+            for ranks, sure in level
+            for rank in range(drawn.shape[1])
+            if drawn[depth, rank] >= 0
+        ]
+        paths += level
+    return sorted(paths, key=lambda path: (-path[1], len(path[0])))[: nodes - 1]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.sampled_from([1, 3]),
+    width=st.sampled_from([1, 2, 5, 16]),
+    depth=st.integers(1, 4),
+    nodes=st.sampled_from([1, 2, 3, 8, 32]),
+    missing=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_a_tree_of_offsets_has_the_surest_paths(seed, batch, width, depth, nodes, missing, threads):
+    _C.set_num_threads(threads)
+    rng = torch.Generator().manual_seed(seed)
+    nodes = min(nodes, sum(width**d for d in range(depth + 1)))
+    scores = (4 * torch.randn((batch, depth, width), generator=rng)).sort(-1, True).values
+    drawn = torch.randint(0, 50, (batch, depth, width), generator=rng, dtype=torch.int32)
+    if missing:
+        cut = torch.randint(1, width + 1, (batch, depth, 1), generator=rng)
+        drawn = drawn.masked_fill(torch.arange(width) >= cut, -1)
+    scores = scores.masked_fill(drawn < 0, -torch.inf)
+    roots = torch.arange(100, 100 + batch, dtype=torch.int32)
+    for tokens, parents in (
+        grow_offsets(roots, drawn, scores, nodes),
+        reference.grow_offsets(roots, drawn, scores, nodes),
+    ):
+        assert tokens.shape == parents.shape == (batch, nodes)
+        for b in range(batch):
+            wanted = paths_by_hand(drawn[b], scores[b], nodes)
+            assert (int(tokens[b, 0]), int(parents[b, 0])) == (100 + b, -1)
+            number = {(): 0} | {ranks: i for i, (ranks, _) in enumerate(wanted, start=1)}
+            for node, (ranks, _) in enumerate(wanted, start=1):
+                assert int(tokens[b, node]) == int(drawn[b, len(ranks) - 1, ranks[-1]])
+                assert int(parents[b, node]) == number[ranks[:-1]]
+            for node in range(1 + len(wanted), nodes):  # what fills the tree up
+                assert 0 <= int(parents[b, node]) < node
+                assert int(tokens[b, node]) >= 0
+
+
 def test_shapes_that_do_not_fit_are_named():
     tokens = torch.empty((1, 6), dtype=torch.int32)
     confidence, expanded = torch.empty(1, 6), torch.empty((1, 3), dtype=torch.int32)
@@ -130,3 +183,5 @@ def test_shapes_that_do_not_fit_are_named():
         grow_level(drawn, torch.zeros(1, 2, 2), None, 0, tokens, confidence, expanded, 1)
     with pytest.raises(ValueError, match="tree_tokens has shape"):
         grow_tree(torch.zeros(1, dtype=torch.int32), tokens, confidence, expanded, 2, 8)
+    with pytest.raises(ValueError, match="no more than 7 paths"):
+        grow_offsets(torch.zeros(1, dtype=torch.int32), drawn, torch.zeros(1, 2, 2), 8)

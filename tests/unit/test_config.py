@@ -240,7 +240,10 @@ BAD_SPECDEC = [
         "{draft_mode: ngram, tree: optimal}",
         "tree: 'optimal' is not for draft_mode: 'ngram'; where a match was says nothing of ranks",
     ),
-    ("tree: grown", "tree: 'grown' is not for draft_mode: 'vanilla'; only 'eagle' grows"),
+    (
+        "tree: grown",
+        "tree: 'grown' is not for draft_mode: 'vanilla'; only 'eagle' and 'medusa' grow",
+    ),
     ("eagle: {enabled: true}", "eagle.enabled: true contradicts draft_mode: 'vanilla'"),
 ]
 

@@ -1,4 +1,4 @@
-// grow_level and grow_tree: a draft tree that grows where the draft is sure of itself (EAGLE-2).
+// A draft tree that grows where the draft is sure of itself (EAGLE-2).
 //
 // A level: the children that were drawn at the nodes expanded last, each with the log of the
 // product of its confidences along the path (softmax of its score among its siblings'); the `width`
@@ -8,6 +8,10 @@
 // Candidates are numbered as they are seen: [0, width) hang on the root, then width * width per
 // level. Expanded node f (0: the root, then width per level) has the candidates
 // [f * width, (f + 1) * width). Bytes: a few kilobytes; one task per sequence.
+//
+// grow_offsets is for drafts that guess every depth at once, whatever the path there (Medusa): all
+// nodes of a depth have the same children. Taken is always the surest node that hangs on the tree:
+// a node taken brings its first child and its next sibling into the choice. O(nodes log nodes).
 #pragma once
 
 #include <cstdint>
@@ -52,8 +56,21 @@ struct GrowTreeParams {
   int64_t nodes;  // root included; at most 1 + candidates
 };
 
+struct GrowOffsetsParams {
+  const int32_t* roots;   // [batch]
+  const int32_t* drawn;   // [batch, depth, width], best first; -1 where there is none
+  const float* scores;    // [batch, depth, width], what they were drawn by
+  int32_t* tree_tokens;   // [batch, nodes] out, root first, then by confidence
+  int32_t* tree_parents;  // [batch, nodes] out
+  int64_t batch;
+  int64_t depth;
+  int64_t width;
+  int64_t nodes;  // root included; no more than there are paths
+};
+
 namespace cpu {
 Status grow_level(const GrowLevelParams& params);
 Status grow_tree(const GrowTreeParams& params);
+Status grow_offsets(const GrowOffsetsParams& params);
 }  // namespace cpu
 }  // namespace inferlab

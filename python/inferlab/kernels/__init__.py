@@ -2,7 +2,7 @@
 
 from inferlab.kernels.attention import attention_workspace, paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
-from inferlab.kernels.growth import Frontier, grow_level, grow_tree
+from inferlab.kernels.growth import Frontier, grow_level, grow_offsets, grow_tree
 from inferlab.kernels.kv import (
     advise_large_pages,
     kv_append,
@@ -30,6 +30,7 @@ __all__ = [
     "attention_workspace",
     "build_tree",
     "grow_level",
+    "grow_offsets",
     "grow_tree",
     "kv_append",
     "kv_compact",

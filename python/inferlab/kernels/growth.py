@@ -1,4 +1,4 @@
-"""grow_level and grow_tree: draft trees that grow where the draft is sure (EAGLE-2).
+"""Draft trees that grow where the draft is sure (EAGLE-2).
 
 Candidates are numbered as they are seen: [0, W) hang on the root, then W * W per level. Expanded
 node f (0 is the root, then W per level) has the candidates [f * W, (f + 1) * W).
@@ -97,4 +97,28 @@ def grow_tree(
         return reference.grow_tree(roots, tokens, confidence, expanded, width, nodes)
     tree = torch.empty((2, tokens.shape[0], nodes), dtype=torch.int32)
     native(roots, tokens, confidence, expanded, width, tree[0], tree[1])
+    return tree[0], tree[1]
+
+
+def grow_offsets(
+    roots: torch.Tensor, drawn: torch.Tensor, scores: torch.Tensor, nodes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The surest tree of drafts that guess each depth whatever the path there (Medusa).
+
+    A node's confidence is as in `grow_level`; all nodes of a depth have the same children.
+
+    Args:
+        roots: i32[B].
+        drawn: i32[B, D, W], the best W tokens of each depth, best first; -1: none.
+        scores: f32[B, D, W], what they were drawn by.
+        nodes: root included; at most as many as there are paths, 1 + W + W^2 + .. + W^D.
+
+    Returns:
+        tokens and parents, i32[B, nodes], numbered by confidence behind the root.
+    """
+    native = getattr(ops_for(drawn), "grow_offsets", None)
+    if native is None or not drawn.is_cpu:
+        return reference.grow_offsets(roots, drawn, scores, nodes)
+    tree = torch.empty((2, drawn.shape[0], nodes), dtype=torch.int32)
+    native(roots, drawn, scores, tree[0], tree[1])
     return tree[0], tree[1]

@@ -102,6 +102,11 @@ class _Request:
         acceptance = measured_acceptance(drafts) or [list(ASSUMED_ACCEPTANCE)]
         return TreeShape.best(acceptance, config.nodes, depth)
 
+    @property
+    def grows(self) -> bool:
+        """Whether trees are grown, by a drafter that can, and does unless told otherwise."""
+        return self.config.tree in (None, "grown") and self.given_shape is None
+
     def real_target(self) -> HFModel:
         """The target, which must have hidden states."""
         if not isinstance(self.target, HFModel):
@@ -218,8 +223,11 @@ def _medusa(request: _Request) -> DrafterPlan:
     config = request.config
     name = config.medusa.model
     heads = load_medusa(name, request.real_target().model, allow_pickle=config.allow_pickle)
-    shape = request.shape("optimal", min(request.max_levels, heads.num_heads), name)
-    drafter = MedusaDrafter(heads, shape, coupled=config.coupled_noise)
+    depth = min(request.max_levels, heads.num_heads)
+    shape = None if request.grows else request.shape("grown", depth, name)
+    drafter = MedusaDrafter(
+        heads, shape, nodes=config.nodes, depth=depth, coupled=config.coupled_noise
+    )
     return DrafterPlan(lambda _: drafter, model=name)
 
 
@@ -228,8 +236,7 @@ def _eagle(request: _Request) -> DrafterPlan:
     name = config.eagle.model
     head = load_eagle(name, request.real_target().model, allow_pickle=config.allow_pickle)
     paged = PagedEagle(head)
-    grown = config.tree in (None, "grown") and request.given_shape is None
-    shape = None if grown else request.shape("grown", request.max_levels, name)
+    shape = None if request.grows else request.shape("grown", request.max_levels, name)
 
     def build(pages: int) -> Drafter:
         return EagleDrafter(

@@ -52,7 +52,7 @@ class SpeculativePipeline:
         controller: ``fixed``, ``adaptive`` or ``cost``, or a Controller.
         k: levels drafted per step by the fixed controller, 0 to 64: the most draft tokens along one
             path. How many nodes they hold is the tree's to say.
-        tree: ``chain``, ``optimal``, ``grown`` (eagle) or children per node by depth, e.g.
+        tree: ``chain``, ``optimal``, ``grown`` (eagle, medusa) or children per node by depth, e.g.
             ``[4, 2, 1]``; None: what suits the drafter.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.

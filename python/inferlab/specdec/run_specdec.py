@@ -112,14 +112,14 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--K",
         type=int,
         metavar="N",
-        help="levels drafted per step (by mode: 4; eagle, ensemble, recycling 6; ngram 8)",
+        help="levels drafted per step (by mode: 4; eagle, ensemble, medusa, recycling 6; ngram 8)",
     )
     group.add_argument("--max-draft", type=int, metavar="N", help="another name of --K")
     group.add_argument(
         "--tree",
         type=_tree,
         metavar="SHAPE",
-        help="chain, optimal, grown (eagle), or children per node by depth: 4,2,1",
+        help="chain, optimal, grown (eagle, medusa), or children per node by depth: 4,2,1",
     )
     group.add_argument(
         "--tree-nodes",
@@ -128,7 +128,10 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         help="draft nodes of optimal, grown and merged trees (31; recycling 80)",
     )
     group.add_argument(
-        "--tree-width", type=int, metavar="N", help="nodes expanded per level of grown trees (4)"
+        "--tree-width",
+        type=int,
+        metavar="N",
+        help="nodes that eagle expands per level of grown trees (4)",
     )
     group.add_argument("--policy", choices=one_of("policy"), help="(longest_prefix)")
     group.add_argument("--tau", type=float, help="threshold of conf_threshold (0.5)")

@@ -52,6 +52,43 @@ def grow_level(
     return filled.gather(1, at), on, ancestors
 
 
+def grow_offsets(
+    roots: torch.Tensor, drawn: torch.Tensor, scores: torch.Tensor, nodes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See inferlab.kernels.growth.grow_offsets.
+
+    Depth by depth: of each only the ``nodes`` surest can be in the tree, and only they can have
+    children there.
+    """
+    size, depth, width = drawn.shape
+    missing = drawn < 0
+    own = torch.log_softmax(scores.masked_fill(missing, -torch.inf), dim=-1)
+    own = torch.where(missing, NEVER, own.clamp_max(0.0))
+    filled = torch.where(missing, drawn[:, :, :1], drawn).clamp_min(0)
+    path = torch.zeros((size, 1), device=drawn.device)
+    first = 0  # number of the first node of the depth above
+    tokens, confidence, above = [], [], []
+    for level in range(depth):
+        here = (path[:, :, None] + own[:, level, None]).flatten(1)
+        sorted_ = here.sort(dim=1, descending=True, stable=True)
+        path, at = sorted_.values[:, :nodes], sorted_.indices[:, :nodes]
+        tokens.append(filled[:, level].gather(1, at % width))
+        confidence.append(path)
+        above.append(at // width + first)
+        first += 1 if level == 0 else confidence[-2].shape[1]
+    order = torch.cat(confidence, dim=1).sort(dim=1, descending=True, stable=True).indices
+    order = order[:, : nodes - 1]
+    place = torch.zeros((size, 1 + sum(c.shape[1] for c in confidence)), dtype=torch.int64)
+    place = place.to(order.device)
+    place.scatter_(1, order + 1, torch.arange(1, nodes, device=order.device).expand(size, -1))
+    parents = place.gather(1, torch.cat(above, dim=1).gather(1, order)).to(torch.int32)
+    picked = torch.cat(tokens, dim=1).gather(1, order)
+    return (
+        torch.cat((roots[:, None], picked), dim=1),
+        torch.nn.functional.pad(parents, (1, 0), value=-1),
+    )
+
+
 def grow_tree(
     roots: torch.Tensor,
     tokens: torch.Tensor,

@@ -16,55 +16,92 @@ from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
-from inferlab.specdec.tree import Budget, DraftTree, TreeShape
+from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 
 
 class MedusaDrafter(Drafter):
-    """Drafts a static tree from one pass of the heads.
+    """Drafts a tree from one pass of the heads.
 
     Head i scores the tokens of depth i + 1 whatever the path there: a node's token is its head's
-    best one of the node's rank, drawn with the target's own noise at that position.
+    best one of some rank, drawn with the target's own noise at that position.
 
     Args:
         heads: trained for the target.
-        shape: the largest tree; at most as deep as there are heads.
+        shape: a static tree, at most as deep as there are heads, or None: trees grown to where the
+            heads are sure (how sure, is said in `growth`).
+        nodes: of grown trees, below the root.
+        depth: of grown trees; all heads where it is left out.
         coupled: draw with the target's noise; False: with noise of its own.
     """
 
     name = "medusa"
     feature_layers = (FINAL_HIDDEN,)
 
-    def __init__(self, heads: MedusaHeads, shape: TreeShape, *, coupled: bool = True) -> None:
-        if shape.depth > heads.num_heads:
+    GROWN_WIDTH = 16  # tokens of each depth that a grown tree chooses from
+
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        shape: TreeShape | None = None,
+        *,
+        nodes: int = 31,
+        depth: int | None = None,
+        coupled: bool = True,
+    ) -> None:
+        levels = shape.depth if shape is not None else depth or heads.num_heads
+        if levels > heads.num_heads:
             raise ValueError(
-                f"tree has {shape.depth} levels, but there are {heads.num_heads} Medusa heads; "
+                f"tree has {levels} levels, but there are {heads.num_heads} Medusa heads; "
                 f"draft at most that many levels"
             )
         self.heads = heads
         self.shape = shape
         self.coupled = coupled
-        self.max_nodes = shape.num_nodes
-        self.max_depth = shape.depth
+        self.nodes = shape.num_nodes - 1 if shape is not None else nodes
+        self.max_nodes = 1 + self.nodes
+        self.max_depth = levels
         self._features = LastFeatures()
 
     def ladder(self) -> SequenceOf[Budget]:
+        if self.shape is None:
+            return ladder(self.nodes, self.max_depth)
         return self.shape.ladder(self.max_depth)
 
     @torch.inference_mode()
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+        if self.shape is None:
+            return self._grow(batch, min(budget.levels, self.max_depth), budget.nodes)
         shape = self.shape.within(budget)
+        drawn = self._draw(batch, shape.depth, max(shape.widths))
+        return DraftTree.of_shape(shape, tree_of_offsets(batch.roots, drawn, shape))
+
+    def _grow(self, batch: Batch, levels: int, nodes: int) -> DraftTree:
+        """A tree of the ``nodes`` tokens that the heads are surest of."""
+        nodes = min(nodes, self.nodes)
+        width = min(self.GROWN_WIDTH, nodes)
+        if levels == 1 or width == 1:
+            nodes = min(nodes, width * levels)
+        scores = torch.empty((len(batch), levels, width), device=batch.device)
+        drawn = self._draw(batch, levels, width, scores)
+        tokens, parents = kernels.grow_offsets(batch.roots, drawn, scores, 1 + nodes)
+        sizes = ([levels] * len(batch), [1 + nodes] * len(batch))
+        return DraftTree(tokens, kernels.build_tree(parents), False, *sizes)
+
+    def _draw(
+        self, batch: Batch, levels: int, count: int, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The best ``count`` tokens of each depth, [B, levels, count], and their scores."""
         tokens = batch.roots.to(torch.int64) if self.heads.reads_token else None
-        logits = self.heads.logits(self._features.of(batch)[:, -1], tokens, shape.depth)
-        ahead = torch.arange(1, shape.depth + 1, device=batch.device)
-        positions = batch.seq_lens.to(torch.int64)[:, None] + ahead
-        drawn = kernels.sample(
+        logits = self.heads.logits(self._features.of(batch)[:, -1], tokens, levels)
+        ahead = torch.arange(1, levels + 1, device=batch.device)
+        return kernels.sample(
             logits,
-            positions,
+            batch.seq_lens.to(torch.int64)[:, None] + ahead,
             batch.sampling,
             purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
-            num_samples=max(shape.widths),
+            num_samples=count,
+            scores=scores,
         )
-        return DraftTree.of_shape(shape, tree_of_offsets(batch.roots, drawn, shape))
 
     def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
         assert output.features is not None
@@ -85,9 +122,10 @@ class MedusaDrafter(Drafter):
         self._features.release(sequence)
 
     def describe(self) -> dict[str, Any]:
+        grown = {"grown": True, "depth": self.max_depth, "nodes": self.nodes}
         return {
             "drafter": self.name,
             "heads": self.heads.num_heads,
-            "tree": describe_shape(self.shape),
+            "tree": grown if self.shape is None else describe_shape(self.shape),
             "coupled_noise": self.coupled,
         }
