@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 
 #include "amx.h"
 #include "attention_ahead.h"
@@ -99,12 +98,9 @@ class TileProducts {
   }
 
   // Shapes the tile registers for score and sum.
-  void enter(std::optional<TileScope>& scope) const {
-    if (rows_ <= 16) {
-      scope.emplace(static_cast<int>(columns_), static_cast<int>(rows_));
-    } else {
-      scope.emplace(static_cast<int>(columns_));
-    }
+  TileScope enter() const {
+    if (rows_ > 16) return TileScope(static_cast<int>(columns_));
+    return TileScope(static_cast<int>(columns_), static_cast<int>(rows_));
   }
 
   void set_row(int64_t h, int64_t r, const bf16* q) {
