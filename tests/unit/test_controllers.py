@@ -122,6 +122,17 @@ def test_cost_begins_a_batch_size_where_its_neighbour_is():
     assert smaller.chosen == [learnt, 0, learnt]
 
 
+def test_cost_goes_on_where_the_first_steps_of_a_batch_size_cannot_be_measured():
+    controller = CostController(8)
+    World(acceptance=0.9).run(controller, 200, batch_size=4)
+    for _ in range(12):
+        budget = controller.choose(2, CHAIN)
+        walks = [list(range(1, budget.levels + 1))] * 2
+        step = StepObservation(2, budget, 10.0, [budget.levels] * 2, walks, budget != NO_DRAFT)
+        controller.observe(step)
+    assert controller.choose(2, CHAIN) != NO_DRAFT
+
+
 def test_cost_does_not_try_in_a_larger_batch_what_did_not_pay_in_a_smaller_one():
     controller = CostController(8)
     World(acceptance=0.05, draft_ms=5.0).run(controller, 200, batch_size=1)

@@ -165,6 +165,7 @@ class CostController:
     PROBE_SHARE = 0.002
     MARGIN = 1.02  # what another rung must promise before it is taken
     PROMISING = 0.9  # of the best rate: from a rung that reaches it the climb goes on
+    HOPE, HOPED_STEPS = 0.7, 4  # acceptance of the first node, before anything is known
     UNKNOWN = 0.9  # acceptance of a node that was never tried, relative to the one before
 
     def __init__(self, max_k: int = 8) -> None:
@@ -238,8 +239,10 @@ class CostController:
 
     def _forget_all(self) -> None:
         nodes = self._rungs[-1].nodes
-        self._accepted = [0.0] * nodes
-        self._offered = [0.0] * nodes
+        # The first node begins as if seen in steps that went well: bad luck in the first few real
+        # ones must not end drafting for long.
+        self._accepted = [self.HOPE * self.HOPED_STEPS, *[0.0] * (nodes - 1)]
+        self._offered = [float(self.HOPED_STEPS), *[0.0] * (nodes - 1)]
         self._costs: dict[int, _Costs] = {}
         self._probe_turn = 0
 
@@ -318,7 +321,8 @@ class CostController:
         if not times or len(self._rungs) == 1:
             return
         top, highest = len(self._rungs) - 1, max(times)
-        expected = self._expected_tokens()[: highest + 1]
+        # The rung in use counts even where no step of it could be measured yet.
+        expected = self._expected_tokens()[: max(highest, costs.current) + 1]
         rates = [tokens / self._step_time(times, rung) for rung, tokens in enumerate(expected)]
         best = max(range(len(rates)), key=rates.__getitem__)
         if rates[best] > rates[costs.current] * self.MARGIN:

@@ -37,7 +37,7 @@ class MedusaDrafter(Drafter):
     name = "medusa"
     feature_layers = (FINAL_HIDDEN,)
 
-    GROWN_WIDTH = 16  # tokens of each depth that a grown tree chooses from
+    GROWN_WIDTH = 32  # tokens of each depth that a grown tree chooses from
 
     def __init__(
         self,
