@@ -1,5 +1,6 @@
 """The ops: thin wrappers over the kernels of each device, torch reference ops where it has none."""
 
+from inferlab.kernels._walk import VerifyResult, verify_workspace
 from inferlab.kernels.attention import attention_workspace, paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
 from inferlab.kernels.growth import Frontier, grow_level, grow_offsets, grow_tree
@@ -13,12 +14,7 @@ from inferlab.kernels.kv import (
 from inferlab.kernels.layer import linear, rms_norm, rope_append, silu_mul
 from inferlab.kernels.sample import sample, sample_workspace
 from inferlab.kernels.sampling_params import SamplingTensors
-from inferlab.kernels.verify import (
-    VerifyResult,
-    verify_tree_match,
-    verify_tree_rejection,
-    verify_workspace,
-)
+from inferlab.kernels.verify import verify_tree_match, verify_tree_rejection
 from inferlab.kernels.verify_lossy import verify_tree_lossy
 
 __all__ = [

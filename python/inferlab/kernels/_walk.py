@@ -70,6 +70,19 @@ def verify_workspace(logits: torch.Tensor, sampling: SamplingTensors) -> torch.T
     return new_workspace(ops.verify_workspace_bytes(logits, sampling.changes_logits), logits)
 
 
+def room_for(
+    logits: torch.Tensor,
+    sampling: SamplingTensors,
+    out: VerifyResult | None,
+    workspace: torch.Tensor | None,
+) -> tuple[VerifyResult, torch.Tensor | None]:
+    """Where a verifier writes: what the caller gave, and new memory for what it left out."""
+    return (
+        new_result(logits) if out is None else out,
+        verify_workspace(logits, sampling) if workspace is None else workspace,
+    )
+
+
 def allowed_columns(allowed_vocab: int | None) -> int:
     """As the kernels take it: -1 for all columns."""
     return -1 if allowed_vocab is None else max(allowed_vocab, 0)

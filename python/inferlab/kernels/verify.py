@@ -12,11 +12,10 @@ from inferlab.kernels._walk import (
     allowed_columns,
     fake_result,
     filled,
-    new_result,
     numpy_result,
+    room_for,
     split_arguments,
     tensor_links,
-    verify_workspace,
 )
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -38,10 +37,7 @@ def _run_match(
             logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
         )
         return filled(result, out)
-    if out is None:
-        out = new_result(logits)
-    if workspace is None:
-        workspace = verify_workspace(logits, sampling)
+    out, workspace = room_for(logits, sampling, out, workspace)
     ops.verify_tree_match(
         logits,
         tokens,
@@ -125,10 +121,7 @@ def _run_rejection(
             allowed_vocab=allowed_vocab,
         )
         return filled(result, out)
-    if out is None:
-        out = new_result(logits)
-    if workspace is None:
-        workspace = verify_workspace(logits, sampling)
+    out, workspace = room_for(logits, sampling, out, workspace)
     ops.verify_tree_rejection(
         logits,
         draft_logits,

@@ -12,11 +12,10 @@ from inferlab.kernels._walk import (
     allowed_columns,
     fake_result,
     filled,
-    new_result,
     numpy_result,
+    room_for,
     split_arguments,
     tensor_links,
-    verify_workspace,
 )
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sampling_params import SamplingTensors
@@ -56,10 +55,7 @@ def _run_lossy(
             allowed_vocab=allowed_vocab,
         )
         return filled(result, out)
-    if out is None:
-        out = new_result(logits)
-    if workspace is None:
-        workspace = verify_workspace(logits, sampling)
+    out, workspace = room_for(logits, sampling, out, workspace)
     ops.verify_tree_lossy(
         logits,
         tokens,

@@ -41,14 +41,10 @@ def read_features(target: Any, tokens: Tensor, layers: tuple[int, ...]) -> Tenso
 
         return keep
 
+    inner = [index for index in layers if index >= 0]
     count = target.config.get_text_config(decoder=True).num_hidden_layers
-    hooks = [
-        decoder_layers(target, count, type(target).__name__)[index].register_forward_hook(
-            keeper(index)
-        )
-        for index in layers
-        if index >= 0
-    ]
+    found = decoder_layers(target, count, type(target).__name__) if inner else ()
+    hooks = [found[index].register_forward_hook(keeper(index)) for index in inner]
     try:
         ids = tokens[:, :-1].long().to(target.device)
         states[-1] = target.base_model(input_ids=ids, use_cache=False).last_hidden_state

@@ -57,7 +57,8 @@ class _LinearAgreement(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         to_states = torch.empty_like(states)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        learns = ctx.needs_input_grad[1]
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         loss = torch.zeros((), device=states.device)
         rows = _LinearAgreement.CPU_ROWS if states.is_cpu else _LinearAgreement.ROWS
         blocks = (x.split(rows) for x in (states, target, to_states))
@@ -67,7 +68,7 @@ class _LinearAgreement(torch.autograd.Function):
             loss += log_sum.sum() - (wanted * wide).sum()
             to_logits = ((wide - log_sum).exp() - wanted).to(weight.dtype)
             torch.mm(to_logits, weight, out=to_some)
-            if ctx.needs_input_grad[1]:
+            if to_weight is not None:
                 to_weight += to_logits.T @ some
         ctx.save_for_backward(to_states, to_weight)
         return loss / len(states)
@@ -76,8 +77,9 @@ class _LinearAgreement(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         to_states, to_weight = ctx.saved_tensors
         scale = grads[0] / len(to_states)
-        learns = ctx.needs_input_grad[1]
-        return to_states * scale, (to_weight * scale).to(to_states.dtype) if learns else None, None
+        if to_weight is not None:
+            to_weight = (to_weight * scale).to(to_states.dtype)
+        return to_states * scale, to_weight, None
 
 
 def linear_agreement_loss(states: Tensor, weight: Tensor, target: Tensor) -> Tensor:

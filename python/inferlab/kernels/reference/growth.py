@@ -8,6 +8,14 @@ NEVER = -1e30
 """Log confidence of what merely fills a row in which too few tokens were drawn."""
 
 
+def _siblings(drawn: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log confidences of drawn siblings, [.., W] each, missing ones filled."""
+    missing = drawn < 0
+    own = torch.log_softmax(scores.masked_fill(missing, -torch.inf), dim=-1)
+    own = torch.where(missing, NEVER, own.clamp_max(0.0))
+    return torch.where(missing, drawn[..., :1], drawn).clamp_min(0), own
+
+
 def grow_level(
     drawn: torch.Tensor,
     scores: torch.Tensor,
@@ -28,11 +36,9 @@ def grow_level(
     else:
         ids = expanded[:, before : before + parents].to(torch.int64)
         path = confidence.gather(1, ids)
-    missing = drawn < 0
-    own = torch.log_softmax(scores.masked_fill(missing, -torch.inf), dim=-1)
-    own = torch.where(missing, NEVER, own.clamp_max(0.0))
+    filled, own = _siblings(drawn, scores)
     here = (own + path[:, :, None]).view(size, count)
-    filled = torch.where(missing, drawn[:, :, :1], drawn).clamp_min(0).view(size, count)
+    filled = filled.view(size, count)
     tokens[:, first : first + count] = filled
     confidence[:, first : first + count] = here
     if words is None:
@@ -61,10 +67,7 @@ def grow_offsets(
     children there.
     """
     size, depth, width = drawn.shape
-    missing = drawn < 0
-    own = torch.log_softmax(scores.masked_fill(missing, -torch.inf), dim=-1)
-    own = torch.where(missing, NEVER, own.clamp_max(0.0))
-    filled = torch.where(missing, drawn[:, :, :1], drawn).clamp_min(0)
+    filled, own = _siblings(drawn, scores)
     path = torch.zeros((size, 1), device=drawn.device)
     first = 0  # number of the first node of the depth above
     tokens, confidence, above = [], [], []

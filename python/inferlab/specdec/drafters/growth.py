@@ -69,6 +69,10 @@ class Growth:
         tokens, parents = grow_tree(
             self._roots, self._tokens, self._confidence, self._expanded, self._width, nodes
         )
-        size = len(self._roots)
-        links = build_tree(parents)
-        return DraftTree(tokens, links, False, [self._levels] * size, [nodes] * size)
+        return grown_tree(tokens, parents, self._levels)
+
+
+def grown_tree(tokens: torch.Tensor, parents: torch.Tensor, levels: int) -> DraftTree:
+    """Trees numbered by confidence, [B, N] each, of at most ``levels`` levels."""
+    size, nodes = tokens.shape
+    return DraftTree(tokens, build_tree(parents), False, [levels] * size, [nodes] * size)

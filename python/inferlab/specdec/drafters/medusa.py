@@ -15,6 +15,7 @@ from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
+from inferlab.specdec.drafters.growth import grown_tree
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 
@@ -84,8 +85,7 @@ class MedusaDrafter(Drafter):
         scores = torch.empty((len(batch), levels, width), device=batch.device)
         drawn = self._draw(batch, levels, width, scores)
         tokens, parents = kernels.grow_offsets(batch.roots, drawn, scores, 1 + nodes)
-        sizes = ([levels] * len(batch), [1 + nodes] * len(batch))
-        return DraftTree(tokens, kernels.build_tree(parents), False, *sizes)
+        return grown_tree(tokens, parents, levels)
 
     def _draw(
         self, batch: Batch, levels: int, count: int, scores: torch.Tensor | None = None
