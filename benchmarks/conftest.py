@@ -3,16 +3,22 @@
     pytest benchmarks/bench_*.py                    every op, on the CPU and on CUDA where it is
     pytest benchmarks/bench_sample.py -k cpu        one op, one device
     pytest benchmarks/bench_sample.py -m sweep      the big sweep instead of the chosen shapes
-    ... --benchmark-json=FILE                       saved, for benchmarks/report.py
+    ... --benchmark-json=FILE                       saved at the end, for benchmarks/report.py
+    ... --rows=FILE.jsonl                           saved row by row: a run that is killed keeps
+                                                    what it has measured; for report.py too
+    ... --row-seconds=0.3                           timed rounds of a row; 0: one round of each
 
 How it is timed: measure.py. Bytes: floors.py. Columns: table.py.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,10 +31,16 @@ from inferlab import _C
 from inferlab.benchmarks.environment import describe_environment
 from table import Shape, label
 
-BUDGET_S = 0.8  # of timed rounds per row
 HAS_CUDA = torch.cuda.is_available() and _C.build_info()["cuda"] is not None
 _DEVICES: dict[str, measure.Device] = {}
 _ROWS: list[table.Row] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", type=Path, metavar="FILE.jsonl", help="append each row as it comes")
+    parser.addoption(
+        "--row-seconds", type=float, default=0.8, metavar="S", help="timed rounds of a row; 0: one"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,8 +87,36 @@ def device(_device: measure.Device) -> measure.Device:
     return _device
 
 
+class RowFile:
+    """Rows of kernel benchmarks, on disk as soon as they are measured: a line that says what the
+    run is, then a line per row."""
+
+    def __init__(self, path: Path, config: pytest.Config) -> None:
+        self._path = path
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._append({"datetime": now, "machine_info": {"inferlab": describe_run(config)}})
+
+    def add(self, row: table.Row) -> None:
+        self._append({"name": case_of(row), "extra_info": row})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+@pytest.fixture(scope="session")
+def row_file(request: pytest.FixtureRequest) -> RowFile | None:
+    path = request.config.getoption("--rows")
+    return None if path is None else RowFile(path, request.config)
+
+
 @pytest.fixture
-def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
+def kernel_bench(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    device: measure.Device,
+    row_file: RowFile | None,
+) -> Callable[..., None]:
     """Times one op at one shape, and its rivals in turns with it."""
 
     def run(
@@ -128,7 +168,8 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
                 rival.round()
             own.ready()
 
-        rounds = measure.rounds_within([own, *rivals.values()], flush_s, BUDGET_S)
+        budget_s = request.config.getoption("--row-seconds")
+        rounds = measure.rounds_within([own, *rivals.values()], flush_s, budget_s)
         benchmark.pedantic(own.run, setup=between, rounds=rounds, warmup_rounds=1)
         stats = benchmark.stats.stats
         median_s = stats.median
@@ -157,8 +198,14 @@ def kernel_bench(benchmark: Any, device: measure.Device) -> Callable[..., None]:
         }
         benchmark.extra_info.update(row)
         _ROWS.append(row)
+        if row_file is not None:
+            row_file.add(row)
 
     return run
+
+
+def case_of(row: table.Row) -> str:
+    return " ".join(f"{row['op']} {row['variant']} {label(row['shape'])}".split())
 
 
 def bandwidth_of(device: str) -> dict[str, float]:
@@ -172,13 +219,22 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: An
     machine_info.pop("node", None)
     cpu = machine_info.get("cpu", {})
     machine_info["cpu"] = {k: cpu[k] for k in ("brand_raw", "arch", "count") if k in cpu}
-    arguments = [a for a in config.invocation_params.args if "benchmark-json" not in str(a)]
-    machine_info["inferlab"] = {
+    machine_info["inferlab"] = describe_run(config)
+
+
+def describe_run(config: pytest.Config) -> dict[str, Any]:
+    """Machine, versions and command of a run; bandwidths as far as they are measured."""
+    arguments = [
+        str(a)
+        for a in config.invocation_params.args
+        if not str(a).startswith(("--benchmark-json", "--rows"))
+    ]
+    return {
         **describe_environment(),
         "build": _C.build_info(),
         "torch_cuda": torch.version.cuda,
         "peers": peer_ops.versions(),
-        "command": "pytest " + shlex.join(str(a) for a in arguments),
+        "command": "pytest " + shlex.join(arguments),
         "devices": {
             name: {
                 "bandwidth_gb_per_s": bandwidth_of(name),
@@ -214,5 +270,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             terminalreporter.write_line(line)
     for row in _ROWS:
         for who, why in row["failed"].items():
-            case = f"{row['op']} {row['variant']} {label(row['shape'])}"
-            terminalreporter.write_line(f"{case}: {who} failed: {why}")
+            terminalreporter.write_line(f"{case_of(row)}: {who} failed: {why}")

@@ -246,7 +246,10 @@ class Contestant:
 
 
 def rounds_within(contestants: Sequence[Contestant], flush_s: float, budget_s: float) -> int:
-    """How many rounds of all of them fit into the budget: 7 at least, 100 at most."""
+    """How many rounds of all of them fit into the budget: 7 at least, 100 at most; one where there
+    is no budget at all."""
+    if budget_s == 0:
+        return 1
     turn_s = sum(c.calls * c.once_s + (flush_s if c.cold else 0.0) for c in contestants)
     return max(7, min(100, int(budget_s / turn_s)))
 

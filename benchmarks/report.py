@@ -3,8 +3,8 @@
     pytest benchmarks/bench_*.py --benchmark-json=run.json
     python benchmarks/report.py run.json [more.json ...] --output report.md --plots plots/
 
-Files are those of --benchmark-json or --benchmark-save. Where two hold the same row of the same
-device, the later file's counts.
+Files are those of --benchmark-json, --benchmark-save or --rows (FILE.jsonl). Where two hold the same
+row of the same device, the later file's counts.
 """
 
 from __future__ import annotations
@@ -21,19 +21,44 @@ from must_hold import REQUIREMENTS
 from table import Row, label
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A saved run.
+def load(path: Path) -> list[dict[str, Any]]:
+    """The runs saved in a file: one in pytest-benchmark's JSON, any number in a file of rows.
 
     Raises:
-        ValueError: the file is not pytest-benchmark's JSON.
+        ValueError: the file is neither.
     """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return _runs_of_rows(path, text.splitlines())
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(run, dict) or "benchmarks" not in run or "machine_info" not in run:
         raise ValueError(f"{path} is not a run saved by pytest-benchmark (--benchmark-json=FILE)")
-    return run
+    return [run]
+
+
+def _runs_of_rows(path: Path, lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs as --rows writes them; the last line of one that was killed may be half a line."""
+    runs: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if "machine_info" in record:
+            runs.append({**record, "benchmarks": []})
+        elif runs and "extra_info" in record:
+            runs[-1]["benchmarks"].append(record)
+            if measured := record["extra_info"].get("bandwidth_gb_per_s"):
+                devices = runs[-1]["machine_info"]["inferlab"]["devices"]
+                devices[record["extra_info"]["device"]] = {"bandwidth_gb_per_s": measured}
+        else:
+            raise ValueError(f"{path}, line {number} is not of a file written by --rows")
+    return runs
 
 
 def kernel_rows(runs: Iterable[dict[str, Any]]) -> list[Row]:
@@ -75,7 +100,8 @@ def run_lines(run: dict[str, Any]) -> list[str]:
     for device, measured in info.get("devices", {}).items():
         facts = [machine(run, device)]
         facts += [f"{k} {v:.1f} GB/s" for k, v in measured["bandwidth_gb_per_s"].items()]
-        facts += [f"{table.amount(measured['flush_bytes'])} read to flush the cache"]
+        if "flush_bytes" in measured:
+            facts += [f"{table.amount(measured['flush_bytes'])} read to flush the cache"]
         lines.append(f"  - {device}: {'; '.join(facts)}")
     return lines
 
@@ -161,13 +187,15 @@ def plot(rows: Sequence[Row], directory: Path, suffix: str) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Saved benchmark runs as Markdown and plots.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="--benchmark-json file")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="of --benchmark-json or --rows"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="a figure per op is written here")
     parser.add_argument("--format", choices=("svg", "png"), default="svg", help="of the plots")
     args = parser.parse_args(argv)
     try:
-        runs = [load(path) for path in args.files]
+        runs = [run for path in args.files for run in load(path)]
     except (OSError, ValueError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         return 2

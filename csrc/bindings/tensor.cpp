@@ -52,6 +52,15 @@ dlpack::DataType from_buffer_format(const Py_buffer& view, const char* name) {
   throw py::type_error(std::string(name) + ": arrays of format '" + f + "' are not supported");
 }
 
+// For arrays whose type does not tell (torch before 2.10, CuPy): torch's current stream, or the
+// default one in a process where torch has not touched CUDA.
+void* torch_stream(int device_id) {
+  const py::module_ cuda = py::module_::import("torch.cuda");
+  if (!cuda.attr("is_initialized")().cast<bool>()) return nullptr;
+  const py::object stream = cuda.attr("current_stream")(device_id);
+  return reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
+}
+
 }  // namespace
 
 Tensor::Tensor(py::handle object, const char* name) : name_(name) {
@@ -273,9 +282,9 @@ DType Tensor::float_dtype() const {
 
 void* current_cuda_stream(py::handle tensor, int device_id) {
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()));
+  if (api == nullptr || api->current_work_stream == nullptr) return torch_stream(device_id);
   void* stream = nullptr;
-  if (api != nullptr && api->current_work_stream != nullptr &&
-      api->current_work_stream(dlpack::kDLCUDA, device_id, &stream) != 0) {
+  if (api->current_work_stream(dlpack::kDLCUDA, device_id, &stream) != 0) {
     throw py::error_already_set();
   }
   return stream;

@@ -113,7 +113,8 @@ auto require(bool ok, const F& message) -> decltype(static_cast<void>(message())
 // RuntimeError or MemoryError if the op failed.
 void check_status(Status status, const char* op);
 
-// The framework's current stream on a CUDA device; the default stream where it does not tell.
+// The current stream on a CUDA device, of the tensor's framework or, where that does not tell, of
+// torch.
 void* current_cuda_stream(py::handle tensor, int device_id);
 
 // Calls op(stream) -> Status on the CUDA device of `place`, on the current stream of `like`'s

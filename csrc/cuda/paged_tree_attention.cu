@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTi
       } else {
         seen[0] = visible_slots(own_rows[0], p.a.words, sequence.length, slot);
         seen[1] = visible_slots(own_rows[8], p.a.words, sequence.length, slot);
+        __syncwarp();  // lanes took different ways; ldmatrix and mma want them together
         softmax.template add_tile<true>(p, tile, shared.k[stage], shared.v[stage], seen);
       }
     }

@@ -22,6 +22,8 @@ from exactness.test_families import (
     target_of,
 )
 from helpers.backends import Backend
+from inferlab.kernels.reference import layer as reference
+from inferlab.models import fused
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -120,9 +122,11 @@ def test_an_accelerators_kernels_decode_the_cpus_tokens(
     ops = request.getfixturevalue(kernels)
     expected = plain_tokens(family, params)
     target = target_of(family)
-    # Off the CPU a model runs through its own modules.
-    monkeypatch.setattr(target, "_fused", None)
-    monkeypatch.setattr(draft_of(family), "_fused", None)
+    # Off the CPU products are torch's, and a Metal device's models run through their own modules.
+    monkeypatch.setattr(fused, "linear", reference.linear)
+    if kernels == "metal_ops":
+        monkeypatch.setattr(target, "_fused", None)
+        monkeypatch.setattr(draft_of(family), "_fused", None)
     decoding = engine(family, drafter, tree)
     with Backend(kernels, "cpu", ops).active():
         results = decoding.generate([(p, params) for p in PROMPTS])

@@ -1,10 +1,11 @@
-"""The decoder layers of Llama-shaped models in few calls: what makes small models fast on a CPU.
+"""The decoder layers of Llama-shaped models in few calls: what makes small models fast on a CPU,
+and keeps a GPU from waiting for the host.
 
 Hugging Face's layer is some thirty small torch calls around four matrix products; for a model of
 some million parameters they take several times as long as the products. Here a layer is nine
 calls: Q, K and V are one product, gate and up another, and what lies between is fused
 (`kernels.rms_norm`, `silu_mul`, `rope_append`). The weights are Hugging Face's own tensors, as
-views into the joint ones.
+views into the joint ones. Off the CPU the products are torch's.
 
 Only exact classes whose forward is known are taken over; all others run through their modules.
 """
@@ -76,7 +77,7 @@ class FusedDecoder:
         for index, layer in enumerate(self._layers):
             hidden = layer.forward(hidden, size, nodes, cos, sin, step, index)
             if index in feature_layers:
-                features[index] = hidden
+                features[index] = hidden.clone()  # the next layer may add in place
         rows = None
         if batch.last_only and nodes > 1:
             last = nodes - 1 if batch.num_nodes is None else batch.num_nodes.long() - 1
@@ -122,7 +123,8 @@ class DecoderLayer:
         step: Step,
         index: int,
     ) -> torch.Tensor:
-        """hidden: [B * N, H] -> [B * N, H]; K/V goes to the pages of layer `index`."""
+        """hidden: [B * N, H] -> [B * N, H], may be overwritten; K/V goes to the pages of layer
+        `index`."""
         normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
         return self.attend(normed, hidden, size, nodes, cos, sin, step, index)
 
@@ -137,7 +139,12 @@ class DecoderLayer:
         step: Step,
         index: int,
     ) -> torch.Tensor:
-        """All behind the first norm. x: [B * N, inputs of q, k, v]; hidden: what it is added to."""
+        """All behind the first norm.
+
+        Args:
+            x: [B * N, inputs of q, k, v].
+            hidden: [B * N, H], what it is added to; may be overwritten.
+        """
         k_pages, v_pages = step.pages[index]
         qkv = product(x, *self.qkv).view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
@@ -160,10 +167,10 @@ class DecoderLayer:
             softcap=self.softcap,
             **where,
         ).view(size * nodes, -1)
-        hidden = product(attended, self.out.weight, self.out.bias, hidden)
+        hidden = add_product(hidden, attended, self.out.weight, self.out.bias)
         normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
         gated = silu_mul(product(normed, *self.gate_up))
-        return product(gated, self.down.weight, self.down.bias, hidden)
+        return add_product(hidden, gated, self.down.weight, self.down.bias)
 
 
 def product(
@@ -172,11 +179,21 @@ def product(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias + residual``; few rows by our kernel, many (prompts) by torch's."""
-    if x.shape[0] <= MAX_ROWS[x.dtype]:
+    """``x @ weight.T + bias + residual``; on a CPU few rows by our kernel, many (prompts) by
+    torch's."""
+    if x.is_cpu and x.shape[0] <= MAX_ROWS[x.dtype]:
         return linear(x, weight, bias, residual)
     out = torch.nn.functional.linear(x, weight, bias)
     return out if residual is None else out.add_(residual)
+
+
+def add_product(
+    hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``hidden + x @ weight.T + bias``; may overwrite ``hidden``."""
+    if x.is_cuda and bias is None:
+        return hidden.addmm_(x, weight.t())  # the sum in the product's own launch
+    return product(x, weight, bias, hidden)
 
 
 def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -199,7 +216,7 @@ def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
     """Whether nothing about the model differs from the forward written here."""
     if type(model).__name__ not in _KNOWN or not type(model).__module__.startswith("transformers."):
         return False
-    if model.device.type != "cpu" or any(spec.head_dim % 8 for spec in layers):
+    if model.device.type not in ("cpu", "cuda") or any(spec.head_dim % 8 for spec in layers):
         return False
     if model.config.hidden_act not in ("silu", "swish"):
         return False

@@ -29,8 +29,8 @@ class HFModel:
 
     The model keeps its weights and, in general, its modules; only its attention function is
     exchanged (see `attention_hook`), so what a family does elsewhere (rotary variants, post-norms,
-    logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU run through fewer, fused
-    calls instead (see `fused`). The given model is switched over in place; `plain` gives it back
+    logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU or a CUDA device run
+    through fewer, fused calls instead (see `fused`). The given model is switched over in place; `plain` gives it back
     for the length of a ``with`` block.
 
     Args:

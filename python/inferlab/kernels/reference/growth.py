@@ -81,8 +81,8 @@ def grow_offsets(
         first += 1 if level == 0 else confidence[-2].shape[1]
     order = torch.cat(confidence, dim=1).sort(dim=1, descending=True, stable=True).indices
     order = order[:, : nodes - 1]
-    place = torch.zeros((size, 1 + sum(c.shape[1] for c in confidence)), dtype=torch.int64)
-    place = place.to(order.device)
+    candidates = sum(c.shape[1] for c in confidence)
+    place = torch.zeros((size, 1 + candidates), dtype=torch.int64, device=order.device)
     place.scatter_(1, order + 1, torch.arange(1, nodes, device=order.device).expand(size, -1))
     parents = place.gather(1, torch.cat(above, dim=1).gather(1, order)).to(torch.int32)
     picked = torch.cat(tokens, dim=1).gather(1, order)

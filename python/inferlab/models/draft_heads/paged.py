@@ -79,13 +79,15 @@ class PagedEagle:
     def _enter(
         self, embeds: torch.Tensor, features: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`EagleHead.enter` for rows [M, .]."""
+        """`EagleHead.enter` for rows [M, .]; what the layer adds to may be overwritten."""
         head = self.head
         if head.version == 1:
             fused = product(torch.cat((embeds, features), dim=-1), head.fc.weight, head.fc.bias)
             return fused, fused
         if features.shape[-1] != head.hidden_size:
             features = product(features, head.fc.weight)
+        else:
+            features = features.clone()  # the caller's
         layer: Any = head.layer
         parts = (
             rms_norm(embeds, layer.input_layernorm.weight, layer.input_layernorm.variance_epsilon),
