@@ -3,8 +3,8 @@
     pytest benchmarks/bench_*.py --benchmark-json=run.json
     python benchmarks/report.py run.json [more.json ...] --output report.md --plots plots/
 
-Files are those of --benchmark-json, --benchmark-save or --rows (FILE.jsonl). Where two hold the same
-row of the same device, the later file's counts.
+Files are those of --benchmark-json, --benchmark-save or --rows (FILE.jsonl). Where two hold the
+same row of the same device, the later file's counts.
 """
 
 from __future__ import annotations

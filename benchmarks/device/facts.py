@@ -1,4 +1,4 @@
-"""What the machine is: versions, the GPU, how streams reach the kernels, copy and read bandwidth."""
+"""What the machine is: versions, the GPU, how streams reach the kernels, bandwidth."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every op on the device against the CPU's kernels: called plainly, on a side stream behind slow work,
-and from a captured graph on new inputs. A line each; the exit status says whether all agreed.
+"""Every op on the device against the CPU's kernels: called plainly, on a side stream behind slow
+work, and from a captured graph on new inputs. A line each; the exit status says whether all agreed.
 
     python benchmarks/device/smoke.py               on the CUDA device
     python benchmarks/device/smoke.py --shim FILE   plainly, by the module that tests/helpers/
@@ -72,6 +72,8 @@ def inputs(seed: int) -> Tensors:
         "pages_to": torch.tensor([2, 3, 4], dtype=torch.int32),
         "x": bf16(BATCH, 4096),
         "weight": bf16(4096),
+        "matrix": bf16(72, 4096) / 64,
+        "sum": bf16(BATCH, 72),
     }
 
 
@@ -152,6 +154,10 @@ OPS: dict[str, tuple[float, Op]] = {
         lambda x, s: kernels.verify_tree_lossy(
             x["logits"], x["tokens"], links_of(x), x["seq_lens"], s, "typical", 0.5
         ),
+    ),
+    "linear": (
+        BF16,
+        lambda x, _: [kernels.linear(x["x"], x["matrix"], None, x["sum"], constant_weight=False)],
     ),
     "rms_norm": (BF16, lambda x, _: [kernels.rms_norm(x["x"], x["weight"])]),
     "silu_mul": (BF16, lambda x, _: [kernels.silu_mul(x["x"])]),

@@ -84,31 +84,41 @@ void silu_mul(py::handle x_, py::handle out_) {
   }
 }
 
-// On the CPU alone: on CUDA, products are cuBLAS's, by torch, and the tests' stand-in has none.
-[[maybe_unused]] void linear(py::handle x_, py::handle weight_, py::handle bias_,
-                             py::handle residual_, py::handle y_) {
+// False where the device has no kernel for these: the caller takes the framework's product.
+bool linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_,
+            py::handle y_, bool constant_weight) {
   Tensor x(x_, "x"), weight(weight_, "weight"), y(y_, "y");
   OptionalTensor bias(bias_, "bias"), residual(residual_, "residual");
-  weight.dims(2).contiguous().cpu();
+  const Place place = x.place();
+  weight.dims(2).contiguous().on(place);
   LinearParams p{};
   p.out = weight.size(0);
   p.in = weight.size(1);
-  x.shape({Tensor::kAny, p.in}).last_dim_contiguous().cpu();
+  x.shape({Tensor::kAny, p.in}).last_dim_contiguous();
   p.rows = x.size(0);
   p.x_stride = x.stride(0);
-  y.shape({p.rows, p.out}).contiguous().cpu();
+  y.shape({p.rows, p.out}).contiguous().on(place);
   check_same_dtype(x, weight);
   check_same_dtype(y, weight);
-  if (bias) check_same_dtype(bias->shape({p.out}).contiguous().cpu(), weight);
-  if (residual) check_same_dtype(residual->shape({p.rows, p.out}).contiguous().cpu(), weight);
+  if (bias) check_same_dtype(bias->shape({p.out}).contiguous().on(place), weight);
+  if (residual) check_same_dtype(residual->shape({p.rows, p.out}).contiguous().on(place), weight);
   p.x = x.data();
   p.weight = weight.data();
   p.bias = bias.ptr<const void>();
   p.residual = residual.ptr<const void>();
   p.y = y.data();
   p.dtype = weight.float_dtype();
-  if (p.rows == 0 || p.out == 0) return;
-  run_cpu("linear", [&] { return cpu::linear(p); });
+  p.weight_is_constant = constant_weight;
+  if (p.rows == 0 || p.out == 0) return true;
+  if (!place.cuda) {
+    run_cpu("linear", [&] { return cpu::linear(p); });
+    return true;
+  }
+#if defined(INFERLAB_WITH_CUDA)
+  if (!cuda::can_linear(p)) return false;
+  run_cuda(x_, place, "linear", [&](void* stream) { return cuda::linear(p, stream); });
+#endif
+  return true;
 }
 
 // [B, N, H, D] with contiguous heads; fills the strides of b and n.
@@ -196,9 +206,7 @@ void bind_layer(py::module_& m) {
   m.def("rms_norm", &rms_norm);
   m.def("silu_mul", &silu_mul);
   m.def("rope_append", &rope_append);
-#if !defined(INFERLAB_CUDA_SHIM)
   m.def("linear", &linear);
-#endif
 }
 
 }  // namespace inferlab

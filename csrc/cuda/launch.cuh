@@ -14,6 +14,7 @@ namespace inferlab::cuda {
 
 Status to_status(cudaError_t error);
 int multiprocessors();  // of the current device
+bool starts_early();    // whether it can begin a kernel before the one in front has ended (sm_90)
 
 // The block's dynamic shared memory as a T; uninitialised.
 template <typename T>
@@ -29,14 +30,33 @@ __device__ __forceinline__ T& shared_memory() {
 // Whether blocks may wait for each other: kTogether guarantees that all of them run at once.
 enum class Blocks { kIndependent, kTogether };
 
+// Whether a kernel may begin while those in front of it still run (programmatic dependent launch).
+// Such a kernel calls wait_for_earlier_kernels() in every thread before it reads what others write,
+// or writes anything; so when it has ended, they have. Calling let_next_kernel_start() first lets
+// the next one do likewise.
+enum class Start { kInOrder, kEarly };
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
 template <typename P>
 Status launch(void (*kernel)(P), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-              const P& params, Blocks blocks = Blocks::kIndependent) {
+              const P& params, Blocks blocks = Blocks::kIndependent,
+              Start start = Start::kInOrder) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return Status::kOk;
 #if defined(INFERLAB_CUDA_SHIM)
   (void)stream;
+  (void)start;
   struct Call {
     void (*kernel)(P);
     const P& params;
@@ -52,12 +72,24 @@ Status launch(void (*kernel)(P), dim3 grid, dim3 block, size_t shared_bytes, voi
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return to_status(error);
   }
-  const auto* function = reinterpret_cast<const void*>(kernel);
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  if (blocks == Blocks::kTogether) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  } else if (start == Start::kEarly && starts_early()) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  }
   void* args[] = {const_cast<P*>(&params)};
-  const auto s = static_cast<cudaStream_t>(stream);
-  return to_status(blocks == Blocks::kTogether
-                       ? cudaLaunchCooperativeKernel(function, grid, block, args, shared_bytes, s)
-                       : cudaLaunchKernel(function, grid, block, args, shared_bytes, s));
+  return to_status(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), args));
 #endif
 }
 

@@ -49,6 +49,8 @@ __device__ __forceinline__ void store_pair(T* to, float a, float b) {
 template <typename T, int D, int kRowTiles>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && D <= 128 && kRowTiles == 1 ? 3 : 2)
     attention_kernel(AttentionLaunch p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   using Shared = BlockShared<T, D, kRowTiles>;
   using Layout = TileLayout<T, D>;
   constexpr int kKeys = Layout::kKeys, kRows = 16 * kRowTiles;
@@ -177,6 +179,8 @@ constexpr int kAtOnce = 4;  // parts whose loads are under way together
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionLaunch p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int64_t rows = p.a.batch * p.a.nodes * p.a.q_heads;
   const int quads = static_cast<int>(p.a.head_dim / 4);
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -278,7 +282,8 @@ Status launch_attention(const AttentionLaunch& p, void* stream) {
   const int64_t blocks = p.a.batch * p.parts * p.row_blocks * p.a.kv_heads;
   if (blocks > kMaxGrid) return Status::kBadArgument;
   return launch(attention_kernel<T, D, kRowTiles>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kThreads), sizeof(BlockShared<T, D, kRowTiles>), stream, p);
+                dim3(kThreads), sizeof(BlockShared<T, D, kRowTiles>), stream, p,
+                Blocks::kIndependent, Start::kEarly);
 }
 
 template <typename T, int D>
@@ -311,7 +316,7 @@ Status launch_both(const AttentionLaunch& p, void* stream) {
   if (status != Status::kOk || p.parts == 1) return status;
   const int64_t threads = p.a.batch * p.a.nodes * p.a.q_heads * (p.a.head_dim / 4);
   return launch(attention_merge_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threads, kThreads))),
-                dim3(kThreads), 0, stream, p);
+                dim3(kThreads), 0, stream, p, Blocks::kIndependent, Start::kEarly);
 }
 
 }  // namespace

@@ -32,6 +32,8 @@ __device__ float warp_sum(float x) {
 
 template <typename T, bool kWide, int kWarps>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   constexpr int kRowThreads = 32 * kWarps, kStride = kRowThreads * kStep<T, kWide>;
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kBlockWarps / kWarps) + threadIdx.x / kRowThreads;
@@ -80,7 +82,7 @@ Status launch_rms_norm(const RmsNormParams& p, void* stream) {
   const auto kernel =
       long_rows ? rms_norm_kernel<T, kWide, kBlockWarps> : rms_norm_kernel<T, kWide, 1>;
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), sizeof(Shared), stream,
-                p);
+                p, Blocks::kIndependent, Start::kEarly);
 }
 
 Status rms_norm(const RmsNormParams& p, void* stream) {

@@ -94,6 +94,8 @@ __device__ void do_item(const RopeAppendParams& p, int64_t b, int64_t n, int ite
 
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeAppendParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   const int item = static_cast<int>(blockIdx.z) * kThreads + threadIdx.x;
   const int64_t n = blockIdx.x;
   if (item >= Items<T, kWide>(p).of_token(p)) return;
@@ -111,7 +113,8 @@ Status launch_rope_append(const RopeAppendParams& p, void* stream) {
   const dim3 grid(static_cast<unsigned>(p.nodes),
                   static_cast<unsigned>(p.batch < kMaxGridYZ ? p.batch : kMaxGridYZ),
                   static_cast<unsigned>(blocks));
-  return launch(rope_append_kernel<T, kWide>, grid, dim3(kThreads), 0, stream, p);
+  return launch(rope_append_kernel<T, kWide>, grid, dim3(kThreads), 0, stream, p,
+                Blocks::kIndependent, Start::kEarly);
 }
 
 Status rope_append(const RopeAppendParams& p, void* stream) {

@@ -18,6 +18,8 @@ constexpr int kThreads = 128;
 
 template <typename T, bool kWide>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   constexpr int kElements = kStep<T, kWide>;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kElements;
   if (i >= p.dim) return;
@@ -43,7 +45,8 @@ Status launch_silu_mul(const SiluMulParams& p, void* stream) {
   if (spans > kMaxGridX) return Status::kBadArgument;
   const dim3 grid(static_cast<unsigned>(spans),
                   static_cast<unsigned>(p.rows < kMaxGridYZ ? p.rows : kMaxGridYZ));
-  return launch(silu_mul_kernel<T, kWide>, grid, dim3(kThreads), 0, stream, p);
+  return launch(silu_mul_kernel<T, kWide>, grid, dim3(kThreads), 0, stream, p, Blocks::kIndependent,
+                Start::kEarly);
 }
 
 Status silu_mul(const SiluMulParams& p, void* stream) {

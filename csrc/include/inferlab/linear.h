@@ -18,10 +18,20 @@ struct LinearParams {
   void* y;               // [rows, out]
   int64_t rows, in, out, x_stride;
   DType dtype;
+  // No kernel that is still under way writes the weight: on a GPU it may be read before those that
+  // come first have ended.
+  bool weight_is_constant;
 };
 
 namespace cpu {
 Status linear(const LinearParams& params);
 }
+
+// For f16 and bf16, up to 16 rows, `in` a multiple of 32, rows of x 16-byte aligned: kBadArgument
+// for what can_linear refuses.
+namespace cuda {
+bool can_linear(const LinearParams& params);
+Status linear(const LinearParams& params, void* stream);
+}  // namespace cuda
 
 }  // namespace inferlab

@@ -51,6 +51,7 @@ class EarlyExit(HFModel):
         if target._plan.decoder is not None:
             self._plan = replace(self._plan, decoder=self._model.get_decoder())
         self._fused = target._fused.first(layers) if target._fused is not None else None
+        self._graphs = self._new_graphs()
         self.name = f"{target.name}, first {layers} of {count} layers"
         self.num_parameters = sum(p.numel() for p in self._model.parameters())
         self.load_notes = ()

@@ -25,6 +25,7 @@ from inferlab.models.attention_hook import LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
+MAX_CUDA_ROWS = 16
 MAX_ROWS = {
     torch.float32: 48,
     torch.bfloat16: 128 if _C.active_isa() == "amx" else 8,
@@ -179,10 +180,9 @@ def product(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias + residual``; on a CPU few rows by our kernel, many (prompts) by
-    torch's."""
-    if x.is_cpu and x.shape[0] <= MAX_ROWS[x.dtype]:
-        return linear(x, weight, bias, residual)
+    """``x @ weight.T + bias + residual``; few rows by our kernel, many (prompts) by torch's."""
+    if has_few_rows(x):
+        return linear(x, weight, bias, residual, constant_weight=True)
     out = torch.nn.functional.linear(x, weight, bias)
     return out if residual is None else out.add_(residual)
 
@@ -191,9 +191,16 @@ def add_product(
     hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """``hidden + x @ weight.T + bias``; may overwrite ``hidden``."""
-    if x.is_cuda and bias is None:
+    if x.is_cuda and bias is None and not has_few_rows(x):
         return hidden.addmm_(x, weight.t())  # the sum in the product's own launch
     return product(x, weight, bias, hidden)
+
+
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Whether our kernel is the quicker one for x [rows, .]."""
+    if x.is_cuda:
+        return x.shape[0] <= MAX_CUDA_ROWS and x.dtype != torch.float32
+    return x.is_cpu and x.shape[0] <= MAX_ROWS[x.dtype]
 
 
 def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -21,6 +21,7 @@ from inferlab.models.architecture import (
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
+from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
 
 
@@ -30,8 +31,8 @@ class HFModel:
     The model keeps its weights and, in general, its modules; only its attention function is
     exchanged (see `attention_hook`), so what a family does elsewhere (rotary variants, post-norms,
     logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU or a CUDA device run
-    through fewer, fused calls instead (see `fused`). The given model is switched over in place; `plain` gives it back
-    for the length of a ``with`` block.
+    through fewer, fused calls instead (see `fused`), and on CUDA from graphs (see `graphs`). The
+    given model is switched over in place; `plain` gives it back for the length of a ``with`` block.
 
     Args:
         model: a loaded causal LM, on its device, in its dtype.
@@ -71,6 +72,7 @@ class HFModel:
         try:
             self._plan = plan_forward(model, self.name)
             self._fused = FusedDecoder.of(model, self.layers)
+            self._graphs = self._new_graphs()
             if model.config.model_type not in TESTED:
                 self._check_against_plain()
         except Exception:
@@ -147,6 +149,11 @@ class HFModel:
                     f"{self.name} has no hidden state {layer}: its {len(self.layers)} layers are "
                     f"numbered from 0, and -1 is what the output head sees"
                 )
+        if self._graphs is not None:
+            return self._graphs.forward(batch, cache, layers)
+        return self._run(batch, cache, layers)
+
+    def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
         plan = self._plan
         step = Step.of(batch, cache, plan.layers)
         if self._fused is not None:
@@ -174,6 +181,12 @@ class HFModel:
         if not layers:
             return ForwardOutput(logits)
         return ForwardOutput(logits, torch.cat([features[layer] for layer in layers], dim=-1))
+
+    def _new_graphs(self) -> ForwardGraphs | None:
+        """Graphs of this model's forward, where it can be captured."""
+        if self._fused is None or self.device.type != "cuda":
+            return None
+        return ForwardGraphs(self._run)
 
     @contextmanager
     def _watched(self, layers: tuple[int, ...]) -> Iterator[dict[int, torch.Tensor]]:

@@ -100,8 +100,53 @@ def test_rope_append_skips_slots_that_do_not_exist(backend):
         assert torch.equal(got[6], v_pool)
 
 
-def test_linear_is_torchs(backend):
-    x, weight = random(3, 32, dtype=torch.float32), random(5, 32, dtype=torch.float32, seed=1)
-    residual = random(3, 5, dtype=torch.float32, seed=2)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [
+        (1, 32, 5),  # one chunk: most warps have none
+        (3, 40, 16),  # no multiple of 32: torch's
+        (8, 288, 33),
+        (9, 512, 32),
+        (16, 1056, 70),
+        (17, 64, 40),  # more rows: torch's
+    ],
+)
+def test_linear(backend, rows, inputs, outputs, dtype):
+    x, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, dtype=dtype, seed=1)
+    bias, residual = (random(*size, dtype=dtype, seed=2) for size in ((outputs,), (rows, outputs)))
+    product = x.double() @ weight.double().T
+    assert_close(backend.call(kernels.linear, x, weight), product, dtype)
+    got = backend.call(kernels.linear, x, weight, bias, residual, constant_weight=True)
+    assert_close(got, product + bias.double() + residual.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_of_a_row_does_not_depend_on_the_rows_beside_it(backend, dtype):
+    x, weight = random(16, 544, dtype=dtype), random(40, 544, dtype=dtype, seed=1)
+    if backend.is_metal:
+        pytest.skip("torch's product there")
+    alone = torch.cat([backend.call(kernels.linear, x[i : i + 1], weight) for i in range(16)])
+    for rows in (2, 8, 9, 16):
+        assert torch.equal(backend.call(kernels.linear, x[:rows], weight), alone[:rows])
+        assert torch.equal(backend.call(kernels.linear, x[-rows:], weight), alone[-rows:])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_reads_rows_that_are_apart(backend, dtype):
+    wide, weight = random(5, 96, dtype=dtype), random(7, 64, dtype=dtype, seed=1)
+    for first in (0, 8, 1):  # the last is not aligned: torch's
+        x = wide[:, first : first + 64]
+        assert_close(backend.call(kernels.linear, x, weight), x.double() @ weight.double().T, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_rounds_the_product_before_it_adds_the_residual(backend, dtype):
+    x, weight = random(4, 64, dtype=dtype), random(24, 64, dtype=dtype, seed=1)
+    residual = random(4, 24, dtype=dtype, seed=2)
+    product = backend.call(kernels.linear, x, weight)
     got = backend.call(kernels.linear, x, weight, None, residual)
-    assert_close(got, x.double() @ weight.double().T + residual, torch.float32)
+    assert torch.equal(got, product + residual)

@@ -1,0 +1,189 @@
+"""Forwards replayed from graphs: the tokens of ordinary forwards, and results that stay.
+
+Where there is no GPU, a stand-in for a graph repeats the captured call on the captured inputs and
+writes where its first result lies, as a graph does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from exactness.compare import assert_same_tokens
+from exactness.test_families import (
+    GREEDY,
+    PAGES,
+    PROMPTS,
+    SAMPLED,
+    draft_of,
+    engine,
+    needs_gpu,
+    plain_tokens,
+    target_of,
+)
+from inferlab.models import ForwardBatch, ForwardOutput
+from inferlab.models.early_exit import EarlyExit
+from inferlab.models.graphs import USES_BEFORE_CAPTURE, Captured, ForwardGraphs
+
+
+class Repeat:
+    """Stands in for CUDA's capture."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, call):
+        self.captures += 1
+        output = call()
+
+        def replay():
+            self.replays += 1
+            for held, new in zip(output, call(), strict=True):
+                if held is not None:
+                    held.copy_(new)
+
+        return output, replay
+
+
+def graphs_of(model):
+    repeat = Repeat()
+    return ForwardGraphs(model._run, repeat), repeat
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("drafter", ["none", "vanilla", "ngram"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_replayed_forwards_decode_the_same_tokens(monkeypatch, family, drafter, tree, params):
+    target, expected = target_of(family, "cpu"), plain_tokens(family, params)
+    seen = []
+    for model in (target, draft_of(family, "cpu")):
+        graphs, repeat = graphs_of(model)
+        monkeypatch.setattr(model, "_graphs", graphs)
+        seen.append(repeat)
+    for batch in (1, 5):
+        results = engine(family, drafter, tree, batch).generate([(p, params) for p in PROMPTS])
+        for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
+            what = f"{family}, {drafter}, batch {batch}"
+            assert_same_tokens(target, prompt, tokens, result.token_ids, params, what)
+    assert seen[0].replays >= seen[0].captures > 0
+    assert (seen[1].replays > 0) == (drafter == "vanilla")
+
+
+def batch_of(tokens, length, pages=2, **more):
+    size, nodes = len(tokens), len(tokens[0])
+    return ForwardBatch(
+        tokens=torch.tensor(tokens),
+        positions=length + torch.arange(nodes).expand(size, -1),
+        seq_lens=torch.full((size,), length, dtype=torch.int32),
+        block_table=torch.arange(size * pages, dtype=torch.int32).view(size, pages),
+        **more,
+    )
+
+
+def run_until_captured(graphs, batch, cache, layers=()):
+    with torch.inference_mode():
+        for _ in range(USES_BEFORE_CAPTURE + 1):
+            output = graphs.forward(batch, cache, layers)
+    return output
+
+
+def test_what_a_replay_returns_is_not_written_to_by_the_next():
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(8)
+    first = run_until_captured(graphs, batch_of([[5, 6]], 3), cache, (0,))
+    kept = ForwardOutput(*(t.clone() for t in first))
+    with torch.inference_mode():
+        second = graphs.forward(batch_of([[9, 12]], 5), cache, (0,))
+    assert repeat.captures == 1
+    assert not torch.equal(second.logits, kept.logits)
+    for ours, before in zip(first, kept, strict=True):
+        assert torch.equal(ours, before)
+
+
+def test_a_table_that_grows_keeps_its_graph_up_to_a_power_of_two():
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(8)
+    run_until_captured(graphs, batch_of([[5]], 3, pages=4), cache)
+    run_until_captured(graphs, batch_of([[5]], 3, pages=3), cache)
+    assert repeat.captures == 1
+    run_until_captured(graphs, batch_of([[5]], 3, pages=5), cache)
+    assert repeat.captures == 2
+    with torch.inference_mode():
+        for pages in (4, 3):
+            batch = batch_of([[7]], 9, pages=pages)
+            expected = target._run(batch, cache, ()).logits
+            assert torch.equal(graphs.forward(batch, cache, ()).logits, expected)
+
+
+def test_shapes_do_not_share_a_graph():
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(8)
+    counts = torch.tensor([1], dtype=torch.int32)
+    batches = [
+        batch_of([[5, 6]], 3),
+        batch_of([[5, 6]], 3, last_only=True),
+        batch_of([[5, 6]], 3, node_offset=1),
+        batch_of([[5, 6]], 3, num_nodes=counts),
+        batch_of([[5, 6]], 3, ancestors=torch.tensor([[[1], [3]]])),
+        batch_of([[5]], 3),
+        batch_of([[5], [6]], 3),
+    ]
+    for i, batch in enumerate(batches):
+        output = run_until_captured(graphs, batch, cache)
+        assert repeat.captures == i + 1
+        with torch.inference_mode():
+            assert torch.equal(output.logits, target._run(batch, cache, ()).logits)
+    other = target.new_cache(8)
+    run_until_captured(graphs, batches[0], other)
+    assert repeat.captures == len(batches) + 1
+
+
+def test_graphs_go_with_their_cache():
+    target = target_of("llama")
+    graphs = ForwardGraphs(target._run, lambda call: (call(), lambda: None))
+    cache = target.new_cache(8)
+    run_until_captured(graphs, batch_of([[5]], 3), cache)
+    (held,) = graphs._of_cache.values()
+    assert any(isinstance(each, Captured) for each in held.values())
+    del cache
+    assert len(graphs._of_cache) == 0
+
+
+def test_a_forward_that_cannot_be_captured_runs_as_before():
+    target = target_of("llama")
+
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = ForwardGraphs(target._run, refuse)
+    cache, batch = target.new_cache(8), batch_of([[5, 6]], 3)
+    output = run_until_captured(graphs, batch, cache)
+    with torch.inference_mode():
+        assert torch.equal(output.logits, target._run(batch, cache, ()).logits)
+    assert not graphs._can_capture
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_captures_the_forwards_of_targets_and_early_exits():
+    target = target_of("llama", "cuda")
+    shallow = EarlyExit(target, 1)
+    for model in (target, shallow):
+        cache = model.new_cache(PAGES)
+        batch = batch_of([[5, 6, 7]], 3)
+        moved = {n: t.cuda() for n, t in vars_of(batch).items()}
+        batch = ForwardBatch(**moved)
+        output = run_until_captured(model._graphs, batch, cache)
+        with torch.inference_mode():
+            assert torch.equal(output.logits, model._run(batch, cache, ()).logits)
+        (held,) = model._graphs._of_cache.values()
+        assert any(isinstance(each, Captured) for each in held.values())
+
+
+def vars_of(batch):
+    names = ("tokens", "positions", "seq_lens", "block_table")
+    return {name: getattr(batch, name) for name in names}
