@@ -25,6 +25,7 @@ struct AttentionLaunch {
   int row_bytes;        // of a slot: all KV heads
   int group;            // query heads per KV head
   int rows;             // of one KV head: nodes x group
+  int row_tiles;        // of 16 rows each, of a block
   int part;             // slots of a block: kSplit or kSpan
   unsigned heads;       // of K and V
   unsigned row_blocks;  // of one KV head

@@ -244,10 +244,14 @@ int compiled_dim(int64_t dim) {
   return 256;
 }
 
-int row_tiles(const AttentionParams& a) {
+// Larger blocks share the loads of K and V; where they are too few to occupy the device, smaller
+// ones are quicker.
+int row_tiles(const AttentionParams& a, int64_t parts) {
   const int64_t rows = a.nodes * (a.q_heads / a.kv_heads);
   if (rows <= 16 || a.dtype == DType::kF32) return 1;
-  return compiled_dim(a.head_dim) == 256 ? 2 : 4;
+  const int tiles = compiled_dim(a.head_dim) == 256 ? 2 : 4;
+  const int64_t blocks = a.batch * a.kv_heads * parts * ceil_div(rows, 16 * tiles);
+  return blocks < multiprocessors() ? 1 : tiles;
 }
 
 AttentionLaunch plan(const AttentionParams& a, void* workspace) {
@@ -262,7 +266,9 @@ AttentionLaunch plan(const AttentionParams& a, void* workspace) {
   p.group = static_cast<int>(a.q_heads / a.kv_heads);
   p.heads = static_cast<unsigned>(a.kv_heads);
   p.rows = static_cast<int>(a.nodes) * p.group;
-  p.row_blocks = static_cast<unsigned>(ceil_div(p.rows, 16 * row_tiles(a)));
+  const int64_t splits = p.slots <= kSplit ? 1 : ceil_div(p.slots, kSplit);
+  p.row_tiles = row_tiles(a, splits);
+  p.row_blocks = static_cast<unsigned>(ceil_div(p.rows, 16 * p.row_tiles));
   const int64_t blocks_per_part = a.batch * a.kv_heads * p.row_blocks;
   p.part = blocks_per_part >= multiprocessors() ? kSpan : kSplit;
   p.parts = static_cast<unsigned>(p.slots <= p.part ? 1 : ceil_div(p.slots, p.part));
@@ -289,7 +295,7 @@ Status launch_attention(const AttentionLaunch& p, void* stream) {
 template <typename T, int D>
 Status launch_rows(const AttentionLaunch& p, void* stream) {
   if constexpr (!std::is_same_v<T, float>) {
-    if (row_tiles(p.a) != 1) return launch_attention<T, D, D == 256 ? 2 : 4>(p, stream);
+    if (p.row_tiles != 1) return launch_attention<T, D, D == 256 ? 2 : 4>(p, stream);
   }
   return launch_attention<T, D, 1>(p, stream);
 }
