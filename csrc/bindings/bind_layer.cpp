@@ -84,85 +84,39 @@ void silu_mul(py::handle x_, py::handle out_) {
   }
 }
 
-// All but y.
-LinearParams linear_params(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                           const OptionalTensor& residual, const OptionalTensor& norm, bool gated) {
+// False where the device has no kernel for these: the caller takes the framework's product.
+bool linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_,
+            py::handle y_, bool constant_weight) {
+  Tensor x(x_, "x"), weight(weight_, "weight"), y(y_, "y");
+  OptionalTensor bias(bias_, "bias"), residual(residual_, "residual");
   const Place place = x.place();
   weight.dims(2).contiguous().on(place);
-  require(!gated || weight.size(0) % 2 == 0, [&] {
-    return "weight has shape " + weight.shape_str() + "; gate and up need an even number of rows";
-  });
   LinearParams p{};
-  p.gated = gated;
-  p.out = weight.size(0) / (gated ? 2 : 1);
+  p.out = weight.size(0);
   p.in = weight.size(1);
   x.shape({Tensor::kAny, p.in}).last_dim_contiguous();
   p.rows = x.size(0);
   p.x_stride = x.stride(0);
+  y.shape({p.rows, p.out}).contiguous().on(place);
   check_same_dtype(x, weight);
-  if (bias) check_same_dtype(bias->shape({weight.size(0)}).contiguous().on(place), weight);
-  if (norm) check_same_dtype(norm->shape({p.in}).contiguous().on(place), weight);
+  check_same_dtype(y, weight);
+  if (bias) check_same_dtype(bias->shape({p.out}).contiguous().on(place), weight);
   if (residual) check_same_dtype(residual->shape({p.rows, p.out}).contiguous().on(place), weight);
   p.x = x.data();
   p.weight = weight.data();
   p.bias = bias.ptr<const void>();
   p.residual = residual.ptr<const void>();
-  p.norm = norm.ptr<const void>();
-  p.dtype = weight.float_dtype();
-  return p;
-}
-
-bool has_linear(const LinearParams& p, const Place& place) {
-#if defined(INFERLAB_WITH_CUDA)
-  if (place.cuda) return cuda::can_linear(p);
-#endif
-  return !place.cuda && !p.gated && p.norm == nullptr;
-}
-
-// Scratch memory that linear needs, in bytes; -1 where the device has no kernel for these: the
-// caller takes the framework's product.
-int64_t linear_workspace_bytes(py::handle x_, py::handle weight_, bool norm, bool gated) {
-  Tensor x(x_, "x"), weight(weight_, "weight");
-  const OptionalTensor none(py::none(), "");
-  const Place place = x.place();
-  LinearParams p = linear_params(x, weight, none, none, none, gated);
-  if (norm) p.norm = p.weight;  // for the answer alone
-  if (!has_linear(p, place)) return -1;
-#if defined(INFERLAB_WITH_CUDA)
-  if (place.cuda) return cuda::linear_workspace_bytes(p);
-#endif
-  return 0;
-}
-
-// False where the device has no kernel for these.
-bool linear(py::handle x_, py::handle weight_, py::handle bias_, py::handle residual_,
-            py::handle y_, py::handle norm_, double norm_eps, bool gated, bool constant_weight,
-            py::handle workspace_) {
-  Tensor x(x_, "x"), weight(weight_, "weight"), y(y_, "y");
-  OptionalTensor bias(bias_, "bias"), residual(residual_, "residual"), norm(norm_, "norm_weight");
-  OptionalTensor workspace(workspace_, "workspace");
-  const Place place = x.place();
-  LinearParams p = linear_params(x, weight, bias, residual, norm, gated);
-  y.shape({p.rows, p.out}).contiguous().on(place);
-  check_same_dtype(y, weight);
-  p.norm_eps = static_cast<float>(norm_eps);
   p.y = y.data();
+  p.dtype = weight.float_dtype();
   p.weight_is_constant = constant_weight;
-  if (!has_linear(p, place)) return false;
   if (p.rows == 0 || p.out == 0) return true;
   if (!place.cuda) {
     run_cpu("linear", [&] { return cpu::linear(p); });
     return true;
   }
 #if defined(INFERLAB_WITH_CUDA)
-  const int64_t needed = cuda::linear_workspace_bytes(p);
-  const int64_t given = workspace ? workspace->u8().contiguous().on(place).bytes() : 0;
-  require(given >= needed, [&] {
-    return "workspace has " + std::to_string(given) + " bytes; it must have " +
-           std::to_string(needed);
-  });
-  run_cuda(x_, place, "linear",
-           [&](void* stream) { return cuda::linear(p, workspace.ptr<void>(), stream); });
+  if (!cuda::can_linear(p)) return false;
+  run_cuda(x_, place, "linear", [&](void* stream) { return cuda::linear(p, stream); });
 #endif
   return true;
 }
@@ -253,7 +207,6 @@ void bind_layer(py::module_& m) {
   m.def("silu_mul", &silu_mul);
   m.def("rope_append", &rope_append);
   m.def("linear", &linear);
-  m.def("linear_workspace_bytes", &linear_workspace_bytes);
 }
 
 }  // namespace inferlab

@@ -197,6 +197,36 @@ LAYER = [
 
 ATTENTION = [
     Mutant(
+        op="linear",
+        flaw="sums read at once",
+        file="linear.cu",
+        old="""  __syncthreads();
+  // A warp adds up""",
+        new="""  // A warp adds up""",
+        why="a warp adds up what all warps have written",
+        test="test_device_layer.py::test_linear",
+        variant="tsan",
+        shows=RACE,
+    ),
+    Mutant(
+        op="linear",
+        flaw="copies not awaited",
+        file="linear.cu",
+        old="loader.copies.template wait<kStages - 2>();",
+        new="loader.copies.template wait<kStages - 1>();",
+        why="the stage that is read must have arrived",
+        test="test_device_layer.py::test_linear",
+    ),
+    Mutant(
+        op="linear",
+        flaw="product not rounded",
+        file="linear.cu",
+        old="sum = round_to<T>(sum) + load_float(static_cast<const T*>(p.residual)[at]);",
+        new="sum = sum + load_float(static_cast<const T*>(p.residual)[at]);",
+        why="the layer rounds the product before it adds the residual",
+        test="test_device_layer.py::test_linear_rounds_the_product_before_it_adds_the_residual",
+    ),
+    Mutant(
         op="attention",
         flaw="split merged without rescaling",
         file="attention_rows.cuh",

@@ -1,6 +1,7 @@
 """The CUDA side as far as a machine without a GPU can tell: build options, linkage, no driver."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,3 +114,20 @@ def test_the_module_needs_no_cuda_library():
     ).stdout
     assert "libcudart" not in dynamic
     assert "libcuda." not in dynamic
+
+
+def test_kernels_that_begin_early_wait_before_they_touch_memory():
+    """Those launched with Start::kEarly call wait_for_earlier_kernels, the others need not."""
+    early = set()
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        source = path.read_text()
+        if "Start::kEarly" not in source:
+            assert "wait_for_earlier_kernels" not in source, path
+            continue
+        early.add(path.name)
+        kernels = re.findall(r"__global__.*?\n}\n", source, re.S)
+        assert kernels, path
+        for kernel in kernels:
+            assert "wait_for_earlier_kernels();" in kernel, kernel[:200]
+            assert "return" not in kernel.split("wait_for_earlier_kernels();")[0], kernel[:200]
+    assert "linear.cu" in early

@@ -138,6 +138,7 @@ def test_rounds_fill_the_budget_within_bounds():
     assert rounds_within([fast, fast], flush_s=0.01, budget_s=0.8) == 20
     assert rounds_within([fast], flush_s=10.0, budget_s=0.8) == 7
     assert rounds_within([fast], flush_s=0.0, budget_s=1e6) == 100
+    assert rounds_within([fast], flush_s=0.0, budget_s=0) == 1
 
 
 class FakeGraph:

@@ -21,20 +21,27 @@ def run_report(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
+def rows_of(file):
+    """Where the run that saved `file` put its rows as they came."""
+    return file.with_suffix(".jsonl")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Saved JSON of one benchmark with cold inputs and one without, and what the run printed."""
     file = tmp_path_factory.mktemp("benchmark") / "run.json"
+    more = [f"--rows={rows_of(file)}", "--row-seconds=0.1"]
     benches = ["benchmarks/bench_build_tree.py", "benchmarks/bench_sample.py"]
     chosen = "cpu and ((build_tree and N5-) or (bench_sample and greedy and B1-V4096))"
     command = [sys.executable, "-m", "pytest", *benches, "-k", chosen, "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, f"--benchmark-json={file}"],
+        [*command, *more, f"--benchmark-json={file}"],
         capture_output=True,
         text=True,
         timeout=600,
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
+        # Not as a worker of these tests: there are no benchmarks in such.
+        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return file, done.stdout
@@ -99,6 +106,61 @@ def test_report_has_a_table_per_op_under_where_it_is_from(saved):
     assert "pytest benchmarks/bench_build_tree.py" in top
     for word in ("inferlab", "torch", "python", "copy", "read", "threads"):
         assert word in top
+
+
+def test_rows_saved_as_they_came_make_the_same_tables(saved):
+    whole, by_row = (tables(run_report(f).stdout) for f in (saved[0], rows_of(saved[0])))
+    assert by_row == whole
+    assert "read" in run_report(rows_of(saved[0])).stdout.split("## What must hold")[0]
+
+
+def test_a_run_that_was_killed_keeps_its_rows(saved, tmp_path):
+    lines = rows_of(saved[0]).read_text().splitlines(keepends=True)
+    assert [sorted(json.loads(line)) for line in lines] == [
+        ["datetime", "machine_info"],
+        ["extra_info", "name"],
+        ["extra_info", "name"],
+    ]
+    file = tmp_path / "killed.jsonl"
+    file.write_text("".join(lines[:2]) + lines[2][:40])
+    done = run_report(file)
+    assert done.returncode == 0, done.stderr
+    assert "build_tree" in tables(done.stdout)
+    assert "sample" not in tables(done.stdout)
+    file.write_text(lines[0] + lines[1][:40] + "\n" + lines[2])
+    done = run_report(file)
+    assert done.returncode == 2
+    assert f"{file}, line 2 is not JSON" in done.stderr
+    file.write_text(lines[1])
+    assert "line 1 is not of a file written by --rows" in run_report(file).stderr
+
+
+def test_the_summary_of_a_device_run(saved, tmp_path):
+    (tmp_path / "kernels.jsonl").write_text(rows_of(saved[0]).read_text())
+    row = {"what": "plain decoding", "value": 166.079, "unit": "tok/s", "step_ms": 6.021}
+    (tmp_path / "decode.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="3" skipped="1"><testcase name="one"/><testcase name="two">'
+        '<failure message="assert 1 == 2&#10;more">long</failure></testcase>'
+        "</testsuite></testsuites>"
+    )
+    (tmp_path / "status.txt").write_text("smoke 5 s ok\n")
+    summary = ROOT / "benchmarks" / "device" / "summary.py"
+    done = subprocess.run(
+        [sys.executable, str(summary), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "greedy B=1 V=4096 bf16" in done.stdout
+    assert re.search(r"plain decoding +166\.079 tok/s +step_ms 6\.021", done.stdout)
+    assert "tests: 1 passed, 1 failed, 1 skipped" in done.stdout
+    assert "failure: two: assert 1 == 2\n" in done.stdout
+    assert done.stdout.rstrip().endswith("smoke 5 s ok")
+    (tmp_path / "tests.xml").write_text("<testsuites")
+    done = subprocess.run(
+        [sys.executable, str(summary), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert "tests.xml cannot be read" in done.stdout
+    assert "smoke 5 s ok" in done.stdout
 
 
 def test_unmeasured_promises_say_so_and_nothing_else(saved):

@@ -10,18 +10,10 @@ from typing import Any
 
 import torch
 
-from inferlab.kernels._registry import (
-    empty,
-    is_compiling,
-    new_workspace,
-    ops_for,
-    register,
-)
+from inferlab.kernels._registry import empty, is_compiling, ops_for, register
 from inferlab.kernels.reference import layer as reference
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
-
-ROWS_WITHOUT_WORKSPACE = 16
 
 
 def rms_norm(x: Array, weight: Array, eps: float = 1e-6, *, offset: float = 0.0) -> Array:
@@ -81,56 +73,37 @@ def linear(
     bias: Array | None = None,
     residual: Array | None = None,
     *,
-    norm_weight: Array | None = None,
-    norm_eps: float = 1e-6,
-    gated: bool = False,
     constant_weight: bool = False,
 ) -> Array:
-    """``x @ weight.T (+ bias) (+ residual)`` for few rows, where reading the weight is the work;
-    what stands before and behind such a product in a decoder layer can be part of it.
+    """``x @ weight.T (+ bias) (+ residual)`` for few rows, where reading the weight is the work.
 
     Each output is a chain of fp32 sums in a fixed order: a row's result is the same bits whatever
     rows are beside it and however many threads there are. Made for up to some 30 rows, in bf16 on
-    processors with AMX some 100, on CUDA for up to 64 in f16 and bf16 (``in`` a multiple of 64, or
-    of 32 for up to 16 rows); a matrix product for more rows is better done by a BLAS. On CUDA up to
-    16 rows have one order of sums, more than 16 another. What is not the CPU's or CUDA's is torch's
-    product, with no such promise.
+    processors with AMX some 100, on CUDA for up to 16 in f16 and bf16 (and ``in`` a multiple of
+    32); a matrix product for more rows is better done by a BLAS. What is not the CPU's or CUDA's is
+    torch's product, with no such promise.
 
     Args:
         x: [rows, in], contiguous in its last dimension.
         weight: [out, in], contiguous, x's dtype.
         bias: [out] or None.
         residual: [rows, out] or None, added to the rounded product.
-        norm_weight: [in]: x is taken through ``rms_norm(x, norm_weight, norm_eps)`` first.
-        gated: ``silu_mul`` of the product; the weight holds gate and up, one below the other.
         constant_weight: nothing that is still queued on the device writes the weight; it is then
             read before what comes first has ended (sm_90 and newer).
 
     Returns:
-        [rows, out], x's dtype; gated: [rows, out / 2].
+        [rows, out], x's dtype.
 
     Raises:
-        ValueError, TypeError: a shape or dtype does not fit; a residual of a gated product.
+        ValueError, TypeError: a shape or dtype does not fit.
     """
-    if gated and residual is not None:
-        raise ValueError("residual is given to a gated product; add it to the result")
-    ops: Any = None if is_compiling() else ops_for(x)
-    if hasattr(ops, "linear"):
-        out = empty((x.shape[0], weight.shape[0] // (2 if gated else 1)), x)
-        workspace = None
-        if x.shape[0] > ROWS_WITHOUT_WORKSPACE:
-            size = ops.linear_workspace_bytes(x, weight, norm_weight is not None, gated)
-            workspace = new_workspace(max(size, 0), x)
-        more = (norm_weight, norm_eps, gated, constant_weight, workspace)
-        if ops.linear(x, weight, bias, residual, out, *more):
-            return out
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight, norm_eps)
-        return linear(x, weight, bias, residual, gated=gated, constant_weight=constant_weight)
-    if gated:
-        return silu_mul(linear(x, weight, bias, constant_weight=constant_weight))
     if is_compiling():
         return torch.ops.inferlab.linear(x, weight, bias, residual)
+    native = getattr(ops_for(x), "linear", None)
+    if native is not None:
+        out = empty((x.shape[0], weight.shape[0]), x)
+        if native(x, weight, bias, residual, out, constant_weight):
+            return out
     return reference.linear(x, weight, bias, residual)
 
 

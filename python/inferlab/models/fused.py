@@ -25,7 +25,7 @@ from inferlab.models.attention_hook import LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
-MAX_CUDA_ROWS = 64
+MAX_CUDA_ROWS = 16
 MAX_ROWS = {
     torch.float32: 48,
     torch.bfloat16: 128 if _C.active_isa() == "amx" else 8,
@@ -48,6 +48,8 @@ class FusedDecoder:
         self._model = model.model
         self._head = model.lm_head
         self._vocab = model.lm_head.weight.shape[0]
+        self._norm_weight = self._model.norm.weight
+        self._norm_eps = self._model.norm.variance_epsilon
         self._layers = [
             DecoderLayer(layer, spec)
             for layer, spec in zip(self._model.layers, layers, strict=True)
@@ -83,14 +85,11 @@ class FusedDecoder:
             rows = torch.arange(size, device=hidden.device) * nodes + last
         if rows is not None and FINAL_HIDDEN not in feature_layers:
             hidden, rows = hidden[rows], None
-        norm: Any = self._model.norm
-        if FINAL_HIDDEN in feature_layers:
-            hidden = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-            features[FINAL_HIDDEN], norm = hidden, None
+        hidden = rms_norm(hidden, self._norm_weight, self._norm_eps)
+        features[FINAL_HIDDEN] = hidden
         if rows is not None:
             hidden = hidden[rows]
-        logits = product(hidden, self._head.weight, self._head.bias, norm=norm)
-        logits = logits.view(size, -1, self._vocab)
+        logits = product(hidden, self._head.weight, self._head.bias).view(size, -1, self._vocab)
         if not feature_layers:
             return ForwardOutput(logits)
         wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]
@@ -127,7 +126,8 @@ class DecoderLayer:
     ) -> torch.Tensor:
         """hidden: [B * N, H] -> [B * N, H], may be overwritten; K/V goes to the pages of layer
         `index`."""
-        return self.attend(hidden, hidden, size, nodes, cos, sin, step, index, self.norm)
+        normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
+        return self.attend(normed, hidden, size, nodes, cos, sin, step, index)
 
     def attend(
         self,
@@ -139,16 +139,15 @@ class DecoderLayer:
         sin: torch.Tensor,
         step: Step,
         index: int,
-        norm: Any = None,
     ) -> torch.Tensor:
-        """Attention and MLP.
+        """All behind the first norm.
 
         Args:
-            x: [B * N, inputs of q, k, v]; `norm` is still to be applied to it.
+            x: [B * N, inputs of q, k, v].
             hidden: [B * N, H], what it is added to; may be overwritten.
         """
         k_pages, v_pages = step.pages[index]
-        qkv = product(x, *self.qkv, norm=norm).view(size, nodes, -1, self.head_dim)
+        qkv = product(x, *self.qkv).view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
         k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
         v = qkv[:, :, self.q_heads + self.kv_heads :]
@@ -170,7 +169,8 @@ class DecoderLayer:
             **where,
         ).view(size * nodes, -1)
         hidden = add_product(hidden, attended, self.out.weight, self.out.bias)
-        gated = product(hidden, *self.gate_up, norm=self.post_norm, gated=True)
+        normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
+        gated = silu_mul(product(normed, *self.gate_up))
         return add_product(hidden, gated, self.down.weight, self.down.bias)
 
 
@@ -179,27 +179,12 @@ def product(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    *,
-    norm: Any = None,
-    gated: bool = False,
 ) -> torch.Tensor:
-    """``norm(x) @ weight.T + bias + residual``; gated: of gate and up, ``silu(gate) * up``.
-
-    Few rows by our kernel, in one launch on CUDA; many (prompts) by torch's."""
-    few = has_few_rows(x)
-    if norm is not None and not (few and x.is_cuda):
-        x, norm = rms_norm(x, norm.weight, norm.variance_epsilon), None
-    if few and x.is_cuda:
-        more = (
-            {} if norm is None else {"norm_weight": norm.weight, "norm_eps": norm.variance_epsilon}
-        )
-        return linear(x, weight, bias, residual, gated=gated, constant_weight=True, **more)
-    if few:
-        out = linear(x, weight, bias, residual)
-    else:
-        out = torch.nn.functional.linear(x, weight, bias)
-        out = out if residual is None else out.add_(residual)
-    return silu_mul(out) if gated else out
+    """``x @ weight.T + bias + residual``; few rows by our kernel, many (prompts) by torch's."""
+    if has_few_rows(x):
+        return linear(x, weight, bias, residual, constant_weight=True)
+    out = torch.nn.functional.linear(x, weight, bias)
+    return out if residual is None else out.add_(residual)
 
 
 def add_product(

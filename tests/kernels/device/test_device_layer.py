@@ -112,12 +112,7 @@ HALVES = [torch.bfloat16, torch.float16]
         (8, 288, 33),
         (9, 512, 32),
         (16, 1056, 70),
-        (17, 64, 40),  # one chunk of the kernel for more rows
-        (17, 96, 40),  # no multiple of 64: torch's
-        (32, 256, 100),
-        (33, 576, 300),  # several parts of the inputs
-        (64, 1088, 130),
-        (65, 64, 40),  # more rows still: torch's
+        (17, 64, 40),  # more rows: torch's
     ],
 )
 def test_linear(backend, rows, inputs, outputs, dtype):
@@ -129,52 +124,15 @@ def test_linear(backend, rows, inputs, outputs, dtype):
     assert_close(got, product + bias.double() + residual.double(), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs"), [(1, 64, 5), (5, 2080, 16), (16, 320, 41), (40, 320, 75)]
-)
-def test_linear_with_what_stands_around_it(backend, rows, inputs, outputs, bias, dtype):
-    """The norm before it and the gate behind it round where ops of their own do."""
-    x, norm = random(rows, inputs, dtype=dtype), random(inputs, dtype=dtype, seed=1)
-    weight = random(2 * outputs, inputs, dtype=dtype, seed=2) / inputs**0.5
-    added = random(2 * outputs, dtype=dtype, seed=3) if bias else None
-    residual = random(rows, 2 * outputs, dtype=dtype, seed=4)
-    normed = backend.call(kernels.rms_norm, x, norm, 1e-5)
-    settings = {"norm_weight": norm, "norm_eps": 1e-5, "constant_weight": True}
-    want = backend.call(kernels.linear, normed, weight, added, residual)
-    got = backend.call(kernels.linear, x, weight, added, residual, **settings)
-    assert_close(got, want, dtype)
-    product = backend.call(kernels.linear, normed, weight, added)
-    want = backend.call(kernels.silu_mul, product)
-    got = backend.call(kernels.linear, normed, weight, added, gated=True)
-    assert torch.equal(got, want)
-    assert_close(
-        backend.call(kernels.linear, x, weight, added, gated=True, **settings), want, dtype
-    )
-
-
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-def test_linear_of_a_row_does_not_depend_on_the_rows_beside_it(backend, normed, gated, dtype):
+def test_linear_of_a_row_does_not_depend_on_the_rows_beside_it(backend, dtype):
+    x, weight = random(16, 544, dtype=dtype), random(40, 544, dtype=dtype, seed=1)
     if backend.is_metal:
         pytest.skip("torch's product there")
-    x, norm = random(64, 576, dtype=dtype), random(576, dtype=dtype, seed=2)
-    weight = random(280, 576, dtype=dtype, seed=1)
-    settings = {"norm_weight": norm if normed else None, "gated": gated}
-
-    def run(rows):
-        return backend.call(kernels.linear, rows, weight, **settings)
-
-    alone = torch.cat([run(x[i : i + 1]) for i in range(16)])
+    alone = torch.cat([backend.call(kernels.linear, x[i : i + 1], weight) for i in range(16)])
     for rows in (2, 8, 9, 16):
-        assert torch.equal(run(x[:rows]), alone[:rows])
-        assert torch.equal(run(x[16 - rows : 16]), alone[16 - rows :])
-    together = run(x)
-    for rows in (17, 32, 33):  # another order of sums, but one for all
-        assert torch.equal(run(x[:rows]), together[:rows])
-        assert torch.equal(run(x[64 - rows :]), together[64 - rows :])
+        assert torch.equal(backend.call(kernels.linear, x[:rows], weight), alone[:rows])
+        assert torch.equal(backend.call(kernels.linear, x[-rows:], weight), alone[-rows:])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
