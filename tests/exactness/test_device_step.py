@@ -122,7 +122,7 @@ def test_an_accelerators_kernels_decode_the_cpus_tokens(
     expected = plain_tokens(family, params)
     target = target_of(family, "cpu")
     # Off the CPU products are torch's, and a Metal device's models run through their own modules.
-    monkeypatch.setattr(fused, "has_few_rows", lambda x: False)
+    monkeypatch.setattr(fused, "is_ours", lambda x: False)
     if kernels == "metal_ops":
         monkeypatch.setattr(target, "_fused", None)
         monkeypatch.setattr(draft_of(family, "cpu"), "_fused", None)

@@ -16,6 +16,7 @@ from inferlab.models.attention_hook import (
     Trace,
     UnsupportedArchitectureError,
 )
+from inferlab.models.untouched import is_untouched
 
 # Families whose logits are compared with Hugging Face's own in the tests, by config.model_type.
 TESTED = (
@@ -81,19 +82,20 @@ class ForwardPlan:
     decoder_forward: Callable[..., Any] | None
 
 
-def plan_forward(model: PreTrainedModel, name: str) -> ForwardPlan:
+def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> ForwardPlan:
     """Runs short passes with attention replaced by a recorder.
 
     The decorators and output objects around a forward cost 0.1 ms, a fifth of a small draft
-    model's pass. They are left out where the way without them gives the same bits.
+    model's pass. They are left out where nobody has changed these forwards and the way without them
+    gives the same bits.
 
     Raises:
         UnsupportedArchitectureError: a layer does not reach the hook or asks for what it lacks.
     """
     config = model.config.get_text_config(decoder=True)
     inputs = {
-        "input_ids": torch.arange(2, device=model.device).unsqueeze(0),
-        "position_ids": torch.arange(2, device=model.device).unsqueeze(0),
+        "input_ids": torch.arange(2, device=device).unsqueeze(0),
+        "position_ids": torch.arange(2, device=device).unsqueeze(0),
         "use_cache": False,
     }
     trace = Trace(config, name)
@@ -102,6 +104,8 @@ def plan_forward(model: PreTrainedModel, name: str) -> ForwardPlan:
         layers = trace.layers()
         decoder = model.get_decoder()
         bare = inspect.unwrap(type(decoder).forward)
+        if not (is_untouched(model) and is_untouched(decoder)):
+            return ForwardPlan(layers, None, None)
         try:
             out = bare(decoder, **inputs, **{STEP_KEYWORD: Trace(config, name)})
             same = torch.equal(model.get_output_embeddings()(out.last_hidden_state), logits)
@@ -109,6 +113,48 @@ def plan_forward(model: PreTrainedModel, name: str) -> ForwardPlan:
             # A decoder that cannot be called like this; its model can.
             same = False
     return ForwardPlan(layers, decoder if same else None, bare if same else None)
+
+
+def unwrapped(model: Any, name: str) -> PreTrainedModel:
+    """The transformers model inside torch.compile's wrapper or PEFT's, adapters in their places.
+
+    Raises:
+        UnsupportedArchitectureError: PEFT puts virtual tokens in front of the text.
+    """
+    model = getattr(model, "_orig_mod", model)
+    adapters = getattr(model, "peft_config", None)
+    if hasattr(model, "get_base_model") and isinstance(adapters, dict):
+        if any(getattr(each, "is_prompt_learning", False) for each in adapters.values()):
+            raise UnsupportedArchitectureError(
+                f"{name} learns prompts (PEFT's prompt or prefix tuning), whose virtual tokens the "
+                "paged cache lacks; adapters inside the layers, such as LoRA, work"
+            )
+        model = model.get_base_model()
+    return model
+
+
+def execution_device(model: PreTrainedModel, weight: torch.Tensor, name: str) -> torch.device:
+    """Where a model computes: where its weights are, or where accelerate brings them.
+
+    Raises:
+        UnsupportedArchitectureError: weights that are nowhere, or layers on several GPUs.
+    """
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    gpus = sorted(places - {"cpu", "disk"})
+    if len(gpus) > 1:
+        raise UnsupportedArchitectureError(
+            f"{name} is spread over {', '.join(gpus)} by its device_map; load it on one device"
+        )
+    if weight.device.type != "meta":
+        return weight.device
+    hook = getattr(model.get_output_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    if place is None:
+        raise UnsupportedArchitectureError(
+            f"{name} has no weights (meta tensors); load them, or offload with accelerate, whose "
+            "hooks bring them when they are needed"
+        )
+    return torch.device(place)
 
 
 def decoder_layers(model: PreTrainedModel, count: int, name: str) -> torch.nn.ModuleList:

@@ -42,19 +42,30 @@ class EarlyExit(HFModel):
                 f"early exit layers is {layers}; {target.name} has {count} layers, so it must be "
                 f"from 1 to {count - 1}"
             )
-        stack = target._decoder_layers()
         # Everything but the depth is the target's.
         self.__dict__.update(target.__dict__)
         self._target = target
-        self._model = _shallow(target.model, stack, layers)
-        self._plan = replace(target._plan, layers=target.layers[:layers])
-        if target._plan.decoder is not None:
-            self._plan = replace(self._plan, decoder=self._model.get_decoder())
-        self._fused = target._fused.first(layers) if target._fused is not None else None
-        self._graphs = self._new_graphs()
+        self._count = layers
+        self._build()
         self.name = f"{target.name}, first {layers} of {count} layers"
         self.num_parameters = sum(p.numel() for p in self._model.parameters())
         self.load_notes = ()
+
+    def _build(self) -> None:
+        """From what was built for the target."""
+        target = self._target
+        self._model = _shallow(target.model, target._decoder_layers(), self._count)
+        self._plan = replace(target._plan, layers=target.layers[: self._count])
+        if target._plan.decoder is not None:
+            self._plan = replace(self._plan, decoder=self._model.get_decoder())
+        self._fused = target._fused.first(self._count) if target._fused is not None else None
+        self._graphs = self._new_graphs()
+        self._facts = target._facts
+
+    def _notice_changes(self) -> None:
+        self._target._notice_changes()
+        if self._facts is not self._target._facts:
+            self._build()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

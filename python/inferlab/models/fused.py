@@ -7,38 +7,32 @@ calls: Q, K and V are one product, gate and up another, and what lies between is
 (`kernels.rms_norm`, `silu_mul`, `rope_append`). The weights are Hugging Face's own tensors, as
 views into the joint ones. Off the CPU the products are torch's.
 
-Only exact classes whose forward is known are taken over; all others run through their modules.
+Only modules that are exactly the classes whose forward is known are taken over, all the way down
+and with nothing changed about them (`untouched`); all others run through their own forward.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
-from inferlab import _C
 from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
 from inferlab.models.attention_hook import LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.untouched import has_weights, is_untouched
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
 MAX_CUDA_ROWS = 16
-MAX_ROWS = {
-    torch.float32: 48,
-    torch.bfloat16: 128 if _C.active_isa() == "amx" else 8,
-    torch.float16: 8,
-}
 
 # Pre-norm, rotary halves, gated SiLU, no scaling of embeddings, residuals or logits.
-_KNOWN = {
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-}
+_KNOWN = ("Llama", "Mistral", "Qwen2", "Qwen3")
+_PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 
 
 class FusedDecoder:
@@ -180,8 +174,12 @@ def product(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias + residual``; few rows by our kernel, many (prompts) by torch's."""
-    if has_few_rows(x):
+    """``x @ weight.T + bias + residual``; on CUDA few rows by our kernel, many by torch's.
+
+    On a CPU all of them are ours: a row's bits must not depend on how many rows share the call, and
+    torch sums in another order for other numbers of rows.
+    """
+    if is_ours(x):
         return linear(x, weight, bias, residual, constant_weight=True)
     out = torch.nn.functional.linear(x, weight, bias)
     return out if residual is None else out.add_(residual)
@@ -191,16 +189,16 @@ def add_product(
     hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """``hidden + x @ weight.T + bias``; may overwrite ``hidden``."""
-    if x.is_cuda and bias is None and not has_few_rows(x):
+    if x.is_cuda and bias is None and not is_ours(x):
         return hidden.addmm_(x, weight.t())  # the sum in the product's own launch
     return product(x, weight, bias, hidden)
 
 
-def has_few_rows(x: torch.Tensor) -> bool:
-    """Whether our kernel is the quicker one for x [rows, .]."""
+def is_ours(x: torch.Tensor) -> bool:
+    """Whether products of x [rows, .] are by our kernel."""
     if x.is_cuda:
         return x.shape[0] <= MAX_CUDA_ROWS and x.dtype != torch.float32
-    return x.is_cpu and x.shape[0] <= MAX_ROWS[x.dtype]
+    return x.is_cpu
 
 
 def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -221,21 +219,22 @@ def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
     """Whether nothing about the model differs from the forward written here."""
-    if type(model).__name__ not in _KNOWN or not type(model).__module__.startswith("transformers."):
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    written_in = sys.modules[type(model).__module__]
+    if family not in _KNOWN or not written_in.__name__.startswith("transformers.models."):
         return False
     if model.device.type not in ("cpu", "cuda") or any(spec.head_dim % 8 for spec in layers):
         return False
-    if model.config.hidden_act not in ("silu", "swish"):
+    # Quantised, adapted, wrapped or watched modules need their own forward to run.
+    known = {getattr(written_in, family + part) for part in _PARTS}
+    known |= {nn.Embedding, nn.Linear, nn.ModuleList, nn.SiLU, SiLUActivation}
+    if not all(type(module) in known and is_untouched(module) for module in model.modules()):
         return False
-    # Quantised or adapted layers, and anything that watches a module, need their modules to run.
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return False
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        linears = [getattr(attention, n) for n in names]
-        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if any(type(each) is not nn.Linear for each in linears):
+        mlp, attention = layer.mlp, layer.self_attn
+        if type(mlp.act_fn) not in (nn.SiLU, SiLUActivation):
             return False
-    return type(model.lm_head) is nn.Linear
+        joint = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+        if any(len({each.bias is None for each in linears}) > 1 for linears in joint):
+            return False
+    return has_weights(model)

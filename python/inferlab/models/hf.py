@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -16,13 +17,18 @@ from inferlab.models.architecture import (
     check_against_plain,
     check_model,
     decoder_layers,
+    execution_device,
     plan_forward,
+    unwrapped,
 )
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.untouched import fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 class HFModel:
@@ -31,11 +37,15 @@ class HFModel:
     The model keeps its weights and, in general, its modules; only its attention function is
     exchanged (see `attention_hook`), so what a family does elsewhere (rotary variants, post-norms,
     logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU or a CUDA device run
-    through fewer, fused calls instead (see `fused`), and on CUDA from graphs (see `graphs`). The
-    given model is switched over in place; `plain` gives it back for the length of a ``with`` block.
+    through fewer, fused calls instead (see `fused`), and on CUDA from graphs (see `graphs`), as
+    long as nothing about them was changed: hooks, replaced, wrapped, adapted (LoRA) or quantised
+    modules and offloaded weights run as they are. Changes made later count from the next prompt on.
+    The given model is switched over in place; `plain` gives it back for the length of a ``with``
+    block.
 
     Args:
-        model: a loaded causal LM, on its device, in its dtype.
+        model: a loaded causal LM, on its device, in its dtype; also compiled by torch (its own
+            modules run then) or with PEFT adapters.
         tokenizer: its tokenizer; None where only token ids go in and out.
         name: for messages and results; default: the model's ``name_or_path``.
 
@@ -48,6 +58,7 @@ class HFModel:
         self, model: PreTrainedModel, tokenizer: Any = None, *, name: str | None = None
     ) -> None:
         self.name: str = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
+        model = unwrapped(model, self.name)
         check_model(model, self.name)
         model.eval()
         self._model = model
@@ -60,19 +71,19 @@ class HFModel:
         self.config: Any = model.config.get_text_config(decoder=True)
         self.tokenizer: Any = tokenizer
         self._head = model.get_output_embeddings()
-        self.vocab_size: int = self._head.weight.shape[0]
+        weight = self._head.weight
+        weight = weight() if callable(weight) else weight  # torch's quantised linears have a method
+        self.vocab_size: int = weight.shape[0]
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else len(tokenizer)
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        self.device: torch.device = self._head.weight.device
-        self.dtype: torch.dtype = self._head.weight.dtype
+        self.device: torch.device = execution_device(model, weight, self.name)
+        self.dtype: torch.dtype = model.dtype
         self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model, tokenizer)
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
         model.set_attn_implementation(ATTENTION_NAME)
         try:
-            self._plan = plan_forward(model, self.name)
-            self._fused = FusedDecoder.of(model, self.layers)
-            self._graphs = self._new_graphs()
+            self._build()
             if model.config.model_type not in TESTED:
                 self._check_against_plain()
         except Exception:
@@ -149,6 +160,8 @@ class HFModel:
                     f"{self.name} has no hidden state {layer}: its {len(self.layers)} layers are "
                     f"numbered from 0, and -1 is what the output head sees"
                 )
+        if batch.last_only:
+            self._notice_changes()
         if self._graphs is not None:
             return self._graphs.forward(batch, cache, layers)
         return self._run(batch, cache, layers)
@@ -181,6 +194,20 @@ class HFModel:
         if not layers:
             return ForwardOutput(logits)
         return ForwardOutput(logits, torch.cat([features[layer] for layer in layers], dim=-1))
+
+    def _build(self) -> None:
+        """Finds out how the model is to be run, as it is now."""
+        self._plan = plan_forward(self._model, self.device, self.name)
+        self._fused = FusedDecoder.of(self._model, self.layers)
+        self._graphs = self._new_graphs()
+        self._facts = fingerprint(self._model)
+
+    def _notice_changes(self) -> None:
+        """Where modules or weights were exchanged, hooked or given another forward since the last
+        prompt, what was built on them is built anew."""
+        if fingerprint(self._model) != self._facts:
+            logger.info("%s was changed: what runs it is built anew", self.name)
+            self._build()
 
     def _new_graphs(self) -> ForwardGraphs | None:
         """Graphs of this model's forward, where it can be captured."""
