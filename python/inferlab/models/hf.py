@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from typing import Any
 
@@ -26,6 +26,7 @@ from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.stable import StableProducts
 from inferlab.models.untouched import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class HFModel:
             STEP_KEYWORD: step,
         }
         cut = batch.last_only and batch.tokens.shape[1] > 1
-        with self._watched(layers) as features:
+        with self._stable, self._watched(layers) as features:
             if plan.decoder_forward is not None:
                 hidden = plan.decoder_forward(plan.decoder, **inputs).last_hidden_state
                 features[FINAL_HIDDEN] = hidden
@@ -200,6 +201,9 @@ class HFModel:
         self._plan = plan_forward(self._model, self.device, self.name)
         self._fused = FusedDecoder.of(self._model, self.layers)
         self._graphs = self._new_graphs()
+        self._stable: AbstractContextManager[Any] = (
+            StableProducts() if self.device.type == "cpu" else nullcontext()
+        )
         self._facts = fingerprint(self._model)
 
     def _notice_changes(self) -> None:

@@ -1,0 +1,95 @@
+"""A row's bits do not depend on how many rows share a forward: alone, in a prompt read at once or
+in chunks, in a large batch of large trees."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from helpers.isas import ISAS
+from helpers.tiny_models import VOCAB, tiny_model
+from inferlab import _C
+from inferlab.models import ForwardBatch, HFModel
+from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.drafters import NgramDrafter
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import Policy
+from inferlab.types import SamplingParams
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FAMILIES = ["llama", "gpt2", "opt"]  # fused; Conv1D; linear layers of its own modules
+PAGE_SIZE = 16
+
+
+@cache
+def target_of(family: str, dtype: torch.dtype) -> HFModel:
+    return HFModel(tiny_model(family).to(dtype))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _C.force_isa(request.param)
+    yield request.param
+    _C.force_isa("auto")
+
+
+@torch.inference_mode()
+def read(target, tokens, chunk):
+    """Logits [B, N, V] of texts [B, N] read in chunks, and the cache."""
+    size, length = tokens.shape
+    pages = -(-length // PAGE_SIZE)
+    cache_ = target.new_cache(size * pages, PAGE_SIZE)
+    table = torch.arange(size * pages, dtype=torch.int32).view(size, pages)
+    parts = []
+    for start in range(0, length, chunk):
+        part = tokens[:, start : start + chunk]
+        positions = torch.arange(start, start + part.shape[1]).expand(size, -1)
+        lens = torch.full((size,), start, dtype=torch.int32)
+        parts.append(target.forward(ForwardBatch(part, positions, lens, table), cache_))
+    return torch.cat(parts, dim=1), cache_
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("size", "length"), [(1, 49), (2, 65), (8, 32), (16, 64)])
+def test_logits_and_kv_are_the_same_bits_in_any_company(isa, family, size, length, dtype):
+    target = target_of(family, dtype)
+    generator = torch.Generator().manual_seed(size)
+    tokens = torch.randint(3, VOCAB, (size, length), generator=generator)
+    together, cache_together = read(target, tokens, length)
+    some = [0, size // 2, size - 1]
+    for b in sorted(set(some)):
+        alone, cache_alone = read(target, tokens[b : b + 1], 1)
+        assert torch.equal(together[b], alone[0])
+        pages = cache_alone.num_pages
+        for (k, v), (k_all, v_all) in zip(cache_alone.pages, cache_together.pages, strict=True):
+            assert torch.equal(k_all[b * pages : (b + 1) * pages], k)
+            assert torch.equal(v_all[b * pages : (b + 1) * pages], v)
+    in_chunks, _ = read(target, tokens, 19)
+    assert torch.equal(in_chunks, together)
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=["greedy", "top-p"]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_large_batches_of_large_trees_give_plain_decodings_tokens(family, dtype, params):
+    """Up to 12 x 31 rows a step; equal to the last bit, so ties are no excuse."""
+    target = target_of(family, dtype)
+    prompts = [[(7 * i + 13 * j) % (VOCAB - 5) + 3 for j in range(12 + i)] for i in range(12)]
+    requests = [
+        (p, SamplingParams(max_tokens=32, ignore_eos=True, seed=i, **params))
+        for i, p in enumerate(prompts)
+    ]
+
+    def decode(drafter, batch):
+        cache_ = target.new_cache(200, PAGE_SIZE)
+        engine = Engine(target, cache_, Policy(), FixedController(6), drafter, batch)
+        return [r.token_ids for r in engine.generate(requests)]
+
+    plain = decode(None, 1)
+    assert decode(None, 12) == plain
+    assert decode(NgramDrafter(max_depth=6, branches=5), 12) == plain
