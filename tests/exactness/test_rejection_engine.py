@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from inferlab.models import FakeLM, ForwardBatch
+from inferlab.kernels import SamplingTensors
+from inferlab.models import FakeLM, ForwardBatch, VocabularyMap
 from inferlab.specdec.controllers import FixedController
-from inferlab.specdec.drafters import ModelDrafter
+from inferlab.specdec.drafters import CrossVocabularyDrafter, Drafter, ModelDrafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import TreeShape
@@ -18,11 +25,35 @@ from inferlab.types import SamplingParams
 VOCAB = 5
 PROMPT = [1, 3, 2]
 TEMPERATURE = 1.3
-DRAWS = 6000
+DRAWS = 3000
+# The first token is the target's, drawn when it reads the prompt; two are drafted behind it, as a
+# fourth, not counted, is still to come.
+PLAIN = SamplingParams(max_tokens=4, temperature=TEMPERATURE)
+CHANGED = {
+    "bias": replace(PLAIN, logit_bias={4: 2.0, 0: -1.5}),
+    "repetition": replace(PLAIN, repetition_penalty=2.5),
+    "presence": replace(PLAIN, presence_penalty=2.0),
+    "frequency": replace(PLAIN, frequency_penalty=2.0),
+    # The draft's favourite is forbidden as second and third token, or as second alone.
+    "banned": replace(PLAIN, min_tokens=3, stop_token_ids=(4,)),
+    "banned_once": replace(PLAIN, min_tokens=2, stop_token_ids=(4,)),
+    "all": replace(
+        PLAIN,
+        repetition_penalty=1.3,
+        presence_penalty=0.4,
+        frequency_penalty=0.5,
+        logit_bias={4: 1.0, 2: 0.7},
+        min_tokens=2,
+        stop_token_ids=(0,),
+        top_k=4,
+    ),
+}
+CHAIN, TREE = (1, 1), (3, 2)
+WIDTHS = pytest.mark.parametrize("widths", [CHAIN, TREE], ids=["chain", "tree"])
 
 
-def next_probabilities(model: FakeLM, tokens: list[int]) -> np.ndarray:
-    """The model's distribution after ``tokens``, [V]."""
+def next_logits(model: FakeLM, tokens: list[int]) -> np.ndarray:
+    """The model's logits after ``tokens``, [V]."""
     cache = model.new_cache(4)
     logits = model.forward(
         ForwardBatch(
@@ -33,31 +64,50 @@ def next_probabilities(model: FakeLM, tokens: list[int]) -> np.ndarray:
             last_only=True,
         ),
         cache,
-    )[0, 0].double()
-    return torch.softmax(logits / TEMPERATURE, dim=-1).numpy()
+    )
+    return logits[0, 0].double().numpy()
 
 
-def expected_triples(model: FakeLM) -> np.ndarray:
+def next_probabilities(
+    model: FakeLM, prompt: list[int], params: SamplingParams = PLAIN, output: tuple[int, ...] = ()
+) -> np.ndarray:
+    """The distribution of the token after ``prompt`` and ``output``, [V].
+
+    Of the filters it knows temperature and top-k.
+    """
+    logits = next_logits(model, [*prompt, *output])
+    for token in {*prompt, *output}:
+        scale = params.repetition_penalty
+        logits[token] = logits[token] / scale if logits[token] > 0 else logits[token] * scale
+    for token, count in Counter(output).items():
+        logits[token] -= params.frequency_penalty * count + params.presence_penalty
+    for token, value in (params.logit_bias or {}).items():
+        logits[token] += value
+    if len(output) < params.min_tokens:
+        logits[list(params.stop_token_ids)] = -math.inf
+    if params.top_k:
+        logits[np.argsort(-logits, kind="stable")[params.top_k :]] = -math.inf
+    weights = np.exp((logits - logits.max()) / params.temperature)
+    return weights / weights.sum()
+
+
+def expected_triples(model: FakeLM, params: SamplingParams = PLAIN) -> np.ndarray:
     """P(first, second, third new token), [V, V, V]."""
     table = np.zeros((VOCAB,) * 3)
-    first = next_probabilities(model, PROMPT)
+    first = next_probabilities(model, PROMPT, params)
     for a in range(VOCAB):
-        second = next_probabilities(model, [*PROMPT, a])
+        second = next_probabilities(model, PROMPT, params, (a,))
         for b in range(VOCAB):
-            third = next_probabilities(model, [*PROMPT, a, b])
+            third = next_probabilities(model, PROMPT, params, (a, b))
             table[a, b] = first[a] * second[b] * third
     return table
 
 
-def p_value(engine: Engine, expected: np.ndarray) -> float:
-    requests = [
-        (PROMPT, SamplingParams(max_tokens=3, temperature=TEMPERATURE, seed=seed))
-        for seed in range(DRAWS)
-    ]
-    counts = np.zeros(expected.shape)
-    for result in engine.generate(requests):
-        counts[tuple(result.token_ids)] += 1
-    means = expected * DRAWS
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    """The p-value of ``counts`` under probabilities ``expected``; 0 where the impossible came."""
+    if counts[expected == 0].any():
+        return 0.0
+    means = expected * counts.sum()
     # Rare cells are added up, so that each counted cell expects at least five.
     rare = means < 5
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -66,8 +116,34 @@ def p_value(engine: Engine, expected: np.ndarray) -> float:
     return float(chi2.sf(statistic, (mean > 0).sum() - 1))
 
 
-def rejection_engine(drafter_class: type[ModelDrafter], widths: tuple[int, ...]) -> Engine:
+def p_values(engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS) -> list[float]:
+    """One for each kind of request. Requests of all kinds take turns, so they share batches."""
+    requests = [(PROMPT, replace(kinds[i % len(kinds)], seed=i)) for i in range(draws * len(kinds))]
+    counts = np.zeros((len(kinds), VOCAB, VOCAB, VOCAB))
+    for i, result in enumerate(engine.generate(requests)):
+        counts[(i % len(kinds), *result.token_ids[:3])] += 1
+    model = engine.target
+    assert isinstance(model, FakeLM)
+    return [
+        chi_square(seen, expected_triples(model, kind))
+        for seen, kind in zip(counts, kinds, strict=True)
+    ]
+
+
+def p_value(engine: Engine, params: SamplingParams = PLAIN) -> float:
+    return p_values(engine, [params])[0]
+
+
+def engine_of(drafter: Drafter | None, depth: int = 2, policy: str = "rejection") -> Engine:
     target = FakeLM(VOCAB, seed=2)
+    controller = FixedController(depth)
+    cache = target.new_cache(512, 8)
+    return Engine(target, cache, Policy(policy), controller, drafter, max_batch=128)
+
+
+def rejection_engine(
+    widths: tuple[int, ...], drafter_class: type[ModelDrafter] = ModelDrafter
+) -> Engine:
     draft = FakeLM(VOCAB, seed=2, agreement=0.4)
     drafter = drafter_class(
         draft,
@@ -76,14 +152,35 @@ def rejection_engine(drafter_class: type[ModelDrafter], widths: tuple[int, ...])
         coupled=False,
         keep_logits=True,
     )
-    policy, controller = Policy("rejection"), FixedController(len(widths))
-    return Engine(target, target.new_cache(512, 8), policy, controller, drafter, max_batch=128)
+    return engine_of(drafter, len(widths))
 
 
-@pytest.mark.parametrize("widths", [(1, 1), (3, 2)], ids=["chain", "tree"])
+def letters(alphabet: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each letter."""
+    tokenizer = Tokenizer(models.BPE({letter: id_ for id_, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def cross_engine(widths: tuple[int, ...], pages: int = 512) -> Engine:
+    """The draft has seven ids; four of them are tokens of the target's, in another order."""
+    theirs = "xdbyeaz"
+    draft = FakeLM(len(theirs), seed=2)
+    drafter = CrossVocabularyDrafter(
+        draft,
+        draft.new_cache(pages, 8),
+        TreeShape.regular(widths),
+        VocabularyMap(letters("abcde"), letters(theirs)),
+        coupled=False,
+        keep_logits=True,
+    )
+    return engine_of(drafter, len(widths))
+
+
+@WIDTHS
 def test_the_distribution_is_the_targets(widths):
-    expected = expected_triples(FakeLM(VOCAB, seed=2))
-    assert p_value(rejection_engine(ModelDrafter, widths), expected) > 1e-3
+    assert p_value(rejection_engine(widths)) > 1e-3
 
 
 class Misaligned(ModelDrafter):
@@ -97,5 +194,73 @@ class Misaligned(ModelDrafter):
 
 
 def test_draft_logits_of_the_wrong_node_are_caught():
-    expected = expected_triples(FakeLM(VOCAB, seed=2))
-    assert p_value(rejection_engine(Misaligned, (1, 1)), expected) < 1e-6
+    assert p_value(rejection_engine(CHAIN, Misaligned)) < 1e-6
+
+
+def test_what_is_expected_is_what_plain_decoding_does():
+    kinds = [replace(kind, max_tokens=3) for kind in (PLAIN, *CHANGED.values())]
+    assert min(p_values(engine_of(None), kinds, 1000)) > 1e-3
+
+
+@WIDTHS
+@pytest.mark.parametrize("kind", CHANGED)
+def test_changed_logits_keep_the_distribution(kind, widths):
+    assert p_value(rejection_engine(widths), CHANGED[kind]) > 1e-3
+
+
+@WIDTHS
+@pytest.mark.parametrize("kind", CHANGED)
+def test_drafts_drawn_with_penalties_are_caught(kind, widths, monkeypatch):
+    monkeypatch.setattr(SamplingTensors, "without_penalties", lambda self: self)
+    assert p_value(rejection_engine(widths), CHANGED[kind]) < 1e-6
+
+
+MIXED = [PLAIN, CHANGED["bias"], CHANGED["repetition"], CHANGED["all"]]
+
+
+@WIDTHS
+def test_sequences_with_and_without_penalties_share_a_batch(widths):
+    assert min(p_values(rejection_engine(widths), MIXED, 1500)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("widths", "pages", "scarce"),
+    [(CHAIN, 512, False), (TREE, 512, False), (CHAIN, 96, True), (TREE, 192, True)],
+    ids=["chain", "tree", "chain_of_some", "tree_of_some"],
+)
+def test_drafts_in_another_vocabulary_keep_the_distribution(widths, pages, scarce):
+    """Where pages are scarce, a part of a batch is not drafted for."""
+    decoding = cross_engine(widths, pages)
+    drafter, partly = decoding.drafter, []
+    assert drafter is not None
+    propose = drafter.propose
+
+    def watched(batch, budget):
+        tree = propose(batch, budget)
+        partly.append(min(tree.node_counts) == 1 < max(tree.node_counts))
+        return tree
+
+    drafter.propose = watched
+    assert min(p_values(decoding, MIXED, 1500)) > 1e-3
+    assert any(partly) == scarce
+
+
+def test_drafts_in_another_vocabulary_drawn_with_penalties_are_caught(monkeypatch):
+    monkeypatch.setattr(SamplingTensors, "without_penalties", lambda self: self)
+    plain, *changed = p_values(cross_engine(TREE), MIXED, 1500)
+    assert plain > 1e-3
+    assert max(changed) < 1e-6
+
+
+@WIDTHS
+def test_other_policies_draft_with_the_targets_penalties(widths):
+    """The target as its own draft guesses every token, where penalties do not look at the path."""
+    draft = FakeLM(VOCAB, seed=2)
+    drafter = ModelDrafter(draft, draft.new_cache(512, 8), TreeShape.regular(widths))
+    requests = [
+        (PROMPT, replace(CHANGED[kind], seed=seed))
+        for kind in ("bias", "banned")
+        for seed in range(50)
+    ]
+    results = engine_of(drafter, policy="longest_prefix").generate(requests)
+    assert {(r.stats.proposed, r.stats.accepted) for r in results} == {(2, 2)}

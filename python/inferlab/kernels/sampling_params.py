@@ -87,6 +87,10 @@ class SamplingTensors:
         """Whether there are penalties or a bias: a row is then copied before it is chosen from."""
         return self.uses_context or self.bias_tokens is not None
 
+    def without_penalties(self) -> SamplingTensors:
+        """Temperature, filters and seed alone: no penalties, no bias."""
+        return SamplingTensors(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+
     def to(self, device: torch.device | str) -> SamplingTensors:
         """The same parameters on another device."""
         moved: list[Any] = [None if t is None else t.to(device) for t in self.flat]

@@ -32,6 +32,10 @@ class Policy:
     typical          x in the locally typical set of mass ``threshold``   no
     ===============  ===================================================  =======================
 
+    p is the target's distribution after penalties, bias and filters, as in plain decoding; q is
+    the draft's after temperature and filters alone, and ``rejection`` needs drafts that were drawn
+    so, without penalties, bias and ``min_tokens``' ban of end tokens.
+
     Args:
         name: one of the above.
         threshold: tau, k or p of the lossy policies.

@@ -116,9 +116,7 @@ def verify_tree_rejection(
     allowed_vocab: int | None = None,
 ) -> Outputs:
     """See inferlab.kernels.verify_tree_rejection."""
-    plain = SamplingTensors(
-        sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed
-    )
+    plain = sampling.without_penalties()
 
     def decide(node: Node) -> Decision:
         b = node.b

@@ -58,7 +58,9 @@ class ModelDrafter(Drafter):
         shape: the largest tree; a step drafts the part of it that its budget allows.
         coupled: draw with the target's noise; False: with noise of its own.
         keep_logits: hand the draft's logits on, as the ``rejection`` policy needs, which also needs
-            ``coupled=False``.
+            ``coupled=False``. Drafts are then drawn from these very logits by temperature and
+            filters alone, without penalties, bias and ``min_tokens``' ban of end tokens: that is
+            how verification reads them, and q must be the rule that drew.
     """
 
     name = "vanilla"
@@ -125,6 +127,7 @@ class ModelDrafter(Drafter):
         if ground.positions is not ground.seq_lens:
             positions = ground.positions.to(torch.int64)[:, None]
         purpose = PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT
+        sampling = ground.sampling.without_penalties() if self.keep_logits else ground.sampling
         for depth, level in enumerate(shape.levels):
             same = positions is places
             positions = positions + 1
@@ -136,7 +139,7 @@ class ModelDrafter(Drafter):
             drawn = kernels.sample(
                 scores,
                 positions.expand(-1, count).contiguous() if count > 1 else positions,
-                ground.sampling,
+                sampling,
                 purpose=purpose,
                 num_samples=shape.widths[depth],
             )
