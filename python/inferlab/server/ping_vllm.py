@@ -197,12 +197,14 @@ class VLLMPingClient:
             With ``stream`` also ``ttft_ms`` (to the first chunk with text: a chunk with the role
             alone is none), ``itl_ms`` (times between chunks with text, a list; the first token is
             not among them) and ``tpot_ms`` (from the first text to the last, by token after the
-            first; None for a single token).
+            first). Where no text came ``ttft_ms`` is None; ``tpot_ms`` is None, too, where all came
+            at one time: a single token, or a server that does not stream.
 
             On failure ``success`` False, ``error`` (the reason), ``latency_ms``, ``elapsed_ms``,
             ``attempts``, ``status_code``, ``model``, ``prompt``, ``endpoint``. An HTTP error, an
-            error object under status 200 or within a stream, an empty answer, broken JSON, a body
-            or stream cut short and a time-out are failures.
+            error object under status 200 or within a stream, an answer with neither text nor a
+            finish reason, broken JSON, a body or stream cut short and a time-out are failures. An
+            empty text with a finish reason is an answer: the model had nothing to say.
 
         Raises:
             ValueError: an argument is not allowed; nothing was sent.
@@ -384,7 +386,7 @@ def _summary(result: Mapping[str, Any]) -> str:
         f"{result['latency_ms']:.1f} ms",
         f"{result['tokens_per_second']:.1f} tok/s",
     ]
-    if "ttft_ms" in result:
+    if result.get("ttft_ms") is not None:
         parts.append(f"TTFT {result['ttft_ms']:.1f} ms")
     if result.get("tpot_ms") is not None:
         parts.append(f"TPOT {result['tpot_ms']:.2f} ms")
