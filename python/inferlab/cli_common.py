@@ -10,9 +10,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+from inferlab.types import check_text
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -71,12 +73,17 @@ def call(run: Run, args: argparse.Namespace) -> int:
         if getattr(args, "verbose", False):
             traceback.print_exc()
         bad_input = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
-        expected = bad_input or isinstance(error, RuntimeError | OSError | MemoryError)
-        text = " ".join(str(error).split()) or type(error).__name__
-        if not expected:  # a fault of ours, not the user's
-            text = f"{type(error).__name__}: {text} (--verbose prints the traceback)"
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if bad_input else EXIT_FAILURE
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError | RuntimeError | OSError | MemoryError):
+        return text
+    # A fault of ours, not the user's.
+    return f"{type(error).__name__}: {text} (--verbose prints the traceback)"
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, output: str | None = "JSON") -> None:
@@ -152,11 +159,21 @@ def given_values(
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; ``id`` and ``category`` are the file's, where it has them."""
+    """One prompt; ``id`` and ``category`` are the file's, where it has them.
+
+    ``where`` is its place, ``FILE:LINE``, for messages.
+    """
 
     text: str
     id: str | int | None = None
     category: str | None = None
+    where: str | None = field(default=None, compare=False)
+
+    def check(self) -> None:
+        """Raises UsageError where no model could go on from it: it is empty or not encodable."""
+        if not self.text.strip():
+            raise UsageError("prompt is empty; give a text")
+        check_text("prompt", self.text)
 
     def labels(self) -> dict[str, Any]:
         """``id`` and ``category``, those that are known."""
@@ -168,12 +185,14 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of ``--prompt`` or ``--prompts``.
 
     Raises:
-        UsageError: an empty prompt, a missing file, a bad line (file and line are named).
+        ValueError: a prompt that is empty or cannot be encoded, a missing file, a bad line (file
+            and line are named).
     """
     if args.prompts is not None:
         return read_prompts(args.prompts)
     if not args.prompt.strip():
         raise UsageError("--prompt: is empty; give a text")
+    check_text("--prompt", args.prompt)
     return [Prompt(args.prompt)]
 
 
@@ -182,12 +201,16 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     A line is an object with ``prompt`` (and, if it likes, ``id`` and ``category``), or one in
     Spec-Bench's format: ``{"question_id": 81, "category": "writing", "turns": ["...", ...]}``.
+    The encoding is UTF-8, with or without a byte-order mark. A line of another form spoils the
+    file; a prompt that cannot be run (empty, too long, half of a surrogate pair) does not: it
+    fails when its turn comes, alone.
 
     Raises:
         UsageError: no such file, no prompts in it, or a bad line; names file and line.
     """
     try:
-        text = sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8 text: {error}") from None
     except OSError as error:
@@ -220,9 +243,9 @@ def _parse_prompt(line: str, where: str) -> Prompt:
         key, text = "turns[0]", turns[0]
     else:
         raise UsageError(f"{where}: has neither `prompt` nor `turns`; it has {', '.join(entry)}")
-    if not isinstance(text, str) or not text.strip():
-        raise UsageError(f"{where}: `{key}` must be a text that is not empty, not {text!r}")
-    return Prompt(text, entry.get("id", entry.get("question_id")), entry.get("category"))
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: `{key}` must be a text, not {text!r}")
+    return Prompt(text, entry.get("id", entry.get("question_id")), entry.get("category"), where)
 
 
 # --- output -------------------------------------------------------------------------------------
@@ -276,9 +299,11 @@ def clean_stdout(wanted: bool = True) -> Iterator[TextIO]:
 def to_json(payload: Any, indent: int | None = None) -> str:
     """JSON text of results; arrays, tuples, mappings and paths become what JSON has for them.
 
-    NaN and infinities, which JSON lacks, become null.
+    NaN and infinities, which JSON lacks, become null; half of a surrogate pair stays an escape, so
+    that the text can be encoded.
     """
-    return json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -583,6 +583,9 @@ def test_bad_constructor_arguments(arguments, named):
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": None}, "prompt"),
+        ({"prompt": "x \udcff"}, "prompt holds"),
+        ({"prompt": "x", "model": "\udcff"}, "model holds"),
+        ({"prompt": "x", "stop": ["y", "\udcff"]}, "stop holds"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "max_tokens": 1.5}, "max_tokens"),
         ({"prompt": "x", "temperature": -0.1}, "temperature"),

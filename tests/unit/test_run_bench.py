@@ -366,6 +366,25 @@ def test_command_tells_why_all_runs_failed(capsys):
     assert "error: all 5 runs failed" in err
 
 
+@pytest.mark.parametrize("more", [[], ["--modes", "ngram"]])
+def test_prompts_that_cannot_be_run_fail_alone(tmp_path, capsys, more):
+    file = tmp_path / "p.jsonl"
+    texts = ["one", "x \ud83d y", "", "two", "word " * 5000]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    fake = [*FAKE, "--prompts", str(file), "--iterations", "1", *more]
+    command = fake[2:] if more else fake
+    assert main([*command, "--json", "--output", str(tmp_path / "r")]) == 1
+    stats = json.loads(capsys.readouterr().out)
+    errors = {failure["where"]: failure["error"] for failure in stats["failures"]}
+    assert list(errors) == [f"{file}:{line}" for line in (2, 3, 5)]
+    assert "half of a surrogate pair" in errors[f"{file}:2"]
+    if not more:
+        assert [run["prompt_index"] for run in stats["raw_results"]] == [0, 3]
+    assert json.loads((tmp_path / "r.json").read_text()) == stats
+    assert main(command) == 1
+    assert f"{file}:2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

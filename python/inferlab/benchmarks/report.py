@@ -78,6 +78,7 @@ def print_summary(stats: Mapping[str, Any], console: Console | None = None) -> N
         console.print("interrupted: these are partial results", style="bold")
     for failure in stats["failures"]:
         where = f"{failure['mode']}, prompt {failure['prompt_index']}"
+        where += f" ({failure['where']})" if "where" in failure else ""
         _line(console, "failed", f"{where}, iteration {failure['iteration']}: {failure['error']}")
     if "error" in stats:
         _line(console, "error", stats["error"])

@@ -22,6 +22,7 @@ from inferlab.cli_common import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    Prompt,
     UsageError,
     add_config_argument,
     add_output_arguments,
@@ -115,10 +116,11 @@ def run(args: argparse.Namespace) -> int:
     overrides, names = run_specdec.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
     check_output(args.output)
-    prompts = [prompt.text for prompt in gather_workload(args)]
+    prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     with clean_stdout(args.json) as out:
-        stats, interrupted = _measure(args, config, prompts)
+        stats, interrupted = _measure(args, config, [prompt.text for prompt in prompts])
+        _name_places(stats["failures"], prompts)
         if args.output:
             write_outputs(args.output, stats)
         if args.json:
@@ -153,14 +155,15 @@ def _run_modes(args: argparse.Namespace) -> int:
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
     check_output(args.output)
-    prompts = [prompt.text for prompt in gather_workload(args)]
+    prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
     with clean_stdout(args.json) as out:
         benchmark = ModesBenchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-            result = benchmark.run(prompts, advance)
+            result = benchmark.run([prompt.text for prompt in prompts], advance)
+        _name_places(result.failures, prompts)
         if args.output:
             write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
         if args.json:
@@ -171,6 +174,16 @@ def _run_modes(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
     return EXIT_FAILURE if result.failures or different else EXIT_OK
+
+
+def _name_places(failures: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
+    """Adds ``where``, the prompt's line in its file, to failures; of a batch all of its lines."""
+    for failure in failures:
+        size = failure.get("batch_size", 1)
+        first = failure["prompt_index"] * size
+        lines = [prompt.where for prompt in prompts[first : first + size] if prompt.where]
+        if lines:
+            failure["where"] = ", ".join(lines)
 
 
 def _names(text: str) -> list[str]:
@@ -198,7 +211,7 @@ def _measure(
     ) as benchmark:
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-                return benchmark.run_benchmark(prompts, on_run=advance), False
+                return benchmark.run_all(prompts, on_run=advance), False
         except BenchmarkInterrupted as interrupt:
             return interrupt.stats, True
 

@@ -28,6 +28,7 @@ from ..cli_common import (
     to_json,
 )
 from ..config import VllmConfig, load_config
+from ..types import check_text
 from .openai_answers import Answer, measure, read_answer, read_models, read_stream
 from .openai_http import OpenAIConnection, Reply
 
@@ -215,6 +216,9 @@ class VLLMPingClient:
             raise ValueError(f"endpoint is {endpoint!r}; it must be one of {', '.join(PATHS)}")
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompt is {prompt!r}; it must be a text that is not empty")
+        stops = [stop] if isinstance(stop, str) else stop or []
+        for named, text in (("prompt", prompt), ("model", model), *(("stop", s) for s in stops)):
+            check_text(named, text or "")
         payload: dict[str, Any] = {
             "max_tokens": max_tokens if max_tokens is not None else config.max_tokens,
             "temperature": temperature if temperature is not None else config.temperature,
