@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
@@ -57,11 +58,13 @@ def call(run: Run, args: argparse.Namespace) -> int:
     """Runs a command; what goes wrong becomes one line on stderr and an exit code.
 
     2: bad input (ValueError, a missing file), 1: a failure, 130: Ctrl-C. With ``--verbose`` the
-    traceback is printed, too.
+    traceback is printed, too. Characters that stdout's encoding lacks are printed as question
+    marks.
     """
     try:
-        code = run(args)
-        sys.stdout.flush()  # a reader that has gone shows here, not while Python shuts down
+        with _lenient_stdout():
+            code = run(args)
+            sys.stdout.flush()  # a reader that has gone shows here, not while Python shuts down
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -75,6 +78,22 @@ def call(run: Run, args: argparse.Namespace) -> int:
         bad_input = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if bad_input else EXIT_FAILURE
+
+
+@contextlib.contextmanager
+def _lenient_stdout() -> Iterator[None]:
+    """What stdout cannot encode is replaced meanwhile, unless PYTHONIOENCODING says what to do."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out.errors not in ("strict", "surrogateescape"):
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it is closed
+            out.reconfigure(errors=before)
 
 
 def describe_error(error: Exception) -> str:
@@ -304,6 +323,16 @@ def to_json(payload: Any, indent: int | None = None) -> str:
     """
     text = json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def print_json(payload: Any, out: TextIO, indent: int | None = None) -> None:
+    """Prints JSON; as ASCII with escapes where the encoding of ``out`` lacks a character of it."""
+    text = to_json(payload, indent)
+    try:
+        text.encode(out.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=indent)
+    print(text, file=out)
 
 
 def _plain(value: Any) -> Any:

@@ -14,8 +14,8 @@ from inferlab.cli_common import (
     EXIT_OK,
     Prompt,
     describe_error,
+    print_json,
     progress,
-    to_json,
     write_json,
 )
 
@@ -151,7 +151,7 @@ def report(
         write_json(args.output, payload)
     if args.json:
         if payload is not None:
-            print(to_json(payload), file=out)
+            print_json(payload, out)
     else:
         for result in collected.results:
             show(result)

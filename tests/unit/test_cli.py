@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -509,6 +510,58 @@ def test_a_reader_that_has_gone_is_no_error():
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_output_that_the_terminal_cannot_show(encoding):
+    """Lines of all helpers, plain and as JSON, in a process with another ``PYTHONIOENCODING``."""
+    code = (
+        "import argparse, sys\n"
+        "from inferlab import cli_common, cli_results\n"
+        "TEXT = 'a \\u00fc \\u4e16 \\U0001f30d \\udcff b'\n"
+        "def run(args):\n"
+        "    print(TEXT)\n"
+        "    cli_results.show_heading(TEXT)\n"
+        "    cli_results.show_text(TEXT)\n"
+        "    cli_results.show_line([TEXT, TEXT])\n"
+        "    with cli_common.clean_stdout() as out:\n"
+        "        cli_common.print_json({'text': TEXT, 'nan': float('nan')}, out)\n"
+        "    return 0\n"
+        "sys.exit(cli_common.call(run, argparse.Namespace()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = "a ? ? ? ? b" if encoding == "ascii" else "a \u00fc ? ? ? b"
+    first, heading, text, line, as_json = done.stdout.decode(encoding).splitlines()
+    assert (first, text) == (shown, shown)
+    assert shown in heading
+    assert line.startswith(shown)
+    assert line.endswith(shown)
+    expected = {"text": "a \u00fc \u4e16 \U0001f30d \udcff b", "nan": None}
+    assert json.loads(as_json) == expected
+
+
+def test_stdout_is_as_before_behind_a_command(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli_common.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
+    assert (out.buffer.getvalue(), out.errors) == (b"?\n", "strict")
+    own = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="xmlcharrefreplace")
+    monkeypatch.setattr(sys, "stdout", own)
+    assert cli_common.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
+    assert own.buffer.getvalue() == b"&#252;\n"
+
+
+def test_json_is_readable_where_the_encoding_has_it_all():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    cli_common.print_json({"text": "\u00fc \u4e16"}, out)
+    out.flush()
+    assert out.buffer.getvalue().decode() == '{"text": "\u00fc \u4e16"}\n'
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(capsys):

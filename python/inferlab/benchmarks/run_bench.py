@@ -30,9 +30,9 @@ from inferlab.cli_common import (
     clean_stdout,
     command_main,
     given_values,
+    print_json,
     progress,
     setup_logging,
-    to_json,
     write_json,
 )
 from inferlab.config import SpecdecConfig
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             write_outputs(args.output, stats)
         if args.json:
-            print(to_json(stats), file=out)
+            print_json(stats, out)
         else:
             print_summary(stats)
     if interrupted:
@@ -167,7 +167,7 @@ def _run_modes(args: argparse.Namespace) -> int:
         if args.output:
             write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
         if args.json:
-            print(to_json(result.as_dict()), file=out)
+            print_json(result.as_dict(), out)
         else:
             print_modes(result)
     if result.interrupted:

@@ -24,8 +24,8 @@ from ..cli_common import (
     clean_stdout,
     command_main,
     given_values,
+    print_json,
     setup_logging,
-    to_json,
 )
 from ..config import VllmConfig, load_config
 from ..types import check_text
@@ -373,7 +373,7 @@ def run(args: argparse.Namespace) -> int:
             result["server"] = client.base_url
             text = result.get("generated_text", "")
         if args.json:
-            print(to_json(result), file=out)
+            print_json(result, out)
         elif result["success"]:
             print(text, file=out)
             if not args.ping_only:
