@@ -319,7 +319,7 @@ def to_json(payload: Any, indent: int | None = None) -> str:
     """JSON text of results; arrays, tuples, mappings and paths become what JSON has for them.
 
     NaN and infinities, which JSON lacks, become null; half of a surrogate pair stays an escape, so
-    that the text can be encoded.
+    that the text can be encoded; what is nested deeper than 100 levels becomes "...".
     """
     text = json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -335,17 +335,19 @@ def print_json(payload: Any, out: TextIO, indent: int | None = None) -> None:
     print(text, file=out)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, levels: int = 100) -> Any:
+    if levels == 0:
+        return "..."
     if isinstance(value, float):
         return value if value - value == 0.0 else None
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, levels - 1) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [_plain(item, levels - 1) for item in value]
     if hasattr(value, "tolist"):  # a NumPy or torch value
-        return _plain(value.tolist())
+        return _plain(value.tolist(), levels)
     return str(value)
 
 
@@ -355,13 +357,26 @@ def write_json(path: str | Path, payload: Any) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
+    write_text(path, to_json(payload, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text to a file of ``--output``, whole or not at all; half of a surrogate pair
+    becomes an escape.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     target = Path(path)
     partial = target.with_name(target.name + ".part")
     try:
-        partial.write_text(to_json(payload, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
         partial.replace(target)
     except OSError as error:
         raise UsageError(f"--output: {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # that it is gone already is the rule
+            partial.unlink()
 
 
 def check_output(path: str | None) -> None:

@@ -134,7 +134,8 @@ def report(
     out: TextIO,
     show: Callable[[Result], None],
 ) -> int:
-    """Prints and writes what was collected; returns the exit code.
+    """Writes and prints what was collected; returns the exit code. It is printed, too, where it
+    cannot be written.
 
     With ``--prompt``: the mapping of that prompt. With ``--prompts``:
     ``{"results": [...], "summary": {...}}``.
@@ -147,16 +148,17 @@ def report(
     payload: Any = {"results": collected.results, "summary": collected.summary()}
     if not many:
         payload = collected.results[0] if collected.results else None
-    if args.output and payload is not None:
-        write_json(args.output, payload)
-    if args.json:
-        if payload is not None:
+    try:
+        if args.output and payload is not None:
+            write_json(args.output, payload)
+    finally:
+        if not args.json:
+            for result in collected.results:
+                show(result)
+            if many:
+                _show_summary(payload["summary"])
+        elif payload is not None:
             print_json(payload, out)
-    else:
-        for result in collected.results:
-            show(result)
-        if many:
-            _show_summary(payload["summary"])
     if collected.interrupted:
         logger.warning("interrupted; kept %d results", len(collected.results))
         return EXIT_INTERRUPTED

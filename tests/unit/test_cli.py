@@ -473,6 +473,16 @@ def test_json_of_what_json_lacks():
     }  # fmt: skip
 
 
+def test_a_file_that_cannot_be_written_leaves_no_part_and_the_result_on_stdout(capsys, tmp_path):
+    (tmp_path / "r.json").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        collect([Prompt("a")], shout, arguments(prompt="a", output=str(tmp_path / "r.json")))
+    assert json.loads(capsys.readouterr().out)["text"] == "A"
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+    deep = json.loads("[" * 900 + "]" * 900)
+    assert cli_common.to_json(deep).count("[") == 100
+
+
 def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(UsageError, match="its directory does not exist"):
         cli_common.check_output(str(tmp_path / "no" / "x.json"))

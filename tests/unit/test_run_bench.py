@@ -295,6 +295,38 @@ def test_http_server_that_only_fails(server):
 
 
 @pytest.mark.network
+def test_one_answer_that_cannot_be_encoded_loses_nothing(server, capsys, tmp_path):
+    """Half of a surrogate pair, in a text and in an error, and JSON nested beyond reason."""
+    deep = json.loads("[" * 400 + "]" * 400)
+    server.answers = [
+        Respond.json(chat("one")), Respond.json(chat("\ud83d")),
+        Respond.json({"error": "bad \ud83d"}, 400), Respond.json(chat("two", deep=deep)),
+    ]  # fmt: skip
+    command = ["--mode", "http", "--base-url", server.url, "--model", "m\u00fc", "--prompt", "Hi"]
+    command += ["--iterations", "4", "--warmup", "0", "--output", str(tmp_path / "r")]
+    assert main([*command, "--json"]) == 1
+    stats = json.loads(capsys.readouterr().out)
+    assert [result["generated_text"] for result in stats["raw_results"]] == ["one", "\ufffd", "two"]
+    assert [failure["error"] for failure in stats["failures"]] == ["HTTP 400: bad \ufffd"]
+    kept = stats["raw_results"][1]["raw_response"]["choices"][0]["message"]["content"]
+    assert kept == "\ud83d"
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == stats
+    assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.csv", "r.json"]
+
+
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, more):
+    server.answers = [Respond.json(chat())]
+    (tmp_path / "r.json").mkdir()
+    command = ["--mode", "http", "--base-url", server.url, "--prompt", "Hi", "--iterations", "1"]
+    assert main([*command, "--warmup", "0", "--output", str(tmp_path / "r"), *more]) == 2
+    out, err = capsys.readouterr()
+    assert "first" in out
+    assert "r.json cannot be written" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
 def test_http_server_that_is_not_there(capsys):
     with closed_port() as port:
         with BenchmarkRunner(mode="http", port=port) as benchmark:

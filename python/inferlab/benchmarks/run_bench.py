@@ -121,12 +121,14 @@ def run(args: argparse.Namespace) -> int:
     with clean_stdout(args.json) as out:
         stats, interrupted = _measure(args, config, [prompt.text for prompt in prompts])
         _name_places(stats["failures"], prompts)
-        if args.output:
-            write_outputs(args.output, stats)
-        if args.json:
-            print_json(stats, out)
-        else:
-            print_summary(stats)
+        try:
+            if args.output:
+                write_outputs(args.output, stats)
+        finally:  # what cannot be written is not lost
+            if args.json:
+                print_json(stats, out)
+            else:
+                print_summary(stats)
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
@@ -164,12 +166,14 @@ def _run_modes(args: argparse.Namespace) -> int:
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
             result = benchmark.run([prompt.text for prompt in prompts], advance)
         _name_places(result.failures, prompts)
-        if args.output:
-            write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
-        if args.json:
-            print_json(result.as_dict(), out)
-        else:
-            print_modes(result)
+        try:
+            if args.output:
+                write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
+        finally:
+            if args.json:
+                print_json(result.as_dict(), out)
+            else:
+                print_modes(result)
     if result.interrupted:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
