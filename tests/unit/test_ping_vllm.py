@@ -545,13 +545,23 @@ def test_config_gives_defaults_and_arguments_beat_it(server, tmp_path, connect):
         ("https://h/api/paas/v4", "https://h/api/paas", "https://h/api/paas/v4"),
         ("https://h/v1beta/openai/", "https://h", "https://h/v1beta/openai"),
         ("http://[::1]:8000", "http://[::1]:8000", "http://[::1]:8000/v1"),
+        ("https://h/v1/chat/completions", "https://h", "https://h/v1"),
+        ("https://h/v1/chat/completions/", "https://h", "https://h/v1"),
+        ("http://h:1/v1/completions", "http://h:1", "http://h:1/v1"),
+        ("http://h:1/v1/models", "http://h:1", "http://h:1/v1"),
+        ("https://h/api/v4/chat/completions", "https://h/api", "https://h/api/v4"),
+        ("https://h/chat/completions", "https://h", "https://h"),
+        ("https://h/gate/chat/completions", "https://h/gate", "https://h/gate"),
+        ("https://h/completions/v1", "https://h/completions", "https://h/completions/v1"),
     ],
 )
 def test_base_url(base_url, root, api):
     assert split_base_url(base_url) == (root, api)
 
 
-@pytest.mark.parametrize("base_url", ["ftp://h", "http://", "http://u:secret@h", "http://h?x=1"])
+@pytest.mark.parametrize(
+    "base_url", ["ftp://h", "http://", "http://u:secret@h", "http://h?x=1", "http://::1:8000/v1"]
+)
 def test_bad_base_url(base_url):
     with pytest.raises(ValueError, match="base_url") as caught:
         VLLMPingClient(base_url=base_url)
@@ -569,6 +579,11 @@ def test_bad_base_url(base_url):
         ({"endpoint": "embeddings"}, "endpoint"),
         ({"api_key": "line\nbreak"}, "api_key"),
         ({"host": "h", "base_url": "http://h"}, "base_url"),
+        ({"host": "http://h"}, "host: .* a whole address to base_url"),
+        ({"host": "h:8000"}, "host: .* the port goes to port"),
+        ({"host": "::1:x"}, "host: "),
+        ({"host": "[h]"}, "host: "),
+        ({"host": ""}, "host: "),
         ({"config_path": "missing.yaml"}, "missing.yaml"),
     ],
 )
@@ -599,6 +614,22 @@ def test_bad_arguments_are_refused_before_anything_is_sent(server, client, argum
     with pytest.raises(ValueError, match=named):
         client.generate(**arguments)
     assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "asked"),
+    [
+        ("/v1/chat/completions", [], "/v1/chat/completions"),
+        ("/v1/completions", [], "/v1/completions"),
+        ("/v1/completions/", ["--endpoint", "chat"], "/v1/chat/completions"),
+        ("/chat/completions", [], "/chat/completions"),
+    ],
+)
+def test_a_base_url_that_is_the_whole_address(server, path, more, asked):
+    server.answers = [Respond.json(chat())]
+    command = ["--base-url", server.url + path, "--model", "m", "--prompt", "Hi"]
+    assert ping_vllm.main([*command, *more]) == 0
+    assert server.posts[0].path == asked
 
 
 def test_a_proxy_is_not_used_for_this_machine(server, monkeypatch, connect):

@@ -46,6 +46,8 @@ def load_server_config(
 ) -> VllmConfig:
     """The configuration of file and overrides; a host or port given beats a base_url of the file.
 
+    A base_url that is the whole address of ``/completions`` says which endpoint is meant.
+
     Raises:
         ValueError: a value that is not allowed, or base_url given together with host or port.
     """
@@ -53,17 +55,23 @@ def load_server_config(
     if named and overrides.get("base_url") is not None:
         raise ValueError("base_url stands instead of host and port; give one or the other")
     config = load_config(VllmConfig, path, overrides, names=names)
-    return config.model_copy(update={"base_url": None}) if named else config
+    if named:
+        return config.model_copy(update={"base_url": None})
+    path = (config.base_url or "").rstrip("/")
+    if path.endswith("/completions") and "endpoint" not in config.model_fields_set:
+        endpoint = "chat" if path.endswith("/chat/completions") else "completions"
+        return config.model_copy(update={"endpoint": endpoint})
+    return config
 
 
 class VLLMPingClient:
     """Asks one OpenAI-compatible server. Usable as a context manager.
 
     Args:
-        host, port: of the server; http.
+        host, port: of the server; http. An IPv6 address with or without brackets.
         config_path: YAML of the kind ``configs/vllm.yaml``. Arguments beat it.
         base_url: the server's whole address instead of host and port, for https or a path;
-            ``/v1`` may be left out.
+            ``/v1`` may be left out, ``/chat/completions`` may stand behind it.
         api_key: bearer token; else ``api_key`` of the configuration, else ``OPENAI_API_KEY``.
         model: which model to ask; else the configuration's, else the first that the server lists.
         endpoint: "chat" (the prompt is one user message) or "completions" (the prompt as it is).
@@ -102,9 +110,8 @@ class VLLMPingClient:
             config = load_server_config(config_path, overrides)
         self.config = config
         self.host, self.port = self.config.host, self.config.port
-        name = f"[{self.host}]" if ":" in self.host else self.host
         self._connection = OpenAIConnection(
-            self.config.base_url or f"http://{name}:{self.port}",
+            self.config.url,
             api_key=self.config.api_key or os.environ.get("OPENAI_API_KEY") or None,
             timeout=self.config.timeout,
             attempts=self.config.retry_attempts,
