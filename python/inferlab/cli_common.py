@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+from inferlab.types import check_text
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -55,11 +58,13 @@ def call(run: Run, args: argparse.Namespace) -> int:
     """Runs a command; what goes wrong becomes one line on stderr and an exit code.
 
     2: bad input (ValueError, a missing file), 1: a failure, 130: Ctrl-C. With ``--verbose`` the
-    traceback is printed, too.
+    traceback is printed, too. Characters that stdout's encoding lacks are printed as question
+    marks.
     """
     try:
-        code = run(args)
-        sys.stdout.flush()  # a reader that has gone shows here, not while Python shuts down
+        with _lenient_stdout():
+            code = run(args)
+            sys.stdout.flush()  # a reader that has gone shows here, not while Python shuts down
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,12 +76,33 @@ def call(run: Run, args: argparse.Namespace) -> int:
         if getattr(args, "verbose", False):
             traceback.print_exc()
         bad_input = isinstance(error, ValueError | FileNotFoundError | NotADirectoryError)
-        expected = bad_input or isinstance(error, RuntimeError | OSError | MemoryError)
-        text = " ".join(str(error).split()) or type(error).__name__
-        if not expected:  # a fault of ours, not the user's
-            text = f"{type(error).__name__}: {text} (--verbose prints the traceback)"
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {describe_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if bad_input else EXIT_FAILURE
+
+
+@contextlib.contextmanager
+def _lenient_stdout() -> Iterator[None]:
+    """What stdout cannot encode is replaced meanwhile, unless PYTHONIOENCODING says what to do."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or out.errors not in ("strict", "surrogateescape"):
+        yield
+        return
+    before = out.errors
+    out.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it is closed
+            out.reconfigure(errors=before)
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError | RuntimeError | OSError | MemoryError):
+        return text
+    # A fault of ours, not the user's.
+    return f"{type(error).__name__}: {text} (--verbose prints the traceback)"
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, output: str | None = "JSON") -> None:
@@ -152,11 +178,21 @@ def given_values(
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; ``id`` and ``category`` are the file's, where it has them."""
+    """One prompt; ``id`` and ``category`` are the file's, where it has them.
+
+    ``where`` is its place, ``FILE:LINE``, for messages.
+    """
 
     text: str
     id: str | int | None = None
     category: str | None = None
+    where: str | None = field(default=None, compare=False)
+
+    def check(self) -> None:
+        """Raises UsageError where no model could go on from it: it is empty or not encodable."""
+        if not self.text.strip():
+            raise UsageError("prompt is empty; give a text")
+        check_text("prompt", self.text)
 
     def labels(self) -> dict[str, Any]:
         """``id`` and ``category``, those that are known."""
@@ -168,12 +204,14 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
     """The prompts of ``--prompt`` or ``--prompts``.
 
     Raises:
-        UsageError: an empty prompt, a missing file, a bad line (file and line are named).
+        ValueError: a prompt that is empty or cannot be encoded, a missing file, a bad line (file
+            and line are named).
     """
     if args.prompts is not None:
         return read_prompts(args.prompts)
     if not args.prompt.strip():
         raise UsageError("--prompt: is empty; give a text")
+    check_text("--prompt", args.prompt)
     return [Prompt(args.prompt)]
 
 
@@ -182,12 +220,16 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     A line is an object with ``prompt`` (and, if it likes, ``id`` and ``category``), or one in
     Spec-Bench's format: ``{"question_id": 81, "category": "writing", "turns": ["...", ...]}``.
+    The encoding is UTF-8, with or without a byte-order mark. A line of another form spoils the
+    file; a prompt that cannot be run (empty, too long, half of a surrogate pair) does not: it
+    fails when its turn comes, alone.
 
     Raises:
         UsageError: no such file, no prompts in it, or a bad line; names file and line.
     """
     try:
-        text = sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8 text: {error}") from None
     except OSError as error:
@@ -220,9 +262,9 @@ def _parse_prompt(line: str, where: str) -> Prompt:
         key, text = "turns[0]", turns[0]
     else:
         raise UsageError(f"{where}: has neither `prompt` nor `turns`; it has {', '.join(entry)}")
-    if not isinstance(text, str) or not text.strip():
-        raise UsageError(f"{where}: `{key}` must be a text that is not empty, not {text!r}")
-    return Prompt(text, entry.get("id", entry.get("question_id")), entry.get("category"))
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: `{key}` must be a text, not {text!r}")
+    return Prompt(text, entry.get("id", entry.get("question_id")), entry.get("category"), where)
 
 
 # --- output -------------------------------------------------------------------------------------
@@ -276,22 +318,36 @@ def clean_stdout(wanted: bool = True) -> Iterator[TextIO]:
 def to_json(payload: Any, indent: int | None = None) -> str:
     """JSON text of results; arrays, tuples, mappings and paths become what JSON has for them.
 
-    NaN and infinities, which JSON lacks, become null.
+    NaN and infinities, which JSON lacks, become null; half of a surrogate pair stays an escape, so
+    that the text can be encoded; what is nested deeper than 100 levels becomes "...".
     """
-    return json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _plain(value: Any) -> Any:
+def print_json(payload: Any, out: TextIO, indent: int | None = None) -> None:
+    """Prints JSON; as ASCII with escapes where the encoding of ``out`` lacks a character of it."""
+    text = to_json(payload, indent)
+    try:
+        text.encode(out.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=indent)
+    print(text, file=out)
+
+
+def _plain(value: Any, levels: int = 100) -> Any:
+    if levels == 0:
+        return "..."
     if isinstance(value, float):
         return value if value - value == 0.0 else None
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, levels - 1) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [_plain(item, levels - 1) for item in value]
     if hasattr(value, "tolist"):  # a NumPy or torch value
-        return _plain(value.tolist())
+        return _plain(value.tolist(), levels)
     return str(value)
 
 
@@ -301,13 +357,26 @@ def write_json(path: str | Path, payload: Any) -> None:
     Raises:
         UsageError: the file cannot be written.
     """
+    write_text(path, to_json(payload, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes UTF-8 text to a file of ``--output``, whole or not at all; half of a surrogate pair
+    becomes an escape.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     target = Path(path)
     partial = target.with_name(target.name + ".part")
     try:
-        partial.write_text(to_json(payload, indent=2) + "\n", encoding="utf-8")
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
         partial.replace(target)
     except OSError as error:
         raise UsageError(f"--output: {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):  # that it is gone already is the rule
+            partial.unlink()
 
 
 def check_output(path: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from inferlab.cli_common import (
@@ -13,8 +13,9 @@ from inferlab.cli_common import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     Prompt,
+    describe_error,
+    print_json,
     progress,
-    to_json,
     write_json,
 )
 
@@ -71,9 +72,9 @@ def run_prompts(
 ) -> Collected:
     """Runs ``generate`` on the prompts, ``batch_size`` at a time, with a progress bar.
 
-    A single prompt's error is raised. With many prompts, one that fails becomes a result with
-    ``error``, and the others go on. On Ctrl-C (KeyboardInterrupt, whose ``results`` are kept where
-    it carries some) what there is is returned.
+    The error of ``--prompt`` is raised. Of ``--prompts`` each fails alone, whatever the reason: it
+    becomes a result with ``error``, which names its line, and all others are answered. On Ctrl-C
+    (KeyboardInterrupt, whose ``results`` are kept where it carries some) what there is is returned.
     """
     collected = Collected()
     start = time.perf_counter()
@@ -81,9 +82,7 @@ def run_prompts(
         with progress(len(prompts), "prompts", not args.no_progress) as advance:
             for first in range(0, len(prompts), batch_size):
                 chunk = prompts[first : first + batch_size]
-                for prompt, result in zip(
-                    chunk, _run_chunk(chunk, generate, alone=len(prompts) == 1), strict=True
-                ):
+                for prompt, result in _run_chunk(chunk, generate, alone=args.prompts is None):
                     collected.results.append(_labelled(prompt, result))
                 advance(len(chunk))
                 logger.debug("%d of %d prompts done", len(collected.results), len(prompts))
@@ -99,23 +98,34 @@ def run_prompts(
 
 def _run_chunk(
     chunk: Sequence[Prompt], generate: Callable[[list[str]], list[Result]], alone: bool
-) -> list[Result]:
+) -> Iterator[tuple[Prompt, Result]]:
+    """Each prompt with its result, in order; a chunk that fails as a whole is tried by halves."""
     try:
-        return generate([prompt.text for prompt in chunk])
-    except (ValueError, RuntimeError) as error:
+        for prompt in chunk:
+            prompt.check()
+        results = generate([prompt.text for prompt in chunk])
+    except Exception as error:
         if alone:
             raise
-        results = getattr(error, "results", None)
-        if results is not None:  # the runner knows which of them failed
-            return list(results)
-        if len(chunk) > 1:  # one bad prompt must not take its neighbours with it
-            return [_run_chunk([prompt], generate, alone=False)[0] for prompt in chunk]
-        logger.error("%s", error)
-        return [{"error": str(error)}]
+        known = getattr(error, "results", None)
+        if known is None and len(chunk) > 1:
+            half = len(chunk) // 2
+            yield from _run_chunk(chunk[:half], generate, alone=False)
+            yield from _run_chunk(chunk[half:], generate, alone=False)
+            return
+        if known is None:
+            logger.debug("the traceback", exc_info=error)
+        results = [{"error": describe_error(error)}] if known is None else known
+    yield from zip(chunk, results, strict=True)
 
 
 def _labelled(prompt: Prompt, result: Mapping[str, Any]) -> Result:
-    return {**prompt.labels(), **result, "prompt": prompt.text}
+    labelled = {**prompt.labels(), **result, "prompt": prompt.text}
+    if "error" in result and prompt.where is not None:
+        labelled["error"] = f"{prompt.where}: {result['error']}"
+    if "error" in result:
+        logger.error("%s", labelled["error"])
+    return labelled
 
 
 def report(
@@ -124,7 +134,8 @@ def report(
     out: TextIO,
     show: Callable[[Result], None],
 ) -> int:
-    """Prints and writes what was collected; returns the exit code.
+    """Writes and prints what was collected; returns the exit code. It is printed, too, where it
+    cannot be written.
 
     With ``--prompt``: the mapping of that prompt. With ``--prompts``:
     ``{"results": [...], "summary": {...}}``.
@@ -137,16 +148,17 @@ def report(
     payload: Any = {"results": collected.results, "summary": collected.summary()}
     if not many:
         payload = collected.results[0] if collected.results else None
-    if args.output and payload is not None:
-        write_json(args.output, payload)
-    if args.json:
-        if payload is not None:
-            print(to_json(payload), file=out)
-    else:
-        for result in collected.results:
-            show(result)
-        if many:
-            _show_summary(payload["summary"])
+    try:
+        if args.output and payload is not None:
+            write_json(args.output, payload)
+    finally:
+        if not args.json:
+            for result in collected.results:
+                show(result)
+            if many:
+                _show_summary(payload["summary"])
+        elif payload is not None:
+            print_json(payload, out)
     if collected.interrupted:
         logger.warning("interrupted; kept %d results", len(collected.results))
         return EXIT_INTERRUPTED

@@ -24,6 +24,7 @@ from inferlab.config_types import (
     DraftCount,
     Dtype,
     Fraction,
+    Host,
     LogLevel,
     ModelName,
     Penalty,
@@ -311,7 +312,7 @@ class VllmConfig(Section):
     seconds; ``retry_attempts`` counts the first try.
     """
 
-    host: Annotated[str, StringConstraints(min_length=1), allowed("a host name")] = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     base_url: Annotated[
         str, StringConstraints(pattern=r"^https?://.+"), allowed("an http:// or https:// address")
@@ -332,7 +333,8 @@ class VllmConfig(Section):
     @property
     def url(self) -> str:
         """The server's address without a trailing slash."""
-        return (self.base_url or f"http://{self.host}:{self.port}").rstrip("/")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return (self.base_url or f"http://{host}:{self.port}").rstrip("/")
 
 
 KINDS: dict[str, type[Section]] = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +46,26 @@ def allowed(text: str) -> Any:
     return Field(json_schema_extra={"allowed": text})
 
 
+def _as_host(value: str) -> str:
+    """The host, without the brackets of an IPv6 address."""
+    host = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    try:
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+            return host
+    except ValueError:
+        pass
+    else:
+        if re.fullmatch(r"[^\s/\[\]@?#\\]+", value):
+            return value
+    raise PydanticCustomError("host", "not a host")
+
+
+Host = Annotated[
+    str,
+    AfterValidator(_as_host),
+    allowed("a host name or IP address alone; the port goes to port, a whole address to base_url"),
+]
 ModelName = Annotated[str, StringConstraints(min_length=1), allowed("a hub id or a directory")]
 Device = Annotated[
     str,

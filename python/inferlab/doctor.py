@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inferlab import __version__
-from inferlab.cli_common import EXIT_FAILURE, EXIT_OK, clean_stdout, command_main, to_json
+from inferlab.cli_common import EXIT_FAILURE, EXIT_OK, clean_stdout, command_main, print_json
 
 DISTRIBUTION = "llm-inference-lab"
 CPUINFO = Path("/proc/cpuinfo")
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
     with clean_stdout(args.json) as out:
         report = examine()
         if args.json:
-            print(to_json(report, indent=2), file=out)
+            print_json(report, out, indent=2)
         else:
             _show(report)
     return EXIT_FAILURE if any(entry["essential"] for entry in report["missing"]) else EXIT_OK

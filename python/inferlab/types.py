@@ -97,6 +97,8 @@ class SamplingParams:
             check(name, value, math.isfinite(value), "a finite number (0 is off)")
         check("seed", self.seed, 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
         check("stop", self.stop, all(self.stop), "non-empty strings")
+        for text in self.stop:
+            check_text("stop", text)
 
     @property
     def has_penalties(self) -> bool:
@@ -129,6 +131,18 @@ def check(name: str, value: object, ok: bool, allowed: str) -> None:
     """Raises ValueError naming the argument, its value and what is allowed, unless ``ok``."""
     if not ok:
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError where ``text`` holds half of a surrogate pair, as broken JSON escapes and
+    undecodable arguments do: no encoding, and so no tokenizer and no server, can take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r} at character {error.start}, half of a surrogate "
+            f"pair, which cannot be encoded; complete it or take it out"
+        ) from None
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ class Request:
 class FaultyServer:
     """Answers the n-th request by the n-th answer queued, the last one again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.requests: list[Request] = []
         self.answers: list[Respond | Callable[[Request], Respond]] = []
         self.models: Respond = Respond.json({"object": "list", "data": [{"id": "first"}]})
@@ -108,10 +109,14 @@ class FaultyServer:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            daemon_threads = True
+
+        self._server = Server((host, 0), Handler)
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self.port}"
 
     @property
     def posts(self) -> list[Request]:
@@ -131,8 +136,6 @@ class FaultyServer:
 @contextmanager
 def closed_port() -> Iterator[int]:
     """A port of this machine at which nobody listens."""
-    import socket
-
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         yield held.getsockname()[1]

@@ -1,8 +1,10 @@
 """The command line: flags, one-line errors, exit codes, prompt files, JSON alone on stdout."""
 
 import argparse
+import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -187,11 +189,10 @@ def test_prompt_files_in_both_formats(tmp_path):
         ('["a"]', "must be an object with `prompt` or `turns`"),
         ('"a"', "must be an object with `prompt` or `turns`"),
         ('{"text": "a", "n": 1}', "has neither `prompt` nor `turns`; it has text, n"),
-        ('{"prompt": ""}', "`prompt` must be a text that is not empty, not ''"),
-        ('{"prompt": 3}', "`prompt` must be a text that is not empty, not 3"),
+        ('{"prompt": 3}', "`prompt` must be a text, not 3"),
         ('{"turns": []}', "`turns` must be a list with at least one text"),
         ('{"turns": "a"}', "`turns` must be a list with at least one text"),
-        ('{"turns": [" "]}', "`turns[0]` must be a text that is not empty"),
+        ('{"turns": [null]}', "`turns[0]` must be a text, not None"),
     ],
 )
 def test_a_bad_line_is_named_by_number(tmp_path, line, message):
@@ -201,6 +202,16 @@ def test_a_bad_line_is_named_by_number(tmp_path, line, message):
         read_prompts(file)
     assert str(caught.value).startswith(f"{file}:3: ")
     assert message in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt_file(tmp_path, monkeypatch):
+    content = b'\xef\xbb\xbf{"prompt": "one \xc3\xbc"}\r\n{"prompt": "two"}\r\n'
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    assert read_prompts(file) == [Prompt("one \u00fc"), Prompt("two")]
+    # Prompts are UTF-8 whatever the terminal's encoding is.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    assert read_prompts("-") == [Prompt("one \u00fc"), Prompt("two")]
 
 
 def test_prompt_files_without_prompts(tmp_path):
@@ -319,6 +330,95 @@ def test_one_bad_prompt_among_many_does_not_take_the_others_with_it(capsys):
     assert [r.get("error") for r in results] == [None, "too long", None]
 
 
+def test_what_fails_is_named_by_its_line_and_the_rest_is_decoded_together(capsys, caplog):
+    calls = []
+
+    def generate(texts):
+        calls.append(texts)
+        return shout(texts)
+
+    prompts = [Prompt(text, where=f"p:{n}") for n, text in enumerate(["a", "bad", *"cdefgh"], 1)]
+    collected, code = collect(prompts, generate, arguments(prompts="p"), batch_size=8)
+    assert code == 1
+    assert [r.get("error") for r in collected.results] == [None, "p:2: too long"] + [None] * 6
+    assert [r["prompt"] for r in collected.results] == ["a", "bad", *"cdefgh"]
+    assert calls[-1] == list("efgh")
+    assert "p:2: too long" in caplog.text
+
+
+@pytest.mark.parametrize("error", [TypeError("ours"), MemoryError(), KeyError("x")])
+def test_no_error_of_one_prompt_takes_the_others_with_it(capsys, error):
+    def generate(texts):
+        if "bad" in texts:
+            raise error
+        return shout(texts)
+
+    prompts = [Prompt(text, where="p:1") for text in ("a", "bad", "c")]
+    collected, code = collect(prompts, generate, arguments(prompts="p"))
+    assert code == 1
+    assert collected.results[1]["error"].startswith(f"p:1: {type(error).__name__}")
+    assert ["error" in r for r in collected.results] == [False, True, False]
+
+
+def test_results_that_an_error_carries_are_kept(capsys):
+    def generate(texts):
+        error = RuntimeError("prompt 1: NaN")
+        error.results = [fake_result("a"), fake_result("b", error="NaN"), fake_result("c")]
+        raise error
+
+    prompts = [Prompt(text, where=f"p:{n}") for n, text in enumerate("abc", 1)]
+    collected, code = collect(prompts, generate, arguments(prompts="p"), batch_size=3)
+    assert code == 1
+    assert [r.get("error") for r in collected.results] == [None, "p:2: NaN", None]
+
+
+def test_ctrl_c_behind_a_failed_chunk_labels_the_right_prompt(capsys):
+    def generate(texts):
+        if texts == ["c"]:
+            interrupt = KeyboardInterrupt()
+            interrupt.results = [fake_result("c")]
+            raise interrupt
+        return shout(texts)
+
+    prompts = [Prompt(text) for text in ("a", "bad", "c")]
+    collected, code = collect(prompts, generate, arguments(prompts="p"), batch_size=3)
+    assert code == 130
+    assert [r["prompt"] for r in collected.results] == ["a", "bad", "c"]
+    assert [r.get("text") for r in collected.results] == ["A", None, "C"]
+
+
+FAKE = ("--impl", "fake", "--max-tokens", "4", "--batch-size", "9")
+LONG = "word " * 5000
+
+
+@pytest.mark.parametrize(
+    "words", [("specdec", *FAKE), ("specdec", *FAKE[:4]), ("baseline", "--max-tokens", "2")]
+)
+def test_prompts_that_cannot_be_run_fail_alone(capsys, tmp_path, words):
+    """Half of a surrogate pair, nothing, blanks, and more than the context holds."""
+    file = tmp_path / "p.jsonl"
+    texts = ["one", "x \ud83d y", "two", "", " \n", LONG, "three"]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    assert run_cli(*words, "--prompts", str(file), "--json", "--no-progress") == 1
+    captured = capsys.readouterr()
+    payload = json.loads(captured.out)
+    results = payload["results"]
+    assert [r["prompt"] for r in results] == texts
+    assert [bool(r.get("text")) for r in results] == [True, False, True, *[False] * 3, True]
+    for number, why in ((2, "half of a surrogate pair"), (4, "is empty"), (5, "is empty"),
+                        (6, "exceed the context")):  # fmt: skip
+        assert results[number - 1]["error"].startswith(f"{file}:{number}: prompt ")
+        assert why in results[number - 1]["error"]
+        assert f"{file}:{number}: prompt " in captured.err
+    assert (payload["summary"]["prompts"], payload["summary"]["errors"]) == (7, 4)
+
+
+@pytest.mark.parametrize("command", ["specdec", "baseline", "bench"])
+def test_a_prompt_argument_that_cannot_be_encoded(capsys, command):
+    assert run_cli(command, "--prompt", "x \udcff") == 2
+    assert "--prompt holds '\\udcff' at character 2, half of a" in one_error(capsys)
+
+
 def test_a_single_bad_prompt_is_an_error(capsys):
     with pytest.raises(ValueError, match="too long"):
         collect([Prompt("bad")], shout, arguments(prompt="bad"))
@@ -373,6 +473,16 @@ def test_json_of_what_json_lacks():
     }  # fmt: skip
 
 
+def test_a_file_that_cannot_be_written_leaves_no_part_and_the_result_on_stdout(capsys, tmp_path):
+    (tmp_path / "r.json").mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        collect([Prompt("a")], shout, arguments(prompt="a", output=str(tmp_path / "r.json")))
+    assert json.loads(capsys.readouterr().out)["text"] == "A"
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+    deep = json.loads("[" * 900 + "]" * 900)
+    assert cli_common.to_json(deep).count("[") == 100
+
+
 def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(UsageError, match="its directory does not exist"):
         cli_common.check_output(str(tmp_path / "no" / "x.json"))
@@ -410,6 +520,58 @@ def test_a_reader_that_has_gone_is_no_error():
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_output_that_the_terminal_cannot_show(encoding):
+    """Lines of all helpers, plain and as JSON, in a process with another ``PYTHONIOENCODING``."""
+    code = (
+        "import argparse, sys\n"
+        "from inferlab import cli_common, cli_results\n"
+        "TEXT = 'a \\u00fc \\u4e16 \\U0001f30d \\udcff b'\n"
+        "def run(args):\n"
+        "    print(TEXT)\n"
+        "    cli_results.show_heading(TEXT)\n"
+        "    cli_results.show_text(TEXT)\n"
+        "    cli_results.show_line([TEXT, TEXT])\n"
+        "    with cli_common.clean_stdout() as out:\n"
+        "        cli_common.print_json({'text': TEXT, 'nan': float('nan')}, out)\n"
+        "    return 0\n"
+        "sys.exit(cli_common.call(run, argparse.Namespace()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = "a ? ? ? ? b" if encoding == "ascii" else "a \u00fc ? ? ? b"
+    first, heading, text, line, as_json = done.stdout.decode(encoding).splitlines()
+    assert (first, text) == (shown, shown)
+    assert shown in heading
+    assert line.startswith(shown)
+    assert line.endswith(shown)
+    expected = {"text": "a \u00fc \u4e16 \U0001f30d \udcff b", "nan": None}
+    assert json.loads(as_json) == expected
+
+
+def test_stdout_is_as_before_behind_a_command(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli_common.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
+    assert (out.buffer.getvalue(), out.errors) == (b"?\n", "strict")
+    own = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="xmlcharrefreplace")
+    monkeypatch.setattr(sys, "stdout", own)
+    assert cli_common.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
+    assert own.buffer.getvalue() == b"&#252;\n"
+
+
+def test_json_is_readable_where_the_encoding_has_it_all():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    cli_common.print_json({"text": "\u00fc \u4e16"}, out)
+    out.flush()
+    assert out.buffer.getvalue().decode() == '{"text": "\u00fc \u4e16"}\n'
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(capsys):

@@ -132,13 +132,26 @@ FAULTS = {
         "too long",
     ),
     "empty body": (Respond(b""), "the answer is empty"),
-    "empty text": (Respond.json(chat("")), "the answer is empty"),
-    "no text": (Respond.json(chat(None)), "the answer is empty"),
+    "neither text nor an end": (
+        Respond.json({"choices": [{"message": {"content": ""}}]}),
+        "the answer is empty",
+    ),
+    "choices null": (Respond.json(chat(choices=None)), "no choices"),
     "reasoning only": (
         Respond.json(
             {"choices": [{"message": {"content": None, "reasoning_content": "hm"}}]},
         ),
         "only reasoning",
+    ),
+    "reasoning cut short": (
+        Respond.json(
+            {"choices": [{"message": {"reasoning": "hm"}, "finish_reason": "length"}]},
+        ),
+        "only reasoning",
+    ),
+    "half of a pair in an error": (
+        Respond.json({"error": {"message": "no \ud83d"}}, 400),
+        "HTTP 400: no \ufffd",
     ),
     "no choices": (Respond.json(chat(choices=[])), "no choices"),
     "choices of another shape": (Respond.json(chat(choices="x")), "unknown shape"),
@@ -180,7 +193,8 @@ STREAM_FAULTS = {
         [delta(content="Hel"), 'event: error\ndata: {"message": "overloaded"}\n\n'],
         "overloaded",
     ),
-    "role and finish only": ([ROLE_ONLY, delta("stop")], "the answer is empty"),
+    "role and [DONE] only": ([ROLE_ONLY, "data: [DONE]\n\n"], "the answer is empty"),
+    "one JSON body with an error": (['{"error": "no streams here"}'], "no streams here"),
     "no event": ([], "ended early"),
     "closed midway": ([ROLE_ONLY, delta(content="Hel")], "ended early, after 1 chunks"),
     "broken JSON": ([delta(content="Hel"), "data: {\n\n"], "not JSON"),
@@ -357,6 +371,90 @@ def test_stream_without_finish_reason_needs_done():
         read_stream([chunk])
 
 
+TEXT = delta(content="Hel")
+REST = delta("stop", content="lo")
+DONE = "data: [DONE]\n\n"
+PAIR = '{"choices": [{"delta": {"content": "%s"}, "finish_reason": %s}]}'
+
+STREAMS = {
+    "comments": [": one\n", TEXT, ":\n\n", REST, DONE],
+    "id and retry": ["id: 1\nretry: 10\n", TEXT, "id\n", REST, DONE],
+    "empty data": ["data:\n\n", TEXT, "data\n\n", "data:  \n\n", REST, DONE],
+    "ping": [TEXT, "event: ping\ndata: 2026-11-26\n\n", "event: ping\ndata: {}\n\n", REST],
+    "CR": [json.dumps(TEXT).join(["data: ", "\r\r"]), json.dumps(REST).join(["data:", "\r\r"])],
+    "byte-order mark": ["\ufeff", TEXT, REST, DONE],
+    "[DONE] and blanks": [TEXT, delta(content="lo"), "data:  [DONE] \n\n"],
+    "[DONE] without its empty line": [TEXT, delta(content="lo"), "data: [DONE]"],
+    "junk behind [DONE]": [TEXT, REST, DONE, "junk\n\ndata: {\n\n", {"error": "late"}],
+    "null": [{"choices": None, "usage": None, "error": None}, TEXT, REST, DONE],
+    "parts": [
+        delta(content=[{"type": "text", "text": "H"}, "e"]),
+        delta(content=[{"type": "text", "text": "l"}, {"type": "image_url", "image_url": {}}]),
+        REST,
+    ],
+    "text beside an empty delta": [{"choices": [{"delta": {}, "text": "Hel"}]}, REST],
+    "events of a type": [f"event: message\ndata: {json.dumps(TEXT)}\n\n", REST],
+}
+
+
+@pytest.mark.parametrize("how", STREAMS)
+def test_streams_as_servers_send_them(server, client, how):
+    server.answers = [Respond.events(*STREAMS[how])]
+    result = client.generate("Hi", stream=True)
+    assert result["success"] is True, result
+    assert result["generated_text"] == "Hello"
+    assert result["tokens_counted_by"] == "chunks"
+    assert len(result["itl_ms"]) == result["tokens_generated"] - 1
+
+
+def test_halves_of_a_surrogate_pair_meet(server, client):
+    halves = [f"data: {PAIR % text}\n\n" for text in (("\\ud83c", "null"), ("\\udf0d", '"stop"'))]
+    server.answers = [Respond.events(*halves)]
+    result = client.generate("Hi", stream=True)
+    assert result["generated_text"] == "\U0001f30d"
+    assert result["raw_response"]["choices"][0]["message"]["content"] == "\U0001f30d"
+    server.answers = [Respond.events(halves[0], delta("stop"))]
+    assert client.generate("Hi", stream=True)["generated_text"] == "\ufffd"
+    server.answers = [Respond.json(chat("x\ud83cy"))]
+    assert client.generate("Hi")["generated_text"] == "x\ufffdy"
+
+
+@pytest.mark.parametrize("mark", ["", "\n  ", "\ufeff"])
+def test_one_json_body_where_a_stream_was_asked_for(server, client, mark):
+    """Its text came at one time: there is a TTFT, and nothing to take a TPOT from."""
+    server.answers = [Respond.events(mark + json.dumps(chat(), indent=1))]
+    result = client.generate("Hi", stream=True)
+    assert result["generated_text"] == "Hello there"
+    assert (result["tokens_generated"], result["tokens_counted_by"]) == (7, "usage")
+    assert 0 < result["ttft_ms"] <= result["latency_ms"]
+    assert (result["itl_ms"], result["tpot_ms"]) == ([], None)
+    server.answers = [Respond.events(json.dumps(chat(usage=None)))]
+    assert client.generate("Hi", stream=True)["tokens_counted_by"] == "words"
+
+
+def test_parts_of_a_whole_answer(server, client):
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Hello"}]
+    server.answers = [Respond.json(chat(parts))]
+    assert client.generate("Hi")["generated_text"] == "Hello"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_answer_that_is_finished_is_an_answer(server, client, capsys, stream):
+    whole = Respond.json(chat("", usage=None))
+    server.answers = [Respond.events(ROLE_ONLY, delta("stop"), DONE) if stream else whole]
+    result = client.generate("Hi", stream=stream)
+    assert result["success"] is True
+    assert (result["generated_text"], result["tokens_generated"]) == ("", 0)
+    assert result["finish_reason"] == "stop"
+    if stream:
+        assert (result["ttft_ms"], result["itl_ms"], result["tpot_ms"]) == (None, [], None)
+    command = ["--base-url", server.url, "--prompt", "Hi", *(["--stream"] if stream else [])]
+    assert ping_vllm.main(command) == 0
+    assert capsys.readouterr().out == "\n"
+    server.answers = [Respond.json(chat(None))]
+    assert client.generate("Hi")["success"] is True
+
+
 def test_stream_options_are_left_out_where_the_server_refuses_them(server, client):
     def answer(request: Request) -> Respond:
         if "stream_options" in request.payload:
@@ -447,13 +545,23 @@ def test_config_gives_defaults_and_arguments_beat_it(server, tmp_path, connect):
         ("https://h/api/paas/v4", "https://h/api/paas", "https://h/api/paas/v4"),
         ("https://h/v1beta/openai/", "https://h", "https://h/v1beta/openai"),
         ("http://[::1]:8000", "http://[::1]:8000", "http://[::1]:8000/v1"),
+        ("https://h/v1/chat/completions", "https://h", "https://h/v1"),
+        ("https://h/v1/chat/completions/", "https://h", "https://h/v1"),
+        ("http://h:1/v1/completions", "http://h:1", "http://h:1/v1"),
+        ("http://h:1/v1/models", "http://h:1", "http://h:1/v1"),
+        ("https://h/api/v4/chat/completions", "https://h/api", "https://h/api/v4"),
+        ("https://h/chat/completions", "https://h", "https://h"),
+        ("https://h/gate/chat/completions", "https://h/gate", "https://h/gate"),
+        ("https://h/completions/v1", "https://h/completions", "https://h/completions/v1"),
     ],
 )
 def test_base_url(base_url, root, api):
     assert split_base_url(base_url) == (root, api)
 
 
-@pytest.mark.parametrize("base_url", ["ftp://h", "http://", "http://u:secret@h", "http://h?x=1"])
+@pytest.mark.parametrize(
+    "base_url", ["ftp://h", "http://", "http://u:secret@h", "http://h?x=1", "http://::1:8000/v1"]
+)
 def test_bad_base_url(base_url):
     with pytest.raises(ValueError, match="base_url") as caught:
         VLLMPingClient(base_url=base_url)
@@ -471,6 +579,11 @@ def test_bad_base_url(base_url):
         ({"endpoint": "embeddings"}, "endpoint"),
         ({"api_key": "line\nbreak"}, "api_key"),
         ({"host": "h", "base_url": "http://h"}, "base_url"),
+        ({"host": "http://h"}, "host: .* a whole address to base_url"),
+        ({"host": "h:8000"}, "host: .* the port goes to port"),
+        ({"host": "::1:x"}, "host: "),
+        ({"host": "[h]"}, "host: "),
+        ({"host": ""}, "host: "),
         ({"config_path": "missing.yaml"}, "missing.yaml"),
     ],
 )
@@ -485,6 +598,9 @@ def test_bad_constructor_arguments(arguments, named):
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": None}, "prompt"),
+        ({"prompt": "x \udcff"}, "prompt holds"),
+        ({"prompt": "x", "model": "\udcff"}, "model holds"),
+        ({"prompt": "x", "stop": ["y", "\udcff"]}, "stop holds"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "max_tokens": 1.5}, "max_tokens"),
         ({"prompt": "x", "temperature": -0.1}, "temperature"),
@@ -498,6 +614,22 @@ def test_bad_arguments_are_refused_before_anything_is_sent(server, client, argum
     with pytest.raises(ValueError, match=named):
         client.generate(**arguments)
     assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "asked"),
+    [
+        ("/v1/chat/completions", [], "/v1/chat/completions"),
+        ("/v1/completions", [], "/v1/completions"),
+        ("/v1/completions/", ["--endpoint", "chat"], "/v1/chat/completions"),
+        ("/chat/completions", [], "/chat/completions"),
+    ],
+)
+def test_a_base_url_that_is_the_whole_address(server, path, more, asked):
+    server.answers = [Respond.json(chat())]
+    command = ["--base-url", server.url + path, "--model", "m", "--prompt", "Hi"]
+    assert ping_vllm.main([*command, *more]) == 0
+    assert server.posts[0].path == asked
 
 
 def test_a_proxy_is_not_used_for_this_machine(server, monkeypatch, connect):

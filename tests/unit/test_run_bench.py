@@ -295,6 +295,38 @@ def test_http_server_that_only_fails(server):
 
 
 @pytest.mark.network
+def test_one_answer_that_cannot_be_encoded_loses_nothing(server, capsys, tmp_path):
+    """Half of a surrogate pair, in a text and in an error, and JSON nested beyond reason."""
+    deep = json.loads("[" * 400 + "]" * 400)
+    server.answers = [
+        Respond.json(chat("one")), Respond.json(chat("\ud83d")),
+        Respond.json({"error": "bad \ud83d"}, 400), Respond.json(chat("two", deep=deep)),
+    ]  # fmt: skip
+    command = ["--mode", "http", "--base-url", server.url, "--model", "m\u00fc", "--prompt", "Hi"]
+    command += ["--iterations", "4", "--warmup", "0", "--output", str(tmp_path / "r")]
+    assert main([*command, "--json"]) == 1
+    stats = json.loads(capsys.readouterr().out)
+    assert [result["generated_text"] for result in stats["raw_results"]] == ["one", "\ufffd", "two"]
+    assert [failure["error"] for failure in stats["failures"]] == ["HTTP 400: bad \ufffd"]
+    kept = stats["raw_results"][1]["raw_response"]["choices"][0]["message"]["content"]
+    assert kept == "\ud83d"
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == stats
+    assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.csv", "r.json"]
+
+
+@pytest.mark.parametrize("more", [["--json"], []])
+def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, more):
+    server.answers = [Respond.json(chat())]
+    (tmp_path / "r.json").mkdir()
+    command = ["--mode", "http", "--base-url", server.url, "--prompt", "Hi", "--iterations", "1"]
+    assert main([*command, "--warmup", "0", "--output", str(tmp_path / "r"), *more]) == 2
+    out, err = capsys.readouterr()
+    assert "first" in out
+    assert "r.json cannot be written" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
 def test_http_server_that_is_not_there(capsys):
     with closed_port() as port:
         with BenchmarkRunner(mode="http", port=port) as benchmark:
@@ -364,6 +396,25 @@ def test_command_tells_why_all_runs_failed(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["error"].startswith("all 5 runs failed")
     assert "error: all 5 runs failed" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--modes", "ngram"]])
+def test_prompts_that_cannot_be_run_fail_alone(tmp_path, capsys, more):
+    file = tmp_path / "p.jsonl"
+    texts = ["one", "x \ud83d y", "", "two", "word " * 5000]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    fake = [*FAKE, "--prompts", str(file), "--iterations", "1", *more]
+    command = fake[2:] if more else fake
+    assert main([*command, "--json", "--output", str(tmp_path / "r")]) == 1
+    stats = json.loads(capsys.readouterr().out)
+    errors = {failure["where"]: failure["error"] for failure in stats["failures"]}
+    assert list(errors) == [f"{file}:{line}" for line in (2, 3, 5)]
+    assert "half of a surrogate pair" in errors[f"{file}:2"]
+    if not more:
+        assert [run["prompt_index"] for run in stats["raw_results"]] == [0, 3]
+    assert json.loads((tmp_path / "r.json").read_text()) == stats
+    assert main(command) == 1
+    assert f"{file}:2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

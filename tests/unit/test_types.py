@@ -44,6 +44,11 @@ def test_values_out_of_range_name_the_parameter(name, value):
         SamplingParams(**{name: value})
 
 
+def test_a_stop_text_that_cannot_be_encoded():
+    with pytest.raises(ValueError, match=r"^stop holds .* half of a surrogate pair"):
+        SamplingParams(stop=("end", "\ud83d"))
+
+
 def test_statistics_count_what_their_names_say():
     stats = SpeculationStats()
     stats.record(depth=4, nodes=4, accepted=4, emitted=5)

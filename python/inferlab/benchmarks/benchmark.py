@@ -171,9 +171,18 @@ class BenchmarkRunner:
             BenchmarkInterrupted: on Ctrl-C; its ``stats`` are such a mapping.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        iterations = self.config.iterations if iterations is None else iterations
         if not prompts or not all(prompts):
             raise ValueError("prompt must be a text that is not empty, or a list of such")
+        return self.run_all(prompts, iterations, on_run)
+
+    def run_all(
+        self,
+        prompts: list[str],
+        iterations: int | None = None,
+        on_run: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """As :meth:`run_benchmark`, but an empty prompt fails alone, like all others that fail."""
+        iterations = self.config.iterations if iterations is None else iterations
         if iterations < 1:
             raise ValueError(f"iterations is {iterations}; it must be at least 1")
         warmup = self.config.warmup_iterations

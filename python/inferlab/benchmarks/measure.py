@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from inferlab.cli_common import describe_error
+
 logger = logging.getLogger(__name__)
 
 FIGURES = (
@@ -113,8 +115,9 @@ def measure(
 
     Modes take turns prompt by prompt (A B C, B C A, C A B, ...), and on each prompt from iteration
     to iteration: a machine that slows down slows all of them, and none always goes first. Warm-up
-    runs go over the first prompts and are not kept. A run that fails is kept as a failure and the
-    others go on. Ctrl-C ends the loop with what there is; the run that it hit is not kept.
+    runs go over the first prompts and are not kept. A run that fails, whatever the reason, is kept
+    as a failure and the others go on. Ctrl-C ends the loop with what there is; the run that it hit
+    is not kept.
 
     Args:
         on_run: called with 1 after each run, warm-up included.
@@ -148,9 +151,11 @@ def _run_once(
         result = runner.run(prompt)
         if not result["num_tokens"] or not result["latency_ms"] > 0:
             raise MeasurementError("no token was generated")
-    except (ValueError, RuntimeError) as error:
-        logger.warning("%s, prompt %d, iteration %d: %s", mode, index, iteration, error)
-        return Run(mode, index, iteration, order, error=str(error))
+    except Exception as error:
+        text = describe_error(error)
+        logger.warning("%s, prompt %d, iteration %d: %s", mode, index, iteration, text)
+        logger.debug("the traceback", exc_info=error)
+        return Run(mode, index, iteration, order, error=text)
     logger.debug(
         "%s, prompt %d, iteration %d: %d tokens in %.2f ms",
         mode, index, iteration, result["num_tokens"], result["latency_ms"],

@@ -38,7 +38,8 @@ def print_modes(result: ModesResult, console: Console | None = None) -> None:
         for line in id_lines(result.token_ids[size]):
             console.print(line, markup=False)
     for failure in result.failures:
-        console.print(f"failed: {failure['mode']}: {failure['error']}", markup=False)
+        where = f"{failure['mode']}, {failure['where']}" if "where" in failure else failure["mode"]
+        console.print(f"failed: {where}: {failure['error']}", markup=False)
     if result.interrupted:
         console.print("interrupted: these are partial results", markup=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inferlab.benchmarks.comparison import MODE_TITLES
-from inferlab.cli_common import UsageError, write_json
+from inferlab.cli_common import write_json, write_text
 
 CSV_COLUMNS = (
     "mode", "prompt_index", "iteration", "order", "latency_ms", "num_tokens", "tokens_per_second",
@@ -50,15 +51,11 @@ def write_outputs(prefix: str | Path, stats: Mapping[str, Any]) -> list[Path]:
         stem = stem.with_suffix("")
     as_json, as_csv = (stem.with_name(stem.name + suffix) for suffix in (".json", ".csv"))
     write_json(as_json, stats)
-    try:
-        with as_csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS)
-            writer.writeheader()
-            writer.writerows(stats.get("runs", ()))
-    except OSError as error:
-        raise UsageError(
-            f"--output: {as_csv} cannot be written: {error.strerror or error}"
-        ) from None
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, CSV_COLUMNS)
+    writer.writeheader()
+    writer.writerows(stats.get("runs", ()))
+    write_text(as_csv, table.getvalue())
     return [as_json, as_csv]
 
 
@@ -78,6 +75,7 @@ def print_summary(stats: Mapping[str, Any], console: Console | None = None) -> N
         console.print("interrupted: these are partial results", style="bold")
     for failure in stats["failures"]:
         where = f"{failure['mode']}, prompt {failure['prompt_index']}"
+        where += f" ({failure['where']})" if "where" in failure else ""
         _line(console, "failed", f"{where}, iteration {failure['iteration']}: {failure['error']}")
     if "error" in stats:
         _line(console, "error", stats["error"])

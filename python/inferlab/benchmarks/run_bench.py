@@ -22,6 +22,7 @@ from inferlab.cli_common import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    Prompt,
     UsageError,
     add_config_argument,
     add_output_arguments,
@@ -29,9 +30,9 @@ from inferlab.cli_common import (
     clean_stdout,
     command_main,
     given_values,
+    print_json,
     progress,
     setup_logging,
-    to_json,
     write_json,
 )
 from inferlab.config import SpecdecConfig
@@ -115,16 +116,19 @@ def run(args: argparse.Namespace) -> int:
     overrides, names = run_specdec.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
     check_output(args.output)
-    prompts = [prompt.text for prompt in gather_workload(args)]
+    prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     with clean_stdout(args.json) as out:
-        stats, interrupted = _measure(args, config, prompts)
-        if args.output:
-            write_outputs(args.output, stats)
-        if args.json:
-            print(to_json(stats), file=out)
-        else:
-            print_summary(stats)
+        stats, interrupted = _measure(args, config, [prompt.text for prompt in prompts])
+        _name_places(stats["failures"], prompts)
+        try:
+            if args.output:
+                write_outputs(args.output, stats)
+        finally:  # what cannot be written is not lost
+            if args.json:
+                print_json(stats, out)
+            else:
+                print_summary(stats)
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
@@ -153,24 +157,37 @@ def _run_modes(args: argparse.Namespace) -> int:
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
     check_output(args.output)
-    prompts = [prompt.text for prompt in gather_workload(args)]
+    prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
     with clean_stdout(args.json) as out:
         benchmark = ModesBenchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-            result = benchmark.run(prompts, advance)
-        if args.output:
-            write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
-        if args.json:
-            print(to_json(result.as_dict()), file=out)
-        else:
-            print_modes(result)
+            result = benchmark.run([prompt.text for prompt in prompts], advance)
+        _name_places(result.failures, prompts)
+        try:
+            if args.output:
+                write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
+        finally:
+            if args.json:
+                print_json(result.as_dict(), out)
+            else:
+                print_modes(result)
     if result.interrupted:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
     return EXIT_FAILURE if result.failures or different else EXIT_OK
+
+
+def _name_places(failures: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
+    """Adds ``where``, the prompt's line in its file, to failures; of a batch all of its lines."""
+    for failure in failures:
+        size = failure.get("batch_size", 1)
+        first = failure["prompt_index"] * size
+        lines = [prompt.where for prompt in prompts[first : first + size] if prompt.where]
+        if lines:
+            failure["where"] = ", ".join(lines)
 
 
 def _names(text: str) -> list[str]:
@@ -198,7 +215,7 @@ def _measure(
     ) as benchmark:
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-                return benchmark.run_benchmark(prompts, on_run=advance), False
+                return benchmark.run_all(prompts, on_run=advance), False
         except BenchmarkInterrupted as interrupt:
             return interrupt.stats, True
 

@@ -15,6 +15,7 @@ from inferlab.models import HFModel
 from inferlab.server.local_baseline import LocalBaselineRunner
 from inferlab.server.ping_vllm import VLLMPingClient
 from inferlab.specdec.pipeline import SpeculativePipeline
+from inferlab.types import check_text
 
 
 class LocalRunner:
@@ -166,6 +167,7 @@ class GenerateRunner:
     def run(self, prompt: str) -> dict[str, Any]:
         tokenizer = self.target.tokenizer
         device = self.target.device
+        check_text("prompt", prompt)
         ids = torch.tensor([tokenizer.encode(prompt)], device=device)
         options = self._options()
         with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from inferlab.cli_common import Prompt, UsageError, read_prompts
+from inferlab.types import check_text
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,8 @@ def gather_workload(args: argparse.Namespace) -> list[Prompt]:
     """The prompts that the flags ask for.
 
     Raises:
-        UsageError: an empty prompt, a bad file, or a number below 1; the flag is named.
+        ValueError: a prompt that is empty or cannot be encoded, a bad file, or a number below 1;
+            the flag is named.
     """
     for flag, value in (("--heldout", args.heldout), ("--num-prompts", args.num_prompts)):
         if value is not None and value < 1:
@@ -50,4 +52,5 @@ def gather_workload(args: argparse.Namespace) -> list[Prompt]:
         raise UsageError("one of --prompt, --prompts and --heldout is required")
     if not args.prompt.strip():
         raise UsageError("--prompt: is empty; give a text")
+    check_text("--prompt", args.prompt)
     return [Prompt(args.prompt)]

@@ -27,6 +27,7 @@ from inferlab.cli_common import (
 from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
+from inferlab.types import check_text
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,8 @@ class LocalBaselineRunner:
 
         Raises:
             ConfigError: a value out of range.
-            ValueError: an empty prompt, or more tokens than the model's context holds.
+            ValueError: a prompt that is empty or cannot be encoded, or more tokens than the model's
+                context holds.
         """
         values = {
             "max_new_tokens": max_new_tokens,
@@ -180,6 +182,7 @@ class LocalBaselineRunner:
         else:
             config = self.config
 
+        check_text("prompt", prompt)
         start = time.perf_counter()
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         prompt_length = int(inputs["input_ids"].shape[1])

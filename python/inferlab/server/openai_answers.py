@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+from .sse import parse_events
+
+KEEP_ALIVE = ("ping", "heartbeat", "keepalive", "keep-alive")
+"""Types of events that servers send so that the connection stays open."""
 
 _ERROR_CHARS = 500
 
@@ -22,8 +28,9 @@ class Answer:
 
     Attributes:
         completion_tokens, prompt_tokens: from the server's ``usage``, None where it sends none.
-        text_times: streamed answers only: ``clock()`` at each chunk that carried text. Chunks with
-            a role, a finish reason or usage alone are no tokens and have no time here.
+        text_times: where a stream was asked for: ``clock()`` at each chunk that carried text.
+            Chunks with a role, a finish reason or usage alone are no tokens and have no time here.
+        streamed: it came as a stream.
     """
 
     text: str
@@ -33,50 +40,63 @@ class Answer:
     completion_tokens: int | None
     raw: dict[str, Any]
     text_times: list[float] = field(default_factory=list)
+    streamed: bool = False
 
 
 def read_answer(body: bytes) -> Answer:
     """Reads the body of a chat or text completion.
 
+    ``null`` is the same as a key left out. An empty text is an answer where the server says that it
+    is finished.
+
     Raises:
-        AnswerError: broken JSON, an error object, no choice, or no text.
+        AnswerError: broken JSON, an error object, no choice, or neither text nor an end.
     """
     content = read_json(body, "the answer")
     choice = _first_choice(content, "the answer")
     if choice is None:
         raise AnswerError("the answer has no choices: " + shorten(body))
-    message = choice.get("message")
-    text = message.get("content") if isinstance(message, dict) else choice.get("text")
+    piece = _piece(choice)
     answer = Answer(
-        text=text if isinstance(text, str) else "",
+        text=_join([piece.text]),
         finish_reason=_text_or_none(choice.get("finish_reason")),
         model=_text_or_none(content.get("model")),
         prompt_tokens=_usage(content, "prompt_tokens"),
         completion_tokens=_usage(content, "completion_tokens"),
         raw=content,
     )
-    _require_text(answer, thought=isinstance(message, dict) and bool(_thought(message)))
+    _require_end(answer, thought=piece.thought)
     return answer
 
 
 def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_counter) -> Answer:
     """Reads a streamed completion; ``raw`` of the answer is the body it would have been unstreamed.
 
+    Events that keep the connection alive (empty data, or a type of KEEP_ALIVE) carry nothing; what
+    follows ``[DONE]`` is not read. A server that answers with one JSON body instead of a stream has
+    answered, too: its text came as a whole, at one time.
+
     Raises:
-        AnswerError: an error event (also behind text that already came), broken JSON, no text, or
-            a stream that ends without a finish reason and without ``[DONE]``.
+        AnswerError: an error event (also behind text that already came), broken JSON, neither text
+            nor an end, or a stream that ends without a finish reason and without ``[DONE]``.
     """
+    chunks, is_stream = _look_ahead(chunks)
+    if not is_stream:
+        answer = read_answer(b"".join(chunks))
+        return replace(answer, text_times=[clock()] if answer.text else [])
     head: dict[str, Any] = {}
     texts: list[str] = []
     times: list[float] = []
     usage: dict[str, Any] = {}
     finish_reason: str | None = None
     chat = done = thought = False
-    for name, data in _events(chunks):
-        if data == b"[DONE]":
+    for data, kind in parse_events(chunks, keep_unfinished=True):
+        if data.strip() == "[DONE]":
             done = True
             break
-        if name == b"error":
+        if not data.strip() or kind in KEEP_ALIVE:
+            continue
+        if kind == "error":
             raise AnswerError("the server reports an error: " + error_text(data))
         content = read_json(data, "a streamed chunk")
         head = head or content
@@ -85,17 +105,12 @@ def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_
         choice = _first_choice(content, "a streamed chunk")
         if choice is None:
             continue
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            chat = True
-            text = delta.get("content")
-            if _thought(delta):
-                thought = True
-                times.append(clock())
-        else:
-            text = choice.get("text")
-        if isinstance(text, str) and text:
-            texts.append(text)
+        piece = _piece(choice)
+        chat = chat or piece.chat
+        thought = thought or piece.thought
+        if piece.text:
+            texts.append(piece.text)
+        if piece.text or piece.thought:
             times.append(clock())
         finish_reason = _text_or_none(choice.get("finish_reason")) or finish_reason
     if not done and finish_reason is None:
@@ -103,7 +118,7 @@ def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_
             f"the stream ended early, after {len(texts)} chunks of text: "
             "neither a finish reason nor [DONE] came"
         )
-    full = "".join(texts)
+    full = _join(texts)
     body: dict[str, Any] = {"message": {"role": "assistant", "content": full}}
     choice = {"index": 0, "finish_reason": finish_reason, **(body if chat else {"text": full})}
     raw: dict[str, Any] = {
@@ -118,8 +133,9 @@ def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_
         completion_tokens=_usage(raw, "completion_tokens"),
         raw=raw,
         text_times=times,
+        streamed=True,
     )
-    _require_text(answer, thought=thought)
+    _require_end(answer, thought=thought)
     return answer
 
 
@@ -141,12 +157,12 @@ def read_models(body: bytes) -> dict[str, Any]:
 def measure(answer: Answer, started: float, latency_ms: float, *, stream: bool) -> dict[str, Any]:
     """The part of a result that is read off the answer and its times.
 
-    TTFT is the time to the first chunk with text; the inter-token latencies lie between chunks with
-    text, so TTFT is not among them; TPOT is from the first text to the last, per token behind the
-    first.
+    TTFT is the time to the first chunk with text, None where no text came; the inter-token
+    latencies lie between chunks with text, so TTFT is not among them; TPOT is from the first text
+    to the last, per token behind the first, None where all text came at one time.
     """
     tokens, counted_by = answer.completion_tokens, "usage"
-    if tokens is None and stream:
+    if tokens is None and answer.streamed:
         tokens, counted_by = len(answer.text_times), "chunks"
     elif tokens is None:
         tokens, counted_by = len(answer.text.split()), "words"
@@ -160,14 +176,14 @@ def measure(answer: Answer, started: float, latency_ms: float, *, stream: bool) 
     }
     if stream:
         times = answer.text_times
-        result["ttft_ms"] = (times[0] - started) * 1e3
+        result["ttft_ms"] = (times[0] - started) * 1e3 if times else None
         result["itl_ms"] = [(later - sooner) * 1e3 for sooner, later in pairwise(times)]
-        spread_ms = (times[-1] - times[0]) * 1e3
-        result["tpot_ms"] = spread_ms / (tokens - 1) if tokens > 1 else None
+        spread = len(times) > 1 and tokens > 1
+        result["tpot_ms"] = (times[-1] - times[0]) * 1e3 / (tokens - 1) if spread else None
     return result
 
 
-def read_json(data: bytes, what: str) -> dict[str, Any]:
+def read_json(data: bytes | str, what: str) -> dict[str, Any]:
     """The JSON object in ``data``.
 
     Raises:
@@ -187,7 +203,7 @@ def read_json(data: bytes, what: str) -> dict[str, Any]:
     return content
 
 
-def error_text(body: bytes) -> str:
+def error_text(body: bytes | str) -> str:
     """The message of an error body, in the shapes that servers use; else the body itself."""
     try:
         content = json.loads(body)
@@ -197,47 +213,66 @@ def error_text(body: bytes) -> str:
         for key in ("error", "message", "detail"):
             value = content.get(key)
             if isinstance(value, dict) and isinstance(value.get("message"), str):
-                return shorten(value["message"].encode())
+                return shorten(value["message"])
             if isinstance(value, str) and value:
-                return shorten(value.encode())
+                return shorten(value)
     return shorten(body)
 
 
-def shorten(body: bytes) -> str:
-    """The body as one line of text, cut."""
-    text = " ".join(body.decode("utf-8", "replace").split())
+def shorten(body: bytes | str) -> str:
+    """The body as one line of text that can be encoded, cut."""
+    text = _join([body]) if isinstance(body, str) else body.decode("utf-8", "replace")
+    text = " ".join(text.split())
     return text if len(text) <= _ERROR_CHARS else text[:_ERROR_CHARS] + "..."
 
 
-def _events(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """(event name, data) of each server-sent event."""
-    name = b""
-    data: list[bytes] = []
-    for line in _lines(chunks):
-        if not line:
-            if data:
-                yield name, b"\n".join(data)
-            name, data = b"", []
-            continue
-        key, _, value = line.partition(b":")
-        value = value.removeprefix(b" ")
-        if key == b"data":
-            data.append(value)
-        elif key == b"event":
-            name = value
-    if data:  # the last event of a server that leaves out its closing empty line
-        yield name, b"\n".join(data)
+def _join(texts: Iterable[str]) -> str:
+    """The texts as one; halves of a surrogate pair meet, one without its other half is U+FFFD.
+
+    JSON escapes may tear such a pair apart, and a token may end between its halves.
+    """
+    return "".join(texts).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines end at LF or CR LF only: JSON may hold a raw U+2028, where str.splitlines would cut."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r")
-    if rest:
-        yield rest.removesuffix(b"\r")
+def _look_ahead(chunks: Iterable[bytes]) -> tuple[Iterator[bytes], bool]:
+    """The chunks, and whether they are an event stream: no field of one begins with a brace."""
+    rest = iter(chunks)
+    start = b""
+    for chunk in rest:
+        start += chunk
+        if start.removeprefix(codecs.BOM_UTF8).strip():
+            break
+    is_stream = not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
+    return chain([start], rest), is_stream
+
+
+class _Piece(NamedTuple):
+    """What a choice carries: a whole message, or one chunk of it."""
+
+    text: str
+    thought: bool
+    """Whether a reasoning model's hidden text is in it."""
+    chat: bool
+
+
+def _piece(choice: Mapping[str, Any]) -> _Piece:
+    """Of a chat (``message``, streamed ``delta``) or a text completion (``text``).
+
+    ``content`` is a text, or a list of parts such as ``{"type": "text", "text": ...}``.
+    """
+    message = choice.get("delta") or choice.get("message")
+    chat = isinstance(choice.get("delta"), dict) or isinstance(message, dict)
+    if not isinstance(message, dict):
+        message = {}
+    thought = bool(message.get("reasoning_content") or message.get("reasoning"))
+    content = message.get("content") or choice.get("text")
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+        thought = thought or (isinstance(part, dict) and bool(part.get("thinking")))
+    return _Piece("".join(texts), thought, chat)
 
 
 def _first_choice(content: dict[str, Any], what: str) -> dict[str, Any] | None:
@@ -245,21 +280,17 @@ def _first_choice(content: dict[str, Any], what: str) -> dict[str, Any] | None:
     if not choices:
         return None
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
-        raise AnswerError(
-            f"{what} has choices of an unknown shape: {shorten(str(choices).encode())}"
-        )
+        raise AnswerError(f"{what} has choices of an unknown shape: {shorten(str(choices))}")
     return choices[0]
 
 
-def _thought(message: dict[str, Any]) -> bool:
-    """Whether a reasoning model's hidden text is in this message or delta."""
-    return bool(message.get("reasoning_content") or message.get("reasoning"))
-
-
-def _require_text(answer: Answer, *, thought: bool) -> None:
-    if not answer.text:
-        why = "only reasoning came, raise max_tokens; " if thought else ""
-        raise AnswerError(f"the answer is empty ({why}finish_reason {answer.finish_reason!r})")
+def _require_end(answer: Answer, *, thought: bool) -> None:
+    """Refuses an answer without text, unless the server says that it ends there."""
+    cut_short = thought and answer.finish_reason == "length"
+    if answer.text or (answer.finish_reason and not cut_short):
+        return
+    why = "only reasoning came, raise max_tokens; " if thought else ""
+    raise AnswerError(f"the answer is empty ({why}finish_reason {answer.finish_reason!r})")
 
 
 def _usage(content: dict[str, Any], key: str) -> int | None:
@@ -269,4 +300,4 @@ def _usage(content: dict[str, Any], key: str) -> int | None:
 
 
 def _text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) else None
+    return _join([value]) if isinstance(value, str) else None

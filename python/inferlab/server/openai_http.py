@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import ipaddress
 import logging
 import re
 import time
@@ -13,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
+from .environment import client_for
 from .openai_answers import AnswerError, error_text
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class OpenAIConnection:
     better.
 
     Args:
-        base_url: ``http(s)://host[:port][/path]``; ``/v1`` is added to a path without version.
+        base_url: ``http(s)://host[:port][/path]``; see :func:`split_base_url`.
         api_key: sent as a bearer token; it stands in no log, message or repr.
         timeout: seconds for one attempt, from connecting to the last byte.
         attempts: tries in all, >= 1.
@@ -79,12 +79,9 @@ class OpenAIConnection:
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
             raise ValueError("api_key must be printable ASCII without spaces")
         self._api_key = api_key
-        self._http = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=timeout,
-            # A proxy between this machine and itself is never meant.
-            trust_env=not _is_loopback(httpx.URL(base_url).host),
-        )
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http, proxy = client_for(httpx.URL(base_url), headers, timeout)
+        self._route = self.root_url + (f" by the proxy of {proxy}" if proxy else "")
 
     def request(
         self,
@@ -151,12 +148,12 @@ class OpenAIConnection:
         except AnswerError as error:
             reply.error = str(error)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            reply.error = f"cannot connect to {self.root_url}: {_reason(error)}"
+            reply.error = f"cannot connect to {self._route}: {_reason(error)}"
             reply.retryable = True
         except httpx.TimeoutException:
             reply.error = f"no complete answer within {timeout:g} s (timeout)"
         except httpx.HTTPError as error:
-            reply.error = f"the connection to {self.root_url} broke: {_reason(error)}"
+            reply.error = f"the connection to {self._route} broke: {_reason(error)}"
             reply.retryable = reply.status is None
         reply.latency_ms = (time.perf_counter() - reply.started) * 1e3
         if reply.error is not None and self._api_key:
@@ -185,12 +182,13 @@ class OpenAIConnection:
 def split_base_url(base_url: str) -> tuple[str, str]:
     """(server root, API root): ``http://h:1`` -> (``http://h:1``, ``http://h:1/v1``).
 
-    A path that names a version (``/v1``, ``/api/v4``, ``/v1beta/openai``) is the API root itself.
+    A path that names a version (``/v1``, ``/api/v4``, ``/v1beta/openai``) is the API root itself;
+    so is what stands in front of ``/chat/completions``, ``/completions`` or ``/models``.
 
     Raises:
         ValueError: not such an address.
     """
-    allowed = "it must be http(s)://host[:port][/path]"
+    allowed = "it must be http(s)://host[:port][/path], an IPv6 host in brackets"
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, TypeError) as error:
@@ -199,11 +197,13 @@ def split_base_url(base_url: str) -> tuple[str, str]:
         raise ValueError(f"base_url carries a user name or password; {allowed}, keys go to api_key")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise ValueError(f"base_url {base_url!r} is not allowed; {allowed}")
-    whole = str(url).rstrip("/")
-    version = re.search(r"/v\d+\w*(/|$)", url.path)
+    given = str(url).rstrip("/")
+    whole = re.sub(r"/(chat/completions|completions|models)$", "", given)
+    path = httpx.URL(whole).path.rstrip("/")
+    version = re.search(r"/v\d+\w*(/|$)", path)
     if version is None:
-        return whole, whole + "/v1"
-    return whole[: len(whole) - len(url.path.rstrip("/")[version.start() :])], whole
+        return whole, whole if whole != given else whole + "/v1"
+    return whole[: len(whole) - len(path[version.start() :])], whole
 
 
 def parse_retry_after(value: str | None, now: float | None = None) -> float | None:
@@ -217,13 +217,6 @@ def parse_retry_after(value: str | None, now: float | None = None) -> float | No
     except (ValueError, OverflowError):
         return None
     return max(0.0, when - (time.time() if now is None else now))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _reason(error: Exception) -> str:

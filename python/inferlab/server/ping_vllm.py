@@ -24,10 +24,11 @@ from ..cli_common import (
     clean_stdout,
     command_main,
     given_values,
+    print_json,
     setup_logging,
-    to_json,
 )
 from ..config import VllmConfig, load_config
+from ..types import check_text
 from .openai_answers import Answer, measure, read_answer, read_models, read_stream
 from .openai_http import OpenAIConnection, Reply
 
@@ -45,6 +46,8 @@ def load_server_config(
 ) -> VllmConfig:
     """The configuration of file and overrides; a host or port given beats a base_url of the file.
 
+    A base_url that is the whole address of ``/completions`` says which endpoint is meant.
+
     Raises:
         ValueError: a value that is not allowed, or base_url given together with host or port.
     """
@@ -52,17 +55,23 @@ def load_server_config(
     if named and overrides.get("base_url") is not None:
         raise ValueError("base_url stands instead of host and port; give one or the other")
     config = load_config(VllmConfig, path, overrides, names=names)
-    return config.model_copy(update={"base_url": None}) if named else config
+    if named:
+        return config.model_copy(update={"base_url": None})
+    path = (config.base_url or "").rstrip("/")
+    if path.endswith("/completions") and "endpoint" not in config.model_fields_set:
+        endpoint = "chat" if path.endswith("/chat/completions") else "completions"
+        return config.model_copy(update={"endpoint": endpoint})
+    return config
 
 
 class VLLMPingClient:
     """Asks one OpenAI-compatible server. Usable as a context manager.
 
     Args:
-        host, port: of the server; http.
+        host, port: of the server; http. An IPv6 address with or without brackets.
         config_path: YAML of the kind ``configs/vllm.yaml``. Arguments beat it.
         base_url: the server's whole address instead of host and port, for https or a path;
-            ``/v1`` may be left out.
+            ``/v1`` may be left out, ``/chat/completions`` may stand behind it.
         api_key: bearer token; else ``api_key`` of the configuration, else ``OPENAI_API_KEY``.
         model: which model to ask; else the configuration's, else the first that the server lists.
         endpoint: "chat" (the prompt is one user message) or "completions" (the prompt as it is).
@@ -101,9 +110,8 @@ class VLLMPingClient:
             config = load_server_config(config_path, overrides)
         self.config = config
         self.host, self.port = self.config.host, self.config.port
-        name = f"[{self.host}]" if ":" in self.host else self.host
         self._connection = OpenAIConnection(
-            self.config.base_url or f"http://{name}:{self.port}",
+            self.config.url,
             api_key=self.config.api_key or os.environ.get("OPENAI_API_KEY") or None,
             timeout=self.config.timeout,
             attempts=self.config.retry_attempts,
@@ -197,12 +205,14 @@ class VLLMPingClient:
             With ``stream`` also ``ttft_ms`` (to the first chunk with text: a chunk with the role
             alone is none), ``itl_ms`` (times between chunks with text, a list; the first token is
             not among them) and ``tpot_ms`` (from the first text to the last, by token after the
-            first; None for a single token).
+            first). Where no text came ``ttft_ms`` is None; ``tpot_ms`` is None, too, where all came
+            at one time: a single token, or a server that does not stream.
 
             On failure ``success`` False, ``error`` (the reason), ``latency_ms``, ``elapsed_ms``,
             ``attempts``, ``status_code``, ``model``, ``prompt``, ``endpoint``. An HTTP error, an
-            error object under status 200 or within a stream, an empty answer, broken JSON, a body
-            or stream cut short and a time-out are failures.
+            error object under status 200 or within a stream, an answer with neither text nor a
+            finish reason, broken JSON, a body or stream cut short and a time-out are failures. An
+            empty text with a finish reason is an answer: the model had nothing to say.
 
         Raises:
             ValueError: an argument is not allowed; nothing was sent.
@@ -213,6 +223,9 @@ class VLLMPingClient:
             raise ValueError(f"endpoint is {endpoint!r}; it must be one of {', '.join(PATHS)}")
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompt is {prompt!r}; it must be a text that is not empty")
+        stops = [stop] if isinstance(stop, str) else stop or []
+        for named, text in (("prompt", prompt), ("model", model), *(("stop", s) for s in stops)):
+            check_text(named, text or "")
         payload: dict[str, Any] = {
             "max_tokens": max_tokens if max_tokens is not None else config.max_tokens,
             "temperature": temperature if temperature is not None else config.temperature,
@@ -367,7 +380,7 @@ def run(args: argparse.Namespace) -> int:
             result["server"] = client.base_url
             text = result.get("generated_text", "")
         if args.json:
-            print(to_json(result), file=out)
+            print_json(result, out)
         elif result["success"]:
             print(text, file=out)
             if not args.ping_only:
@@ -384,7 +397,7 @@ def _summary(result: Mapping[str, Any]) -> str:
         f"{result['latency_ms']:.1f} ms",
         f"{result['tokens_per_second']:.1f} tok/s",
     ]
-    if "ttft_ms" in result:
+    if result.get("ttft_ms") is not None:
         parts.append(f"TTFT {result['ttft_ms']:.1f} ms")
     if result.get("tpot_ms") is not None:
         parts.append(f"TPOT {result['tpot_ms']:.2f} ms")

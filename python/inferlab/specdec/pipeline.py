@@ -17,7 +17,7 @@ from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.results import result_mapping
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import GenerationResult, SamplingParams
+from inferlab.types import GenerationResult, SamplingParams, check_text
 
 Prompt = str | Sequence[int]
 
@@ -198,7 +198,8 @@ class SpeculativePipeline:
               ``base_model``, ``draft_model``, ``draft_mode``, ``seed``.
 
         Raises:
-            ValueError: a parameter out of range, an empty prompt, too many tokens.
+            ValueError: a parameter out of range, or a prompt that is empty, cannot be encoded or is
+                too long; no prompt has run then.
             GenerationError: a request failed while running (e.g. NaN logits).
             Interrupted: Ctrl-C; ``results`` holds what there was.
         """
@@ -283,6 +284,7 @@ class SpeculativePipeline:
                 f"{self.target.name} has no tokenizer; give the prompt as token ids, or add "
                 f"tokenizer.json to the model's directory"
             )
+        check_text("prompt", prompt)
         ids: list[int] = self.target.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("prompt is empty; it must have at least one token")

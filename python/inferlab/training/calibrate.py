@@ -109,7 +109,13 @@ def run(args: argparse.Namespace) -> int:
     if args.num_prompts < 1:
         raise UsageError(f"--num-prompts: {args.num_prompts} is not allowed; must be at least 1")
     if args.prompts is not None:
-        prompts = [prompt.text for prompt in read_prompts(args.prompts)][: args.num_prompts]
+        given = read_prompts(args.prompts)[: args.num_prompts]
+        for prompt in given:
+            try:
+                prompt.check()
+            except ValueError as error:
+                raise UsageError(f"{prompt.where}: {error}") from None
+        prompts = [prompt.text for prompt in given]
     else:
         prompts = training_prompts(load_corpus(), args.num_prompts)
     setup_logging(config.log_level, args.verbose)

@@ -55,7 +55,7 @@ def load_corpus(path: str | os.PathLike[str], tokenizer: Any, vocab_size: int) -
 
 
 def _read_text(file: Path, tokenizer: Any) -> list[int]:
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     if tokenizer is None:
         raise ValueError(
             f"ngram corpus {file} is text, and the target has no tokenizer; give token ids (.npy, "
@@ -78,14 +78,14 @@ def _read_npy(file: Path, tokenizer: Any) -> list[int]:
 
 
 def _read_json(file: Path, tokenizer: Any) -> list[int]:
-    content = _parse(file.read_text(encoding="utf-8"), str(file))
+    content = _parse(file.read_text(encoding="utf-8-sig"), str(file))
     nested = isinstance(content, list) and any(isinstance(part, list) for part in content)
     return list(_ids(content if nested else [content], str(file)))
 
 
 def _read_jsonl(file: Path, tokenizer: Any) -> list[int]:
     ids: list[int] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
         if line.strip():
             where = f"{file}, line {number}"
             ids += _ids([_parse(line, where)], where)
