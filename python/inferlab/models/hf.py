@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -19,10 +20,13 @@ from inferlab.models.architecture import (
     plan_forward,
 )
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
+from inferlab.models.base import allowed_vocab, known_ids
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
 
 
 class HFModel:
@@ -61,11 +65,11 @@ class HFModel:
         self.tokenizer: Any = tokenizer
         self._head = model.get_output_embeddings()
         self.vocab_size: int = self._head.weight.shape[0]
-        self.tokenizer_vocab_size: int | None = None if tokenizer is None else len(tokenizer)
+        self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.device: torch.device = self._head.weight.device
         self.dtype: torch.dtype = self._head.weight.dtype
-        self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids: tuple[int, ...] = self._choosable(_eos_token_ids(model, tokenizer))
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
         model.set_attn_implementation(ATTENTION_NAME)
@@ -78,6 +82,20 @@ class HFModel:
         except Exception:
             model.set_attn_implementation(self._plain_attention)
             raise
+
+    def _choosable(self, end_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """End-of-text ids without those that can never be chosen, as `generate` ignores them."""
+        allowed = allowed_vocab(self)
+        outside = [id_ for id_ in end_ids if not 0 <= id_ < allowed]
+        if outside:
+            logger.warning(
+                "%s: end-of-text id %s is outside the vocabulary of %d ids and is ignored; correct "
+                "eos_token_id in the model's configuration",
+                self.name,
+                ", ".join(map(str, outside)),
+                allowed,
+            )
+        return tuple(id_ for id_ in end_ids if id_ not in outside)
 
     @classmethod
     def load(

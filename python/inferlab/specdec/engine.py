@@ -180,13 +180,14 @@ class Engine:
 
     def _prefill(self, sequence: Sequence) -> None:
         """The prompt, in chunks; the last chunk's logits give the first token."""
-        batch = Batch([sequence], self.target.device, self.target.eos_token_ids)
+        batch = Batch.of([sequence], self.target)
         starts = range(0, len(sequence.prompt), PREFILL_CHUNK)
         for start in starts[:-1]:
             self._prefill_chunk(batch, start)
         logits = self._prefill_chunk(batch, starts[-1]).logits
         position = batch.seq_lens[:, None].to(torch.int64)
-        token = int(kernels.sample(logits, position, batch.sampling)[0, 0, 0])
+        drawn = kernels.sample(logits, position, batch.sampling, allowed_vocab=batch.allowed_vocab)
+        token = int(drawn[0, 0, 0])
         self._emit(sequence, [token])
         self.clock.lap("prefill")
 
@@ -217,9 +218,7 @@ class Engine:
         """One step for the running batch."""
         batch = self._batch
         if batch is None:
-            batch = self._batch = Batch(
-                list(self.scheduler.running), self.target.device, self.target.eos_token_ids
-            )
+            batch = self._batch = Batch.of(list(self.scheduler.running), self.target)
         budget = self._choose_budget(batch)
         drafting = budget != NO_DRAFT
         lagging = drafting and self.drafter is not None and self.drafter.is_lagging(batch)
