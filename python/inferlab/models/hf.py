@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -37,6 +38,7 @@ class HFModel:
     logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU or a CUDA device run
     through fewer, fused calls instead (see `fused`), and on CUDA from graphs (see `graphs`). The
     given model is switched over in place; `plain` gives it back for the length of a ``with`` block.
+    Threads may share it: forwards run one at a time.
 
     Args:
         model: a loaded causal LM, on its device, in its dtype.
@@ -63,6 +65,8 @@ class HFModel:
             )
         self.config: Any = model.config.get_text_config(decoder=True)
         self.tokenizer: Any = tokenizer
+        # Forwards hook modules, replay graphs and may change rotary tables: one at a time.
+        self._lock = threading.RLock()
         self._head = model.get_output_embeddings()
         self.vocab_size: int = self._head.weight.shape[0]
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
@@ -167,9 +171,10 @@ class HFModel:
                     f"{self.name} has no hidden state {layer}: its {len(self.layers)} layers are "
                     f"numbered from 0, and -1 is what the output head sees"
                 )
-        if self._graphs is not None:
-            return self._graphs.forward(batch, cache, layers)
-        return self._run(batch, cache, layers)
+        with self._lock:
+            if self._graphs is not None:
+                return self._graphs.forward(batch, cache, layers)
+            return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
         plan = self._plan
@@ -229,12 +234,14 @@ class HFModel:
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """The model as Hugging Face made it (for ``generate``); `forward` fails meanwhile."""
-        self._model.set_attn_implementation(self._plain_attention)
-        try:
-            yield self._model
-        finally:
-            self._model.set_attn_implementation(ATTENTION_NAME)
+        """The model as Hugging Face made it (for ``generate``); `forward` fails meanwhile, and in
+        other threads waits."""
+        with self._lock:
+            self._model.set_attn_implementation(self._plain_attention)
+            try:
+                yield self._model
+            finally:
+                self._model.set_attn_implementation(ATTENTION_NAME)
 
     def _check_against_plain(self) -> None:
         """For families that no test covers: one short text, both ways."""
@@ -264,9 +271,14 @@ def _head_input(
     """Changes what reaches the output head, for models that go on working behind it.
 
     Rather than ``logits_to_keep``, which takes the same rows of all sequences and which not every
-    architecture has.
+    architecture has. Drafters of other threads may use the head meanwhile: theirs is left alone.
     """
-    handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+    thread = threading.get_ident()
+
+    def hook(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        return (change(args[0]),) if threading.get_ident() == thread else None
+
+    handle = head.register_forward_pre_hook(hook)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -76,6 +77,8 @@ class Engine:
             PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
         )
         self._ids = count()
+        self._lock = threading.Lock()
+        self._generating: int | None = None  # the thread that holds the lock
         self._batch: Batch | None = None
         self._special_tokens: dict[int, str] | None = None
         self._clock_at_start: dict[int, dict[str, float]] = {}
@@ -141,13 +144,33 @@ class Engine:
     ) -> list[GenerationResult]:
         """Runs requests to their end; results in the order of the requests.
 
+        One call at a time: from several threads each waits for the one before it.
+
         Args:
             requests: prompt token ids and parameters of each.
             on_finish: called with index and result as requests finish.
 
         Raises:
             Interrupted: on Ctrl-C, with the partial results.
+            RuntimeError: called from ``on_finish``.
         """
+        if self._generating == threading.get_ident():
+            raise RuntimeError(
+                "generate was called from within its own callback; collect what is to be done and "
+                "call it when the first call has returned"
+            )
+        with self._lock:
+            self._generating = threading.get_ident()
+            try:
+                return self._generate(requests, on_finish)
+            finally:
+                self._generating = None
+
+    def _generate(
+        self,
+        requests: Iterable[tuple[SequenceOf[int], SamplingParams]],
+        on_finish: Callable[[int, GenerationResult], None] | None,
+    ) -> list[GenerationResult]:
         sequences: list[Sequence] = []
         results: dict[int, GenerationResult] = {}
         try:
