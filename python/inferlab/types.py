@@ -28,7 +28,9 @@ class SamplingParams:
         frequency_penalty: subtracted per occurrence in the output.
         logit_bias: token id -> value added to its logit.
         seed: 64-bit key of the noise; the same seed gives the same tokens for any drafter or batch.
-        stop: strings that end the generation; they are not part of the text.
+        stop: strings that end the generation, at the first token after which the new text contains
+            one; the text is cut before it. Special tokens are no part of the text, but a stop
+            string that is one's whole name ends the generation at that token.
         stop_token_ids: token ids that end it, beside the model's end-of-text ids.
         ignore_eos: go on past the model's end-of-text ids.
     """

@@ -173,9 +173,20 @@ def test_weights_that_are_something_else(model_dir: Path) -> None:
 
 def test_missing_shard(model_dir: Path) -> None:
     index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (model_dir / "model.safetensors").unlink()
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelLoadError, match="lists model-00002-of-00002"):
+    with pytest.raises(ModelLoadError, match=r"lists model-00002-of-00002.*; get it, or delete"):
         HFModel.load(model_dir)
+
+
+@pytest.mark.parametrize(
+    "index", ['{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}', "{"]
+)
+def test_an_old_index_beside_a_whole_file_counts_for_nothing(model_dir: Path, index: str) -> None:
+    (model_dir / "model.safetensors.index.json").write_text(index)
+    want = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    weights = HFModel.load(model_dir, device="cpu", dtype="float32").model.state_dict()
+    assert all(torch.equal(weights[name], want[name].float()) for name in want)
 
 
 def test_incomplete_checkpoint(model_dir: Path) -> None:

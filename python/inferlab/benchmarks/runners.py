@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.config import SpecdecConfig
-from inferlab.models import HFModel
-from inferlab.server.local_baseline import LocalBaselineRunner
+from inferlab.models import HFModel, allowed_vocab
+from inferlab.scheduler import NewText, text_decoder
+from inferlab.server.local_baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.server.ping_vllm import VLLMPingClient
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.types import check_text
@@ -185,7 +187,7 @@ class GenerateRunner:
             new_ids: list[int] = output[0, ids.shape[1] :].tolist()
             latency_ms = (time.perf_counter() - begin) * 1e3
         result = {
-            "text": tokenizer.decode(new_ids, skip_special_tokens=True),
+            "text": NewText(text_decoder(tokenizer), ids[0].tolist()).of(new_ids),
             "token_ids": new_ids,
             "num_tokens": len(new_ids),
             "latency_ms": latency_ms,
@@ -211,6 +213,9 @@ class GenerateRunner:
             "top_k": None,
             "top_p": None,
         }
+        known = allowed_vocab(self.target)
+        if known < self.target.vocab_size:
+            options["logits_processor"] = LogitsProcessorList([ForbidPadding(known)])
         if self.lookup is not None:
             options["prompt_lookup_num_tokens"] = self.lookup
         if config.stop:

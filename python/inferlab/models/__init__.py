@@ -2,7 +2,7 @@
 
 from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
-from inferlab.models.base import TargetModel
+from inferlab.models.base import TargetModel, allowed_vocab
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
@@ -26,6 +26,7 @@ __all__ = [
     "TargetModel",
     "UnsupportedArchitectureError",
     "VocabularyMap",
+    "allowed_vocab",
     "resolve_model_path",
     "tokenizer_difference",
 ]

@@ -17,10 +17,11 @@ class TargetModel(Protocol):
     Attributes:
         name: what the user called it.
         vocab_size: columns of the logits (may exceed the tokenizer's vocabulary: padding).
-        tokenizer_vocab_size: ids that the tokenizer knows, None without a tokenizer.
+        tokenizer_vocab_size: ids that the tokenizer knows, added tokens included; None without a
+            tokenizer. See `allowed_vocab`.
         context_length: longest sequence in tokens, None where the model sets no limit.
         device, dtype: where logits live and their element type.
-        eos_token_ids: ids that end a text, possibly none.
+        eos_token_ids: ids that end a text, possibly none; all below `allowed_vocab`.
         tokenizer: a Hugging Face tokenizer or None.
         num_parameters: number of distinct weights.
     """
@@ -53,3 +54,18 @@ class TargetModel(Protocol):
             ValueError: the model has no such layer, or no hidden states at all.
         """
         ...
+
+
+def allowed_vocab(model: TargetModel) -> int:
+    """How many ids may be chosen: those that the tokenizer knows.
+
+    What else the logits have is padding, columns that training left to chance: neither the target
+    nor a draft ever chooses one, under any policy. Without a tokenizer all columns count.
+    """
+    known = model.tokenizer_vocab_size
+    return model.vocab_size if known is None else min(known, model.vocab_size)
+
+
+def known_ids(tokenizer: Any) -> int:
+    """Ids up to the tokenizer's last one: ``len(tokenizer)``, and the gaps where it leaves any."""
+    return 1 + max(tokenizer.get_vocab().values(), default=len(tokenizer) - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
@@ -22,6 +23,7 @@ from inferlab.models.architecture import (
     unwrapped,
 )
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
+from inferlab.models.base import allowed_vocab, known_ids
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
@@ -42,7 +44,7 @@ class HFModel:
     long as nothing about them was changed: hooks, replaced, wrapped, adapted (LoRA) or quantised
     modules and offloaded weights run as they are. Changes made later count from the next prompt on.
     The given model is switched over in place; `plain` gives it back for the length of a ``with``
-    block.
+    block. Threads may share it: forwards run one at a time.
 
     Args:
         model: a loaded causal LM, on its device, in its dtype; also compiled by torch (its own
@@ -71,15 +73,17 @@ class HFModel:
             )
         self.config: Any = model.config.get_text_config(decoder=True)
         self.tokenizer: Any = tokenizer
+        # Forwards hook modules, replay graphs and may change rotary tables: one at a time.
+        self._lock = threading.RLock()
         self._head = model.get_output_embeddings()
         weight = self._head.weight
         weight = weight() if callable(weight) else weight  # torch's quantised linears have a method
         self.vocab_size: int = weight.shape[0]
-        self.tokenizer_vocab_size: int | None = None if tokenizer is None else len(tokenizer)
+        self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
         self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self.device: torch.device = execution_device(model, weight, self.name)
         self.dtype: torch.dtype = model.dtype
-        self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids: tuple[int, ...] = self._choosable(_eos_token_ids(model, tokenizer))
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
         model.set_attn_implementation(ATTENTION_NAME)
@@ -90,6 +94,20 @@ class HFModel:
         except Exception:
             model.set_attn_implementation(self._plain_attention)
             raise
+
+    def _choosable(self, end_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """End-of-text ids without those that can never be chosen, as `generate` ignores them."""
+        allowed = allowed_vocab(self)
+        outside = [id_ for id_ in end_ids if not 0 <= id_ < allowed]
+        if outside:
+            logger.warning(
+                "%s: end-of-text id %s is outside the vocabulary of %d ids and is ignored; correct "
+                "eos_token_id in the model's configuration",
+                self.name,
+                ", ".join(map(str, outside)),
+                allowed,
+            )
+        return tuple(id_ for id_ in end_ids if id_ not in outside)
 
     @classmethod
     def load(
@@ -161,11 +179,12 @@ class HFModel:
                     f"{self.name} has no hidden state {layer}: its {len(self.layers)} layers are "
                     f"numbered from 0, and -1 is what the output head sees"
                 )
-        if batch.last_only:
-            self._notice_changes()
-        if self._graphs is not None:
-            return self._graphs.forward(batch, cache, layers)
-        return self._run(batch, cache, layers)
+        with self._lock:
+            if batch.last_only:
+                self._notice_changes()
+            if self._graphs is not None:
+                return self._graphs.forward(batch, cache, layers)
+            return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
         plan = self._plan
@@ -242,12 +261,14 @@ class HFModel:
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """The model as Hugging Face made it (for ``generate``); `forward` fails meanwhile."""
-        self._model.set_attn_implementation(self._plain_attention)
-        try:
-            yield self._model
-        finally:
-            self._model.set_attn_implementation(ATTENTION_NAME)
+        """The model as Hugging Face made it (for ``generate``); `forward` fails meanwhile, and in
+        other threads waits."""
+        with self._lock:
+            self._model.set_attn_implementation(self._plain_attention)
+            try:
+                yield self._model
+            finally:
+                self._model.set_attn_implementation(ATTENTION_NAME)
 
     def _check_against_plain(self) -> None:
         """For families that no test covers: one short text, both ways."""
@@ -277,9 +298,14 @@ def _head_input(
     """Changes what reaches the output head, for models that go on working behind it.
 
     Rather than ``logits_to_keep``, which takes the same rows of all sequences and which not every
-    architecture has.
+    architecture has. Drafters of other threads may use the head meanwhile: theirs is left alone.
     """
-    handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+    thread = threading.get_ident()
+
+    def hook(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+        return (change(args[0]),) if threading.get_ident() == thread else None
+
+    handle = head.register_forward_pre_hook(hook)
     try:
         yield
     finally:

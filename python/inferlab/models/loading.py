@@ -33,6 +33,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 
+_INDEX = "model.safetensors.index.json"
+
 # Below this size a CPU is busier converting bf16 than reading fp32: one pass of the bundled 5 M
 # model takes 3.1 ms in fp32 and 5.5 ms in bf16.
 SMALL_MODEL_PARAMETERS = 50_000_000
@@ -107,7 +109,7 @@ def load(
         if isinstance(source, Path):
             _check_weight_files(name, source, allow_pickle)
         else:
-            for file in _cached_safetensors(source):
+            for file in _cached_safetensors(name, source):
                 _check_safetensors(name, file)
 
         tokenizer = _load_tokenizer(name, source, **common)
@@ -206,20 +208,13 @@ def _check_memory(name: str, parameters: int, dtype: torch.dtype, limit_mb: floa
 
 def _check_weight_files(name: str, directory: Path, allow_pickle: bool) -> None:
     """Finds missing, pickled and truncated weight files before transformers reads any."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelLoadError(f"{name}: {index} is not a valid shard index: {error}") from error
-        missing = [shard for shard in shards if not (directory / shard).is_file()]
-        if missing:
+    files = _safetensors_files(name, directory)
+    for file in files:
+        if not file.is_file():
             raise ModelLoadError(
-                f"{name}: {index.name} lists {missing[0]}, which is not in {directory}"
+                f"{name}: {_INDEX} lists {file.name}, which is not in {directory}; get it, or "
+                f"delete {_INDEX} if the weights are in another file"
             )
-        files = [directory / shard for shard in shards]
-    else:
-        files = [f for f in [directory / "model.safetensors"] if f.is_file()]
     if not files:
         pickles = sorted(directory.glob("pytorch_model*.bin"))
         if pickles and not allow_pickle:
@@ -231,6 +226,19 @@ def _check_weight_files(name: str, directory: Path, allow_pickle: bool) -> None:
             raise ModelLoadError(f"{name}: no model.safetensors in {directory}")
     for file in files:
         _check_safetensors(name, file)
+
+
+def _safetensors_files(name: str, directory: Path) -> list[Path]:
+    """The files that transformers reads: model.safetensors, and without it what the index lists,
+    there or not. An index beside a whole file counts for nothing."""
+    whole, index = directory / "model.safetensors", directory / _INDEX
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return [directory / shard for shard in sorted(shards)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelLoadError(f"{name}: {index} is not a valid shard index: {error}") from error
 
 
 def _check_safetensors(name: str, file: Path) -> None:
@@ -257,10 +265,12 @@ def _check_safetensors(name: str, file: Path) -> None:
         )
 
 
-def _cached_safetensors(repo: str) -> list[Path]:
-    """The weight files of a hub model that the local cache has."""
+def _cached_safetensors(name: str, repo: str) -> list[Path]:
+    """The weight files of a hub model that the local cache has; others come from the hub."""
     config = try_to_load_from_cache(repo, "config.json")
-    return sorted(Path(config).parent.glob("*.safetensors")) if isinstance(config, str) else []
+    if not isinstance(config, str):
+        return []
+    return [file for file in _safetensors_files(name, Path(config).parent) if file.is_file()]
 
 
 def _load_weights(

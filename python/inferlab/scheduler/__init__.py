@@ -1,7 +1,16 @@
-"""Requests, pages and the choice of the batch. Imports no torch."""
+"""Requests, pages, the choice of the batch, and new text. Imports no torch."""
 
 from inferlab.scheduler.pages import PageAllocator
 from inferlab.scheduler.scheduler import Scheduler
 from inferlab.scheduler.sequence import Sequence
+from inferlab.scheduler.text import NewText, StopStrings, special_tokens, text_decoder
 
-__all__ = ["PageAllocator", "Scheduler", "Sequence"]
+__all__ = [
+    "NewText",
+    "PageAllocator",
+    "Scheduler",
+    "Sequence",
+    "StopStrings",
+    "special_tokens",
+    "text_decoder",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from inferlab.scheduler.text import StopStrings
 from inferlab.types import SamplingParams, SpeculationStats
 
 
@@ -28,6 +29,7 @@ class Sequence:
     first_token_at: float | None = None
     finish_reason: str | None = None
     error: str | None = None
+    stop_strings: StopStrings | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)

@@ -27,6 +27,8 @@ from inferlab.cli_common import (
 from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
+from inferlab.models.base import known_ids
+from inferlab.scheduler import NewText, text_decoder
 from inferlab.types import check_text
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,17 @@ class _RefuseNan(LogitsProcessor):
         return scores
 
 
+class ForbidPadding(LogitsProcessor):
+    """Columns beyond the tokenizer's ids are never chosen, as in the engine (`allowed_vocab`)."""
+
+    def __init__(self, known_ids: int) -> None:
+        self._known_ids = known_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        padding = torch.arange(scores.shape[-1], device=scores.device) >= self._known_ids
+        return scores.masked_fill(padding, -torch.inf)
+
+
 class LocalBaselineRunner:
     """A model with its tokenizer, decoded by Hugging Face ``generate`` and nothing else.
 
@@ -113,6 +126,10 @@ class LocalBaselineRunner:
         )
         self.model: Any = loaded.model.eval()
         self.tokenizer: Any = loaded.tokenizer
+        self._processors = LogitsProcessorList([_RefuseNan(config.model)])
+        known = known_ids(self.tokenizer)
+        if known < self.model.get_output_embeddings().weight.shape[0]:
+            self._processors.insert(0, ForbidPadding(known))
 
     @property
     def device(self) -> str:
@@ -236,7 +253,7 @@ class LocalBaselineRunner:
                 max_new_tokens=config.max_new_tokens,
                 pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id,
                 streamer=streamer,
-                logits_processor=LogitsProcessorList([_RefuseNan(self.model_name)]),
+                logits_processor=self._processors,
                 **options,
             )
         return output
@@ -250,13 +267,14 @@ class LocalBaselineRunner:
         start: float,
         config: BaselineConfig,
     ) -> dict[str, Any]:
-        all_ids = inputs["input_ids"][0].tolist() + token_ids
-        text = self.tokenizer.decode(all_ids, skip_special_tokens=True)
+        prompt_ids = inputs["input_ids"][0].tolist()
+        decode = text_decoder(self.tokenizer)
+        text = decode(prompt_ids + token_ids)
         latency_ms = (time.perf_counter() - start) * 1e3
         rate = len(token_ids) / (latency_ms / 1e3)
         return {
             "text": text,
-            "completion": self.tokenizer.decode(token_ids, skip_special_tokens=True),
+            "completion": NewText(decode, prompt_ids).of(token_ids),
             "token_ids": token_ids,
             "num_tokens": len(token_ids),
             "latency_ms": latency_ms,

@@ -7,6 +7,7 @@ import torch
 
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import SamplingTensors
+from inferlab.models import TargetModel, allowed_vocab
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
 
@@ -27,11 +28,22 @@ class Batch:
         limits: [B] int32, the most tokens a step may keep of each sequence, or None. Only where
             end tokens are forbidden for some tokens more, since what follows those was chosen
             under the same ban.
+        vocab_size: columns of the target's logits; None: not known, all drafters have as many.
+        allowed_vocab: ids from here on are padding, which neither target nor draft chooses; None:
+            there is none.
     """
 
     def __init__(
-        self, sequences: list[Sequence], device: torch.device, end_token_ids: tuple[int, ...]
+        self,
+        sequences: list[Sequence],
+        device: torch.device,
+        end_token_ids: tuple[int, ...],
+        *,
+        vocab_size: int | None = None,
+        allowed_vocab: int | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
+        self.allowed_vocab = allowed_vocab
         self.sequences = sequences
         self.device = device
         self._end_token_ids = end_token_ids
@@ -49,6 +61,17 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], target: TargetModel) -> Batch:
+        """A batch that ``target`` decodes."""
+        return cls(
+            sequences,
+            target.device,
+            target.eos_token_ids,
+            vocab_size=target.vocab_size,
+            allowed_vocab=allowed_vocab(target),
+        )
 
     @property
     def history(self) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -14,7 +15,15 @@ import torch
 from inferlab import kernels
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
-from inferlab.scheduler import PageAllocator, Scheduler, Sequence
+from inferlab.scheduler import (
+    NewText,
+    PageAllocator,
+    Scheduler,
+    Sequence,
+    StopStrings,
+    special_tokens,
+    text_decoder,
+)
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import Controller, StepObservation
@@ -68,15 +77,18 @@ class Engine:
             PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
         )
         self._ids = count()
+        self._lock = threading.Lock()
+        self._generating: int | None = None  # the thread that holds the lock
         self._batch: Batch | None = None
+        self._special_tokens: dict[int, str] | None = None
         self._clock_at_start: dict[int, dict[str, float]] = {}
 
     def submit(self, prompt: SequenceOf[int], params: SamplingParams) -> Sequence:
         """Queues a request.
 
         Raises:
-            ValueError: empty prompt, token ids outside the vocabulary, more tokens than the
-                model's context or the K/V cache can hold.
+            ValueError: empty prompt, token ids outside the vocabulary, stop strings without a
+                tokenizer, more tokens than the model's context or the K/V cache can hold.
         """
         if not prompt:
             raise ValueError("prompt is empty; it must have at least one token")
@@ -91,6 +103,11 @@ class Engine:
                     f"{name} contains token id {outside[0]}; ids of {self.target.name} are in "
                     f"[0, {self.target.vocab_size})"
                 )
+        if params.stop and self.target.tokenizer is None:
+            raise ValueError(
+                f"stop is {params.stop!r}, but {self.target.name} has no tokenizer to find texts "
+                f"with; give stop_token_ids, or add tokenizer.json to the model's directory"
+            )
         limit = self.target.context_length
         if limit is not None and len(prompt) + params.max_tokens > limit:
             room = limit - len(prompt)
@@ -100,6 +117,7 @@ class Engine:
                 f"context of {self.target.name} ({limit} tokens); shorten the prompt{remedy}"
             )
         sequence = Sequence(next(self._ids), prompt, params, time.perf_counter())
+        sequence.stop_strings = self._stop_strings(prompt, params)
         self.scheduler.add(sequence)
         return sequence
 
@@ -126,13 +144,33 @@ class Engine:
     ) -> list[GenerationResult]:
         """Runs requests to their end; results in the order of the requests.
 
+        One call at a time: from several threads each waits for the one before it.
+
         Args:
             requests: prompt token ids and parameters of each.
             on_finish: called with index and result as requests finish.
 
         Raises:
             Interrupted: on Ctrl-C, with the partial results.
+            RuntimeError: called from ``on_finish``.
         """
+        if self._generating == threading.get_ident():
+            raise RuntimeError(
+                "generate was called from within its own callback; collect what is to be done and "
+                "call it when the first call has returned"
+            )
+        with self._lock:
+            self._generating = threading.get_ident()
+            try:
+                return self._generate(requests, on_finish)
+            finally:
+                self._generating = None
+
+    def _generate(
+        self,
+        requests: Iterable[tuple[SequenceOf[int], SamplingParams]],
+        on_finish: Callable[[int, GenerationResult], None] | None,
+    ) -> list[GenerationResult]:
         sequences: list[Sequence] = []
         results: dict[int, GenerationResult] = {}
         try:
@@ -165,13 +203,14 @@ class Engine:
 
     def _prefill(self, sequence: Sequence) -> None:
         """The prompt, in chunks; the last chunk's logits give the first token."""
-        batch = Batch([sequence], self.target.device, self.target.eos_token_ids)
+        batch = Batch.of([sequence], self.target)
         starts = range(0, len(sequence.prompt), PREFILL_CHUNK)
         for start in starts[:-1]:
             self._prefill_chunk(batch, start)
         logits = self._prefill_chunk(batch, starts[-1]).logits
         position = batch.seq_lens[:, None].to(torch.int64)
-        token = int(kernels.sample(logits, position, batch.sampling)[0, 0, 0])
+        drawn = kernels.sample(logits, position, batch.sampling, allowed_vocab=batch.allowed_vocab)
+        token = int(drawn[0, 0, 0])
         self._emit(sequence, [token])
         self.clock.lap("prefill")
 
@@ -202,9 +241,7 @@ class Engine:
         """One step for the running batch."""
         batch = self._batch
         if batch is None:
-            batch = self._batch = Batch(
-                list(self.scheduler.running), self.target.device, self.target.eos_token_ids
-            )
+            batch = self._batch = Batch.of(list(self.scheduler.running), self.target)
         budget = self._choose_budget(batch)
         drafting = budget != NO_DRAFT
         lagging = drafting and self.drafter is not None and self.drafter.is_lagging(batch)
@@ -258,33 +295,19 @@ class Engine:
                 )
                 return emitted
             sequence.tokens.append(token)
+            stopped = sequence.stop_strings is not None and sequence.stop_strings.add(token)
             if sequence.num_output > params.min_tokens or params.min_tokens == 0:
                 if token in params.stop_token_ids or (
                     not params.ignore_eos and token in self.target.eos_token_ids
                 ):
                     sequence.finish_reason = "stop"
-                elif params.stop and self._hits_stop_string(sequence):
+                elif stopped:
                     sequence.finish_reason = "stop_string"
             if sequence.finish_reason is None and sequence.remaining == 0:
                 sequence.finish_reason = "length"
             if sequence.finished:
                 return emitted + 1
         return len(tokens)
-
-    def _hits_stop_string(self, sequence: Sequence) -> bool:
-        """Whether the newest token completed a stop string."""
-        longest = max(len(s.encode()) for s in sequence.params.stop)
-        # A token carries at least one byte, but decoding may start inside a character: some spare.
-        return self._stop_string_at(sequence, sequence.output[-(longest + 8) :]) is not None
-
-    def _stop_string_at(self, sequence: Sequence, tokens: list[int]) -> int | None:
-        """Where in the text of ``tokens`` a stop string starts that its last token completed."""
-        decode = self.target.tokenizer.decode
-        text = decode(tokens, skip_special_tokens=True)
-        # A character that is not complete yet decodes to U+FFFD.
-        before = len(decode(tokens[:-1], skip_special_tokens=True).rstrip("\ufffd"))
-        starts = [text.find(s, max(before - len(s) + 1, 0)) for s in sequence.params.stop]
-        return min((at for at in starts if at >= 0), default=None)
 
     def _retire(self) -> list[Sequence]:
         done = self.scheduler.retire()
@@ -318,10 +341,18 @@ class Engine:
         )
 
     def _text(self, sequence: Sequence) -> str:
-        """The new text, cut before the stop string that ended it."""
+        """What the new tokens add to the prompt's text, cut before the stop string."""
         if self.target.tokenizer is None:
             return ""
-        text: str = self.target.tokenizer.decode(sequence.output, skip_special_tokens=True)
-        if sequence.finish_reason == "stop_string":
-            return text[: self._stop_string_at(sequence, sequence.output)]
+        text = NewText(text_decoder(self.target.tokenizer), sequence.prompt).of(sequence.output)
+        if sequence.finish_reason == "stop_string" and sequence.stop_strings is not None:
+            return sequence.stop_strings.cut(text)
         return text
+
+    def _stop_strings(self, prompt: SequenceOf[int], params: SamplingParams) -> StopStrings | None:
+        if not params.stop:
+            return None
+        if self._special_tokens is None:
+            self._special_tokens = special_tokens(self.target.tokenizer)
+        text = NewText(text_decoder(self.target.tokenizer), prompt)
+        return StopStrings(params.stop, text, self._special_tokens, params.min_tokens)

@@ -170,6 +170,9 @@ class SpeculativePipeline:
     ) -> Any:
         """Generates for one prompt or for a list of them, as one batch.
 
+        May be called from several threads: a call waits for the one before it, as do the forwards
+        of pipelines that share a model. Prompts that are to run together belong in one list.
+
         Args:
             prompt: text or token ids, or a list of such.
             max_tokens: new tokens at most.
@@ -202,6 +205,7 @@ class SpeculativePipeline:
                 too long; no prompt has run then.
             GenerationError: a request failed while running (e.g. NaN logits).
             Interrupted: Ctrl-C; ``results`` holds what there was.
+            RuntimeError: called from ``on_result``.
         """
         unknown = sorted(params.keys() - _PARAMETERS)
         if unknown:

@@ -73,15 +73,29 @@ class Policy:
         return info
 
     def verify(self, logits: torch.Tensor, tree: DraftTree, batch: Batch) -> kernels.VerifyResult:
-        """Walks the trees of a batch. ``logits``: [B, N, V] of the target."""
+        """Walks the trees of a batch. ``logits``: [B, N, V] of the target.
+
+        Padding of the vocabulary (``Batch.allowed_vocab``) is never chosen.
+        """
         if self.name == "longest_prefix" or tree.num_nodes == 1:
             # On a root alone every policy emits the target's own choice.
             return kernels.verify_tree_match(
-                logits, tree.tokens, tree.links, batch.seq_lens, batch.sampling
+                logits,
+                tree.tokens,
+                tree.links,
+                batch.seq_lens,
+                batch.sampling,
+                allowed_vocab=batch.allowed_vocab,
             )
         if self.name == "rejection":
             return kernels.verify_tree_rejection(
-                logits, tree.draft_logits, tree.tokens, tree.links, batch.seq_lens, batch.sampling
+                logits,
+                tree.draft_logits,
+                tree.tokens,
+                tree.links,
+                batch.seq_lens,
+                batch.sampling,
+                allowed_vocab=batch.allowed_vocab,
             )
         return kernels.verify_tree_lossy(
             logits,
@@ -91,6 +105,7 @@ class Policy:
             batch.sampling,
             self.name,
             self.threshold,
+            allowed_vocab=batch.allowed_vocab,
         )
 
 

@@ -230,7 +230,7 @@ class CrossVocabularyDrafter(ModelDrafter):
             self.cache,
         )
 
-    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+    def _scores(self, logits: torch.Tensor, ground: Ground) -> torch.Tensor:
         return self._columns.gather(logits)
 
     def _inputs(self, tokens: torch.Tensor) -> torch.Tensor:

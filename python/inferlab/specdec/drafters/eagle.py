@@ -100,6 +100,7 @@ class EagleDrafter(Drafter):
                 batch.sampling,
                 purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
                 num_samples=shape.widths[depth],
+                allowed_vocab=batch.allowed_vocab,
             )
             levels.append(drafted_level(drawn, shape, depth))
             if depth + 1 < shape.depth:
@@ -132,6 +133,7 @@ class EagleDrafter(Drafter):
                 batch.sampling,
                 purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
                 num_samples=width,
+                allowed_vocab=batch.allowed_vocab,
                 scores=scores,
             )
             frontier = growth.add(drawn, scores)

@@ -52,8 +52,10 @@ class _LiteDrafter(Drafter):
         logits = self._logits(self._features.of(batch), levels)
         ahead = torch.arange(1, levels + 1, device=batch.device)
         positions = batch.seq_lens.to(torch.int64)[:, None] + ahead
-        drawn = kernels.sample(logits, positions, self._sampling(batch))[:, :, 0].clamp_min(0)
-        tokens = torch.cat((batch.roots[:, None], drawn), dim=1)
+        drawn = kernels.sample(
+            logits, positions, self._sampling(batch), allowed_vocab=batch.allowed_vocab
+        )
+        tokens = torch.cat((batch.roots[:, None], drawn[:, :, 0].clamp_min(0)), dim=1)
         return DraftTree.of_shape(TreeShape.chain(levels), tokens)
 
     def _sampling(self, batch: Batch) -> kernels.SamplingTensors:

@@ -100,6 +100,7 @@ class MedusaDrafter(Drafter):
             batch.sampling,
             purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
             num_samples=count,
+            allowed_vocab=batch.allowed_vocab,
             scores=scores,
         )
 

@@ -33,6 +33,8 @@ class Ground:
         seq_lens: [R] int32, the roots' positions in the draft's text and cache.
         block_table: [R, max_pages] int32, of the draft's cache.
         sampling: one entry per sequence.
+        vocab_size: columns of the target's logits; None: as many as the draft's.
+        allowed_vocab: of the ids that are drafted, see `Batch`.
     """
 
     roots: torch.Tensor
@@ -40,6 +42,8 @@ class Ground:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     sampling: SamplingTensors
+    vocab_size: int | None = None
+    allowed_vocab: int | None = None
 
 
 class ModelDrafter(Drafter):
@@ -53,7 +57,7 @@ class ModelDrafter(Drafter):
     model's context nothing is drafted for any until it has left the batch.
 
     Args:
-        model: the draft model; same vocabulary as the target.
+        model: the draft model; same vocabulary as the target, however wide either pads it.
         cache: its K/V pool, with as many pages as the target's.
         shape: the largest tree; a step drafts the part of it that its budget allows.
         coupled: draw with the target's noise; False: with noise of its own.
@@ -103,7 +107,15 @@ class ModelDrafter(Drafter):
         shape = self.shape.within(budget)
         logits = self._catch_up(batch)
         seq_lens, table = batch.seq_lens, batch.block_table
-        ground = Ground(batch.roots, seq_lens, seq_lens, table, batch.sampling)
+        ground = Ground(
+            batch.roots,
+            seq_lens,
+            seq_lens,
+            table,
+            batch.sampling,
+            batch.vocab_size,
+            batch.allowed_vocab,
+        )
         return DraftTree.of_shape(shape, *self._grow(ground, shape, logits))
 
     def _grow(
@@ -133,7 +145,7 @@ class ModelDrafter(Drafter):
             positions = positions + 1
             places = positions if same else places + 1
             count = logits.shape[1]
-            scores = self._scores(logits)
+            scores = self._scores(logits, ground)
             if self.keep_logits:
                 kept.append(scores)
             drawn = kernels.sample(
@@ -142,6 +154,7 @@ class ModelDrafter(Drafter):
                 sampling,
                 purpose=purpose,
                 num_samples=shape.widths[depth],
+                allowed_vocab=ground.allowed_vocab,
             )
             children = drafted_level(drawn, shape, depth)
             tokens[:, level.start : level.stop] = children
@@ -154,9 +167,12 @@ class ModelDrafter(Drafter):
         missing = shape.num_nodes - draft_logits.shape[1]  # leaves have no children
         return tokens, torch.nn.functional.pad(draft_logits, (0, 0, 0, missing))
 
-    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """The draft's logits as logits of the tokens that it drafts."""
-        return logits
+    def _scores(self, logits: torch.Tensor, ground: Ground) -> torch.Tensor:
+        """The draft's logits as logits of the tokens that it drafts: as wide as the target's."""
+        missing = 0 if ground.vocab_size is None else ground.vocab_size - logits.shape[-1]
+        if missing > 0:
+            return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        return logits[..., : ground.vocab_size] if missing < 0 else logits
 
     def _inputs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Drafted tokens as the draft model reads them."""
@@ -213,8 +229,9 @@ class ModelDrafter(Drafter):
         longest = max(counts)
         even = min(counts) == longest
         positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
-        # Behind a row's own tokens there may be a walk's -1.
-        tokens = batch.history[rows].gather(1, positions).clamp_min(0)
+        # Behind a row's own tokens there may be a walk's -1; a prompt may hold ids of the target's
+        # padding that the draft lacks.
+        tokens = batch.history[rows].gather(1, positions).clamp(0, self.model.vocab_size - 1)
         if self.model.context_length is not None:
             positions = positions.clamp_max(self.model.context_length - 1)  # padding
         logits = self.model.forward(

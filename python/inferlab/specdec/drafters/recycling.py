@@ -89,7 +89,7 @@ class RecyclingDrafter(Drafter):
     def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
         (sequence,) = batch.sequences
         last = batch.roots.new_full((1, 1), sequence.prompt[sequence.num_cached - 1])
-        self._learn(last, output.logits)
+        self._learn(last, output.logits, batch.allowed_vocab)
 
     def commit(
         self,
@@ -100,9 +100,10 @@ class RecyclingDrafter(Drafter):
         output: ForwardOutput,
     ) -> None:
         padding = tree.links.depth < 0
-        self._learn(tree.tokens.masked_fill(padding, self.table.shape[0] - 1), output.logits)
+        tokens = tree.tokens.masked_fill(padding, self.table.shape[0] - 1)
+        self._learn(tokens, output.logits, batch.allowed_vocab)
 
-    def _learn(self, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    def _learn(self, tokens: torch.Tensor, logits: torch.Tensor, allowed_vocab: int | None) -> None:
         """Takes the best tokens behind each node. ``tokens``: [B, N] int32, ``logits``: [B, N, V].
 
         Where several nodes hold one token the last one counts, whatever order the device writes in.
@@ -112,6 +113,7 @@ class RecyclingDrafter(Drafter):
             _zeros(tokens.shape, tokens.device),
             _greedy(tokens.shape[0], tokens.device),
             num_samples=self.successors,
+            allowed_vocab=allowed_vocab,
         )
         rows = tokens.reshape(-1).to(torch.int64)
         start = self._nodes_seen

@@ -1,0 +1,57 @@
+"""Threads that share a pipeline or a model get the tokens that they would get alone."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from helpers.tiny_models import tiny_model, tiny_tokenizer
+from inferlab import HFModel, SpeculativePipeline
+
+PROMPTS = ["the draft", "def forward(", "pages, and", "a small model "] * 3
+
+
+def run_in_threads(jobs):
+    with ThreadPoolExecutor(4) as pool:
+        return [future.result() for future in [pool.submit(job) for job in jobs]]
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "ngram", "recycling"])
+def test_one_pipeline_in_many_threads(mode):
+    options = {"draft_mode": mode, "kv_memory_mb": 32, "max_new_tokens": 24, "temperature": 0.8}
+    pipeline = SpeculativePipeline(
+        target=HFModel(tiny_model("llama"), tiny_tokenizer()),
+        draft=HFModel(tiny_model("llama", seed=1), tiny_tokenizer()),
+        **options,
+    )
+    want = [pipeline.generate(p, ignore_eos=True)["token_ids"] for p in PROMPTS]
+
+    def job(prompt):
+        return lambda: pipeline.generate(prompt, ignore_eos=True)["token_ids"]
+
+    assert run_in_threads(job(p) for p in PROMPTS) == want
+    assert not pipeline.engine.scheduler.has_work
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("mode", ["self", "medusa-lite"])
+def test_pipelines_in_threads_share_a_target(mode, family):
+    target = HFModel(tiny_model(family), tiny_tokenizer())
+    options = {"kv_memory_mb": 32, "max_new_tokens": 24, "max_draft": 2}
+    pipelines = [
+        SpeculativePipeline(target=target, draft_mode=m, **options)
+        for m in (mode, "none", mode, mode)
+    ]
+    want = [pipelines[1].generate(p, ignore_eos=True)["token_ids"] for p in PROMPTS]
+
+    def job(pipeline, prompt):
+        return lambda: pipeline.generate(prompt, ignore_eos=True)["token_ids"]
+
+    jobs = [job(pipelines[i % 4], prompt) for i, prompt in enumerate(PROMPTS)]
+    assert run_in_threads(jobs) == want
+
+
+def test_generate_from_its_own_callback_is_refused():
+    pipeline = SpeculativePipeline(implementation="fake", max_new_tokens=4)
+    with pytest.raises(RuntimeError, match="from within its own callback"):
+        pipeline.generate("a", on_result=lambda *_: pipeline.generate("b"))
+    assert pipeline.generate("a")["num_tokens"] == 4
