@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from typing import Any
 
@@ -23,6 +23,7 @@ from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.rotary import context_length, length_rotary, reread_length
 
 
 class HFModel:
@@ -62,12 +63,17 @@ class HFModel:
         self._head = model.get_output_embeddings()
         self.vocab_size: int = self._head.weight.shape[0]
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else len(tokenizer)
-        self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context_length: int | None = context_length(self.config)
+        self.reread_length: int | None = reread_length(self.config)
+        self._rotary = length_rotary(model)
         self.device: torch.device = self._head.weight.device
         self.dtype: torch.dtype = self._head.weight.dtype
         self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model, tokenizer)
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
+        if self._rotary is not None and not self._rotary.is_true():
+            # Its own module is right for texts that no scaling touches.
+            self.context_length, self._rotary = self._rotary.switch, None
         model.set_attn_implementation(ATTENTION_NAME)
         try:
             self._plan = plan_forward(model, self.name)
@@ -154,10 +160,17 @@ class HFModel:
         return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
+        step = Step.of(batch, cache, self._plan.layers)
+        rotary = self._rotary
+        with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):
+            if self._fused is not None:
+                return self._fused.forward(batch, step, layers)
+            return self._run_modules(batch, step, layers)
+
+    def _run_modules(
+        self, batch: ForwardBatch, step: Step, layers: tuple[int, ...]
+    ) -> ForwardOutput:
         plan = self._plan
-        step = Step.of(batch, cache, plan.layers)
-        if self._fused is not None:
-            return self._fused.forward(batch, step, layers)
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,

@@ -27,6 +27,7 @@ from inferlab.cli_common import (
 from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
+from inferlab.models.rotary import context_length
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class LocalBaselineRunner:
     def context_length(self) -> int | None:
         """The longest sequence in tokens, None where the model sets no limit."""
         config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None)
+        return context_length(config)
 
     def run(
         self,
