@@ -75,7 +75,7 @@ class PagedEagle:
             out = head.draft_logits(rows)
         else:
             normed = rms_norm(rows, head.norm.weight, head.norm.variance_epsilon)
-            out = product(normed, head.lm_head.weight)
+            out = product(normed, head.output_head.weight, head.output_head.bias)
         return head.spread(out).view(size, nodes, -1)
 
     def _enter(
