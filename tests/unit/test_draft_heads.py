@@ -20,6 +20,7 @@ from inferlab.models.draft_heads import (
     save_eagle,
     save_medusa,
 )
+from inferlab.models.draft_heads.paged import PagedEagle
 from inferlab.models.loading import ModelLoadError
 
 WIDTH, INNER = MICRO["hidden_size"], MICRO["intermediate_size"]
@@ -292,6 +293,82 @@ def test_eagle_files_round_trip(tmp_path, target, version, reduced):
     assert again.feature_layers == head.feature_layers
     assert again.config.rope_parameters == head.config.rope_parameters
     assert again.config.rms_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("wrapper", ["", "module.", "module.model."])
+def test_what_lies_around_the_weights_changes_nothing(tmp_path, target, version, wrapper):
+    """Rotary buffers, wrappers in the names, other names of the layer, a copied LM head."""
+    weights = eagle_weights(version, reduced=version == 3)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "published").mkdir()
+    expected = load_eagle(write_eagle(tmp_path / "plain", weights), target)
+    published = {k.replace("midlayer.", "layers.0."): v for k, v in weights.items()}
+    published["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(DIM // 2)
+    if version == 1:
+        published["lm_head.weight"] = target.lm_head.weight.detach().clone()
+    published = {wrapper + key: tensor for key, tensor in published.items()}
+    head = load_eagle(write_eagle(tmp_path / "published", published), target)
+    assert head.version == version
+    embeds, features = torch.randn(1, 4, WIDTH), torch.randn(1, 4, head.feature_size)
+    inputs = embeds.bfloat16(), features.bfloat16()
+    assert torch.equal(head.logits(head(*inputs)), expected.logits(expected(*inputs)))
+
+
+def test_wrapped_medusa_weights(tmp_path, target):
+    weights = {f"module.{key}": tensor for key, tensor in medusa_weights(2, 1).items()}
+    save_file(weights, tmp_path / "medusa_lm_head.safetensors")
+    assert load_medusa(tmp_path, target).num_heads == 2
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_eagle3_without_an_lm_head_takes_the_targets(tmp_path, target, reduced):
+    weights = eagle_weights(3, reduced=reduced)
+    del weights["lm_head.weight"]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    head = load_eagle(write_eagle(tmp_path / "first", weights), target)
+    hidden = torch.randn(2, 5, WIDTH).bfloat16()
+    expected = target.lm_head(head.norm(hidden))
+    logits = head.logits(hidden)
+    ids = torch.arange(VOCAB)
+    if reduced:
+        ids = weights["d2t"] + torch.arange(DRAFT_VOCAB)
+        rest = torch.ones(VOCAB, dtype=torch.bool).index_fill_(0, ids, False)
+        assert (logits[..., rest] == float("-inf")).all()
+    torch.testing.assert_close(logits[..., ids], expected[..., ids])
+    torch.testing.assert_close(PagedEagle(head).logits(hidden), logits)
+    save_eagle(tmp_path / "second", head)
+    again = load_eagle(tmp_path / "second", target)
+    assert torch.equal(again.logits(hidden), logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda d2t: d2t[9].add_(VOCAB), r"safetensors: 'd2t' makes draft token 9 .* \[0, 300\)"),
+        (lambda d2t: d2t[0].sub_(1 + d2t[0]), "'d2t' makes draft token 0 the target's token -1"),
+        (lambda d2t: d2t[1].copy_(d2t[0] - 1), "'d2t' makes two draft tokens the same"),
+    ],
+)
+@pytest.mark.parametrize("lm_head", [True, False])
+def test_draft_vocabularies_that_the_target_has_not(tmp_path, target, change, complaint, lm_head):
+    weights = eagle_weights(3, reduced=True)
+    change(weights["d2t"])
+    if not lm_head:
+        del weights["lm_head.weight"]
+    with pytest.raises(ModelLoadError, match=complaint):
+        load_eagle(write_eagle(tmp_path, weights), target)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_full_vocabulary_in_another_order(tmp_path, target, moved):
+    ids = torch.randperm(VOCAB) if moved else torch.arange(VOCAB)
+    weights = {**eagle_weights(3), "d2t": ids - torch.arange(VOCAB)}
+    head = load_eagle(write_eagle(tmp_path, weights), target)
+    assert (head.draft_to_target is not None) == moved
+    hidden = torch.randn(3, WIDTH).bfloat16()
+    assert torch.equal(head.logits(hidden)[:, ids], head.draft_logits(hidden))
 
 
 def test_feature_layers_come_from_the_config(tmp_path, target):

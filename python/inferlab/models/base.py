@@ -20,6 +20,8 @@ class TargetModel(Protocol):
         tokenizer_vocab_size: ids that the tokenizer knows, added tokens included; None without a
             tokenizer. See `allowed_vocab`.
         context_length: longest sequence in tokens, None where the model sets no limit.
+        reread_length: a text that gets longer than this is read anew, all its K/V (see `rotary`);
+            None: never.
         device, dtype: where logits live and their element type.
         eos_token_ids: ids that end a text, possibly none; all below `allowed_vocab`.
         tokenizer: a Hugging Face tokenizer or None.
@@ -30,6 +32,7 @@ class TargetModel(Protocol):
     vocab_size: int
     tokenizer_vocab_size: int | None
     context_length: int | None
+    reread_length: int | None
     device: torch.device
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]

@@ -43,6 +43,9 @@ class ForwardBatch:
         node_offset: nodes of the same tree that earlier passes have already written behind
             ``seq_lens`` (a draft model growing its tree level by level).
         last_only: return logits of each sequence's last real row only, as [B, 1, V].
+        prompt_lens: [B] i32, tokens of the text that `generate` reads in one forward, these nodes
+            among them: what scales positions by length takes all of them as that long (see
+            `rotary`). None: every node is read in a forward of its own, as decoding does.
     """
 
     tokens: torch.Tensor
@@ -53,3 +56,4 @@ class ForwardBatch:
     num_nodes: torch.Tensor | None = None
     node_offset: int = 0
     last_only: bool = False
+    prompt_lens: torch.Tensor | None = None

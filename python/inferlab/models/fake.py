@@ -64,6 +64,7 @@ class FakeLM:
         self.name = name
         self.vocab_size = vocab_size
         self.context_length = context_length
+        self.reread_length: int | None = None
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.num_parameters = 0

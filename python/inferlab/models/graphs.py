@@ -31,7 +31,15 @@ USES_BEFORE_CAPTURE = 2
 MAX_ROWS = 512  # of a batch: what is larger is a prompt, and takes the device longer than the host
 MAX_GRAPHS = 64  # of a cache; each holds its inputs and outputs
 
-_TENSORS = ("tokens", "positions", "seq_lens", "block_table", "ancestors", "num_nodes")
+_TENSORS = (
+    "tokens",
+    "positions",
+    "seq_lens",
+    "block_table",
+    "ancestors",
+    "num_nodes",
+    "prompt_lens",
+)
 
 
 class Shape(NamedTuple):

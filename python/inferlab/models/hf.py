@@ -28,6 +28,7 @@ from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.rotary import context_length, length_rotary, reread_length
 from inferlab.models.stable import StableProducts
 from inferlab.models.untouched import fingerprint
 
@@ -80,12 +81,17 @@ class HFModel:
         weight = weight() if callable(weight) else weight  # torch's quantised linears have a method
         self.vocab_size: int = weight.shape[0]
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
-        self.context_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.context_length: int | None = context_length(self.config)
+        self.reread_length: int | None = reread_length(self.config)
+        self._rotary = length_rotary(model)
         self.device: torch.device = execution_device(model, weight, self.name)
         self.dtype: torch.dtype = model.dtype
         self.eos_token_ids: tuple[int, ...] = self._choosable(_eos_token_ids(model, tokenizer))
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
+        if self._rotary is not None and not self._rotary.is_true():
+            # Its own module is right for texts that no scaling touches.
+            self.context_length, self._rotary = self._rotary.switch, None
         model.set_attn_implementation(ATTENTION_NAME)
         try:
             self._build()
@@ -187,10 +193,17 @@ class HFModel:
             return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
+        step = Step.of(batch, cache, self._plan.layers)
+        rotary = self._rotary
+        with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):
+            if self._fused is not None:
+                return self._fused.forward(batch, step, layers)
+            return self._run_modules(batch, step, layers)
+
+    def _run_modules(
+        self, batch: ForwardBatch, step: Step, layers: tuple[int, ...]
+    ) -> ForwardOutput:
         plan = self._plan
-        step = Step.of(batch, cache, plan.layers)
-        if self._fused is not None:
-            return self._fused.forward(batch, step, layers)
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,

@@ -28,6 +28,7 @@ from inferlab.cli_results import report, run_prompts, show_heading, show_line, s
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
 from inferlab.models.base import known_ids
+from inferlab.models.rotary import context_length
 from inferlab.scheduler import NewText, text_decoder
 from inferlab.types import check_text
 
@@ -143,7 +144,7 @@ class LocalBaselineRunner:
     def context_length(self) -> int | None:
         """The longest sequence in tokens, None where the model sets no limit."""
         config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None)
+        return context_length(config)
 
     def run(
         self,

@@ -27,10 +27,14 @@ class Batch:
         sampling: per-sequence sampling parameters.
         limits: [B] int32, the most tokens a step may keep of each sequence, or None. Only where
             end tokens are forbidden for some tokens more, since what follows those was chosen
-            under the same ban.
+            under the same ban; and up to the length at which the target reads a text anew, since
+            what lies behind was scored on K/V of the old reading.
         vocab_size: columns of the target's logits; None: not known, all drafters have as many.
         allowed_vocab: ids from here on are padding, which neither target nor draft chooses; None:
             there is none.
+
+    Args:
+        reread_length: the target's.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class Batch:
         *,
         vocab_size: int | None = None,
         allowed_vocab: int | None = None,
+        reread_length: int | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.allowed_vocab = allowed_vocab
         self.sequences = sequences
         self.device = device
         self._end_token_ids = end_token_ids
+        self._reread_length = reread_length
         size = len(sequences)
         table = np.full((size, max(len(s.pages) for s in sequences)), -1, dtype=np.int32)
         for row, sequence in zip(table, sequences, strict=True):
@@ -71,6 +77,7 @@ class Batch:
             target.eos_token_ids,
             vocab_size=target.vocab_size,
             allowed_vocab=allowed_vocab(target),
+            reread_length=target.reread_length,
         )
 
     @property
@@ -119,11 +126,20 @@ class Batch:
         missing = [max(s.params.min_tokens - s.num_output, 0) for s in self.sequences]
         suppressed = [m > 0 for m in missing]
         self.limits = None
-        if any(suppressed):
-            self.limits = upload([m or NO_LIMIT for m in missing], np.int32, self.device)
+        limits = [
+            min(m or NO_LIMIT, self._room(s)) for m, s in zip(missing, self.sequences, strict=True)
+        ]
+        if min(limits) < NO_LIMIT:
+            self.limits = upload(limits, np.int32, self.device)
         if suppressed != self._suppressed:
             self._suppressed = suppressed
             self.sampling = self._sampling_tensors(suppressed)
+
+    def _room(self, sequence: Sequence) -> int:
+        """How many tokens can be kept before the target reads the text anew."""
+        if self._reread_length is None or sequence.num_cached >= self._reread_length:
+            return NO_LIMIT
+        return self._reread_length - sequence.num_cached
 
     def _sampling_tensors(self, suppressed: list[bool]) -> SamplingTensors:
         params = [s.params for s in self.sequences]

@@ -133,6 +133,7 @@ class Engine:
             self._batch = None
         done = self._retire()
         if self.scheduler.running:
+            self._reread()
             self._decode()
             done += self._retire()
         return done
@@ -204,38 +205,73 @@ class Engine:
     def _prefill(self, sequence: Sequence) -> None:
         """The prompt, in chunks; the last chunk's logits give the first token."""
         batch = Batch.of([sequence], self.target)
-        starts = range(0, len(sequence.prompt), PREFILL_CHUNK)
-        for start in starts[:-1]:
-            self._prefill_chunk(batch, start)
-        logits = self._prefill_chunk(batch, starts[-1]).logits
+        output = self._read(batch, sequence.prompt, len(sequence.prompt), self._after_chunk)
         position = batch.seq_lens[:, None].to(torch.int64)
-        drawn = kernels.sample(logits, position, batch.sampling, allowed_vocab=batch.allowed_vocab)
+        drawn = kernels.sample(
+            output.logits, position, batch.sampling, allowed_vocab=batch.allowed_vocab
+        )
         token = int(drawn[0, 0, 0])
         self._emit(sequence, [token])
         self.clock.lap("prefill")
 
-    def _prefill_chunk(self, batch: Batch, start: int) -> ForwardOutput:
-        """Forwards the prompt from ``start`` on; logits of the chunk's last token, [1, 1, V]."""
+    def _after_chunk(self, batch: Batch, start: int, output: ForwardOutput) -> None:
+        """Counts a chunk of a prompt and shows it to the drafter."""
         (sequence,) = batch.sequences
-        chunk = sequence.prompt[start : start + PREFILL_CHUNK]
-        positions = torch.arange(start, start + len(chunk), device=batch.device)
-        output = self.target.forward_with_features(
-            ForwardBatch(
-                tokens=upload([chunk], np.int64, batch.device),
-                positions=positions[None],
-                seq_lens=batch.seq_lens,
-                block_table=batch.block_table,
-                last_only=True,
-            ),
-            self.cache,
-            self._feature_layers,
-        )
-        batch.seq_lens += len(chunk)
-        sequence.num_cached += len(chunk)
-        sequence.stats.prefill_forwards += 1
+        sequence.num_cached = min(start + PREFILL_CHUNK, len(sequence.prompt))
         if self.drafter is not None:
             self.drafter.prefill(batch, start, output)
+
+    def _read(
+        self,
+        batch: Batch,
+        tokens: SequenceOf[int],
+        length: int,
+        then: Callable[[Batch, int, ForwardOutput], None] | None = None,
+    ) -> ForwardOutput:
+        """Forwards a text from its start, in chunks; logits of its last token, [1, 1, V].
+
+        Args:
+            batch: of the one sequence, with no token cached.
+            tokens: the text.
+            length: of what `generate` reads in the forward that these tokens belong to.
+            then: called after each chunk with the chunk's start.
+        """
+        (sequence,) = batch.sequences
+        whole = torch.full_like(batch.seq_lens, length)
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            positions = torch.arange(start, start + len(chunk), device=batch.device)
+            output = self.target.forward_with_features(
+                ForwardBatch(
+                    tokens=upload([chunk], np.int64, batch.device),
+                    positions=positions[None],
+                    seq_lens=batch.seq_lens,
+                    block_table=batch.block_table,
+                    last_only=True,
+                    prompt_lens=whole,
+                ),
+                self.cache,
+                self._feature_layers,
+            )
+            batch.seq_lens += len(chunk)
+            sequence.stats.prefill_forwards += 1
+            if then is not None:
+                then(batch, start, output)
         return output
+
+    def _reread(self) -> None:
+        """Reads texts anew that have just reached the target's ``reread_length``, as `generate`
+        does in the forward for the token behind it."""
+        length = self.target.reread_length
+        if length is None:
+            return
+        for sequence in self.scheduler.running:
+            if sequence.num_cached == length:
+                sequence.num_cached = 0
+                batch = Batch.of([sequence], self.target)
+                self._read(batch, sequence.tokens[:length], length + 1)
+                sequence.num_cached = length
+                self.clock.lap("prefill")
 
     def _decode(self) -> None:
         """One step for the running batch."""

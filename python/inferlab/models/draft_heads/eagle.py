@@ -128,6 +128,7 @@ class EagleHead(nn.Module):
         target: its embeddings and LM head are used, not owned.
         feature_layers: defaults to -1 for version 1, the published choice for version 3.
         own_embedding: the head brings an embedding of its own.
+        own_lm_head: an EAGLE-3 head brings an LM head of its own.
     """
 
     draft_to_target: Tensor | None
@@ -140,6 +141,7 @@ class EagleHead(nn.Module):
         *,
         feature_layers: tuple[int, ...] | None = None,
         own_embedding: bool = False,
+        own_lm_head: bool = True,
     ) -> None:
         super().__init__()
         if version not in (1, 3):
@@ -172,7 +174,8 @@ class EagleHead(nn.Module):
             self.midlayer = EagleLayer(config, version, qkv_bias)
             self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             draft_vocab = getattr(config, "draft_vocab_size", None) or config.vocab_size
-            self.lm_head = nn.Linear(config.hidden_size, draft_vocab, bias=False)
+            if own_lm_head:
+                self.lm_head = nn.Linear(config.hidden_size, draft_vocab, bias=False)
             if draft_vocab != config.vocab_size:
                 reduced = torch.arange(draft_vocab)
         self.register_buffer("draft_to_target", reduced, persistent=False)
@@ -194,6 +197,11 @@ class EagleHead(nn.Module):
         layer = self.layers[0] if self.version == 1 else self.midlayer
         assert isinstance(layer, EagleLayer)
         return layer
+
+    @property
+    def output_head(self) -> nn.Linear:
+        """What makes logits: the head's own LM head, else the target's."""
+        return getattr(self, "lm_head", None) or self._shared[1]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings `[.., H]` of token ids of the target, the head's own ones where it has any."""
@@ -238,9 +246,7 @@ class EagleHead(nn.Module):
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the draft vocabulary, `[.., D]`; D = V unless the vocabulary is reduced."""
-        if self.version == 1:
-            return self._shared[1](hidden)
-        return self.lm_head(self.norm(hidden))
+        return self.output_head(hidden if self.version == 1 else self.norm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits over the target's vocabulary, `[.., V]`; -inf where the head knows no token."""

@@ -2,6 +2,10 @@
 
 Medusa (github FasterDecoding/Medusa): `config.json` and `medusa_lm_head.safetensors` or `.pt`.
 EAGLE (github SafeAILab/EAGLE): `config.json` and `model.safetensors` or `pytorch_model.bin`.
+
+Published files differ in what lies around the weights, which changes nothing: `module.` or `model.`
+in front of every key, the buffers of a rotary embedding, a copy of the target's LM head in EAGLE-1,
+`layers.0` for EAGLE-3's `midlayer`. A weight that is neither these nor the head's own is an error.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from inferlab.models.loading import ModelLoadError
 MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 EAGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
+_WRAPPERS = ("module.", "model.")
+_ROTARY_BUFFER = re.compile(r"(?:.*\.)?rotary_emb\.(?:\w*inv_freq|\w+_cached)")
 _MEDUSA_KEY = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
 
 
@@ -100,9 +106,13 @@ def load_eagle(
 ) -> EagleHead:
     """Loads an EAGLE-1, -2 or -3 head for a target, in its dtype and on its device.
 
-    Arguments and errors are those of `load_medusa`. A head without an embedding uses the target's.
+    Arguments and errors are those of `load_medusa`. A head without an embedding uses the target's,
+    an EAGLE-3 head without an LM head the target's: of all tokens, or of those that `d2t` lists.
     """
     source, weights = _read(name_or_path, EAGLE_FILES, allow_pickle)
+    weights = {k: v for k, v in weights.items() if not _ROTARY_BUFFER.fullmatch(k)}
+    if "layers.0.hidden_norm.weight" in weights:  # EAGLE-1 has no such norm
+        weights = {re.sub(r"^layers\.0\.", "midlayer.", k): v for k, v in weights.items()}
     config_file = _find(name_or_path, ("config.json",))
     try:
         fields = json.loads(config_file.read_text(encoding="utf-8"))
@@ -123,14 +133,26 @@ def load_eagle(
     own_embedding = "embed_tokens.weight" in weights
     config.bias = "fc.bias" in weights
     config.qkv_bias = f"{_layer_prefix(version)}.self_attn.q_proj.bias" in weights
-    if version == 3 and "lm_head.weight" in weights:
+    offsets, _ = weights.pop("d2t", None), weights.pop("t2d", None)
+    own_lm_head = version == 3 and "lm_head.weight" in weights
+    if version == 1:
+        weights.pop("lm_head.weight", None)
+    for key, own in (("embed_tokens.weight", own_embedding), ("lm_head.weight", own_lm_head)):
+        if not own and config.hidden_size != hidden_size:
+            raise ModelLoadError(
+                f"{config_file}: the head's hidden_size is {config.hidden_size} and it has no "
+                f"{key!r} of its own, its target's is {hidden_size}; name the head that was "
+                "trained on this target"
+            )
+    ids = None if offsets is None else _draft_ids(offsets, vocab_size, source)
+    if own_lm_head:
         config.draft_vocab_size = weights["lm_head.weight"].shape[0]
-    if not own_embedding and config.hidden_size != hidden_size:
-        raise ModelLoadError(
-            f"{config_file}: the head's hidden_size is {config.hidden_size} and it has no "
-            f"'embed_tokens.weight' of its own, its target's is {hidden_size}; name the head that "
-            "was trained on this target"
-        )
+    elif version == 3 and ids is not None and len(ids) < vocab_size:
+        target_head = target.get_output_embeddings().weight.detach()
+        weights["lm_head.weight"] = target_head[ids.to(target_head.device)].cpu()
+        config.draft_vocab_size, own_lm_head = len(ids), True
+    elif version == 3:
+        config.draft_vocab_size = vocab_size
     layers = (fields.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     try:
         head = EagleHead(
@@ -139,19 +161,21 @@ def load_eagle(
             target,
             feature_layers=None if layers is None else tuple(layers),
             own_embedding=own_embedding,
+            own_lm_head=own_lm_head,
         )
     except ValueError as error:
         raise ModelLoadError(f"{config_file}: {error}") from error
-    offsets, _ = weights.pop("d2t", None), weights.pop("t2d", None)
     _fill(head, weights, source, hidden_size, vocab_size)
-    if head.draft_to_target is not None:
-        if offsets is None or offsets.shape != head.draft_to_target.shape:
+    if own_lm_head and (head.draft_to_target is not None or ids is not None):
+        size = head.output_head.weight.shape[0]
+        if ids is None or len(ids) != size:
             raise ModelLoadError(
-                f"{source}: the draft vocabulary has {head.draft_to_target.numel()} of the "
-                f"target's {vocab_size} tokens, but 'd2t', which says which, is missing or of "
-                "another length; get the file again or export it with 'd2t'"
+                f"{source}: the draft vocabulary has {size} of the target's {vocab_size} tokens, "
+                "but 'd2t', which says which, is missing or of another length; get the file again "
+                "or export it with 'd2t'"
             )
-        head.draft_to_target = offsets.long() + torch.arange(offsets.numel())
+        is_whole = torch.equal(ids, torch.arange(vocab_size))
+        head.draft_to_target = None if is_whole else ids
     return _like_target(head, target)
 
 
@@ -166,7 +190,7 @@ def save_eagle(folder: Path, head: EagleHead) -> None:
     )
     weights = head.state_dict()
     if head.version == 3:
-        config["draft_vocab_size"] = head.lm_head.out_features
+        config["draft_vocab_size"] = head.output_head.weight.shape[0]
     if head.draft_to_target is not None:
         ids = head.draft_to_target.cpu()
         weights["d2t"] = ids - torch.arange(ids.numel())
@@ -174,6 +198,25 @@ def save_eagle(folder: Path, head: EagleHead) -> None:
             0, ids, True
         )
     _write(folder, EAGLE_FILES[0], weights, config)
+
+
+def _draft_ids(offsets: Tensor, vocab_size: int, source: Path) -> Tensor:
+    """Target ids of a draft vocabulary, from how far each is behind its draft id."""
+    ids = offsets.long().flatten() + torch.arange(offsets.numel())
+    outside = ((ids < 0) | (ids >= vocab_size)).nonzero()
+    if len(outside):
+        at = int(outside[0])
+        raise ModelLoadError(
+            f"{source}: 'd2t' makes draft token {at} the target's token {int(ids[at])}; ids of the "
+            f"target are in [0, {vocab_size}). 'd2t' holds target id minus draft id; name the head "
+            "that was trained on this target, or get the file again"
+        )
+    if len(ids.unique()) < len(ids):
+        raise ModelLoadError(
+            f"{source}: 'd2t' makes two draft tokens the same token of the target; it holds target "
+            "id minus draft id of distinct tokens, get the file again"
+        )
+    return ids
 
 
 def _layer_prefix(version: int) -> str:
@@ -226,14 +269,14 @@ def _find(name_or_path: str | PathLike[str], names: tuple[str, ...]) -> Path:
 def _read(
     name_or_path: str | PathLike[str], names: tuple[str, ...], allow_pickle: bool
 ) -> tuple[Path, dict[str, Tensor]]:
-    """The weight file and its tensors; safetensors are preferred."""
+    """The weight file and its tensors by their bare names; safetensors are preferred."""
     try:
         file = _find(name_or_path, names[:1])
     except ModelLoadError:
         file = _find(name_or_path, names)
     if file.suffix == ".safetensors":
         try:
-            return file, load_file(file)
+            return file, _unwrapped(load_file(file))
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{file}: damaged or no safetensors file ({error}); get it again"
@@ -249,7 +292,15 @@ def _read(
         raise ModelLoadError(f"{file}: damaged or no weight file ({error})") from error
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ModelLoadError(f"{file}: it holds no dictionary of tensors")
-    return file, weights
+    return file, _unwrapped(weights)
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what training wrappers put in front of all keys."""
+    for wrapper in _WRAPPERS:
+        if weights and any(key.startswith(wrapper) for key in weights):
+            weights = {key.removeprefix(wrapper): tensor for key, tensor in weights.items()}
+    return weights
 
 
 def _fill(

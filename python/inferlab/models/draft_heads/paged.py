@@ -15,6 +15,7 @@ from inferlab.models.batch import ForwardBatch
 from inferlab.models.draft_heads.eagle import EagleHead
 from inferlab.models.fused import DecoderLayer, product
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.rotary import LengthRotary, context_length
 
 
 class PagedEagle:
@@ -36,9 +37,10 @@ class PagedEagle:
         spec = LayerSpec(head.num_kv_heads, head.head_dim, head.head_dim**-0.5, 0, 0.0)
         self._specs = (spec,)
         self._layer = DecoderLayer(head.layer, spec)
-        length = head.config.max_position_embeddings
+        length = context_length(head.config) or head.config.max_position_embeddings
         positions = torch.arange(length, device=self.device)[None]
-        cos, sin = head.rotary(weight[:1], positions)
+        rotary = LengthRotary.of(head.rotary) or head.rotary
+        cos, sin = rotary(weight[:1], positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self.context_length = length
 
@@ -73,7 +75,7 @@ class PagedEagle:
             out = head.draft_logits(rows)
         else:
             normed = rms_norm(rows, head.norm.weight, head.norm.variance_epsilon)
-            out = product(normed, head.lm_head.weight)
+            out = product(normed, head.output_head.weight, head.output_head.bias)
         return head.spread(out).view(size, nodes, -1)
 
     def _enter(

@@ -234,11 +234,16 @@ class ModelDrafter(Drafter):
         tokens = batch.history[rows].gather(1, positions).clamp(0, self.model.vocab_size - 1)
         if self.model.context_length is not None:
             positions = positions.clamp_max(self.model.context_length - 1)  # padding
+        sequences = batch.sequences[rows]
+        prompt_lens = None
+        if any(self._cached_of[s.request_id] < len(s.prompt) for s in sequences):
+            prompt_lens = upload([len(s.prompt) for s in sequences], np.int32, batch.device)
         logits = self.model.forward(
             ForwardBatch(
                 tokens=tokens.to(torch.int64),
                 positions=positions,
                 seq_lens=cached,
+                prompt_lens=prompt_lens,
                 block_table=batch.block_table[rows],
                 num_nodes=None if even else batch.lengths - cached,
                 last_only=True,
@@ -247,7 +252,7 @@ class ModelDrafter(Drafter):
         )
         # Uneven counts run up to the roots.
         self._cached[rows] = cached + longest if even else batch.lengths
-        for sequence, count in zip(batch.sequences[rows], counts, strict=True):
+        for sequence, count in zip(sequences, counts, strict=True):
             self._cached_of[sequence.request_id] += count
         return logits
 
