@@ -483,6 +483,12 @@ def test_a_file_that_cannot_be_written_leaves_no_part_and_the_result_on_stdout(c
     assert cli_common.to_json(deep).count("[") == 100
 
 
+def test_json_can_always_be_encoded():
+    text = cli_common.to_json({"half": "x \ud83d", "whole": "\U0001f30d"})
+    assert text.encode().decode() == '{"half": "x \\ud83d", "whole": "\U0001f30d"}'
+    assert json.loads(text)["half"] == "x \ud83d"
+
+
 def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(UsageError, match="its directory does not exist"):
         cli_common.check_output(str(tmp_path / "no" / "x.json"))

@@ -1,5 +1,6 @@
 """YAML files and flags: what they may say, which of them wins, and what their errors name."""
 
+import math
 import os
 from pathlib import Path
 
@@ -279,6 +280,15 @@ def test_bad_server_value(write, text, message):
     [
         ("a: 1\nb: [1,\n", ":3: is not valid YAML"),
         ("max_draft: 1\nmax_draft: 2\n", ":2: is not valid YAML: key 'max_draft' is given twice"),
+        (
+            "a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n",
+            ":2: is not valid YAML: key 'y' is given twice",
+        ),
+        ("seed: !!int 1:30\n", ":1: is not valid YAML: '1:30' is not a number"),
+        ("tau: !!float 1:30\n", ":1: is not valid YAML: '1:30' is not a number"),
+        (f"seed: {'9' * 5000}\n", ":1: is not valid YAML: '999"),
+        ("seed: !!timestamp 2026-13-45\n", ": is not valid YAML: month must be"),
+        (f"a: {'[' * 5000}\n", ": is not valid YAML: it is nested too deep"),
         ("- 1\n", ": must hold a mapping (key: value), not [1]"),
         ("max_draft: !!python/object:os.system 1\n", ":1: is not valid YAML"),
     ],
@@ -288,6 +298,77 @@ def test_broken_yaml_names_file_and_line(write, text, message):
     with pytest.raises(ConfigError) as caught:
         load_config(SpecdecConfig, path)
     assert str(caught.value).startswith(path + message)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("-010", -10),
+        ("+7", 7),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("1_000", "1_000"),
+        ("1_000.5", "1_000.5"),
+        ("0b11", "0b11"),
+        ("08", 8),
+        ("1e-3", 0.001),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-.inf", -math.inf),
+        ("inf", "inf"),
+        ("no", "no"),
+        ("Off", "Off"),
+        ("y", "y"),
+        ("TRUE", True),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("none", "none"),
+        ("2026-01-01", "2026-01-01"),
+        ("=", "="),
+        ("'010'", "010"),
+    ],
+)
+def test_values_are_those_of_yaml_1_2(write, text, value):
+    found = read_yaml(write(f"key: {text}\n"))["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_yaml_surprises_reach_no_configuration(write):
+    assert load_config(SpecdecConfig, write("seed: 010\n")).seed == 10
+    assert load_config(SpecdecConfig, write("stop: no\n")).stop == ("no",)
+    assert load_config(SpecdecConfig, write("base_model: 2026-01-01\n")).base_model == "2026-01-01"
+    for text, message in (
+        ("seed: 1:30", "seed: '1:30' is not allowed; must be an integer"),
+        ("max_new_tokens: 1_000", "max_new_tokens: '1_000' is not allowed; must be an integer"),
+        ("do_sample: yes", "do_sample: 'yes' is not allowed; must be true or false"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(SpecdecConfig, write(text))
+        assert message in str(caught.value)
+
+
+def test_merge_keys_may_override(write):
+    text = (
+        "base: &base {seed: 1, tau: 0.1, p: 0.3}\n"
+        "middle: &middle {<<: *base, seed: 2}\n"
+        "top: {<<: *middle, tau: 0.2}\n"
+        "both: {<<: [*middle, *base], p: 0.4}\n"
+    )
+    found = read_yaml(write(text))
+    assert found["middle"] == {"seed": 2, "tau": 0.1, "p": 0.3}
+    assert found["top"] == {"seed": 2, "tau": 0.2, "p": 0.3}
+    assert found["both"] == {"seed": 2, "tau": 0.1, "p": 0.4}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert read_yaml(path) == {"seed": 3}
 
 
 def test_a_file_that_is_not_text(tmp_path):
