@@ -289,6 +289,8 @@ def _tiny(kind: str, **values: object) -> object:
     [
         ("bert", {}, "is not causal"),
         ("gpt_oss", {"num_local_experts": 2, "head_dim": 32}, "needs s_aux"),
+        ("nemotron", {}, "does not hand the arguments of its call on"),
+        ("xmod", {"is_decoder": True}, "cannot run over the paged cache: ValueError: Input lang"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "only 1 go through"),
         (
             "deepseek_v3",

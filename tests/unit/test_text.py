@@ -5,10 +5,11 @@ import random
 import pytest
 
 from helpers.tiny_models import tiny_tokenizer
-from helpers.vocabularies import KINDS, trained_tokenizer
+from helpers.vocabularies import KINDS, reheaded, trained_tokenizer
 from inferlab import SpeculativePipeline
 from inferlab.models import FakeLM, HFModel
 from inferlab.scheduler import NewText, StopStrings, special_tokens, text_decoder
+from inferlab.server.local_baseline import LocalBaselineRunner
 
 TOKENIZERS = {
     "bundled": lambda: HFModel.load("inferlab/tiny", device="cpu").tokenizer,
@@ -169,3 +170,25 @@ def test_a_stop_string_without_a_tokenizer_is_refused_before_anything_runs():
     with pytest.raises(ValueError, match=r"stop is .* has no tokenizer .*stop_token_ids"):
         pipeline.generate([5, 6], 10, stop="x")
     assert len(pipeline.generate([5, 6], 10)["token_ids"]) == 10
+
+
+@pytest.mark.parametrize("kind", ["unigram", "sentencepiece_bpe", "byte_bpe"])
+def test_prompt_and_text_of_a_result_are_the_whole_text(kind, tmp_path):
+    tokenizer = trained_tokenizer(kind)
+    model = reheaded("inferlab/tiny", tokenizer)
+    pipeline = SpeculativePipeline(target=model, draft_mode="none", kv_memory_mb=32)
+    decode = text_decoder(tokenizer)
+    blanks = 0
+    for seed, prompt in enumerate(("import os", "def main", "class Error", "return the") * 3):
+        ids = tokenizer.encode(prompt)
+        for given in (prompt, ids):
+            result = pipeline.generate(given, 8, temperature=1.5, seed=seed)
+            assert decode(ids) + result["text"] == decode(ids + result["token_ids"])
+            blanks += result["text"].startswith(" ")
+    assert blanks
+    with model.plain() as plain:
+        plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    runner = LocalBaselineRunner(model_name=str(tmp_path), device="cpu")
+    result = runner.run("class Error", 8, temperature=0.0)
+    assert result["text"] == decode(tokenizer.encode("class Error")) + result["completion"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from inferlab.models.attention_hook import (
     STEP_KEYWORD,
     LayerSpec,
+    MissingStepError,
     Trace,
     UnsupportedArchitectureError,
 )
@@ -90,7 +92,8 @@ def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> For
     gives the same bits.
 
     Raises:
-        UnsupportedArchitectureError: a layer does not reach the hook or asks for what it lacks.
+        UnsupportedArchitectureError: a layer does not reach the hook or asks for what it lacks, or
+            the pass fails.
     """
     config = model.config.get_text_config(decoder=True)
     inputs = {
@@ -100,7 +103,8 @@ def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> For
     }
     trace = Trace(config, name)
     with torch.inference_mode():
-        logits = model(**inputs, **{STEP_KEYWORD: trace}).logits
+        with trial_pass(name, config.model_type):
+            logits = model(**inputs, **{STEP_KEYWORD: trace}).logits
         layers = trace.layers()
         decoder = model.get_decoder()
         bare = inspect.unwrap(type(decoder).forward)
@@ -157,6 +161,24 @@ def execution_device(model: PreTrainedModel, weight: torch.Tensor, name: str) ->
     return torch.device(place)
 
 
+@contextmanager
+def trial_pass(name: str, kind: str) -> Iterator[None]:
+    """Whatever a model's own code raises in a short pass says that it cannot be served.
+
+    Raises:
+        UnsupportedArchitectureError: with the reason.
+    """
+    try:
+        yield
+    except (UnsupportedArchitectureError, torch.OutOfMemoryError):
+        raise
+    except MissingStepError as error:
+        _refuse(name, kind, "does not hand the arguments of its call on to its attention", error)
+    except Exception as error:
+        why = f"cannot run over the paged cache: {type(error).__name__}: {error}"
+        _refuse(name, kind, why, error)
+
+
 def decoder_layers(model: PreTrainedModel, count: int, name: str) -> torch.nn.ModuleList:
     """The list of a model's ``count`` decoder layers, whatever its family calls it.
 
@@ -185,8 +207,8 @@ def check_against_plain(plain: torch.Tensor, paged: torch.Tensor, name: str, kin
         _refuse(name, kind, f"gives other logits on the paged cache (off by {error:.2g} sigma)")
 
 
-def _refuse(name: str, kind: str, why: str) -> NoReturn:
+def _refuse(name: str, kind: str, why: str, cause: Exception | None = None) -> NoReturn:
     raise UnsupportedArchitectureError(
         f"{name}: architecture {kind!r} {why}. Tested families: {_TESTED_NAMES}; other decoders "
         "whose attention goes through transformers' AttentionInterface are taken too"
-    )
+    ) from cause

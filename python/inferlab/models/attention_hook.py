@@ -27,6 +27,10 @@ STEP_KEYWORD = "inferlab_step"
 MAX_HEAD_DIM = 256
 
 
+class MissingStepError(RuntimeError):
+    """A switched model was called by other means than `HFModel.forward`."""
+
+
 class LayerSpec(NamedTuple):
     """What one attention layer asks of the kernel; constant over the life of a model.
 
@@ -116,7 +120,7 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it; `details` were read once, when the model was traced."""
     if inferlab_step is None:
-        raise RuntimeError(
+        raise MissingStepError(
             "a model with attention implementation 'inferlab' was called without a step: call "
             "HFModel.forward, or take the plain model back with HFModel.plain()"
         )

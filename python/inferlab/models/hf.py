@@ -20,6 +20,7 @@ from inferlab.models.architecture import (
     decoder_layers,
     execution_device,
     plan_forward,
+    trial_pass,
     unwrapped,
 )
 from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
@@ -292,7 +293,8 @@ class HFModel:
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         positions = torch.arange(length, device=self.device).unsqueeze(0)
         batch = ForwardBatch(ids, positions, none, none.view(1, 1))
-        paged = self.forward(batch, self.new_cache(1))
+        with trial_pass(self.name, self.config.model_type):
+            paged = self.forward(batch, self.new_cache(1))
         check_against_plain(plain, paged, self.name, self.config.model_type)
 
 

@@ -187,7 +187,8 @@ class SpeculativePipeline:
         Returns:
             A mapping for one prompt, a list of mappings for a list, with the keys
 
-            * ``text``, ``token_ids`` (new tokens only; also as ``generated_tokens``),
+            * ``text`` (what follows the prompt's text, a blank included that it starts with),
+              ``token_ids`` (new tokens only; also as ``generated_tokens``),
               ``num_tokens``, ``finish_reason``;
             * ``latency_ms`` (from submission to the last token), ``first_token_ms``,
               ``tokens_per_second`` (also as ``tokens_per_sec``), ``timings_ms`` by phase;
