@@ -12,6 +12,7 @@ import torch
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.config import SpecdecConfig
 from inferlab.models import HFModel
+from inferlab.models.generation_defaults import same_rule
 from inferlab.server.local_baseline import LocalBaselineRunner
 from inferlab.server.ping_vllm import VLLMPingClient
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -172,6 +173,7 @@ class GenerateRunner:
             self.target.plain() as model,
             self.assistant.plain() if self.assistant is not None else nullcontext() as assistant,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            same_rule(model, ignore=self.config.ignore_generation_config),
         ):
             torch.manual_seed(self.config.seed)
             if assistant is not None:

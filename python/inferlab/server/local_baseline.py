@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from inferlab.cli_common import (
     add_config_argument,
+    add_generation_config_argument,
     add_output_arguments,
     add_prompt_arguments,
     add_safety_arguments,
@@ -27,6 +28,7 @@ from inferlab.cli_common import (
 from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
+from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
 
 logger = logging.getLogger(__name__)
@@ -113,6 +115,8 @@ class LocalBaselineRunner:
         )
         self.model: Any = loaded.model.eval()
         self.tokenizer: Any = loaded.tokenizer
+        if not config.ignore_generation_config:
+            warn_of_not_followed(self.model, self.model_name)
 
     @property
     def device(self) -> str:
@@ -227,7 +231,10 @@ class LocalBaselineRunner:
             options.update(temperature=None, top_p=None, top_k=None)
         pad = self.tokenizer.pad_token_id
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with (
+            torch.random.fork_rng(devices=devices),
+            same_rule(self.model, ignore=config.ignore_generation_config),
+        ):
             torch.manual_seed(config.seed)
             output: torch.Tensor = self.model.generate(
                 **inputs,
@@ -283,6 +290,7 @@ FLAGS = {
     "--device": "device",
     "--dtype": "torch_dtype",
     "--max-memory-mb": "max_memory_mb",
+    "--ignore-generation-config": "ignore_generation_config",
     "--trust-remote-code": "trust_remote_code",
     "--allow-pickle": "allow_pickle",
 }
@@ -302,6 +310,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, help="keep the k likeliest; 0 is off (the model's own)"
     )
     parser.add_argument("--seed", type=int, help="of the sampling (1234)")
+    add_generation_config_argument(parser)
     parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
     parser.add_argument("--dtype", choices=choices(BaselineConfig, "torch_dtype"), help="(float32)")
     add_safety_arguments(parser)
