@@ -140,6 +140,16 @@ def add_safety_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_generation_config_argument(parser: argparse._ActionsContainer) -> None:
+    """Whether a checkpoint's own rules for its tokens count; a parser or a group."""
+    parser.add_argument(
+        "--ignore-generation-config",
+        action="store_true",
+        help="follow the token ids of the checkpoint's generation_config.json only, not its "
+        "suppress_tokens and the like",
+    )
+
+
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """``--prompt TEXT`` or ``--prompts FILE``; :func:`gather_prompts` reads them."""
     group = parser.add_mutually_exclusive_group(required=True)

@@ -126,9 +126,14 @@ class FakeConfig(Section):
 
 
 class Sampled(Section):
-    """What all kinds of files that decode here have in common."""
+    """What all kinds of files that decode here have in common.
+
+    ``ignore_generation_config``: of the checkpoint's generation_config.json follow the token ids
+    only, see `inferlab.models.generation_defaults`.
+    """
 
     do_sample: bool = True
+    ignore_generation_config: bool = False
     log_level: LogLevel = "INFO"
     seed: Seed = 1234
     max_memory_mb: Positive | None = None

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.config import SpecdecConfig
 from inferlab.models import HFModel, allowed_vocab
+from inferlab.models.generation_defaults import same_rule
 from inferlab.scheduler import NewText, text_decoder
 from inferlab.server.local_baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.server.ping_vllm import VLLMPingClient
@@ -176,6 +177,7 @@ class GenerateRunner:
             self.target.plain() as model,
             self.assistant.plain() if self.assistant is not None else nullcontext() as assistant,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            same_rule(model, ignore=self.config.ignore_generation_config),
         ):
             torch.manual_seed(self.config.seed)
             if assistant is not None:

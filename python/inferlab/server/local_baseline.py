@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from inferlab.cli_common import (
     add_config_argument,
+    add_generation_config_argument,
     add_output_arguments,
     add_prompt_arguments,
     add_safety_arguments,
@@ -28,6 +29,7 @@ from inferlab.cli_results import report, run_prompts, show_heading, show_line, s
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
 from inferlab.models.base import known_ids
+from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
 from inferlab.scheduler import NewText, text_decoder
 from inferlab.types import check_text
@@ -131,6 +133,8 @@ class LocalBaselineRunner:
         known = known_ids(self.tokenizer)
         if known < self.model.get_output_embeddings().weight.shape[0]:
             self._processors.insert(0, ForbidPadding(known))
+        if not config.ignore_generation_config:
+            warn_of_not_followed(self.model, self.model_name)
 
     @property
     def device(self) -> str:
@@ -247,7 +251,10 @@ class LocalBaselineRunner:
             options.update(temperature=None, top_p=None, top_k=None)
         pad = self.tokenizer.pad_token_id
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with (
+            torch.random.fork_rng(devices=devices),
+            same_rule(self.model, ignore=config.ignore_generation_config),
+        ):
             torch.manual_seed(config.seed)
             output: torch.Tensor = self.model.generate(
                 **inputs,
@@ -304,6 +311,7 @@ FLAGS = {
     "--device": "device",
     "--dtype": "torch_dtype",
     "--max-memory-mb": "max_memory_mb",
+    "--ignore-generation-config": "ignore_generation_config",
     "--trust-remote-code": "trust_remote_code",
     "--allow-pickle": "allow_pickle",
 }
@@ -323,6 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, help="keep the k likeliest; 0 is off (the model's own)"
     )
     parser.add_argument("--seed", type=int, help="of the sampling (1234)")
+    add_generation_config_argument(parser)
     parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
     parser.add_argument("--dtype", choices=choices(BaselineConfig, "torch_dtype"), help="(float32)")
     add_safety_arguments(parser)

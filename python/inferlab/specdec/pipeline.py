@@ -9,7 +9,8 @@ from numbers import Integral
 from typing import Any
 
 from inferlab.config import SpecdecConfig, load_config
-from inferlab.models import FakeLM, TargetModel
+from inferlab.models import FakeLM, HFModel, TargetModel
+from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
 from inferlab.specdec.assembly import load_model, plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
 from inferlab.specdec.drafters import ModelDrafter
@@ -122,6 +123,10 @@ class SpeculativePipeline:
             controller if isinstance(controller, Controller) else self._make_controller()
         )
         self.target = target if target is not None else self._load_target()
+        self._token_bias: dict[int, float] = {}
+        if isinstance(self.target, HFModel) and not config.ignore_generation_config:
+            self._token_bias = token_bias(self.target.model)
+            warn_of_not_followed(self.target.model, self.target.name)
         self._plan = plan_drafter(
             config, self.target, self.policy, self._max_levels(), draft, shape
         )
@@ -229,6 +234,11 @@ class SpeculativePipeline:
         values = self._defaults()
         values.update({name: value for name, value in given.items() if value is not None})
         values.update(params)
+        if self._token_bias:
+            bias = dict(values.get("logit_bias") or {})
+            for token, value in self._token_bias.items():
+                bias[token] = bias.get(token, 0.0) + value
+            values["logit_bias"] = bias
         if max_tokens is not None and "min_tokens" not in params:
             values["min_tokens"] = min(values["min_tokens"], max_tokens)
         requests = [

@@ -10,6 +10,7 @@ from typing import Any
 from inferlab.cli_common import (
     UsageError,
     add_config_argument,
+    add_generation_config_argument,
     add_output_arguments,
     add_prompt_arguments,
     add_safety_arguments,
@@ -57,6 +58,7 @@ FLAGS = {
     "--dtype": "dtype",
     "--max-memory-mb": "max_memory_mb",
     "--batch-size": "max_batch",
+    "--ignore-generation-config": "ignore_generation_config",
     "--trust-remote-code": "trust_remote_code",
     "--allow-pickle": "allow_pickle",
 }
@@ -163,6 +165,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="ends the text; may be given repeatedly"
     )
+    add_generation_config_argument(group)
     group.add_argument("--seed", type=int, help="the same seed gives the same tokens (1234)")
 
 
