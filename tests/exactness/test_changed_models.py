@@ -22,6 +22,7 @@ from inferlab.models.early_exit import EarlyExit
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import NgramDrafter
 from inferlab.specdec.engine import Engine
+from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.policies import Policy
 from inferlab.types import SamplingParams
 
@@ -247,7 +248,12 @@ def test_a_model_quantised_by_torch_runs_through_its_modules():
         pytest.skip("this torch cannot quantise")
     model = torch.ao.quantization.quantize_dynamic(tiny_model("llama"), {nn.Linear})
     expected = generated(model)
-    assert decoded(HFModel(model)) == expected
+    target = HFModel(model)
+    assert decoded(target) == expected
+    # Its activations' scale is that of all rows of a call: only plain decoding has one row.
+    pipeline = SpeculativePipeline(target=target, draft_mode="none", kv_memory_mb=16)
+    result = pipeline.generate(PROMPT, NEW_TOKENS, ignore_eos=True)
+    assert result["token_ids"] == expected
 
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])

@@ -137,6 +137,13 @@ def unwrapped(model: Any, name: str) -> PreTrainedModel:
     return model
 
 
+def head_weight(model: Any) -> torch.Tensor:
+    """[V, H] of the output head; torch's quantised linears have a method for it."""
+    weight = model.get_output_embeddings().weight
+    found: torch.Tensor = weight() if callable(weight) else weight
+    return found
+
+
 def execution_device(model: PreTrainedModel, weight: torch.Tensor, name: str) -> torch.device:
     """Where a model computes: where its weights are, or where accelerate brings them.
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+from inferlab.models.architecture import head_weight
+
 logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Any] = WeakSet()  # models, each of which is worth one warning
@@ -62,7 +64,7 @@ def token_bias(model: Any) -> dict[int, float]:
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
-    vocab_size = model.get_output_embeddings().weight.shape[0]
+    vocab_size = head_weight(model).shape[0]
     bias: dict[int, float] = {}
     for name in _BIASES:
         for token, value in (_single_tokens(config, name) or {}).items():

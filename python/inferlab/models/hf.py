@@ -19,6 +19,7 @@ from inferlab.models.architecture import (
     check_model,
     decoder_layers,
     execution_device,
+    head_weight,
     plan_forward,
     trial_pass,
     unwrapped,
@@ -78,8 +79,7 @@ class HFModel:
         # Forwards hook modules, replay graphs and may change rotary tables: one at a time.
         self._lock = threading.RLock()
         self._head = model.get_output_embeddings()
-        weight = self._head.weight
-        weight = weight() if callable(weight) else weight  # torch's quantised linears have a method
+        weight = head_weight(model)
         self.vocab_size: int = weight.shape[0]
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
         self.context_length: int | None = context_length(self.config)

@@ -28,6 +28,7 @@ from inferlab.cli_common import (
 from inferlab.cli_results import report, run_prompts, show_heading, show_line, show_text
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
+from inferlab.models.architecture import head_weight
 from inferlab.models.base import known_ids
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
@@ -131,7 +132,7 @@ class LocalBaselineRunner:
         self.tokenizer: Any = loaded.tokenizer
         self._processors = LogitsProcessorList([_RefuseNan(config.model)])
         known = known_ids(self.tokenizer)
-        if known < self.model.get_output_embeddings().weight.shape[0]:
+        if known < head_weight(self.model).shape[0]:
             self._processors.insert(0, ForbidPadding(known))
         if not config.ignore_generation_config:
             warn_of_not_followed(self.model, self.model_name)
