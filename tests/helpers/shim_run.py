@@ -38,7 +38,9 @@ def device_tests(
 
     Returns: its exit status and, in stdout, all it said; a sanitizer's report is part of that.
     """
-    env = {**os.environ, **shim_build.SANITIZER_OPTIONS}
+    # A process of its own, whatever workers and options the tests around it have.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    env |= shim_build.SANITIZER_OPTIONS
     # Torch's OpenMP threads are not instrumented: TSan would see races between them.
     env["OMP_NUM_THREADS"] = "1"
     if variant in shim_build.SANITIZER_LIBRARIES:

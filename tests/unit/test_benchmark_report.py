@@ -41,7 +41,7 @@ def saved(tmp_path_factory):
         timeout=600,
         cwd=ROOT,
         # Not as a worker of these tests: there are no benchmarks in such.
-        env={k: v for k, v in os.environ.items() if "XDIST" not in k} | {"COLUMNS": "200"},
+        env={k: v for k, v in os.environ.items() if "PYTEST_" not in k} | {"COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return file, done.stdout

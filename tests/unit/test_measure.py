@@ -90,10 +90,10 @@ def test_ctrl_c_keeps_what_there_is():
     assert [run.row()["latency_ms"] for run in measured.runs] == [2.0]
 
 
-def test_an_error_of_the_program_is_not_swallowed():
-    runners = {"a": Scripted("a", [], [TypeError("bug")])}
-    with pytest.raises(TypeError, match="bug"):
-        measure(runners, ["p"], iterations=1, warmup=0)
+def test_an_error_of_the_program_is_named_and_loses_no_other_run():
+    runners = {"a": Scripted("a", [], [1.0, TypeError("bug"), 2.0])}
+    measured = measure(runners, ["p"], iterations=3, warmup=0)
+    assert [run.error for run in measured.runs] == [None, "TypeError: bug", None]
 
 
 # --- figures and speedups ------------------------------------------------------------------------
