@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from inferlab import _C
 from inferlab.models import HFModel
 from inferlab.types import SamplingParams
+
+
+def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The ``count`` new tokens of transformers' own greedy `generate`, ends of text ignored."""
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
 
 
 def scores_after(target: HFModel, tokens: list[int], params: SamplingParams) -> torch.Tensor:

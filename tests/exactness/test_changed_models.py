@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from exactness.compare import assert_same_tokens
+from exactness.compare import assert_same_tokens, generated
 from helpers.tiny_models import tiny_model
 from inferlab.models import HFModel, UnsupportedArchitectureError
 from inferlab.models.early_exit import EarlyExit
@@ -150,20 +150,6 @@ CHANGES: tuple[Callable[[nn.Module], None], ...] = (
 )
 
 
-def generated(model) -> list[int]:
-    ids = torch.tensor([PROMPT])
-    with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return output[0, len(PROMPT) :].tolist()
-
-
 def decoded(target, drafter=None) -> list[int]:
     cache = target.new_cache(8)
     (result,) = Engine(target, cache, Policy(), FixedController(4), drafter).generate(
@@ -180,10 +166,12 @@ def check(target, expected, what):
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_change_counts(family, change):
-    untouched = generated(tiny_model(family))
+    untouched = generated(tiny_model(family), PROMPT, NEW_TOKENS)
     model = tiny_model(family)
     change(model)
-    expected = generated(copy.deepcopy(model) if change is not accelerate_hook else model)
+    expected = generated(
+        copy.deepcopy(model) if change is not accelerate_hook else model, PROMPT, NEW_TOKENS
+    )
     assert expected != untouched, "the change shows in no token: nothing was tested"
     target = HFModel(model)
     assert target._fused is None
@@ -195,7 +183,7 @@ def test_a_change_counts(family, change):
 def test_a_change_made_later_counts_from_the_next_prompt_on(family, change):
     changed = tiny_model(family)
     change(changed)
-    expected = generated(changed)
+    expected = generated(changed, PROMPT, NEW_TOKENS)
     target = HFModel(tiny_model(family))
     shallow = EarlyExit(target, 2)
     untouched = decoded(target)
@@ -224,7 +212,7 @@ def test_weights_that_are_exchanged_or_written_to_count(family):
         else:
             getattr(layer_of(model).self_attn, name).weight = nn.Parameter(new)
         with target.plain() as plain:
-            expected = generated(plain)
+            expected = generated(plain, PROMPT, NEW_TOKENS)
         check(target, expected, f"{family}, {name}")
         assert target._fused is not None
 
@@ -236,9 +224,9 @@ def test_a_class_whose_forward_was_exchanged_is_not_stood_in_for(monkeypatch):
     def forward(self, x):
         return 0.3 * old(self, x)
 
-    untouched = generated(tiny_model("llama"))
+    untouched = generated(tiny_model("llama"), PROMPT, NEW_TOKENS)
     monkeypatch.setattr(kind, "forward", forward)
-    expected = generated(tiny_model("llama"))
+    expected = generated(tiny_model("llama"), PROMPT, NEW_TOKENS)
     assert expected != untouched
     check(HFModel(tiny_model("llama")), expected, "patched class")
 
@@ -247,7 +235,7 @@ def test_a_model_quantised_by_torch_runs_through_its_modules():
     if not torch.backends.quantized.supported_engines:
         pytest.skip("this torch cannot quantise")
     model = torch.ao.quantization.quantize_dynamic(tiny_model("llama"), {nn.Linear})
-    expected = generated(model)
+    expected = generated(model, PROMPT, NEW_TOKENS)
     target = HFModel(model)
     assert decoded(target) == expected
     # Its activations' scale is that of all rows of a call: only plain decoding has one row.
@@ -259,7 +247,7 @@ def test_a_model_quantised_by_torch_runs_through_its_modules():
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
 def test_offloaded_weights_are_brought_by_accelerate(offload, tmp_path):
     accelerate = pytest.importorskip("accelerate")
-    expected = generated(tiny_model("llama"))
+    expected = generated(tiny_model("llama"), PROMPT, NEW_TOKENS)
     folder = {"offload_dir": str(tmp_path)} if offload == "disk_offload" else {}
     place = torch.device("cpu")
     model = getattr(accelerate, offload)(tiny_model("llama"), execution_device=place, **folder)
@@ -282,19 +270,19 @@ def test_a_model_on_several_gpus_is_refused():
 
 
 def test_a_compiled_model_runs_its_own_modules():
-    expected = generated(tiny_model("llama"))
+    expected = generated(tiny_model("llama"), PROMPT, NEW_TOKENS)
     check(HFModel(torch.compile(tiny_model("llama"), backend="eager")), expected, "compiled")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_adapters_count(family):
     peft = pytest.importorskip("peft")
-    untouched = generated(tiny_model(family))
+    untouched = generated(tiny_model(family), PROMPT, NEW_TOKENS)
     torch.manual_seed(0)
     names = ["qkv_proj"] if family == "phi3" else ["q_proj", "v_proj"]
     config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model(family), config).eval()
-    expected = generated(model)
+    expected = generated(model, PROMPT, NEW_TOKENS)
     assert expected != untouched
     check(HFModel(model), expected, "LoRA")
     assert decoded(HFModel(tiny_model(family))) == untouched

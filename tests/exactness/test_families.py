@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from exactness.compare import assert_same_tokens
+from exactness.compare import assert_same_tokens, generated
 from helpers.tiny_models import FAMILIES, VOCAB, tiny_model
 from inferlab.models import HFModel
 from inferlab.specdec.controllers import FixedController
@@ -89,17 +89,8 @@ def plain_tokens(family: str, params: SamplingParams, device: str = "cpu") -> li
 def test_plain_decoding_is_generate(device, family):
     target = target_of(family, device)
     for prompt, tokens in zip(PROMPTS, plain_tokens(family, GREEDY, device), strict=True):
-        ids = torch.tensor([prompt], device=device)
-        with target.plain() as model, torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        expected = output[0, len(prompt) :].tolist()
+        with target.plain() as model:
+            expected = generated(model, prompt, NEW_TOKENS)
         assert_same_tokens(target, prompt, expected, tokens, GREEDY, f"{family}, generate")
 
 

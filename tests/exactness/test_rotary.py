@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from exactness.compare import generated
 from exactness.test_graphs import graphs_of
 from helpers.tiny_models import VOCAB, random_model
 from inferlab.models import HFModel
@@ -121,25 +122,16 @@ def target_of(name: str) -> HFModel:
     return target
 
 
-def generated(config: PreTrainedConfig, prompt: list[int], count: int = NEW_TOKENS) -> list[int]:
+def by_fresh_model(
+    config: PreTrainedConfig, prompt: list[int], count: int = NEW_TOKENS
+) -> list[int]:
     """By a model that has seen no other text: dynamic scaling keeps what the last one left."""
-    model = random_model(config, seed=3)
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return output[0, len(prompt) :].tolist()
+    return generated(random_model(config, seed=3), prompt, count)
 
 
 @cache
 def expected_of(name: str) -> list[list[int]]:
-    return [generated(config_of(name), prompt) for prompt in PROMPTS]
+    return [by_fresh_model(config_of(name), prompt) for prompt in PROMPTS]
 
 
 def run(
@@ -171,7 +163,7 @@ def test_tokens_are_those_of_generate_alone_and_in_a_batch(name, shape):
 def test_the_switch_shows(name):
     """What the tests here are about: other tokens, were the frequencies never to change."""
     config = config_of(name, switch=4096, context=4096)
-    fixed = [generated(config, prompt) for prompt in PROMPTS]
+    fixed = [by_fresh_model(config, prompt) for prompt in PROMPTS]
     same = [a == b for a, b in zip(fixed, expected_of(name), strict=True)]
     assert same[3]
     assert not any(same[:3]) if name != "gemma3" else not all(same[:3])
@@ -263,6 +255,8 @@ def test_a_stretched_context_can_be_used(name):
     for count in (NEW_TOKENS, limit - 50):
         engine = Engine(target, target.new_cache(64), Policy(), FixedController(1))
         params = SamplingParams(max_tokens=count, ignore_eos=True)
-        assert engine.generate([(prompt, params)])[0].token_ids == generated(config, prompt, count)
+        assert engine.generate([(prompt, params)])[0].token_ids == by_fresh_model(
+            config, prompt, count
+        )
     with pytest.raises(ValueError, match=f"exceed the context .* \\({limit} tokens\\)"):
         engine.submit(prompt, SamplingParams(max_tokens=limit - 49))
