@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from helpers.serving import Serving
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Request:
     payload: Any
 
 
-class FaultyServer:
+class FaultyServer(Serving):
     """Answers the n-th request by the n-th answer queued, the last one again and again."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
@@ -121,16 +122,6 @@ class FaultyServer:
     @property
     def posts(self) -> list[Request]:
         return [request for request in self.requests if request.method == "POST"]
-
-    def __enter__(self) -> FaultyServer:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 @contextmanager

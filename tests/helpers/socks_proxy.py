@@ -6,8 +6,10 @@ import socket
 import socketserver
 import threading
 
+from helpers.serving import Serving
 
-class SocksProxy:
+
+class SocksProxy(Serving):
     """``asked`` holds the (host, port) of each connection; all go to ``port`` of this machine."""
 
     def __init__(self, port: int) -> None:
@@ -33,16 +35,6 @@ class SocksProxy:
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.address = f"127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> SocksProxy:
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:
