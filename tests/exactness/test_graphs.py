@@ -23,7 +23,7 @@ from exactness.test_families import (
 )
 from inferlab.models import ForwardBatch, ForwardOutput
 from inferlab.models.early_exit import EarlyExit
-from inferlab.models.graphs import USES_BEFORE_CAPTURE, Captured, ForwardGraphs
+from inferlab.models.graphs import MAX_GRAPHS, USES_BEFORE_CAPTURE, Captured, ForwardGraphs
 
 
 class Repeat:
@@ -142,12 +142,25 @@ def test_shapes_do_not_share_a_graph():
     assert repeat.captures == len(batches) + 1
 
 
+def test_shapes_that_came_up_once_take_no_graphs_place():
+    """Prompts have many lengths; the steps behind them must still be captured."""
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(16)
+    with torch.inference_mode():
+        for length in range(1, MAX_GRAPHS + 2):
+            graphs.forward(batch_of([[5] * length], 0, pages=8), cache, ())
+    assert repeat.captures == 0
+    run_until_captured(graphs, batch_of([[5]], 3), cache)
+    assert repeat.captures == 1
+
+
 def test_graphs_go_with_their_cache():
     target = target_of("llama")
     graphs = ForwardGraphs(target._run, lambda call: (call(), lambda: None))
     cache = target.new_cache(8)
     run_until_captured(graphs, batch_of([[5]], 3), cache)
-    (held,) = graphs._of_cache.values()
+    ((held, _),) = graphs._of_cache.values()
     assert any(isinstance(each, Captured) for each in held.values())
     del cache
     assert len(graphs._of_cache) == 0
@@ -180,7 +193,7 @@ def test_cuda_captures_the_forwards_of_targets_and_early_exits():
         output = run_until_captured(model._graphs, batch, cache)
         with torch.inference_mode():
             assert torch.equal(output.logits, model._run(batch, cache, ()).logits)
-        (held,) = model._graphs._of_cache.values()
+        ((held, _),) = model._graphs._of_cache.values()
         assert any(isinstance(each, Captured) for each in held.values())
 
 

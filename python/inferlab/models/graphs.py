@@ -12,6 +12,7 @@ of `fused`. One that cannot be captured runs as before.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class ForwardGraphs:
     ) -> None:
         self._forward = forward
         self._capture = capture or _CudaCapture()
-        self._of_cache: WeakKeyDictionary[KVCache, dict[Shape, int | Captured]]
+        self._of_cache: WeakKeyDictionary[KVCache, tuple[dict[Shape, Captured], Counter[Shape]]]
         self._of_cache = WeakKeyDictionary()
         self._can_capture = True
 
@@ -88,19 +89,18 @@ class ForwardGraphs:
         if not self._can_capture or rows > MAX_ROWS:
             return self._forward(batch, cache, layers)
         shape = _shape_of(batch, layers)
-        graphs = self._of_cache.setdefault(cache, {})
-        known = graphs.get(shape, 0)
-        if isinstance(known, int):
-            if known < USES_BEFORE_CAPTURE or len(graphs) > MAX_GRAPHS:
-                graphs[shape] = known + 1
-                return self._forward(batch, cache, layers)
-            captured = self._captured(batch, cache, layers, shape)
-            if captured is None:
-                return self._forward(batch, cache, layers)
-            graphs[shape] = known = captured
-        _copy_inputs(batch, known.batch)
-        known.replay()
-        logits, features = known.output
+        graphs, uses = self._of_cache.setdefault(cache, ({}, Counter()))
+        captured = graphs.get(shape)
+        if captured is None and len(graphs) < MAX_GRAPHS:
+            uses[shape] += 1
+            if uses[shape] > USES_BEFORE_CAPTURE:
+                captured = self._captured(batch, cache, layers, shape)
+        if captured is None:
+            return self._forward(batch, cache, layers)
+        graphs[shape] = captured
+        _copy_inputs(batch, captured.batch)
+        captured.replay()
+        logits, features = captured.output
         return ForwardOutput(logits.clone(), None if features is None else features.clone())
 
     def _captured(
