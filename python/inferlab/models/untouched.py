@@ -18,9 +18,12 @@ from torch import nn
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling this module, not those below it, runs the forward of its class and nothing
     else."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return False
-    return _is_own_forward(type(module))
+    return _runs_its_class(module) and _is_own_forward(type(module))
+
+
+def _runs_its_class(module: nn.Module) -> bool:
+    watched = module._forward_hooks or module._forward_pre_hooks
+    return not watched and "forward" not in vars(module)
 
 
 def _is_own_forward(kind: type) -> bool:
@@ -45,8 +48,11 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _facts(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        yield id(module), type(module), is_untouched(module)
+    modules = list(model.modules())
+    for kind in dict.fromkeys(map(type, modules)):  # layers repeat, and this is asked per prompt
+        yield kind, _is_own_forward(kind)
+    for module in modules:
+        yield id(module), type(module), _runs_its_class(module)
         for parameter in module._parameters.values():
             yield None if parameter is None else _place(parameter)
 
