@@ -36,7 +36,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-rm -f "$out"/{status.txt,setup.log,tests.log,tests.xml,kernels.log,kernels.jsonl,decode.log,decode.jsonl}
+rm -f "$out"/{status.txt,{setup,tests,kernels,decode,sanitizer,ncu}.log,tests.xml,{kernels,decode}.jsonl}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false COLUMNS=160
 export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 SECONDS=0
@@ -124,9 +124,9 @@ if [[ $mode == deep ]]; then
   }
   profile bench_attention.py attention "cuda and bench_decode and bf16 and Hq32"
   profile bench_verify.py verify "cuda and bench_match and B1-N64 and V151936"
-  # shellcheck disable=SC2086
-  [[ -z $rerun ]] || (cd tests/kernels/device && stage rerun 60 tests.log \
-    python3 -m pytest -q -p no:cacheprovider -m gpu $rerun)
+  read -ra again <<<"$rerun"
+  ((${#again[@]} == 0)) || stage rerun 60 tests.log python3 -m pytest -q -p no:cacheprovider -m gpu \
+    "${again[@]/#/tests/kernels/device/}"
 else
   stage smoke 60 tests.log python3 benchmarks/device/smoke.py "${smoke[@]}"
   stage tests 120 tests.log python3 -m pytest -q -p no:cacheprovider --maxfail=20 --tb=short \
