@@ -12,6 +12,9 @@
 #include <dlfcn.h>
 #include <sched.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace inferlab::cpu {
 namespace {
@@ -28,6 +31,10 @@ int default_threads() {
 }
 
 std::atomic<int> g_threads{0};
+
+// In a child of fork the number of threads its parent used, else 0. OpenMP's and the pool's threads
+// are gone there, and OpenMP waits for its own for ever; so the child gets a new pool.
+std::atomic<int> g_inherited_threads{0};
 
 struct Job {
   const std::function<void(int64_t)>* body;
@@ -55,6 +62,7 @@ GompParallel find_openmp() {
 
 // Looked up until found: torch may be imported after us.
 GompParallel openmp() {
+  if (g_inherited_threads.load(std::memory_order_relaxed) > 0) return nullptr;
   static std::atomic<GompParallel> found{nullptr};
   GompParallel fn = found.load(std::memory_order_relaxed);
   if (fn == nullptr) {
@@ -140,11 +148,18 @@ class Pool {
   bool stop_ = false;
 };
 
-// Never destroyed: at exit the workers' threads may be gone already.
-Pool& pool() {
-  static Pool* instance = new Pool;
-  return *instance;
-}
+// Never destroyed: at exit, and in a child of fork, the workers' threads may be gone already.
+std::atomic<Pool*> g_pool{new Pool};
+
+#if defined(__unix__) || defined(__APPLE__)
+int g_threads_at_fork = 0;
+
+const int g_fork_handlers = pthread_atfork([] { g_threads_at_fork = num_threads(); }, nullptr,
+                                           [] {
+                                             g_inherited_threads.store(g_threads_at_fork);
+                                             g_pool.store(new Pool);
+                                           });
+#endif
 
 }  // namespace
 
@@ -153,6 +168,8 @@ void set_num_threads(int n) { g_threads.store(n < 0 ? 0 : n); }
 int num_threads() {
   const int n = g_threads.load(std::memory_order_relaxed);
   if (n > 0) return n;
+  const int inherited = g_inherited_threads.load(std::memory_order_relaxed);
+  if (inherited > 0) return inherited;
   const int team = openmp_threads();
   if (team > 0) return team;
   static const int fallback = default_threads();
@@ -178,7 +195,7 @@ void parallel_for(int64_t tasks, int64_t bytes, const std::function<void(int64_t
   auto job = std::make_shared<Job>();
   job->body = &body;
   job->tasks = tasks;
-  pool().run(job, static_cast<int>(threads));
+  g_pool.load()->run(job, static_cast<int>(threads));
 }
 
 }  // namespace inferlab::cpu

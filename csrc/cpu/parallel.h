@@ -1,5 +1,6 @@
 // Threads for the CPU ops. Where an OpenMP runtime is already loaded (torch's), its team is used,
-// so that its spinning workers and ours do not fight for the same cores; otherwise an own pool.
+// so that its spinning workers and ours do not fight for the same cores; otherwise, and in a child
+// of fork, where OpenMP's threads are gone, an own pool.
 #pragma once
 
 #include <cstdint>

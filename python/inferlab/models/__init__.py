@@ -6,6 +6,7 @@ from inferlab.models.base import TargetModel, allowed_vocab
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
+from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
@@ -29,4 +30,5 @@ __all__ = [
     "allowed_vocab",
     "resolve_model_path",
     "tokenizer_difference",
+    "use_threads_that_exist",
 ]

@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from inferlab.models.architecture import check_config
 from inferlab.models.assets import resolve_model_path
+from inferlab.models.forked import use_threads_that_exist
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def load(
         ModelTooLargeError: over `max_memory_mb`.
         ValueError: an unknown device or dtype.
     """
+    use_threads_that_exist()
     name = str(name_or_path)
     source = resolve_model_path(name_or_path)
     target_device = choose_device(device, device_priority)

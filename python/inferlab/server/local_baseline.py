@@ -30,6 +30,7 @@ from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.models import loading
 from inferlab.models.architecture import head_weight
 from inferlab.models.base import known_ids
+from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
 from inferlab.scheduler import NewText, text_decoder
@@ -206,6 +207,7 @@ class LocalBaselineRunner:
             config = self.config
 
         check_text("prompt", prompt)
+        use_threads_that_exist()
         start = time.perf_counter()
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         prompt_length = int(inputs["input_ids"].shape[1])

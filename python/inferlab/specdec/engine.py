@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,13 @@ import numpy as np
 import torch
 
 from inferlab import kernels
-from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
+from inferlab.models import (
+    ForwardBatch,
+    ForwardOutput,
+    KVCache,
+    TargetModel,
+    use_threads_that_exist,
+)
 from inferlab.models.transfer import upload
 from inferlab.scheduler import (
     NewText,
@@ -77,6 +84,7 @@ class Engine:
             PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
         )
         self._ids = count()
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._generating: int | None = None  # the thread that holds the lock
         self._batch: Batch | None = None
@@ -153,8 +161,10 @@ class Engine:
 
         Raises:
             Interrupted: on Ctrl-C, with the partial results.
-            RuntimeError: called from ``on_finish``.
+            RuntimeError: called from ``on_finish``; or in a child of `fork` that cannot go on with
+                what it was given: a model on a GPU, or an engine in the middle of another call.
         """
+        self._enter_process()
         if self._generating == threading.get_ident():
             raise RuntimeError(
                 "generate was called from within its own callback; collect what is to be done and "
@@ -166,6 +176,24 @@ class Engine:
                 return self._generate(requests, on_finish)
             finally:
                 self._generating = None
+
+    def _enter_process(self) -> None:
+        """Makes the engine usable in a child of `fork`, or says that it is not."""
+        use_threads_that_exist()
+        if self._process == os.getpid():
+            return
+        if self.target.device.type != "cpu" or self._generating is not None:
+            what = (
+                "is in the middle of another call"
+                if self.target.device.type == "cpu"
+                else f"has its model on {self.target.device}"
+            )
+            raise RuntimeError(
+                f"this process was forked from one whose engine {what}, and cannot use it; load "
+                f"the model in the child, or start it with multiprocessing's 'spawn'"
+            )
+        self._process = os.getpid()
+        self._lock = threading.Lock()
 
     def _generate(
         self,
