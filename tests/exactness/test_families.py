@@ -10,6 +10,7 @@ import torch
 from exactness.compare import assert_same_tokens, generated
 from helpers.tiny_models import FAMILIES, VOCAB, tiny_model
 from inferlab.models import HFModel
+from inferlab.scheduler import Request
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -127,11 +128,11 @@ def test_a_long_text_beside_one_that_has_just_come(family):
     texts = [[(5 * i) % 97 + 3 for i in range(100)], [(3 * i) % 89 + 3 for i in range(60)]]
     plain = engine(family, max_batch=1).generate([(text, GREEDY) for text in texts])
     speculative = engine(family, "vanilla")
-    results = [speculative.submit(texts[0], GREEDY)]
+    results = [speculative.add(Request(texts[0], GREEDY))]
     speculative.step()
-    results.append(speculative.submit(texts[1], GREEDY))
+    results.append(speculative.add(Request(texts[1], GREEDY)))
     while speculative.scheduler.running or speculative.scheduler.waiting:
         speculative.step()
-    for text, expected, sequence in zip(texts, plain, results, strict=True):
-        tokens = sequence.tokens[len(text) :]
+    for text, expected, request in zip(texts, plain, results, strict=True):
+        tokens = request.tokens[len(text) :]
         assert_same_tokens(target_of(family), text, expected.token_ids, tokens, GREEDY, family)

@@ -243,7 +243,7 @@ BAD_SPECDEC = [
     ),
     (
         "tree: grown",
-        "tree: 'grown' is not for draft_mode: 'vanilla'; only 'eagle' and 'medusa' grow",
+        "tree: 'grown' is not for draft_mode: 'vanilla'; only 'medusa' and 'eagle' grow",
     ),
     ("eagle: {enabled: true}", "eagle.enabled: true contradicts draft_mode: 'vanilla'"),
 ]

@@ -122,8 +122,7 @@ def test_counts_add_up():
     result = make_engine().generate([(PROMPTS[0], SamplingParams(max_tokens=64))])[0]
     stats = result.stats
     assert len(result.token_ids) == 64
-    # One token comes from the prompt's forward, all others from steps.
-    assert stats.emitted == 63
+    assert stats.emitted == 64  # every token comes out of a step
     assert stats.prefill_forwards == 1
     assert stats.target_forwards == stats.steps + 1
     assert stats.accepted + stats.steps == stats.emitted
@@ -131,9 +130,9 @@ def test_counts_add_up():
     assert sum(result.timings_ms.values()) == pytest.approx(result.latency_ms, rel=1e-6)
 
 
-def test_max_tokens_of_one_needs_no_step():
+def test_max_tokens_of_one_needs_no_draft():
     result = make_engine().generate([(PROMPTS[0], SamplingParams(max_tokens=1))])[0]
-    assert (len(result.token_ids), result.stats.steps) == (1, 0)
+    assert (len(result.token_ids), result.stats.steps, result.stats.proposed) == (1, 1, 0)
     assert result.finish_reason == "length"
 
 
@@ -246,7 +245,7 @@ class BrokenLM(FakeLM):
 
     def forward(self, batch, cache):
         logits = super().forward(batch, cache)
-        positions = batch.positions[:, -logits.shape[1] :, None]
+        positions = batch.positions[:, batch.positions.shape[1] - logits.shape[1] :, None]
         return torch.where(positions >= self.good, float("nan"), logits)
 
 

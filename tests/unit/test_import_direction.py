@@ -13,7 +13,7 @@ PACKAGE = Path(inferlab.__file__).resolve().parent
 
 # A room may use rooms of lower floors and itself; rooms of one floor do not know each other.
 FLOORS = (
-    {"types", "config", "config_file", "config_types", "cli_common", "cli_results"},
+    {"types", "config", "config_file", "config_types", "draft_modes", "cli_common", "cli_results"},
     {"_C"},
     {"kernels"},
     {"models", "scheduler"},

@@ -16,7 +16,8 @@ from inferlab.benchmarks.measure import Measurements, Runner, measure
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
 from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
-from inferlab.config import SpecdecConfig, choices, tree_misfit
+from inferlab.config import SpecdecConfig, choices
+from inferlab.draft_modes import tree_misfit
 from inferlab.models import HFModel
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline

@@ -43,8 +43,12 @@ class TargetModel(Protocol):
         """A zeroed paged cache that fits this model."""
         ...
 
+    def notice_changes(self) -> None:
+        """Called before a text is read: what was changed about the model counts from here on."""
+        ...
+
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Writes K/V to `cache`; returns logits [B, N, V], or [B, 1, V] with ``last_only``."""
+        """Writes K/V to `cache`; returns logits [B, N, V] (see `ForwardBatch` for fewer)."""
         ...
 
     def forward_with_features(

@@ -15,7 +15,7 @@ class ForwardOutput(NamedTuple):
     """What a pass gives to the drafter as well.
 
     Attributes:
-        logits: [B, N, V]; [B, 1, V] with ``last_only``.
+        logits: [B, N, V]; [B, 1, V] with ``last_only``, [B, 0, V] where not ``scored``.
         features: [B, N, F], the hidden states asked for, one after the other in the last
             dimension; of all rows, also with ``last_only``. None where none were asked for.
     """
@@ -43,6 +43,7 @@ class ForwardBatch:
         node_offset: nodes of the same tree that earlier passes have already written behind
             ``seq_lens`` (a draft model growing its tree level by level).
         last_only: return logits of each sequence's last real row only, as [B, 1, V].
+        scored: False where a text is only read: there are no logits then, [B, 0, V].
         prompt_lens: [B] i32, tokens of the text that `generate` reads in one forward, these nodes
             among them: what scales positions by length takes all of them as that long (see
             `rotary`). None: every node is read in a forward of its own, as decoding does.
@@ -56,4 +57,5 @@ class ForwardBatch:
     num_nodes: torch.Tensor | None = None
     node_offset: int = 0
     last_only: bool = False
+    scored: bool = True
     prompt_lens: torch.Tensor | None = None

@@ -62,10 +62,12 @@ class EarlyExit(HFModel):
         self._graphs = self._new_graphs()
         self._facts = target._facts
 
-    def _notice_changes(self) -> None:
-        self._target._notice_changes()
-        if self._facts is not self._target._facts:
-            self._build()
+    def notice_changes(self) -> None:
+        """See `HFModel`."""
+        with self._lock:
+            self._target.notice_changes()
+            if self._facts is not self._target._facts:
+                self._build()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

@@ -87,6 +87,9 @@ class FakeLM:
         """A cache of one layer, one head, one channel: token ids as keys, positions as values."""
         return KVCache([(1, 1)], num_pages, page_size, dtype=torch.float32)
 
+    def notice_changes(self) -> None:
+        """Nothing about it can be changed."""
+
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         """Stores the new tokens, hashes each node's context, returns f32 logits (see `HFModel`)."""
         B, N = batch.tokens.shape
@@ -115,7 +118,9 @@ class FakeLM:
             seen = _path_sums(nodes, batch, b, N)
             hashes[b, : len(seen)] = prefix.sum(dtype=np.uint64) + seen
             hashes[b, len(seen) :] = 0
-        if batch.last_only:
+        if not batch.scored:
+            hashes = hashes[:, :0]
+        elif batch.last_only:
             hashes = hashes[np.arange(B), num_nodes - 1][:, None]
         return torch.from_numpy(self._logits(_mix(hashes + self._key)))
 

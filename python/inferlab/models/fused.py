@@ -74,7 +74,9 @@ class FusedDecoder:
             if index in feature_layers:
                 features[index] = hidden.clone()  # the next layer may add in place
         rows = None
-        if batch.last_only and nodes > 1:
+        if not batch.scored:
+            rows = torch.empty(0, dtype=torch.int64, device=hidden.device)
+        elif batch.last_only and nodes > 1:
             last = nodes - 1 if batch.num_nodes is None else batch.num_nodes.long() - 1
             rows = torch.arange(size, device=hidden.device) * nodes + last
         if rows is not None and FINAL_HIDDEN not in feature_layers:
@@ -83,7 +85,9 @@ class FusedDecoder:
         features[FINAL_HIDDEN] = hidden
         if rows is not None:
             hidden = hidden[rows]
-        logits = product(hidden, self._head.weight, self._head.bias).view(size, -1, self._vocab)
+        logits = product(hidden, self._head.weight, self._head.bias).view(
+            size, len(hidden) // size, self._vocab
+        )
         if not feature_layers:
             return ForwardOutput(logits)
         wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]

@@ -165,8 +165,8 @@ class HFModel:
             cache: from `new_cache` of this model.
 
         Returns:
-            logits [B, N, V] in the model's dtype; [B, 1, V] with ``batch.last_only``. Rows at
-            padding hold no meaning.
+            logits [B, N, V] in the model's dtype (fewer where ``batch`` says so). Rows at padding
+            hold no meaning.
         """
         return self.forward_with_features(batch, cache, ()).logits
 
@@ -187,8 +187,6 @@ class HFModel:
                     f"numbered from 0, and -1 is what the output head sees"
                 )
         with self._lock:
-            if batch.last_only:
-                self._notice_changes()
             if self._graphs is not None:
                 return self._graphs.forward(batch, cache, layers)
             return self._run(batch, cache, layers)
@@ -211,17 +209,16 @@ class HFModel:
             "use_cache": False,
             STEP_KEYWORD: step,
         }
-        cut = batch.last_only and batch.tokens.shape[1] > 1
         with self._stable, self._watched(layers) as features:
             if plan.decoder_forward is not None:
                 hidden = plan.decoder_forward(plan.decoder, **inputs).last_hidden_state
                 features[FINAL_HIDDEN] = hidden
-                logits = self._head(_last_rows(hidden, batch) if cut else hidden)
+                logits = self._head(_scored_rows(hidden, batch))
             else:
 
                 def see(hidden: torch.Tensor) -> torch.Tensor:
                     features[FINAL_HIDDEN] = hidden
-                    return _last_rows(hidden, batch) if cut else hidden
+                    return _scored_rows(hidden, batch)
 
                 with _head_input(self._head, see):
                     logits = self._model(**inputs).logits
@@ -239,12 +236,13 @@ class HFModel:
         )
         self._facts = fingerprint(self._model)
 
-    def _notice_changes(self) -> None:
-        """Where modules or weights were exchanged, hooked or given another forward since the last
-        prompt, what was built on them is built anew."""
-        if fingerprint(self._model) != self._facts:
-            logger.info("%s was changed: what runs it is built anew", self.name)
-            self._build()
+    def notice_changes(self) -> None:
+        """Where modules or weights were exchanged, hooked or given another forward since it was
+        called last, what was built on them is built anew."""
+        with self._lock:
+            if fingerprint(self._model) != self._facts:
+                logger.info("%s was changed: what runs it is built anew", self.name)
+                self._build()
 
     def _new_graphs(self) -> ForwardGraphs | None:
         """Graphs of this model's forward, where it can be captured."""
@@ -298,8 +296,12 @@ class HFModel:
         check_against_plain(plain, paged, self.name, self.config.model_type)
 
 
-def _last_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-    """[B, N, H] to [B, 1, H]: each sequence's last real row."""
+def _scored_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """The rows of [B, N, H] whose logits are asked for."""
+    if not batch.scored:
+        return hidden[:, :0]
+    if not batch.last_only:
+        return hidden
     if batch.num_nodes is None:
         return hidden[:, -1:]
     rows = torch.arange(hidden.shape[0], device=hidden.device)

@@ -33,7 +33,7 @@ from inferlab.models.base import known_ids
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
-from inferlab.scheduler import NewText, text_decoder
+from inferlab.specdec.text import NewText, text_decoder
 from inferlab.types import check_text
 
 logger = logging.getLogger(__name__)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
 from inferlab.config import SpecdecConfig, load_config
+from inferlab.draft_modes import DRAFT_MODES
 from inferlab.models import FakeLM, HFModel, TargetModel
 from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
-from inferlab.specdec.assembly import load_model, plan_drafter
+from inferlab.scheduler import Request
+from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
-from inferlab.specdec.drafters import ModelDrafter
+from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.results import result_mapping
+from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import GenerationResult, SamplingParams, check_text
 
@@ -31,6 +36,25 @@ class GenerationError(RuntimeError):
     def __init__(self, message: str, results: list[dict[str, Any]]) -> None:
         super().__init__(message)
         self.results = results
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of a stream, and what it was made of.
+
+    Attributes:
+        index: of the prompt.
+        text: what is new, possibly nothing.
+        token_ids: the new tokens; their text may come with a later piece.
+        drafted: how many of them were drafted and accepted; the others are the target's own.
+        result: what `SpeculativePipeline.generate` returns, with a prompt's last piece.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    drafted: int
+    result: dict[str, Any] | None = None
 
 
 class SpeculativePipeline:
@@ -150,8 +174,7 @@ class SpeculativePipeline:
     @property
     def draft_model(self) -> TargetModel | None:
         """The loaded draft model of ``draft_mode="vanilla"``."""
-        drafter = self.engine.drafter
-        return drafter.model if isinstance(drafter, ModelDrafter) else None
+        return getattr(self.engine.drafter, "model", None)
 
     def describe_drafter(self) -> dict[str, Any]:
         """Who drafts, and how."""
@@ -175,8 +198,8 @@ class SpeculativePipeline:
     ) -> Any:
         """Generates for one prompt or for a list of them, as one batch.
 
-        May be called from several threads: a call waits for the one before it, as do the forwards
-        of pipelines that share a model. Prompts that are to run together belong in one list.
+        May be called from several threads, also from ``on_result``: the requests of all of them run
+        in one batch. Forwards of pipelines that share a model wait for each other.
 
         Args:
             prompt: text or token ids, or a list of such.
@@ -211,44 +234,27 @@ class SpeculativePipeline:
                 too long; no prompt has run then.
             GenerationError: a request failed while running (e.g. NaN logits).
             Interrupted: Ctrl-C; ``results`` holds what there was.
-            RuntimeError: called from ``on_result``.
+            RuntimeError: in a child of `fork` that cannot go on with what it was given: a model on
+                a GPU, or a pipeline in the middle of a step.
         """
-        unknown = sorted(params.keys() - _PARAMETERS)
-        if unknown:
-            raise TypeError(
-                f"generate() knows no {', '.join(unknown)}; beside its own arguments it takes "
-                f"{', '.join(sorted(_PARAMETERS))}"
-            )
-        single, prompts = _as_list(prompt)
-        seeds = self._seeds(seed, len(prompts))
-        if do_sample is False:
-            temperature = 0.0
-        given = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "stop": (stop,) if isinstance(stop, str) else tuple(stop) if stop is not None else None,
-        }
-        values = self._defaults()
-        values.update({name: value for name, value in given.items() if value is not None})
-        values.update(params)
-        if self._token_bias:
-            bias = dict(values.get("logit_bias") or {})
-            for token, value in self._token_bias.items():
-                bias[token] = bias.get(token, 0.0) + value
-            values["logit_bias"] = bias
-        if max_tokens is not None and "min_tokens" not in params:
-            values["min_tokens"] = min(values["min_tokens"], max_tokens)
-        requests = [
-            (self._encode(p), SamplingParams(**values, seed=s))
-            for p, s in zip(prompts, seeds, strict=True)
-        ]
+        single, requests = self._requests(
+            prompt,
+            params
+            | {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "seed": seed,
+                "do_sample": do_sample,
+                "stop": stop,
+            },
+        )
         finished: dict[int, dict[str, Any]] = {}
 
         def finish(index: int, result: GenerationResult) -> None:
-            finished[index] = self._mapping(result, seeds[index])
+            finished[index] = self._mapping(result, requests[index])
             if on_result is not None:
                 on_result(index, finished[index])
 
@@ -256,16 +262,137 @@ class SpeculativePipeline:
             results = self.engine.generate(requests, finish)
         except Interrupted as interrupt:
             partial = [
-                finished.get(i) or self._mapping(r, seeds[i])
-                for i, r in enumerate(interrupt.results)
+                finished.get(i) or self._mapping(result, request)
+                for i, (result, request) in enumerate(zip(interrupt.results, requests, strict=True))
             ]
             raise Interrupted(partial) from interrupt
         mappings = [finished[i] for i in range(len(results))]
-        failed = [(i, r.error) for i, r in enumerate(results) if r.error is not None]
-        if failed:
-            index, error = failed[0]
-            raise GenerationError(f"prompt {index}: {error}", mappings)
+        _raise_errors(requests, mappings)
         return mappings[0] if single else mappings
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **params: Any,
+    ) -> Generator[Piece]:
+        """Generates as `generate` does, and yields the text as it comes.
+
+        What is still open is kept back: a character that lacks bytes, an end that may be the
+        beginning of a stop string. So no text is ever taken back, and a prompt's pieces together
+        are the ``text`` of its result, which comes with its last piece. Closing the iterator (as
+        leaving a ``for`` loop does, once nothing refers to it) ends the generation.
+
+        Args:
+            prompt, max_tokens, temperature, params: see `generate`.
+
+        Raises:
+            TypeError, ValueError: as `generate` does, at once.
+            GenerationError: a request failed while running, once all have ended.
+        """
+        given = params | {"max_tokens": max_tokens, "temperature": temperature}
+        return self._pieces(self._requests(prompt, given)[1])
+
+    async def astream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **params: Any,
+    ) -> AsyncGenerator[Piece]:
+        """`stream` for asyncio: the steps are made in a thread, and several streams share them."""
+        pieces = self.stream(prompt, max_tokens, temperature, **params)
+        step: asyncio.Future[Piece | None] | None = None
+        try:
+            while True:
+                step = asyncio.get_running_loop().run_in_executor(None, next, pieces, None)
+                piece = await asyncio.shield(step)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            if step is not None and not step.done():  # cancelled in the middle of a step
+                await asyncio.wait([step])
+            pieces.close()
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A conversation as a prompt, by the chat template of the target's tokenizer.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each, the last one the user's.
+
+        Returns:
+            Token ids, up to where the assistant's answer begins.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or it refuses these messages.
+        """
+        tokenizer = self.target.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"{self.target.name} has no chat template; add chat_template.jinja to the model's "
+                f"directory, or give the conversation as a text"
+            )
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:
+            raise ValueError(
+                f"messages do not suit the chat template of {self.target.name}: {error}"
+            ) from error
+        return ids
+
+    def _pieces(self, requests: list[Request]) -> Generator[Piece]:
+        decode = text_decoder(self.target.tokenizer)
+        unsettled = unsettled_tokens(self.target.tokenizer)
+        texts = [TextStream(NewText(decode, r.prompt), r.params.stop, unsettled) for r in requests]
+        index_of = {request: index for index, request in enumerate(requests)}
+        results: dict[int, dict[str, Any]] = {}
+        with closing(self.engine.run(requests)) as emissions:
+            for emission in emissions:
+                request = emission.request
+                index = index_of[request]
+                if not emission.finished:
+                    text = texts[index].add(emission.tokens)
+                else:
+                    text = texts[index].end(request.text or "")
+                    results[index] = self._mapping(self.engine.result(request), request)
+                yield Piece(index, text, emission.tokens, emission.drafted, results.get(index))
+        _raise_errors(requests, [results[i] for i in range(len(requests))])
+
+    def _requests(
+        self, prompt: Prompt | Sequence[Prompt], given: Mapping[str, Any]
+    ) -> tuple[bool, list[Request]]:
+        """Whether there is one prompt, and the request of each, with what was given and, for the
+        rest, what the configuration says."""
+        unknown = sorted(given.keys() - _PARAMETERS)
+        if unknown:
+            raise TypeError(
+                f"generate() knows no {', '.join(unknown)}; beside its own arguments it takes "
+                f"{', '.join(sorted(_PARAMETERS - {'do_sample'}))}"
+            )
+        given = {name: value for name, value in given.items() if value is not None}
+        single, prompts = _as_list(prompt)
+        seeds = self._seeds(given.pop("seed", None), len(prompts))
+        if given.pop("do_sample", None) is False:
+            given["temperature"] = 0.0
+        stop = given.pop("stop", None)
+        if stop is not None:
+            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        values = self._defaults() | given
+        if self._token_bias:
+            bias = dict(values.get("logit_bias") or {})
+            for token, value in self._token_bias.items():
+                bias[token] = bias.get(token, 0.0) + value
+            values["logit_bias"] = bias
+        if "max_tokens" in given and "min_tokens" not in given:
+            values["min_tokens"] = min(values["min_tokens"], given["max_tokens"])
+        return single, [
+            Request(self._encode(p), SamplingParams(**values, seed=s))
+            for p, s in zip(prompts, seeds, strict=True)
+        ]
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
@@ -305,7 +432,7 @@ class SpeculativePipeline:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
 
-    def _mapping(self, result: GenerationResult, seed: int) -> dict[str, Any]:
+    def _mapping(self, result: GenerationResult, request: Request) -> dict[str, Any]:
         return result_mapping(result) | {
             "policy": self.policy.describe(),
             "controller": self.controller.describe(),
@@ -316,7 +443,7 @@ class SpeculativePipeline:
             "base_model": self.target.name,
             "draft_model": self.draft_name,
             "draft_mode": self.config.draft_mode,
-            "seed": seed,
+            "seed": request.params.seed,
         }
 
     def _make_policy(self) -> Policy:
@@ -339,8 +466,7 @@ class SpeculativePipeline:
     def _max_levels(self) -> int:
         """Levels of the largest tree: of chains as many as the controller may ask for."""
         c = self.config
-        drafts_chains = c.draft_mode in ("vanilla", "ngram", "self")
-        is_chain = c.tree == "chain" or (c.tree is None and drafts_chains)
+        is_chain = (c.tree or DRAFT_MODES[c.draft_mode].tree) == "chain"
         return self.controller.max_k if is_chain else min(c.levels, self.controller.max_k)
 
     def _load_target(self) -> TargetModel:
@@ -380,7 +506,13 @@ class SpeculativePipeline:
         return pages
 
 
-_PARAMETERS = {field.name for field in fields(SamplingParams)}
+_PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample"}
+
+
+def _raise_errors(requests: Sequence[Request], results: list[dict[str, Any]]) -> None:
+    for index, request in enumerate(requests):
+        if request.error is not None:
+            raise GenerationError(f"prompt {index}: {request.error}", results)
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 Decode = Callable[[list[int]], str]
@@ -168,9 +168,11 @@ class StopStrings:
 
 
 def text_decoder(tokenizer: Any) -> Decode:
-    """Decodes as results do: without special tokens."""
+    """Decodes as results do: without special tokens; without a tokenizer there is no text."""
 
     def decode(ids: list[int]) -> str:
+        if tokenizer is None:
+            return ""
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
@@ -183,3 +185,79 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     decode = text_decoder(tokenizer)
     return {id_: name for id_, name in (added | dict(named)).items() if decode([id_]) == ""}
+
+
+def unsettled_tokens(tokenizer: Any) -> frozenset[int]:
+    """Ids behind which a run of byte tokens may go on, whose text is decoded as a whole: the byte
+    tokens of a tokenizer that spells what it does not know, and special ones, which have no text.
+    """
+    if tokenizer is None:
+        return frozenset()
+    vocabulary = tokenizer.get_vocab()
+    names = (f"<0x{byte:02X}>" for byte in range(256))
+    spelt = [vocabulary[name] for name in names if name in vocabulary]
+    return frozenset((*spelt, *special_tokens(tokenizer))) if spelt else frozenset()
+
+
+class TextStream:
+    """The text of new tokens as it grows, in pieces that are never taken back.
+
+    What may still change is kept back: a character that lacks bytes, a run of byte tokens, which a
+    wrong one at its end makes invalid as a whole, and an end that may turn out to be the beginning
+    of a stop string. All pieces together are the text of the result.
+
+    Args:
+        text: of the prompt.
+        stop: the stop strings of the request.
+        unsettled: ids behind which the text before them may still change (see `unsettled_tokens`).
+    """
+
+    def __init__(
+        self, text: NewText, stop: Sequence[str] = (), unsettled: Container[int] = ()
+    ) -> None:
+        self._text = text
+        self._stop = tuple(stop)
+        self._unsettled = unsettled
+        self._ids = list(text.context)
+        self._start = 0  # what comes is decoded behind ids[start:shown]
+        self._shown = len(self._ids)
+        self._head = text.before  # the text of these
+        self._open = ""  # text that may be the beginning of a stop string
+        self._given = 0  # characters handed out
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Takes new tokens; the text that is certain with them."""
+        self._ids += tokens
+        if self._ids[-1] in self._unsettled:
+            return ""
+        window = self._text.decode(self._ids[self._start :])
+        if not self._given and not window.startswith(self._head):
+            self._head = self._head.rstrip(_INCOMPLETE)  # the prompt's last character
+        if window.endswith(_INCOMPLETE) or not window.startswith(self._head):
+            return ""
+        whole = self._open + window[len(self._head) :]
+        self._head = window
+        newest = self._text.decode(self._ids[self._shown :])
+        if newest.strip() and window.endswith(newest):  # what follows needs no more of the context
+            self._start, self._head = self._shown, newest
+        self._shown = len(self._ids)
+        self._open = whole[len(whole) - self._held(whole) :]
+        return self._give(whole[: len(whole) - len(self._open)])
+
+    def end(self, text: str) -> str:
+        """What is left to hand out when the request has ended with this text."""
+        return self._give(text[self._given :])
+
+    def _give(self, text: str) -> str:
+        self._given += len(text)
+        return text
+
+    def _held(self, text: str) -> int:
+        """Characters at the end of ``text`` with which a stop string begins."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
