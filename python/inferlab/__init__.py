@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "inferlab.benchmarks.run_bench": ("BenchmarkRunner",),
+    "inferlab.benchmarks.benchmark": ("BenchmarkRunner",),
     "inferlab.config": (
         "BaselineConfig",
         "ConfigError",
@@ -30,8 +30,8 @@ _EXPORTS = {
         "TargetModel",
         "UnsupportedArchitectureError",
     ),
-    "inferlab.server.local_baseline": ("LocalBaselineRunner",),
-    "inferlab.server.ping_vllm": ("VLLMPingClient",),
+    "inferlab.baseline": ("LocalBaselineRunner",),
+    "inferlab.client.ping": ("VLLMPingClient",),
     "inferlab.specdec.controllers": (
         "AdaptiveController",
         "Controller",
@@ -60,7 +60,9 @@ __all__ = ["__version__", "kernels", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
     from inferlab import kernels as kernels
-    from inferlab.benchmarks.run_bench import BenchmarkRunner as BenchmarkRunner
+    from inferlab.baseline import LocalBaselineRunner as LocalBaselineRunner
+    from inferlab.benchmarks.benchmark import BenchmarkRunner as BenchmarkRunner
+    from inferlab.client.ping import VLLMPingClient as VLLMPingClient
     from inferlab.config import BaselineConfig as BaselineConfig
     from inferlab.config import ConfigError as ConfigError
     from inferlab.config import SpecdecConfig as SpecdecConfig
@@ -74,8 +76,6 @@ if TYPE_CHECKING:
     from inferlab.models import ModelTooLargeError as ModelTooLargeError
     from inferlab.models import TargetModel as TargetModel
     from inferlab.models import UnsupportedArchitectureError as UnsupportedArchitectureError
-    from inferlab.server.local_baseline import LocalBaselineRunner as LocalBaselineRunner
-    from inferlab.server.ping_vllm import VLLMPingClient as VLLMPingClient
     from inferlab.specdec.controllers import AdaptiveController as AdaptiveController
     from inferlab.specdec.controllers import Controller as Controller
     from inferlab.specdec.controllers import CostController as CostController

@@ -37,7 +37,16 @@ def test_what_it_says_of_the_build_and_the_machine(report):
     assert 1 <= report["machine"]["threads"] <= os.cpu_count()
     assert report["machine"]["read_bandwidth_gb_s"] > 0.05
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
-    assert set(report["extras"]) == {"test", "bench", "train", "serve", "socks", "quant", "dev"}
+    assert set(report["extras"]) == {
+        "test",
+        "bench",
+        "train",
+        "serve",
+        "socks",
+        "quant",
+        "dev",
+        "completion",
+    }
     assert set(report["models"]) == {
         f"inferlab/{name}" for name in ("tiny", "tiny-draft", "tiny-medusa", "tiny-eagle")
     }

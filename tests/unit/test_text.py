@@ -7,9 +7,9 @@ import pytest
 from helpers.tiny_models import tiny_tokenizer
 from helpers.vocabularies import KINDS, reheaded, trained_tokenizer
 from inferlab import SpeculativePipeline
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.models import FakeLM, HFModel
 from inferlab.scheduler import NewText, StopStrings, special_tokens, text_decoder
-from inferlab.server.local_baseline import LocalBaselineRunner
 
 TOKENIZERS = {
     "bundled": lambda: HFModel.load("inferlab/tiny", device="cpu").tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks import report
 from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, phases_of
 from inferlab.benchmarks.environment import describe_environment
@@ -18,10 +19,9 @@ from inferlab.benchmarks.runners import (
     plain_pipeline,
 )
 from inferlab.benchmarks.token_ids import compare_token_ids
+from inferlab.client.ping import VLLMPingClient, load_server_config
 from inferlab.config import BaselineConfig, SpecdecConfig, VllmConfig, load_config
 from inferlab.models import HFModel
-from inferlab.server.local_baseline import LocalBaselineRunner
-from inferlab.server.ping_vllm import VLLMPingClient, load_server_config
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 MODES = ("local", "http", "specdec")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
+from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.benchmarks.measure import MeasurementError
+from inferlab.client.ping import VLLMPingClient
 from inferlab.config import SpecdecConfig
 from inferlab.models import HFModel, allowed_vocab
 from inferlab.models.generation_defaults import same_rule
 from inferlab.scheduler import NewText, text_decoder
-from inferlab.server.local_baseline import ForbidPadding, LocalBaselineRunner
-from inferlab.server.ping_vllm import VLLMPingClient
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.types import check_text
 

@@ -8,16 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-from inferlab.cli_common import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    Prompt,
-    describe_error,
-    print_json,
-    progress,
-    write_json,
-)
+from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
+from inferlab.cli.terminal import progress, show_heading, show_line
+from inferlab.errors import describe_error
+from inferlab.output import print_json, write_json
+from inferlab.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -180,25 +175,3 @@ def _show_summary(summary: Mapping[str, Any]) -> None:
         parts.append("interrupted")
     show_heading("summary")
     show_line(parts)
-
-
-def show_heading(text: str) -> None:
-    """A rule with a title on stdout."""
-    from rich.console import Console
-
-    Console().rule(text, align="left", style="dim")
-
-
-def show_text(text: str) -> None:
-    """Generated text on stdout, untouched: no markup, no wrapping."""
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
-
-
-def show_line(parts: Sequence[str]) -> None:
-    """Figures on one line, dimmed where stdout is a terminal."""
-    from rich.console import Console
-
-    line = " · ".join(parts)
-    Console().print(line, markup=False, highlight=False, soft_wrap=True, style="dim")

@@ -1,11 +1,39 @@
-"""The prompts of a benchmark: one, a file of them, or text that the bundled models never saw."""
+"""The flags that name prompts, and the prompts that they name."""
 
 from __future__ import annotations
 
 import argparse
 
-from inferlab.cli_common import Prompt, UsageError, read_prompts
+from inferlab.errors import UsageError
+from inferlab.prompts import Prompt, read_prompts
 from inferlab.types import check_text
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--prompt TEXT`` or ``--prompts FILE``; :func:`gather_prompts` reads them."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
+        "(the first turn is taken); - reads stdin",
+    )
+
+
+def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of ``--prompt`` or ``--prompts``.
+
+    Raises:
+        ValueError: a prompt that is empty or cannot be encoded, a missing file, a bad line (file
+            and line are named).
+    """
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    if not args.prompt.strip():
+        raise UsageError("--prompt: is empty; give a text")
+    check_text("--prompt", args.prompt)
+    return [Prompt(args.prompt)]
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
