@@ -32,6 +32,7 @@ _EXPORTS = {
     ),
     "inferlab.baseline": ("LocalBaselineRunner",),
     "inferlab.client.ping": ("VLLMPingClient",),
+    "inferlab.records": ("RequestRecord", "record_of"),
     "inferlab.specdec.controllers": (
         "AdaptiveController",
         "Controller",
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
     from inferlab.models import ModelTooLargeError as ModelTooLargeError
     from inferlab.models import TargetModel as TargetModel
     from inferlab.models import UnsupportedArchitectureError as UnsupportedArchitectureError
+    from inferlab.records import RequestRecord as RequestRecord
+    from inferlab.records import record_of as record_of
     from inferlab.specdec.controllers import AdaptiveController as AdaptiveController
     from inferlab.specdec.controllers import Controller as Controller
     from inferlab.specdec.controllers import CostController as CostController

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from typing_extensions import TypedDict
 
 from inferlab.config import BaselineConfig, load_config
 from inferlab.errors import Interrupted
@@ -16,8 +17,30 @@ from inferlab.models.base import known_ids
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
+from inferlab.records import RecordJson, RequestRecord
 from inferlab.scheduler import NewText, text_decoder
 from inferlab.types import check_text
+
+
+class BaselineResult(TypedDict):
+    """See `LocalBaselineRunner.run`."""
+
+    text: str
+    completion: str
+    token_ids: list[int]
+    num_tokens: int
+    latency_ms: float
+    tokens_per_second: float
+    tokens_per_sec: float
+    prompt: str
+    max_new_tokens: int
+    finish_reason: str
+    model: str
+    device: str
+    dtype: str
+    temperature: float
+    seed: int
+    record: RecordJson
 
 
 class _Collector:
@@ -136,7 +159,7 @@ class LocalBaselineRunner:
         seed: int | None = None,
         do_sample: bool | None = None,
         keep_partial: bool = False,
-    ) -> dict[str, Any]:
+    ) -> BaselineResult:
         """Decodes one prompt; what is not given is the configuration's.
 
         Args:
@@ -156,7 +179,8 @@ class LocalBaselineRunner:
             * ``latency_ms``: tokenizing, decoding and detokenizing; ``tokens_per_second`` (also as
               ``tokens_per_sec``): new tokens over that time;
             * ``prompt``, ``max_new_tokens``, ``finish_reason``, ``model``, ``device``, ``dtype``,
-              ``temperature``, ``seed``.
+              ``temperature``, ``seed``; ``record``: what these are read off, as JSON types;
+              :func:`inferlab.record_of` makes a :class:`inferlab.RequestRecord` of it.
 
         Raises:
             ConfigError: a value out of range.
@@ -250,26 +274,51 @@ class LocalBaselineRunner:
         reason: str,
         start: float,
         config: BaselineConfig,
-    ) -> dict[str, Any]:
+    ) -> BaselineResult:
         prompt_ids = inputs["input_ids"][0].tolist()
         decode = text_decoder(self.tokenizer)
         text = decode(prompt_ids + token_ids)
+        completion = NewText(decode, prompt_ids).of(token_ids)
         latency_ms = (time.perf_counter() - start) * 1e3
-        rate = len(token_ids) / (latency_ms / 1e3)
-        return {
-            "text": text,
-            "completion": NewText(decode, prompt_ids).of(token_ids),
-            "token_ids": token_ids,
-            "num_tokens": len(token_ids),
-            "latency_ms": latency_ms,
-            "tokens_per_second": rate,
-            "tokens_per_sec": rate,
-            "prompt": prompt,
-            "max_new_tokens": config.max_new_tokens,
-            "finish_reason": reason,
-            "model": self.model_name,
-            "device": self.device,
-            "dtype": self.dtype,
-            "temperature": config.effective_temperature,
-            "seed": config.seed,
-        }
+        record = RequestRecord(
+            source="baseline",
+            model=self.model_name,
+            device=self.device,
+            dtype=self.dtype,
+            prompt=prompt,
+            prompt_tokens=len(prompt_ids),
+            max_tokens=config.max_new_tokens,
+            temperature=config.effective_temperature,
+            seed=config.seed,
+            text=completion,
+            token_ids=token_ids,
+            num_tokens=len(token_ids),
+            counted_by="ids",
+            finish_reason=reason,
+            started_at=time.time() - latency_ms / 1e3,
+            latency_ms=latency_ms,
+        )
+        return result_mapping(record, text)
+
+
+def result_mapping(record: RequestRecord, text: str) -> BaselineResult:
+    """The record under the names that users know; ``text`` is prompt and completion."""
+    r: Any = record  # the runner fills the fields that may be None
+    return {
+        "text": text,
+        "completion": r.text,
+        "token_ids": r.token_ids,
+        "num_tokens": r.num_tokens,
+        "latency_ms": r.latency_ms,
+        "tokens_per_second": r.tokens_per_second,
+        "tokens_per_sec": r.tokens_per_second,
+        "prompt": r.prompt,
+        "max_new_tokens": r.max_tokens,
+        "finish_reason": r.finish_reason,
+        "model": r.model,
+        "device": r.device,
+        "dtype": r.dtype,
+        "temperature": r.temperature,
+        "seed": r.seed,
+        "record": record.as_json(),
+    }

@@ -6,9 +6,10 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from inferlab import __version__
 
@@ -28,7 +29,44 @@ BUNDLED_MODELS = {
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "httpx")
 
 
-def examine() -> dict[str, Any]:
+class BundledModel(TypedDict):
+    present: bool
+    size_mb: float
+    path: str
+
+
+class Missing(TypedDict):
+    what: str
+    how: str
+    essential: bool
+
+
+class Gpu(TypedDict):
+    name: str
+    architecture: str
+    memory_gb: float
+
+
+class Devices(TypedDict):
+    cuda: list[Gpu]
+    torch_cuda: str | None
+    mps: bool
+
+
+class Report(TypedDict):
+    """See `examine`."""
+
+    version: str
+    build: dict[str, Any]
+    machine: dict[str, Any]
+    devices: Devices
+    versions: dict[str, str | None]
+    extras: dict[str, list[str]]
+    models: dict[str, BundledModel]
+    missing: list[Missing]
+
+
+def examine() -> Report:
     """Everything that ``inferlab doctor --json`` prints.
 
     Returns:
@@ -36,7 +74,7 @@ def examine() -> dict[str, Any]:
         ``models``, and ``missing``: a list of ``{"what", "how", "essential"}``.
     """
     build = _build()
-    report: dict[str, Any] = {
+    report: Report = {
         "version": __version__,
         "build": build,
         "machine": _machine(native="error" not in build),
@@ -44,6 +82,7 @@ def examine() -> dict[str, Any]:
         "versions": _versions(),
         "extras": _extras(),
         "models": _bundled_models(),
+        "missing": [],
     }
     report["missing"] = _missing(report)
     return report
@@ -130,10 +169,10 @@ def _memory_gb() -> float | None:
         return None
 
 
-def _devices() -> dict[str, Any]:
+def _devices() -> Devices:
     import torch
 
-    cuda = []
+    cuda: list[Gpu] = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -201,9 +240,9 @@ def _unmet(distribution: str, extras: set[str]) -> list[str]:
     return unmet
 
 
-def _bundled_models() -> dict[str, dict[str, Any]]:
+def _bundled_models() -> dict[str, BundledModel]:
     # Not asked of inferlab.models: the doctor must speak where the native module cannot be loaded.
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, BundledModel] = {}
     for name, weights in BUNDLED_MODELS.items():
         directory = Path(__file__).resolve().parent / "assets" / name
         present = all((directory / file).is_file() for file in ("config.json", weights))
@@ -216,8 +255,8 @@ def _bundled_models() -> dict[str, dict[str, Any]]:
     return models
 
 
-def _missing(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    missing: list[dict[str, Any]] = []
+def _missing(report: Report) -> list[Missing]:
+    missing: list[Missing] = []
 
     def add(what: str, how: str, essential: bool = False) -> None:
         missing.append({"what": what, "how": how, "essential": essential})

@@ -19,6 +19,8 @@ from inferlab.cli import parser as cli_parser
 from inferlab.cli import results, specdec, terminal
 from inferlab.errors import UsageError
 from inferlab.prompts import Prompt, read_prompts
+from inferlab.records import RequestRecord, Speculation
+from inferlab.types import SpeculationStats
 
 
 def run_cli(*words: str) -> int:
@@ -329,8 +331,23 @@ def arguments(**given):
 
 
 def fake_result(text: str, **more):
-    return {"text": text.upper(), "num_tokens": 2, "steps": 1, "proposed": 4, "accepted": 1,
-            "mean_accepted_length": 2.0, **more}  # fmt: skip
+    stats = SpeculationStats(steps=1, proposed=4, accepted=1, emitted=2)
+    record = RequestRecord(
+        source="specdec",
+        model="m",
+        started_at=0.0,
+        latency_ms=1.0,
+        speculation=Speculation(
+            impl="fake",
+            draft_mode="vanilla",
+            draft_model=None,
+            policy={},
+            controller={},
+            lossless=True,
+            stats=stats,
+        ),
+    )
+    return {"text": text.upper(), "num_tokens": 2, "record": record.as_json(), **more}
 
 
 def shout(texts: list[str]) -> list[dict]:

@@ -10,9 +10,10 @@ import pytest
 
 from helpers.faulty_server import FaultyServer, Request, Respond, chat, closed_port, delta
 from inferlab.client import connection
-from inferlab.client.answers import AnswerError, measure, read_stream
+from inferlab.client.answers import AnswerError, read_stream
 from inferlab.client.connection import parse_retry_after, split_base_url
 from inferlab.client.ping import VLLMPingClient
+from inferlab.client.results import request_record, result_mapping
 from inferlab.server import ping_vllm
 
 pytestmark = pytest.mark.network
@@ -348,7 +349,10 @@ def test_ttft_and_itl_count_chunks_with_text_only():
     one_byte_each = (body[i : i + 1] for i in range(len(body)))
     answer = read_stream(one_byte_each, clock=lambda: next(ticks))
     assert answer.text_times == [5.0, 6.0, 9.0]
-    described = measure(answer, started=1.0, latency_ms=9000.0, stream=True)
+    reply = connection.Reply(value=answer, started=1.0, latency_ms=9000.0)
+    asked = {"max_tokens": 9, "temperature": 0.0, "stream": True}
+    record = request_record(reply, asked, prompt="Hi", server="http://h", endpoint="chat")
+    described = result_mapping(record, answer.raw)
     assert described["ttft_ms"] == 4000.0
     assert described["itl_ms"] == [1000.0, 3000.0]
     assert described["tpot_ms"] == 2000.0

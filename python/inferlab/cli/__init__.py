@@ -19,6 +19,7 @@ COMMANDS = {
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",
     "calibrate": "measure acceptance, for optimal trees",
+    "schema": "the JSON schema of what a command prints with --json",
     "doctor": "what is built in, what this machine offers, what is missing",
 }
 """Command -> summary; the module of that name has its ``add_arguments`` and its ``run``."""

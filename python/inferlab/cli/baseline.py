@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from inferlab.baseline import BaselineResult
 from inferlab.cli.flags import (
     add_config_argument,
     add_generation_config_argument,
@@ -13,7 +14,7 @@ from inferlab.cli.flags import (
     given_values,
 )
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
-from inferlab.cli.results import report, run_prompts
+from inferlab.cli.results import Failed, Labels, Many, report, run_prompts
 from inferlab.cli.terminal import (
     clean_stdout,
     setup_logging,
@@ -23,6 +24,13 @@ from inferlab.cli.terminal import (
 )
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.output import check_output
+
+
+class BaselineOutput(BaselineResult, Labels):
+    """The JSON of one prompt."""
+
+
+Output = BaselineOutput | Many[BaselineOutput | Failed]
 
 FLAGS = {
     "--model": "model",

@@ -16,6 +16,7 @@ from inferlab.benchmarks.benchmark import (
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.modes_report import print_modes
+from inferlab.benchmarks.outputs import BenchmarkStats, ModesStats
 from inferlab.benchmarks.report import print_summary, write_outputs
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
@@ -26,6 +27,8 @@ from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.output import check_output, print_json, write_json
 from inferlab.prompts import Prompt
+
+Output = BenchmarkStats | ModesStats
 
 _COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
 _HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}

@@ -9,8 +9,10 @@ from typing import Any
 from inferlab.cli.flags import add_log_arguments
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_OK
 from inferlab.cli.terminal import clean_stdout
-from inferlab.doctor import examine
+from inferlab.doctor import Report, examine
 from inferlab.output import print_json
+
+Output = Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,37 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from inferlab.cli.flags import add_config_argument, add_log_arguments, given_values
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_OK
 from inferlab.cli.terminal import clean_stdout, setup_logging
 from inferlab.client.ping import PATHS, VLLMPingClient, load_server_config
+from inferlab.client.results import PingAnswer, PingFailure
 from inferlab.errors import UsageError
 from inferlab.output import print_json
+
+
+class Up(TypedDict):
+    """The JSON of ``--ping-only``."""
+
+    success: bool
+    server: str
+
+
+class AnswerOutput(PingAnswer):
+    """The JSON of an answer."""
+
+    server: str
+
+
+class FailureOutput(PingFailure):
+    """The JSON of a failure."""
+
+    server: str
+
+
+Output = AnswerOutput | FailureOutput | Up
 
 SERVER_FLAGS = {
     "--host": "host", "--port": "port", "--base-url": "base_url", "--api-key": "api_key",

@@ -7,7 +7,7 @@ from typing import Any
 
 from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
-from inferlab.cli.results import report, run_prompts
+from inferlab.cli.results import Failed, Labels, Many, report, run_prompts
 from inferlab.cli.specdec_flags import (
     add_model_arguments,
     add_sampling_arguments,
@@ -23,6 +23,14 @@ from inferlab.cli.terminal import (
 )
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.output import check_output
+from inferlab.specdec.results import SpecdecResult
+
+
+class SpecdecOutput(SpecdecResult, Labels):
+    """The JSON of one prompt."""
+
+
+Output = SpecdecOutput | Many[SpecdecOutput | Failed]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

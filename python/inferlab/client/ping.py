@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from inferlab.client.answers import Answer, measure, read_answer, read_models, read_stream
+from inferlab.client.answers import Answer, read_answer, read_models, read_stream
 from inferlab.client.connection import OpenAIConnection, Reply
+from inferlab.client.results import request_record, result_mapping
 from inferlab.config import VllmConfig, load_config
 from inferlab.types import check_text
 
@@ -178,10 +179,12 @@ class VLLMPingClient:
 
         Returns:
             ``success`` True, ``generated_text``, ``latency_ms`` (of the attempt that succeeded, to
-            the last byte), ``elapsed_ms`` (with retries and waits), ``tokens_generated``,
-            ``tokens_counted_by`` ("usage": the server's own count, "chunks": pieces of the stream,
-            "words": an estimate), ``tokens_per_second``, ``prompt_tokens``, ``finish_reason``,
-            ``model``, ``prompt``, ``endpoint``, ``attempts``, ``status_code`` and ``raw_response``.
+            the last byte), ``elapsed_ms`` (with retries and waits), ``tokens_generated`` (also as
+            ``num_tokens``), ``tokens_counted_by`` ("usage": the server's own count, "chunks":
+            pieces of the stream, "words": an estimate), ``tokens_per_second``, ``prompt_tokens``,
+            ``finish_reason``, ``model``, ``prompt``, ``endpoint``, ``attempts``, ``status_code``,
+            ``raw_response``, and ``record``: what these are read off, as JSON types;
+            :func:`inferlab.record_of` makes a :class:`inferlab.RequestRecord` of it.
 
             With ``stream`` also ``ttft_ms`` (to the first chunk with text: a chunk with the role
             alone is none), ``itl_ms`` (times between chunks with text, a list; the first token is
@@ -190,10 +193,10 @@ class VLLMPingClient:
             at one time: a single token, or a server that does not stream.
 
             On failure ``success`` False, ``error`` (the reason), ``latency_ms``, ``elapsed_ms``,
-            ``attempts``, ``status_code``, ``model``, ``prompt``, ``endpoint``. An HTTP error, an
-            error object under status 200 or within a stream, an answer with neither text nor a
-            finish reason, broken JSON, a body or stream cut short and a time-out are failures. An
-            empty text with a finish reason is an answer: the model had nothing to say.
+            ``attempts``, ``status_code``, ``model``, ``prompt``, ``endpoint``, ``record``. An HTTP
+            error, an error object under status 200 or within a stream, an answer with neither text
+            nor a finish reason, broken JSON, a body or stream cut short and a time-out are
+            failures. An empty text with a finish reason is an answer: the model had nothing to say.
 
         Raises:
             ValueError: an argument is not allowed; nothing was sent.
@@ -222,32 +225,18 @@ class VLLMPingClient:
             payload.update(stream=True, stream_options={"include_usage": True})
         payload.update(extra_body or {})
 
-        asked = {"prompt": prompt, "endpoint": endpoint}
         name = model or self.model
+        reply: Reply[Any] | None = None
         if name is None:
-            name, failure = self._default_model()
-            if failure is not None:
-                return {**failure, **asked, "model": None}
+            name, reply = self._default_model()
         if name is not None:
             payload["model"] = name
-
-        reply = self._complete(endpoint, payload)
-        common = {
-            **asked,
-            "latency_ms": reply.latency_ms,
-            "elapsed_ms": reply.elapsed_ms,
-            "attempts": reply.attempts,
-            "status_code": reply.status,
-        }
-        if reply.value is None:
-            return {"success": False, "error": reply.error, "model": name, **common}
-        return {
-            "success": True,
-            **measure(reply.value, reply.started, reply.latency_ms, stream=stream),
-            "model": name or reply.value.model,
-            **common,
-            "raw_response": reply.value.raw,
-        }
+        if reply is None:
+            reply = self._complete(endpoint, payload)
+        record = request_record(
+            reply, payload, prompt=prompt, server=self.base_url, endpoint=endpoint
+        )
+        return {**result_mapping(record, reply.value.raw if reply.value is not None else None)}
 
     def _complete(self, endpoint: str, payload: dict[str, Any]) -> Reply[Answer]:
         url = self._connection.api_url + PATHS[endpoint]
@@ -261,8 +250,8 @@ class VLLMPingClient:
             reply = self._connection.request("POST", url, read_stream, without)
         return reply
 
-    def _default_model(self) -> tuple[str | None, dict[str, Any] | None]:
-        """(first model that the server lists, None), or (None, the failed result).
+    def _default_model(self) -> tuple[str | None, Reply[Any] | None]:
+        """(first model that the server lists, None), or (None, why the list cannot be read).
 
         A server that lists no model, or has no list, is asked without a model's name.
         """
@@ -270,14 +259,8 @@ class VLLMPingClient:
             url = f"{self._connection.api_url}/models"
             reply = self._connection.request("GET", url, _read_list)
             if reply.value is None and reply.status not in (404, 405):
-                return None, {
-                    "success": False,
-                    "error": f"no model is given and {url} cannot be read: {reply.error}",
-                    "latency_ms": reply.latency_ms,
-                    "elapsed_ms": reply.elapsed_ms,
-                    "attempts": reply.attempts,
-                    "status_code": reply.status,
-                }
+                reply.error = f"no model is given and {url} cannot be read: {reply.error}"
+                return None, reply
             entries = reply.value["data"] if reply.value else []
             self._first_model = entries[0]["id"] if entries else None
             self._listed = True

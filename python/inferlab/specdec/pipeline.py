@@ -11,12 +11,13 @@ from typing import Any
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.models import FakeLM, HFModel, TargetModel
 from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
+from inferlab.records import Speculation
 from inferlab.specdec.assembly import load_model, plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
 from inferlab.specdec.drafters import ModelDrafter
 from inferlab.specdec.engine import Engine, Interrupted
 from inferlab.specdec.policies import Policy, make_policy
-from inferlab.specdec.results import result_mapping
+from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import GenerationResult, SamplingParams, check_text
 
@@ -28,7 +29,7 @@ DEFAULT_KV_MEMORY_MB = 2048
 class GenerationError(RuntimeError):
     """A request failed while it ran. ``results`` holds all requests' results, the good ones too."""
 
-    def __init__(self, message: str, results: list[dict[str, Any]]) -> None:
+    def __init__(self, message: str, results: list[SpecdecResult]) -> None:
         super().__init__(message)
         self.results = results
 
@@ -170,7 +171,7 @@ class SpeculativePipeline:
         seed: int | Sequence[int] | None = None,
         do_sample: bool | None = None,
         stop: str | Sequence[str] | None = None,
-        on_result: Callable[[int, dict[str, Any]], None] | None = None,
+        on_result: Callable[[int, SpecdecResult], None] | None = None,
         **params: Any,
     ) -> Any:
         """Generates for one prompt or for a list of them, as one batch.
@@ -204,7 +205,9 @@ class SpeculativePipeline:
               ``accepted``, ``steps``, ``target_forwards`` (steps and prompt chunks);
             * ``verification_time_ms``, ``generation_time_ms`` (drafting), ``mem_rss_mb``;
             * ``policy``, ``controller``, ``lossless``, ``impl``, ``device``, ``dtype``,
-              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``.
+              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``;
+            * ``record``: what all of these are read off, as JSON types; :func:`inferlab.record_of`
+              makes a :class:`inferlab.RequestRecord` of it.
 
         Raises:
             ValueError: a parameter out of range, or a prompt that is empty, cannot be encoded or is
@@ -245,10 +248,10 @@ class SpeculativePipeline:
             (self._encode(p), SamplingParams(**values, seed=s))
             for p, s in zip(prompts, seeds, strict=True)
         ]
-        finished: dict[int, dict[str, Any]] = {}
+        finished: dict[int, SpecdecResult] = {}
 
         def finish(index: int, result: GenerationResult) -> None:
-            finished[index] = self._mapping(result, seeds[index])
+            finished[index] = self._mapping(result, prompts[index], *requests[index])
             if on_result is not None:
                 on_result(index, finished[index])
 
@@ -256,7 +259,7 @@ class SpeculativePipeline:
             results = self.engine.generate(requests, finish)
         except Interrupted as interrupt:
             partial = [
-                finished.get(i) or self._mapping(r, seeds[i])
+                finished.get(i) or self._mapping(r, prompts[i], *requests[i])
                 for i, r in enumerate(interrupt.results)
             ]
             raise Interrupted(partial) from interrupt
@@ -305,19 +308,29 @@ class SpeculativePipeline:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
 
-    def _mapping(self, result: GenerationResult, seed: int) -> dict[str, Any]:
-        return result_mapping(result) | {
-            "policy": self.policy.describe(),
-            "controller": self.controller.describe(),
-            "lossless": self.policy.lossless,
-            "impl": self.config.implementation,
-            "device": self.device,
-            "dtype": str(self.target.dtype).removeprefix("torch."),
-            "base_model": self.target.name,
-            "draft_model": self.draft_name,
-            "draft_mode": self.config.draft_mode,
-            "seed": seed,
-        }
+    def _mapping(
+        self, result: GenerationResult, prompt: Prompt, ids: list[int], params: SamplingParams
+    ) -> SpecdecResult:
+        speculation = Speculation(
+            impl=self.config.implementation,
+            draft_mode=self.config.draft_mode,
+            draft_model=self.draft_name,
+            policy=self.policy.describe(),
+            controller=self.controller.describe(),
+            lossless=self.policy.lossless,
+            stats=result.stats,
+        )
+        record = request_record(
+            result,
+            params,
+            speculation,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_tokens=len(ids),
+            model=self.target.name,
+            device=self.device,
+            dtype=str(self.target.dtype).removeprefix("torch."),
+        )
+        return result_mapping(record)
 
     def _make_policy(self) -> Policy:
         c = self.config
