@@ -12,9 +12,9 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from inferlab import __version__
+from inferlab.machine import cpu_flags, memory_gb, processor_name, usable_cores
 
 DISTRIBUTION = "llm-inference-lab"
-CPUINFO = Path("/proc/cpuinfo")
 BANDWIDTH_BYTES = 256 * 2**20
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -99,14 +99,14 @@ def _build() -> dict[str, Any]:
 
 
 def _machine(native: bool) -> dict[str, Any]:
-    flags = _cpu_flags()
+    flags = cpu_flags()
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
-        "cores_usable": _usable_cores(),
-        "memory_gb": _memory_gb(),
+        "cores_usable": usable_cores(),
+        "memory_gb": memory_gb(),
         "flags": {name: name in flags for name in CPU_FLAGS} if flags else None,
         "amx": {"amx_tile", "amx_bf16"} <= flags if flags else None,
         "avx512_bf16": "avx512_bf16" in flags if flags else None,
@@ -133,40 +133,6 @@ def measure_bandwidth(num_bytes: int = BANDWIDTH_BYTES, repeats: int = 8) -> flo
         _C.read_memory(data)
         times.append(time.perf_counter() - start)
     return float(data.nbytes / min(times[1:]) / 1e9)
-
-
-def _cpu_flags() -> set[str]:
-    """The processor's feature names; empty where the system does not tell them."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
-
-
-def _processor_name() -> str:
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity is not None else os.cpu_count()
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
 
 
 def _devices() -> Devices:

@@ -14,7 +14,8 @@ PACKAGE = Path(inferlab.__file__).resolve().parent
 
 # A room may use rooms of lower floors and itself; rooms of one floor do not know each other.
 FLOORS = (
-    {"types", "config", "config_file", "config_types", "errors", "prompts", "output", "records"},
+    {"types", "records", "config", "config_file", "config_types"}
+    | {"errors", "prompts", "output", "machine"},
     {"_C"},
     {"kernels"},
     {"models", "scheduler"},

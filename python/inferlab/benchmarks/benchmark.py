@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inferlab.baseline import LocalBaselineRunner
-from inferlab.benchmarks import report
+from inferlab.benchmarks import tables
 from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, phases_of
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
@@ -211,7 +211,7 @@ class BenchmarkRunner:
 
     def print_summary(self, stats: Mapping[str, Any]) -> None:
         """Prints the statistics as tables on stdout."""
-        report.print_summary(stats)
+        tables.print_summary(stats)
 
     def _evaluate(self, measured: Measurements, prompts: list[str]) -> dict[str, Any]:
         failures = measured.failures()

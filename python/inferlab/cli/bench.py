@@ -15,9 +15,9 @@ from inferlab.benchmarks.benchmark import (
     load_mode_config,
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
-from inferlab.benchmarks.modes_report import print_modes
+from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.outputs import BenchmarkStats, ModesStats
-from inferlab.benchmarks.report import print_summary, write_outputs
+from inferlab.benchmarks.tables import print_summary, write_outputs
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK

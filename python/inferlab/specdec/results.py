@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 import time
 from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
+from inferlab.machine import resident_mb
 from inferlab.records import RecordJson, RequestRecord, Speculation
 from inferlab.types import GenerationResult, SamplingParams, SpeculationStats
 
@@ -125,13 +123,3 @@ def result_mapping(record: RequestRecord) -> SpecdecResult:
     if record.error is not None:
         mapping["error"] = record.error
     return mapping
-
-
-def resident_mb() -> float:
-    """Resident memory of this process in MB."""
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,4 +1,4 @@
-"""Reports of a benchmark: tables for people, JSON and CSV for programs."""
+"""What a benchmark found: tables for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
