@@ -39,7 +39,7 @@ def prompts(tmp_path: Path) -> str:
     """Three prompts: one with labels, one that cannot be run, and one with nothing else."""
     file = tmp_path / "prompts.jsonl"
     file.write_text(
-        '{"prompt": "one", "id": 1, "category": "c"}\n{"prompt": ""}\n{"prompt": "x"}\n'
+        '{"prompt": "one", "id": 1.5, "category": ["c"]}\n{"prompt": ""}\n{"prompt": "x"}\n'
     )
     return str(file)
 

@@ -25,11 +25,11 @@ Generate = Callable[[list[str]], Sequence[Mapping[str, Any]]]
 
 
 class Labels(TypedDict):
-    """What every result has of its prompt."""
+    """What every result has of its prompt; ``id`` and ``category`` are what the file says."""
 
     prompt: str
-    id: NotRequired[str | int]
-    category: NotRequired[str]
+    id: NotRequired[Any]
+    category: NotRequired[Any]
 
 
 class Failed(Labels):
