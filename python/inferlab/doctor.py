@@ -30,24 +30,32 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyd
 
 
 class BundledModel(TypedDict):
+    """Whether a bundled model is there whole."""
+
     present: bool
     size_mb: float
     path: str
 
 
 class Missing(TypedDict):
+    """What is missing, and how to get it."""
+
     what: str
     how: str
     essential: bool
 
 
 class Gpu(TypedDict):
+    """A CUDA device."""
+
     name: str
     architecture: str
     memory_gb: float
 
 
 class Devices(TypedDict):
+    """What torch can run on beside the CPU; ``torch_cuda`` is the CUDA that it was built with."""
+
     cuda: list[Gpu]
     torch_cuda: str | None
     mps: bool

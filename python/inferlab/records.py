@@ -56,6 +56,7 @@ class RequestRecord:
     """What was asked, what came of it, when, and what was counted on the way.
 
     Attributes:
+        version: of this type; grows when a name changes its meaning or goes.
         source: who decoded: the engine, the local baseline, `generate` beside the engine, a server.
         model, device, dtype: of the target; None where a server does not tell.
         prompt: None where token ids were given.
@@ -65,7 +66,7 @@ class RequestRecord:
             stream, or by words, an estimate; ``counted_by`` is None where nothing came.
         finish_reason: "length", "stop", "stop_string", "interrupted", "error", or a server's word.
         error: why the request failed.
-        started_at: Unix time in seconds. All times below are milliseconds since then.
+        started_at: Unix time in seconds; latency, first token and texts are told from then on.
         latency_ms: until the last token (the last byte of an answer).
         first_token_ms: until the first token (the first text of a stream); None where not seen.
         text_times_ms: of each chunk of a stream that had text.
@@ -73,9 +74,9 @@ class RequestRecord:
         rss_mb: resident memory of this process at the end.
         speculation: of the engine only.
         exchange: of HTTP only.
-        version: of this type; grows when a name changes its meaning or goes.
     """
 
+    version: Literal[1] = 1
     source: Source
     model: str | None
     device: str | None = None
@@ -99,7 +100,6 @@ class RequestRecord:
     rss_mb: float | None = None
     speculation: Speculation | None = None
     exchange: Exchange | None = None
-    version: Literal[1] = 1
 
     def as_json(self) -> RecordJson:
         """The record as JSON types; :func:`record_of` makes a record of it again."""

@@ -113,6 +113,16 @@ def test_only_the_command_line_knows_flags():
     assert knowing <= set(OWN_FLAGS), "flags belong to inferlab.cli"
 
 
+def test_the_faces_names_are_those_of_the_rooms_behind():
+    from inferlab import BenchmarkRunner, LocalBaselineRunner, VLLMPingClient
+    from inferlab.benchmarks import run_bench
+    from inferlab.server import local_baseline, ping_vllm
+
+    assert run_bench.BenchmarkRunner is BenchmarkRunner
+    assert local_baseline.LocalBaselineRunner is LocalBaselineRunner
+    assert ping_vllm.VLLMPingClient is VLLMPingClient
+
+
 def test_faces_are_thin():
     files = dict(modules())
     for face in FACES:

@@ -34,7 +34,7 @@ _COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
 _HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
 FLAGS = {
     "local": {**baseline.FLAGS, **_COUNT_FLAGS},
-    "http": {**ping.SERVER_FLAGS, **_HTTP_SAMPLING, **_COUNT_FLAGS},
+    "http": {**ping.FLAGS, **_HTTP_SAMPLING, **_COUNT_FLAGS},
     "specdec": {**specdec_flags.FLAGS, **_COUNT_FLAGS},
 }
 """Flag -> key of the mode's configuration."""

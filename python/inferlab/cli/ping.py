@@ -39,7 +39,7 @@ class FailureOutput(PingFailure):
 
 Output = AnswerOutput | FailureOutput | Up
 
-SERVER_FLAGS = {
+FLAGS = {
     "--host": "host", "--port": "port", "--base-url": "base_url", "--api-key": "api_key",
     "--model": "model", "--endpoint": "endpoint", "--timeout": "timeout",
     "--log-level": "log_level",
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a server and how to ask it; ``run_bench`` has them, too."""
+    """The flags that name a server and how to ask it; ``inferlab bench`` has them, too."""
     group = parser.add_argument_group("server")
     group.add_argument("--host", help="host name or IP address (default 127.0.0.1)")
     group.add_argument("--port", type=int, help="port (default 8000)")
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """Pings the server and, unless ``--ping-only``, asks it once. Exit code 1: it failed."""
     if args.prompt is None and not args.ping_only:
         raise UsageError("--prompt is missing; give a text, or --ping-only")
-    overrides, names = given_values(args, SERVER_FLAGS)
+    overrides, names = given_values(args, FLAGS)
     config = load_server_config(args.config, overrides, names)
     with VLLMPingClient(config=config) as client, clean_stdout(args.json) as out:
         setup_logging(client.config.log_level, args.verbose)

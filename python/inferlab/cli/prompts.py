@@ -11,14 +11,7 @@ from inferlab.types import check_text
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """``--prompt TEXT`` or ``--prompts FILE``; :func:`gather_prompts` reads them."""
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE.jsonl",
-        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
-        "(the first turn is taken); - reads stdin",
-    )
+    _add_prompt_or_prompts(parser.add_mutually_exclusive_group(required=True))
 
 
 def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -39,13 +32,7 @@ def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """``--prompt``, ``--prompts`` or ``--heldout``; :func:`gather_workload` reads them."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE.jsonl",
-        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
-        "(the first turn is taken); - reads stdin",
-    )
+    _add_prompt_or_prompts(group)
     group.add_argument(
         "--heldout",
         type=int,
@@ -78,7 +65,14 @@ def gather_workload(args: argparse.Namespace) -> list[Prompt]:
         return [Prompt(text, id=index) for index, text in enumerate(texts)]
     if args.prompt is None:
         raise UsageError("one of --prompt, --prompts and --heldout is required")
-    if not args.prompt.strip():
-        raise UsageError("--prompt: is empty; give a text")
-    check_text("--prompt", args.prompt)
-    return [Prompt(args.prompt)]
+    return gather_prompts(args)
+
+
+def _add_prompt_or_prompts(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
+        "(the first turn is taken); - reads stdin",
+    )
