@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inferlab.errors import Interrupted
 from inferlab.models import FakeLM
 from inferlab.specdec.controllers import FixedController, make_controller
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
-from inferlab.specdec.engine import Engine, Interrupted
+from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import SamplingParams

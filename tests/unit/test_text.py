@@ -7,8 +7,8 @@ import pytest
 from helpers.tiny_models import tiny_tokenizer
 from helpers.vocabularies import KINDS, reheaded, trained_tokenizer
 from inferlab import SpeculativePipeline
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.models import FakeLM, HFModel
-from inferlab.server.local_baseline import LocalBaselineRunner
 from inferlab.specdec.text import (
     NewText,
     StopStrings,

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks.measure import Run
 from inferlab.models import HFModel
-from inferlab.server.local_baseline import LocalBaselineRunner
 
 _ROWS_AT_ONCE = 128
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from itertools import count
-from typing import Any
 
 import torch
 
+from inferlab.errors import Interrupted
 from inferlab.models import KVCache, TargetModel
 from inferlab.scheduler import Chunk, PageAllocator, Request, Scheduler
 from inferlab.specdec import step
@@ -23,14 +23,6 @@ from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_dec
 from inferlab.specdec.tree import NO_DRAFT, Budget
 from inferlab.specdec.turns import Turns
 from inferlab.types import GenerationResult, SamplingParams
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a generation. ``results`` holds what every request had produced by then."""
-
-    def __init__(self, results: list[Any]) -> None:
-        super().__init__("generation interrupted")
-        self.results = results
 
 
 class Engine:

@@ -12,15 +12,17 @@ from typing import Any
 
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
+from inferlab.errors import Interrupted
 from inferlab.models import FakeLM, HFModel, TargetModel
 from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
+from inferlab.records import Speculation
 from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
 from inferlab.specdec.drafters.plan import load_model
-from inferlab.specdec.engine import Engine, Interrupted
+from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy, make_policy
-from inferlab.specdec.results import result_mapping
+from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import GenerationResult, SamplingParams, check_text
@@ -33,7 +35,7 @@ DEFAULT_KV_MEMORY_MB = 2048
 class GenerationError(RuntimeError):
     """A request failed while it ran. ``results`` holds all requests' results, the good ones too."""
 
-    def __init__(self, message: str, results: list[dict[str, Any]]) -> None:
+    def __init__(self, message: str, results: list[SpecdecResult]) -> None:
         super().__init__(message)
         self.results = results
 
@@ -54,7 +56,7 @@ class Piece:
     text: str
     token_ids: list[int]
     drafted: int
-    result: dict[str, Any] | None = None
+    result: SpecdecResult | None = None
 
 
 class SpeculativePipeline:
@@ -193,7 +195,7 @@ class SpeculativePipeline:
         seed: int | Sequence[int] | None = None,
         do_sample: bool | None = None,
         stop: str | Sequence[str] | None = None,
-        on_result: Callable[[int, dict[str, Any]], None] | None = None,
+        on_result: Callable[[int, SpecdecResult], None] | None = None,
         **params: Any,
     ) -> Any:
         """Generates for one prompt or for a list of them, as one batch.
@@ -227,7 +229,9 @@ class SpeculativePipeline:
               ``accepted``, ``steps``, ``target_forwards`` (steps and prompt chunks);
             * ``verification_time_ms``, ``generation_time_ms`` (drafting), ``mem_rss_mb``;
             * ``policy``, ``controller``, ``lossless``, ``impl``, ``device``, ``dtype``,
-              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``.
+              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``;
+            * ``record``: what all of these are read off, as JSON types; :func:`inferlab.record_of`
+              makes a :class:`inferlab.RequestRecord` of it.
 
         Raises:
             ValueError: a parameter out of range, or a prompt that is empty, cannot be encoded or is
@@ -237,7 +241,7 @@ class SpeculativePipeline:
             RuntimeError: in a child of `fork` that cannot go on with what it was given: a model on
                 a GPU, or a pipeline in the middle of a step.
         """
-        single, requests = self._requests(
+        single, prompts, requests = self._requests(
             prompt,
             params
             | {
@@ -251,10 +255,10 @@ class SpeculativePipeline:
                 "stop": stop,
             },
         )
-        finished: dict[int, dict[str, Any]] = {}
+        finished: dict[int, SpecdecResult] = {}
 
         def finish(index: int, result: GenerationResult) -> None:
-            finished[index] = self._mapping(result, requests[index])
+            finished[index] = self._mapping(result, prompts[index], requests[index])
             if on_result is not None:
                 on_result(index, finished[index])
 
@@ -262,8 +266,8 @@ class SpeculativePipeline:
             results = self.engine.generate(requests, finish)
         except Interrupted as interrupt:
             partial = [
-                finished.get(i) or self._mapping(result, request)
-                for i, (result, request) in enumerate(zip(interrupt.results, requests, strict=True))
+                finished.get(i) or self._mapping(result, prompts[i], requests[i])
+                for i, result in enumerate(interrupt.results)
             ]
             raise Interrupted(partial) from interrupt
         mappings = [finished[i] for i in range(len(results))]
@@ -292,7 +296,8 @@ class SpeculativePipeline:
             GenerationError: a request failed while running, once all have ended.
         """
         given = params | {"max_tokens": max_tokens, "temperature": temperature}
-        return self._pieces(self._requests(prompt, given)[1])
+        _, prompts, requests = self._requests(prompt, given)
+        return self._pieces(prompts, requests)
 
     async def astream(
         self,
@@ -344,12 +349,12 @@ class SpeculativePipeline:
             ) from error
         return ids
 
-    def _pieces(self, requests: list[Request]) -> Generator[Piece]:
+    def _pieces(self, prompts: list[Prompt], requests: list[Request]) -> Generator[Piece]:
         decode = text_decoder(self.target.tokenizer)
         unsettled = unsettled_tokens(self.target.tokenizer)
         texts = [TextStream(NewText(decode, r.prompt), r.params.stop, unsettled) for r in requests]
         index_of = {request: index for index, request in enumerate(requests)}
-        results: dict[int, dict[str, Any]] = {}
+        results: dict[int, SpecdecResult] = {}
         with closing(self.engine.run(requests)) as emissions:
             for emission in emissions:
                 request = emission.request
@@ -358,15 +363,17 @@ class SpeculativePipeline:
                     text = texts[index].add(emission.tokens)
                 else:
                     text = texts[index].end(request.text or "")
-                    results[index] = self._mapping(self.engine.result(request), request)
+                    results[index] = self._mapping(
+                        self.engine.result(request), prompts[index], request
+                    )
                 yield Piece(index, text, emission.tokens, emission.drafted, results.get(index))
         _raise_errors(requests, [results[i] for i in range(len(requests))])
 
     def _requests(
         self, prompt: Prompt | Sequence[Prompt], given: Mapping[str, Any]
-    ) -> tuple[bool, list[Request]]:
-        """Whether there is one prompt, and the request of each, with what was given and, for the
-        rest, what the configuration says."""
+    ) -> tuple[bool, list[Prompt], list[Request]]:
+        """Whether there is one prompt, the prompts, and the request of each, with what was given
+        and, for the rest, what the configuration says."""
         unknown = sorted(given.keys() - _PARAMETERS)
         if unknown:
             raise TypeError(
@@ -389,10 +396,11 @@ class SpeculativePipeline:
             values["logit_bias"] = bias
         if "max_tokens" in given and "min_tokens" not in given:
             values["min_tokens"] = min(values["min_tokens"], given["max_tokens"])
-        return single, [
+        requests = [
             Request(self._encode(p), SamplingParams(**values, seed=s))
             for p, s in zip(prompts, seeds, strict=True)
         ]
+        return single, prompts, requests
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
@@ -432,19 +440,27 @@ class SpeculativePipeline:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
 
-    def _mapping(self, result: GenerationResult, request: Request) -> dict[str, Any]:
-        return result_mapping(result) | {
-            "policy": self.policy.describe(),
-            "controller": self.controller.describe(),
-            "lossless": self.policy.lossless,
-            "impl": self.config.implementation,
-            "device": self.device,
-            "dtype": str(self.target.dtype).removeprefix("torch."),
-            "base_model": self.target.name,
-            "draft_model": self.draft_name,
-            "draft_mode": self.config.draft_mode,
-            "seed": request.params.seed,
-        }
+    def _mapping(self, result: GenerationResult, prompt: Prompt, request: Request) -> SpecdecResult:
+        speculation = Speculation(
+            impl=self.config.implementation,
+            draft_mode=self.config.draft_mode,
+            draft_model=self.draft_name,
+            policy=self.policy.describe(),
+            controller=self.controller.describe(),
+            lossless=self.policy.lossless,
+            stats=result.stats,
+        )
+        record = request_record(
+            result,
+            request.params,
+            speculation,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_tokens=len(request.prompt),
+            model=self.target.name,
+            device=self.device,
+            dtype=str(self.target.dtype).removeprefix("torch."),
+        )
+        return result_mapping(record)
 
     def _make_policy(self) -> Policy:
         c = self.config
@@ -509,7 +525,7 @@ class SpeculativePipeline:
 _PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample"}
 
 
-def _raise_errors(requests: Sequence[Request], results: list[dict[str, Any]]) -> None:
+def _raise_errors(requests: Sequence[Request], results: list[SpecdecResult]) -> None:
     for index, request in enumerate(requests):
         if request.error is not None:
             raise GenerationError(f"prompt {index}: {request.error}", results)

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 
 from .sse import parse_events
@@ -152,35 +152,6 @@ def read_models(body: bytes) -> dict[str, Any]:
     ):
         raise AnswerError("the list of models has an unknown shape: no data[].id")
     return listed
-
-
-def measure(answer: Answer, started: float, latency_ms: float, *, stream: bool) -> dict[str, Any]:
-    """The part of a result that is read off the answer and its times.
-
-    TTFT is the time to the first chunk with text, None where no text came; the inter-token
-    latencies lie between chunks with text, so TTFT is not among them; TPOT is from the first text
-    to the last, per token behind the first, None where all text came at one time.
-    """
-    tokens, counted_by = answer.completion_tokens, "usage"
-    if tokens is None and answer.streamed:
-        tokens, counted_by = len(answer.text_times), "chunks"
-    elif tokens is None:
-        tokens, counted_by = len(answer.text.split()), "words"
-    result: dict[str, Any] = {
-        "generated_text": answer.text,
-        "tokens_generated": tokens,
-        "tokens_counted_by": counted_by,
-        "tokens_per_second": tokens / latency_ms * 1e3,
-        "prompt_tokens": answer.prompt_tokens,
-        "finish_reason": answer.finish_reason,
-    }
-    if stream:
-        times = answer.text_times
-        result["ttft_ms"] = (times[0] - started) * 1e3 if times else None
-        result["itl_ms"] = [(later - sooner) * 1e3 for sooner, later in pairwise(times)]
-        spread = len(times) > 1 and tokens > 1
-        result["tpot_ms"] = (times[-1] - times[0]) * 1e3 / (tokens - 1) if spread else None
-    return result
 
 
 def read_json(data: bytes | str, what: str) -> dict[str, Any]:

@@ -6,22 +6,56 @@ import argparse
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Generic, TextIO, TypeVar
 
-from inferlab.cli_common import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    Prompt,
-    describe_error,
-    print_json,
-    progress,
-    write_json,
-)
+from typing_extensions import NotRequired, TypedDict
+
+from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
+from inferlab.cli.terminal import progress, show_heading, show_line
+from inferlab.errors import describe_error
+from inferlab.output import print_json, write_json
+from inferlab.prompts import Prompt
+from inferlab.records import record_of, total_stats
 
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
+ResultT = TypeVar("ResultT")
+Generate = Callable[[list[str]], Sequence[Mapping[str, Any]]]
+
+
+class Labels(TypedDict):
+    """What every result has of its prompt; ``id`` and ``category`` are what the file says."""
+
+    prompt: str
+    id: NotRequired[Any]
+    category: NotRequired[Any]
+
+
+class Failed(Labels):
+    """Stands in the place of the result of a prompt that could not be run."""
+
+    error: str
+
+
+class Summary(TypedDict):
+    """See `Collected.summary`; acceptance is told by the engine only."""
+
+    prompts: int
+    errors: int
+    interrupted: bool
+    num_tokens: int
+    wall_ms: float
+    tokens_per_second: float
+    acceptance_rate: NotRequired[float]
+    mean_accepted_length: NotRequired[float]
+
+
+class Many(TypedDict, Generic[ResultT]):
+    """The JSON of ``--prompts``."""
+
+    results: list[ResultT]
+    summary: Summary
 
 
 class Collected:
@@ -42,11 +76,11 @@ class Collected:
     def failed(self) -> bool:
         return any("error" in result for result in self.results)
 
-    def summary(self) -> Result:
+    def summary(self) -> Summary:
         """Totals over the prompts: tokens over wall time, acceptance over all steps."""
         good = [result for result in self.results if "error" not in result]
         tokens = sum(int(result["num_tokens"]) for result in good)
-        summary: Result = {
+        summary: Summary = {
             "prompts": len(self.results),
             "errors": len(self.results) - len(good),
             "interrupted": self.interrupted,
@@ -54,19 +88,17 @@ class Collected:
             "wall_ms": self.wall_ms,
             "tokens_per_second": tokens / (self.wall_ms / 1e3) if self.wall_ms > 0 else 0.0,
         }
-        if good and "proposed" in good[0]:
-            steps = sum(int(result["steps"]) for result in good)
-            proposed = sum(int(result["proposed"]) for result in good)
-            kept = sum(result["mean_accepted_length"] * result["steps"] for result in good)
-            accepted = sum(int(result["accepted"]) for result in good)
-            summary["acceptance_rate"] = accepted / proposed if proposed else 0.0
-            summary["mean_accepted_length"] = kept / steps if steps else 0.0
+        records = [record_of(result) for result in good]
+        if any(record.speculation is not None for record in records):
+            stats = total_stats(records)
+            summary["acceptance_rate"] = stats.acceptance_rate
+            summary["mean_accepted_length"] = stats.mean_accepted_length
         return summary
 
 
 def run_prompts(
     prompts: Sequence[Prompt],
-    generate: Callable[[list[str]], list[Result]],
+    generate: Generate,
     args: argparse.Namespace,
     batch_size: int = 1,
 ) -> Collected:
@@ -97,8 +129,8 @@ def run_prompts(
 
 
 def _run_chunk(
-    chunk: Sequence[Prompt], generate: Callable[[list[str]], list[Result]], alone: bool
-) -> Iterator[tuple[Prompt, Result]]:
+    chunk: Sequence[Prompt], generate: Generate, alone: bool
+) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:
     """Each prompt with its result, in order; a chunk that fails as a whole is tried by halves."""
     try:
         for prompt in chunk:
@@ -180,25 +212,3 @@ def _show_summary(summary: Mapping[str, Any]) -> None:
         parts.append("interrupted")
     show_heading("summary")
     show_line(parts)
-
-
-def show_heading(text: str) -> None:
-    """A rule with a title on stdout."""
-    from rich.console import Console
-
-    Console().rule(text, align="left", style="dim")
-
-
-def show_text(text: str) -> None:
-    """Generated text on stdout, untouched: no markup, no wrapping."""
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
-
-
-def show_line(parts: Sequence[str]) -> None:
-    """Figures on one line, dimmed where stdout is a terminal."""
-    from rich.console import Console
-
-    line = " · ".join(parts)
-    Console().print(line, markup=False, highlight=False, soft_wrap=True, style="dim")

@@ -1,4 +1,4 @@
-"""Reports of a benchmark: tables for people, JSON and CSV for programs."""
+"""What a benchmark found: tables for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inferlab.benchmarks.comparison import MODE_TITLES
-from inferlab.cli_common import write_json, write_text
+from inferlab.output import write_json, write_text
 
 CSV_COLUMNS = (
     "mode", "prompt_index", "iteration", "order", "latency_ms", "num_tokens", "tokens_per_second",

@@ -9,10 +9,12 @@ import logging
 import pytest
 
 from helpers.faulty_server import FaultyServer, Request, Respond, chat, closed_port, delta
-from inferlab.server import openai_http, ping_vllm
-from inferlab.server.openai_answers import AnswerError, measure, read_stream
-from inferlab.server.openai_http import parse_retry_after, split_base_url
-from inferlab.server.ping_vllm import VLLMPingClient
+from inferlab.client import connection
+from inferlab.client.answers import AnswerError, read_stream
+from inferlab.client.connection import parse_retry_after, split_base_url
+from inferlab.client.ping import VLLMPingClient
+from inferlab.client.results import request_record, result_mapping
+from inferlab.server import ping_vllm
 
 pytestmark = pytest.mark.network
 
@@ -214,7 +216,7 @@ def test_fault_in_a_stream_is_no_success(server, client, fault):
 
 def test_refused_connection_is_tried_again_with_back_off(monkeypatch, connect):
     waits: list[float] = []
-    monkeypatch.setattr(openai_http.time, "sleep", waits.append)
+    monkeypatch.setattr(connection.time, "sleep", waits.append)
     with closed_port() as port:
         client = connect("127.0.0.1", port, retry_attempts=4, retry_delay=0.5)
         result = client.generate("Hi", model="m")
@@ -285,7 +287,7 @@ def test_a_refusal_is_not_tried_again(server, client, status):
 
 def test_retry_after_beats_the_back_off(server, client, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(openai_http.time, "sleep", waits.append)
+    monkeypatch.setattr(connection.time, "sleep", waits.append)
     server.answers = [
         Respond(b"busy", 429, {"Retry-After": "7"}),
         Respond(b"busy", 503, {"Retry-After": "nonsense"}),
@@ -347,7 +349,10 @@ def test_ttft_and_itl_count_chunks_with_text_only():
     one_byte_each = (body[i : i + 1] for i in range(len(body)))
     answer = read_stream(one_byte_each, clock=lambda: next(ticks))
     assert answer.text_times == [5.0, 6.0, 9.0]
-    described = measure(answer, started=1.0, latency_ms=9000.0, stream=True)
+    reply = connection.Reply(value=answer, started=1.0, latency_ms=9000.0)
+    asked = {"max_tokens": 9, "temperature": 0.0, "stream": True}
+    record = request_record(reply, asked, prompt="Hi", server="http://h", endpoint="chat")
+    described = result_mapping(record, answer.raw)
     assert described["ttft_ms"] == 4000.0
     assert described["itl_ms"] == [1000.0, 3000.0]
     assert described["tpot_ms"] == 2000.0

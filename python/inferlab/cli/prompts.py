@@ -1,23 +1,38 @@
-"""The prompts of a benchmark: one, a file of them, or text that the bundled models never saw."""
+"""The flags that name prompts, and the prompts that they name."""
 
 from __future__ import annotations
 
 import argparse
 
-from inferlab.cli_common import Prompt, UsageError, read_prompts
+from inferlab.errors import UsageError
+from inferlab.prompts import Prompt, read_prompts
 from inferlab.types import check_text
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--prompt TEXT`` or ``--prompts FILE``; :func:`gather_prompts` reads them."""
+    _add_prompt_or_prompts(parser.add_mutually_exclusive_group(required=True))
+
+
+def gather_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of ``--prompt`` or ``--prompts``.
+
+    Raises:
+        ValueError: a prompt that is empty or cannot be encoded, a missing file, a bad line (file
+            and line are named).
+    """
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    if not args.prompt.strip():
+        raise UsageError("--prompt: is empty; give a text")
+    check_text("--prompt", args.prompt)
+    return [Prompt(args.prompt)]
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """``--prompt``, ``--prompts`` or ``--heldout``; :func:`gather_workload` reads them."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE.jsonl",
-        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
-        "(the first turn is taken); - reads stdin",
-    )
+    _add_prompt_or_prompts(group)
     group.add_argument(
         "--heldout",
         type=int,
@@ -50,7 +65,14 @@ def gather_workload(args: argparse.Namespace) -> list[Prompt]:
         return [Prompt(text, id=index) for index, text in enumerate(texts)]
     if args.prompt is None:
         raise UsageError("one of --prompt, --prompts and --heldout is required")
-    if not args.prompt.strip():
-        raise UsageError("--prompt: is empty; give a text")
-    check_text("--prompt", args.prompt)
-    return [Prompt(args.prompt)]
+    return gather_prompts(args)
+
+
+def _add_prompt_or_prompts(group: argparse._MutuallyExclusiveGroup) -> None:
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="many prompts: a JSON object a line, with `prompt`, or with `turns` as in Spec-Bench "
+        "(the first turn is taken); - reads stdin",
+    )

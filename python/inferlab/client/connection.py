@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
+from .answers import AnswerError, error_text
 from .environment import client_for
-from .openai_answers import AnswerError, error_text
 
 logger = logging.getLogger(__name__)
 

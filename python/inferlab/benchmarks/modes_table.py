@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from inferlab.benchmarks.modes import GENERATE, PLAIN, ModesResult
-from inferlab.benchmarks.report import id_lines
+from inferlab.benchmarks.tables import id_lines
 
 TITLES = {
     PLAIN: "plain",

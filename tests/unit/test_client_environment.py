@@ -11,9 +11,9 @@ import pytest
 
 from helpers.faulty_server import FaultyServer, Respond, chat
 from helpers.socks_proxy import SocksProxy
+from inferlab.client.environment import is_excepted
+from inferlab.client.ping import VLLMPingClient
 from inferlab.server import ping_vllm
-from inferlab.server.environment import is_excepted
-from inferlab.server.ping_vllm import VLLMPingClient
 
 pytestmark = pytest.mark.network
 
