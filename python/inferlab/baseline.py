@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
 from inferlab.records import RecordJson, RequestRecord
-from inferlab.specdec.text import NewText, text_decoder
+from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.types import check_text
 
 
@@ -44,15 +45,22 @@ class BaselineResult(TypedDict):
 
 
 class _Collector:
-    """A streamer for `generate` that remembers the new tokens, so that Ctrl-C loses none."""
+    """A streamer for `generate` that remembers the new tokens, so that Ctrl-C loses none.
 
-    def __init__(self) -> None:
+    Args:
+        tell: called with each new token.
+    """
+
+    def __init__(self, tell: Callable[[list[int]], None]) -> None:
         self.token_ids: list[int] = []
+        self._tell = tell
         self._seen_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._seen_prompt:
-            self.token_ids += value.reshape(-1).tolist()
+            new = value.reshape(-1).tolist()
+            self.token_ids += new
+            self._tell(new)
         self._seen_prompt = True
 
     def end(self) -> None:
@@ -159,6 +167,7 @@ class LocalBaselineRunner:
         seed: int | None = None,
         do_sample: bool | None = None,
         keep_partial: bool = False,
+        on_text: Callable[[str], None] | None = None,
     ) -> BaselineResult:
         """Decodes one prompt; what is not given is the configuration's.
 
@@ -170,6 +179,7 @@ class LocalBaselineRunner:
             seed: of torch's generator, for this call only; the state around it is left alone.
             keep_partial: on Ctrl-C raise Interrupted with the tokens so far (costs a copy of each
                 token to the host).
+            on_text: called with the text as it comes: the prompt, then what follows it.
 
         Returns:
             A mapping with
@@ -209,9 +219,21 @@ class LocalBaselineRunner:
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         prompt_length = int(inputs["input_ids"].shape[1])
         self._check_length(prompt_length, config.max_new_tokens)
-        collector = _Collector()
+        stream = TextStream(
+            NewText(text_decoder(self.tokenizer), inputs["input_ids"][0].tolist()),
+            unsettled=unsettled_tokens(self.tokenizer),
+        )
+
+        def tell(new: list[int]) -> None:
+            if on_text is not None:
+                on_text(stream.add(new))
+
+        if on_text is not None:
+            on_text(prompt)
+        collector = _Collector(tell)
         try:
-            output = self._generate(inputs, config, collector if keep_partial else None)
+            wanted = keep_partial or on_text is not None
+            output = self._generate(inputs, config, collector if wanted else None)
             token_ids: list[int] = output[0, prompt_length:].tolist()
             reason = "length" if len(token_ids) >= config.max_new_tokens else "stop"
         except KeyboardInterrupt as interrupt:
@@ -221,7 +243,10 @@ class LocalBaselineRunner:
             raise Interrupted(
                 [self._result(prompt, inputs, token_ids, reason, start, config)]
             ) from interrupt
-        return self._result(prompt, inputs, token_ids, reason, start, config)
+        result = self._result(prompt, inputs, token_ids, reason, start, config)
+        if on_text is not None:
+            on_text(stream.end(result["completion"]))
+        return result
 
     def _check_length(self, prompt_length: int, max_new_tokens: int) -> None:
         if prompt_length == 0:

@@ -11,6 +11,7 @@ import torch
 
 from inferlab import SpeculativePipeline
 from inferlab.config import SpecdecConfig
+from inferlab.errors import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -158,4 +159,31 @@ def test_streams_of_asyncio_share_the_batch_and_can_be_cancelled(pipeline):
 
 def test_a_tokenizer_without_a_chat_template_is_named(pipeline):
     with pytest.raises(ValueError, match=r"fake has no chat template; add chat_template\.jinja"):
-        pipeline.chat([{"role": "user", "content": "hello"}])
+        pipeline.generate(messages=[{"role": "user", "content": "hello"}])
+
+
+def test_tokens_are_told_as_they_come(pipeline):
+    pieces, finished = [], []
+    results = pipeline.generate(
+        ["a b", "c"],
+        max_tokens=20,
+        on_token=pieces.append,
+        on_result=lambda index, result: finished.append((index, result)),
+    )
+    for index, result in enumerate(results):
+        assert joined(p for p in pieces if p.index == index)[0] == result["text"]
+        assert (index, result) in finished
+
+
+@pytest.mark.parametrize("callback", ["on_token", "on_result"])
+def test_an_interrupt_in_a_callback_keeps_what_there_was(pipeline, callback):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        pipeline.generate(["a b", "c d"], max_tokens=30, **{callback: interrupt})
+    results = caught.value.results
+    assert len(results) == 2
+    assert "interrupted" in {r["finish_reason"] for r in results} or callback == "on_result"
+    assert all(r["token_ids"] for r in results)
+    assert not pipeline.engine.scheduler.has_work

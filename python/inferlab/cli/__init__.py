@@ -15,6 +15,7 @@ from inferlab.cli.terminal import setup_logging
 COMMANDS = {
     "specdec": "decode speculatively, on real models or fake ones",
     "baseline": "decode plainly, by Hugging Face generate",
+    "chat": "talk to a model at the terminal, decoded speculatively",
     "bench": "measure local, speculative or HTTP decoding",
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",

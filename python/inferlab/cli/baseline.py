@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from inferlab.baseline import BaselineResult
@@ -20,7 +21,9 @@ from inferlab.cli.terminal import (
     setup_logging,
     show_heading,
     show_line,
+    show_piece,
     show_text,
+    shows_live,
 )
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.output import check_output
@@ -81,19 +84,23 @@ def run(args: argparse.Namespace) -> int:
         from inferlab.baseline import LocalBaselineRunner
 
         runner = LocalBaselineRunner(config=config)
-        collected = run_prompts(
-            prompts, lambda texts: [runner.run(text, keep_partial=True) for text in texts], args
-        )
-        return report(collected, args, out, _show)
+        live = shows_live(args)
+
+        def generate(texts: list[str]) -> list[BaselineResult]:
+            told = show_piece if live else None
+            return [runner.run(text, keep_partial=True, on_text=told) for text in texts]
+
+        collected = run_prompts(prompts, generate, args)
+        return report(collected, args, out, partial(_show, shown=live))
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], shown: bool = False) -> None:
     if "id" in result:
         show_heading(str(result["id"]))
     if "error" in result:
         show_line([f"error: {result['error']}"])
         return
-    show_text(result["text"])
+    show_text("" if shown else result["text"])
     show_line(
         [
             f"{result['model']}, {result['dtype']}, {result['device']}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from inferlab.cli.flags import add_config_argument, add_output_arguments
@@ -19,7 +20,9 @@ from inferlab.cli.terminal import (
     setup_logging,
     show_heading,
     show_line,
+    show_piece,
     show_text,
+    shows_live,
 )
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.output import check_output
@@ -42,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="prompts of --prompts decoded together (1)"
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are messages of a user, put into the model's chat template",
     )
     add_output_arguments(parser)
 
@@ -67,17 +75,27 @@ def run(args: argparse.Namespace) -> int:
         from inferlab.specdec.pipeline import SpeculativePipeline
 
         pipeline = SpeculativePipeline(config=config)
-        collected = run_prompts(prompts, pipeline.generate, args, args.batch_size or 1)
-        return report(collected, args, out, _show)
+        live = shows_live(args)
+
+        def generate(texts: list[str]) -> list[SpecdecResult]:
+            asked: list[Any] = list(texts)
+            if args.chat:
+                asked = [pipeline.chat_prompt([{"role": "user", "content": t}]) for t in texts]
+            told = (lambda piece: show_piece(piece.text)) if live else None
+            results: list[SpecdecResult] = pipeline.generate(asked, on_token=told)
+            return results
+
+        collected = run_prompts(prompts, generate, args, args.batch_size or 1)
+        return report(collected, args, out, partial(_show, shown=live))
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], shown: bool = False) -> None:
     if "id" in result:
         show_heading(str(result["id"]))
     if "error" in result:
         show_line([f"error: {result['error']}"])
         return
-    show_text(result["text"])
+    show_text("" if shown else result["text"])
     lossless = "lossless" if result["lossless"] else "lossy"
     drafts = f" + {result['draft_model']}" if result["draft_model"] else ""
     show_line(

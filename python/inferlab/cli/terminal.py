@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -96,6 +97,19 @@ def show_text(text: str) -> None:
     from rich.console import Console
 
     Console().print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+def shows_live(args: argparse.Namespace) -> bool:
+    """Whether text is shown as it comes: that of one prompt, to a person."""
+    return not args.json and args.prompts is None and sys.stdout.isatty()
+
+
+def show_piece(text: str) -> None:
+    """Some more text on stdout, at once."""
+    from rich.console import Console
+
+    Console().print(text, end="", markup=False, highlight=False, soft_wrap=True, emoji=False)
+    sys.stdout.flush()
 
 
 def show_line(parts: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
@@ -21,13 +21,14 @@ from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
+from inferlab.specdec.pieces import Piece, run_pieces
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
-from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import GenerationResult, SamplingParams, check_text
+from inferlab.types import SamplingParams, check_text
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
 
 DEFAULT_KV_MEMORY_MB = 2048
 
@@ -38,25 +39,6 @@ class GenerationError(RuntimeError):
     def __init__(self, message: str, results: list[SpecdecResult]) -> None:
         super().__init__(message)
         self.results = results
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text of a stream, and what it was made of.
-
-    Attributes:
-        index: of the prompt.
-        text: what is new, possibly nothing.
-        token_ids: the new tokens; their text may come with a later piece.
-        drafted: how many of them were drafted and accepted; the others are the target's own.
-        result: what `SpeculativePipeline.generate` returns, with a prompt's last piece.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    drafted: int
-    result: SpecdecResult | None = None
 
 
 class SpeculativePipeline:
@@ -185,16 +167,18 @@ class SpeculativePipeline:
 
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Sequence[Prompt] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         *,
+        messages: Sequence[Message] | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | Sequence[int] | None = None,
         do_sample: bool | None = None,
         stop: str | Sequence[str] | None = None,
+        on_token: Callable[[Piece], None] | None = None,
         on_result: Callable[[int, SpecdecResult], None] | None = None,
         **params: Any,
     ) -> Any:
@@ -211,6 +195,9 @@ class SpeculativePipeline:
             seed: one for all prompts, or a list with one per prompt. A prompt's tokens depend on
                 its own seed only, so equal prompts with equal seeds give equal texts.
             stop: strings that end the text (and are cut off).
+            messages: a conversation, ``{"role": ..., "content": ...}`` each, in place of a prompt;
+                the tokenizer's chat template makes the prompt of it.
+            on_token: called with the text as it comes, a `Piece` for each step (see `stream`).
             on_result: called with index and result as prompts finish.
             params: any other field of SamplingParams (``min_tokens``, ``logit_bias``, ...).
 
@@ -245,6 +232,7 @@ class SpeculativePipeline:
             prompt,
             params
             | {
+                "messages": messages,
                 "max_tokens": max_tokens,
                 "temperature": temperature,
                 "top_k": top_k,
@@ -255,28 +243,24 @@ class SpeculativePipeline:
                 "stop": stop,
             },
         )
-        finished: dict[int, SpecdecResult] = {}
-
-        def finish(index: int, result: GenerationResult) -> None:
-            finished[index] = self._mapping(result, prompts[index], requests[index])
-            if on_result is not None:
-                on_result(index, finished[index])
-
-        try:
-            results = self.engine.generate(requests, finish)
-        except Interrupted as interrupt:
-            partial = [
-                finished.get(i) or self._mapping(result, prompts[i], requests[i])
-                for i, result in enumerate(interrupt.results)
-            ]
-            raise Interrupted(partial) from interrupt
-        mappings = [finished[i] for i in range(len(results))]
-        _raise_errors(requests, mappings)
-        return mappings[0] if single else mappings
+        results: dict[int, SpecdecResult] = {}
+        with closing(self._run(prompts, requests, on_token is not None)) as pieces:
+            for piece in pieces:
+                try:
+                    if on_token is not None:
+                        on_token(piece)
+                    if piece.result is not None:
+                        results[piece.index] = piece.result
+                        if on_result is not None:
+                            on_result(piece.index, piece.result)
+                except KeyboardInterrupt as interrupt:
+                    pieces.throw(interrupt)
+        ordered = [results[index] for index in range(len(requests))]
+        return ordered[0] if single else ordered
 
     def stream(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Sequence[Prompt] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         **params: Any,
@@ -297,11 +281,11 @@ class SpeculativePipeline:
         """
         given = params | {"max_tokens": max_tokens, "temperature": temperature}
         _, prompts, requests = self._requests(prompt, given)
-        return self._pieces(prompts, requests)
+        return self._run(prompts, requests)
 
     async def astream(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Sequence[Prompt] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         **params: Any,
@@ -321,14 +305,8 @@ class SpeculativePipeline:
                 await asyncio.wait([step])
             pieces.close()
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A conversation as a prompt, by the chat template of the target's tokenizer.
-
-        Args:
-            messages: ``{"role": ..., "content": ...}`` each, the last one the user's.
-
-        Returns:
-            Token ids, up to where the assistant's answer begins.
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as a prompt of token ids, up to where the assistant's answer begins.
 
         Raises:
             ValueError: the tokenizer has no chat template, or it refuses these messages.
@@ -349,28 +327,32 @@ class SpeculativePipeline:
             ) from error
         return ids
 
-    def _pieces(self, prompts: list[Prompt], requests: list[Request]) -> Generator[Piece]:
-        decode = text_decoder(self.target.tokenizer)
-        unsettled = unsettled_tokens(self.target.tokenizer)
-        texts = [TextStream(NewText(decode, r.prompt), r.params.stop, unsettled) for r in requests]
-        index_of = {request: index for index, request in enumerate(requests)}
-        results: dict[int, SpecdecResult] = {}
-        with closing(self.engine.run(requests)) as emissions:
-            for emission in emissions:
-                request = emission.request
-                index = index_of[request]
-                if not emission.finished:
-                    text = texts[index].add(emission.tokens)
-                else:
-                    text = texts[index].end(request.text or "")
-                    results[index] = self._mapping(
-                        self.engine.result(request), prompts[index], request
-                    )
-                yield Piece(index, text, emission.tokens, emission.drafted, results.get(index))
-        _raise_errors(requests, [results[i] for i in range(len(requests))])
+    def _run(
+        self, prompts: list[Prompt], requests: list[Request], with_text: bool = True
+    ) -> Generator[Piece]:
+        results: list[SpecdecResult | None] = [None] * len(requests)
+
+        def result_of(index: int) -> SpecdecResult:
+            result = self._mapping(prompts[index], requests[index])
+            results[index] = result
+            return result
+
+        try:
+            yield from run_pieces(self.engine, requests, result_of, with_text)
+        except KeyboardInterrupt as interrupt:
+            for request in requests:
+                if request.finish_reason in (None, "aborted"):
+                    request.finish_reason = "interrupted"
+            partial = [result or result_of(i) for i, result in enumerate(results)]
+            raise Interrupted(partial) from interrupt
+        for index, request in enumerate(requests):
+            if request.error is not None:
+                raise GenerationError(
+                    f"prompt {index}: {request.error}", list(filter(None, results))
+                )
 
     def _requests(
-        self, prompt: Prompt | Sequence[Prompt], given: Mapping[str, Any]
+        self, prompt: Prompt | Sequence[Prompt] | None, given: Mapping[str, Any]
     ) -> tuple[bool, list[Prompt], list[Request]]:
         """Whether there is one prompt, the prompts, and the request of each, with what was given
         and, for the rest, what the configuration says."""
@@ -378,10 +360,13 @@ class SpeculativePipeline:
         if unknown:
             raise TypeError(
                 f"generate() knows no {', '.join(unknown)}; beside its own arguments it takes "
-                f"{', '.join(sorted(_PARAMETERS - {'do_sample'}))}"
+                f"{', '.join(sorted(_PARAMETERS - {'do_sample', 'messages'}))}"
             )
         given = {name: value for name, value in given.items() if value is not None}
-        single, prompts = _as_list(prompt)
+        messages = given.pop("messages", None)
+        if messages is not None and prompt is not None:
+            raise ValueError("prompt and messages are both given; give one of them")
+        single, prompts = _as_list(prompt if messages is None else self.chat_prompt(messages))
         seeds = self._seeds(given.pop("seed", None), len(prompts))
         if given.pop("do_sample", None) is False:
             given["temperature"] = 0.0
@@ -440,7 +425,8 @@ class SpeculativePipeline:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
 
-    def _mapping(self, result: GenerationResult, prompt: Prompt, request: Request) -> SpecdecResult:
+    def _mapping(self, prompt: Prompt, request: Request) -> SpecdecResult:
+        result = self.engine.result(request)
         speculation = Speculation(
             impl=self.config.implementation,
             draft_mode=self.config.draft_mode,
@@ -522,13 +508,7 @@ class SpeculativePipeline:
         return pages
 
 
-_PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample"}
-
-
-def _raise_errors(requests: Sequence[Request], results: list[SpecdecResult]) -> None:
-    for index, request in enumerate(requests):
-        if request.error is not None:
-            raise GenerationError(f"prompt {index}: {request.error}", results)
+_PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample", "messages"}
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:
