@@ -189,16 +189,16 @@ class SpecdecConfig(Sampled):
     """Speculative decoding (``configs/specdec.yaml``, ``configs/specdec_hf.yaml``).
 
     Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
-    of ``max_draft``; left out it is what suits the drafter (`DRAFT_MODES`). So is ``tree``: chain;
-    optimal, the ``tree_nodes`` nodes most likely to be accepted; grown, as many where
-    the draft is sure of itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per
-    node by depth.
+    of ``max_draft``, and ``k`` of ``agree_k``, the k of the ``topk_agree`` policy. ``max_draft``
+    left out is what suits the drafter (`DRAFT_MODES`). So is ``tree``: chain; optimal, the
+    ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is sure of
+    itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per node by depth.
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
     comparison, they agree less often. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
     smaller one wins; without both it is sized for the batch.
     """
 
-    aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft"}
+    aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
 
     implementation: Literal["hf", "fake"] = "hf"
     base_model: ModelName = "inferlab/tiny"
@@ -221,7 +221,7 @@ class SpecdecConfig(Sampled):
         "longest_prefix"
     )
     tau: Fraction = 0.5
-    k: PositiveCount = 5
+    agree_k: PositiveCount = 5
     p: Fraction = 0.9
 
     controller: Literal["fixed", "adaptive", "cost"] = "fixed"

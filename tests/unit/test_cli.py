@@ -191,7 +191,7 @@ def test_flags_reach_the_configuration():
         "--stop", "END", "--stop", "\n", "--batch-size", "3", "--base-model", "b",
         "--draft-model", "d",
     )  # fmt: skip
-    assert (config.max_draft, config.k, config.p, config.tau) == (6, 3, 0.8, 0.3)
+    assert (config.max_draft, config.agree_k, config.p, config.tau) == (6, 3, 0.8, 0.3)
     assert (config.policy, config.controller) == ("typical", "adaptive")
     assert (config.min_k, config.max_k, config.target_acceptance) == (2, 5, 0.6)
     assert (config.temperature, config.top_k, config.top_p, config.min_p) == (0.9, 40, 0.95, 0.05)

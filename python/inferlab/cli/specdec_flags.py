@@ -28,7 +28,7 @@ FLAGS = {
     "--tree-width": "tree_width",
     "--policy": "policy",
     "--tau": "tau",
-    "--k": "k",
+    "--k": "agree_k",
     "--p": "p",
     "--controller": "controller",
     "--min-k": "min_k",

@@ -113,7 +113,7 @@ class SpeculativePipeline:
             device=device,
             dtype=dtype,
             seed=seed,
-            k=agree_k,
+            agree_k=agree_k,
         )
         if k is not None:
             overrides["max_draft"] = k
@@ -450,7 +450,7 @@ class SpeculativePipeline:
 
     def _make_policy(self) -> Policy:
         c = self.config
-        return make_policy(c.policy, tau=c.tau, k=c.k, p=c.p)
+        return make_policy(c.policy, tau=c.tau, k=c.agree_k, p=c.p)
 
     def _make_controller(self) -> Controller:
         c = self.config
