@@ -10,8 +10,9 @@ import pytest
 from inferlab.models import loading
 from inferlab.models.assets import ASSETS
 from inferlab.models.draft_heads import load_eagle, load_medusa
-from inferlab.training import dynamic_tree, heldout, students
-from inferlab.training.corpus import heldout_prompts
+from inferlab.training.heads import students
+from inferlab.training.material.corpus import heldout_prompts
+from inferlab.training.measure import dynamic_tree, heldout
 
 NAMES = ("tiny-medusa", "tiny-eagle")
 PROMPTS, NEW_TOKENS = 4, 48

@@ -21,23 +21,13 @@ from helpers.micro_training import (
     write_micro_corpus,
 )
 from inferlab.models.draft_heads import EagleHead, eagle_config, load_eagle, load_medusa
-from inferlab.training import (
-    curve,
-    dynamic_tree,
-    features,
-    heldout,
-    losses,
-    material,
-    sources,
-    students,
-    teach,
-    train,
-    train_student,
-    trainer,
-)
-from inferlab.training.architectures import causal_bias
-from inferlab.training.tokenizer import train_tokenizer
-from inferlab.training.unroll import unroll
+from inferlab.training import train
+from inferlab.training.heads import losses, students, teach, trainer
+from inferlab.training.heads.unroll import unroll
+from inferlab.training.material import features, sources, writing
+from inferlab.training.measure import curve, dynamic_tree, heldout
+from inferlab.training.target.architectures import causal_bias
+from inferlab.training.target.tokenizer import train_tokenizer
 
 MICRO_RUN = [
     *("--steps", "6", "--windows", "24", "--window", "16", "--batch-tokens", "64"),
@@ -166,13 +156,13 @@ def test_texts_and_prompts_mix(tmp_path, tokenizer, target):
     lines += [json.dumps({"prompt": f"def b{i}(x):"}) for i in range(40)]
     path = file_of(tmp_path, "a.jsonl", "\n".join(lines))
     source = sources.file_source(path, tokenizer, heldout_prompts=9)
-    config = material.MaterialConfig(
+    config = writing.MaterialConfig(
         generated_windows=6, corpus_windows=5, long_windows=2, window_length=16, long_length=32,
         min_prompt=2, max_prompt=8, generation_batch=3,
     )  # fmt: skip
-    kinds = material.make_windows(target, source, config, seed=0)
+    kinds = writing.make_windows(target, source, config, seed=0)
     assert [tuple(kind.shape) for kind in kinds] == [(6, 17), (5, 17), (2, 33)]
-    again = material.make_windows(target, source, config, seed=0)
+    again = writing.make_windows(target, source, config, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(kinds, again, strict=True))
 
 
@@ -360,7 +350,7 @@ def test_losses_are_right_about_their_positions(kind, target, tokenizer):
         ),
         "eagle1": lambda: students.eagle_student(*common, version=1),
         "draft": lambda: students.draft_student(
-            micro_model(7), tokenizer, "target", save=lambda folder: None, argmax_weight=0.0
+            micro_model(7), tokenizer, "target", argmax_weight=0.0
         ),
     }[kind]()
     student.module.float()
@@ -412,9 +402,7 @@ def test_the_grown_tree_takes_the_best_paths_first():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_model_is_its_own_best_draft(target, tokenizer, temperature):
-    student = students.draft_student(
-        micro_model(num_hidden_layers=8), tokenizer, "t", save=lambda folder: None
-    )
+    student = students.draft_student(micro_model(num_hidden_layers=8), tokenizer, "t")
     student.module.float().eval()
     prompt = np.array([5, 6, 7], dtype=np.int32)
     texts = heldout.write_texts(
@@ -719,7 +707,7 @@ def test_a_fresh_draft_is_where_the_target_is(world, target, tokenizer):
     train.add_arguments(parser)
     args = parser.parse_args(command("draft", world, world / "never"))
     elsewhere = micro_model().to("meta")
-    student = train_student.make_student(args, elsewhere, tokenizer)
+    student = train.make_student(args, elsewhere, tokenizer)
     assert {p.device.type for p in student.module.parameters()} == {"meta"}
 
 

@@ -24,8 +24,7 @@ from inferlab.specdec.calibration import AcceptanceCounts, write_acceptance
 from inferlab.specdec.controllers import FixedController, StepObservation
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
-
-from .corpus import load_corpus, training_prompts
+from inferlab.training.material.corpus import Corpus, training_prompts
 
 MODES = ("vanilla", "medusa", "eagle")
 """Draft modes whose static trees take a node's r-th best token, with weights of their own."""
@@ -117,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f"{prompt.where}: {error}") from None
         prompts = [prompt.text for prompt in given]
     else:
-        prompts = training_prompts(load_corpus(), args.num_prompts)
+        prompts = training_prompts(Corpus.of(), args.num_prompts)
     setup_logging(config.log_level, args.verbose)
     rates = calibrate(config, prompts)
     if not rates:

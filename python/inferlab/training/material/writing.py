@@ -17,8 +17,8 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache
 
-from .sources import Source
-from .windows import WindowSampler
+from inferlab.training.material.sources import Source
+from inferlab.training.material.windows import WindowSampler
 
 
 @dataclass(frozen=True)

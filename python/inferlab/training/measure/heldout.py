@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import read_features
+from inferlab.training.material.features import read_features
 
 Path = tuple[int, ...]
 # From a text and a number of positions to the draft's logits `[drafts, positions, V]`; row r is

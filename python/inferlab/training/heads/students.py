@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from inferlab.models import loading
 from inferlab.models.draft_heads import (
     EagleHead,
     MedusaHeads,
@@ -22,11 +23,16 @@ from inferlab.models.draft_heads import (
     save_eagle,
     save_medusa,
 )
-
-from . import losses
-from .architectures import causal_bias, use_training_attention
-from .heldout import Text
-from .unroll import unroll
+from inferlab.training.heads import losses
+from inferlab.training.heads.unroll import unroll
+from inferlab.training.measure.heldout import Text
+from inferlab.training.target.architectures import (
+    DRAFT_SHAPE,
+    causal_bias,
+    llama_config,
+    new_llama,
+    use_training_attention,
+)
 
 ARGMAX_WEIGHT = 0.5
 MEDUSA_HEADS = 4
@@ -156,6 +162,7 @@ def eagle_student(
     if init_from is not None:
         head = load_eagle(init_from, target).requires_grad_(True)
     else:
+        _check_layers(feature_layers or (), target)
         config = eagle_config(target.config)
         head = EagleHead(config, version or 3, target, feature_layers=feature_layers)
         if head.version == 3:
@@ -187,6 +194,13 @@ def eagle_student(
     )
 
 
+def _check_layers(layers: tuple[int, ...], target: Any) -> None:
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    wrong = [layer for layer in layers if not -1 <= layer < count]
+    if wrong:
+        raise ValueError(f"--features: {wrong[0]} is no layer of 0 to {count - 1}, nor -1")
+
+
 def _refuse_with(init_from: str | None, flags: dict[str, Any]) -> None:
     """Raises ValueError where a flag describes fresh heads, and earlier ones are started from."""
     given = [flag for flag, value in flags.items() if value is not None]
@@ -197,17 +211,53 @@ def _refuse_with(init_from: str | None, flags: dict[str, Any]) -> None:
         )
 
 
+def new_draft(
+    target: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    base_model: str,
+    init_from: str | None = None,
+    *,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A draft model for a target: a fresh one of the bundled shape, or one that is started from.
+
+    Raises:
+        ValueError: ``init_from`` cannot be loaded or has another tokenizer.
+    """
+    if init_from is None:
+        llama = llama_config(
+            DRAFT_SHAPE, vocab_size=target.config.vocab_size, eos_id=tokenizer.eos_token_id
+        )
+        return new_llama(llama, seed=seed).to(target.device)
+    try:
+        loaded = loading.load(init_from, dtype="bfloat16", device=str(target.device))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"--init-from {init_from}: {error}") from error
+    if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--init-from {init_from}: its tokenizer differs from that of --base-model "
+            f"{base_model}, so their token ids mean different text; leave --init-from out or "
+            "name a model with the same tokenizer"
+        )
+    return loaded.model
+
+
 def draft_student(
     draft: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     base_model: str,
     *,
-    save: Callable[[Path], None],
     argmax_weight: float = ARGMAX_WEIGHT,
 ) -> Student:
     """A draft model with the target's tokenizer; it never reads the target, only its teacher is."""
     draft.bfloat16()
     use_training_attention(draft)
+
+    def save(folder: Path) -> None:
+        draft.set_attn_implementation("sdpa")
+        draft.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        use_training_attention(draft)
 
     def guess(text: Text, positions: int) -> Tensor:
         logits = draft(input_ids=text.tokens[:, :-1], use_cache=False).logits[0, text.start :]

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from inferlab.models.draft_heads import EagleHead
-
-from . import dynamic_tree
-from .heldout import measure, write_texts
-from .sources import Source
-from .students import Student
-from .teach import RunConfig, Taught, heldout_prompts
+from inferlab.training.heads.students import Student
+from inferlab.training.heads.teach import RunConfig, Taught, heldout_prompts
+from inferlab.training.material.sources import Source
+from inferlab.training.measure import dynamic_tree
+from inferlab.training.measure.heldout import measure, write_texts
 
 TEMPERATURES = (0.0, 0.8)
 # EAGLE-2's dynamic trees that the card tells about.
@@ -145,7 +144,7 @@ def student_card(report: dict[str, Any]) -> str:
         f"{report['material']['corpus_windows'] + report['material']['long_windows']:,} are "
         f"windows of the training data ({report['data']}). What acceptance is measured on is held "
         "out by a hash: for the default corpus by file, "
-        "`inferlab.training.corpus.heldout_files()`.",
+        "`inferlab.training.material.corpus.heldout_files()`.",
         "",
     ]
     return "\n".join(lines)

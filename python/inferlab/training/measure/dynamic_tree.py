@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from inferlab.models.draft_heads import EagleHead
-
-from .heldout import Text
+from inferlab.training.measure.heldout import Text
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
-from .curve import draw_curve
-from .features import Batches, TokenBatches, cache_matches, read_features, write_cache
-from .heldout import Measured, Text, measure, write_texts
-from .losses import POSITION_DECAY
-from .material import MaterialConfig, make_windows
-from .sources import Source
-from .students import Student
-from .trainer import Clock, DraftTrainer, last_checkpoint
+from inferlab.training.heads.losses import POSITION_DECAY
+from inferlab.training.heads.students import Student
+from inferlab.training.heads.trainer import Clock, DraftTrainer, last_checkpoint
+from inferlab.training.material.features import (
+    Batches,
+    TokenBatches,
+    cache_matches,
+    read_features,
+    write_cache,
+)
+from inferlab.training.material.sources import Source
+from inferlab.training.material.writing import MaterialConfig, make_windows
+from inferlab.training.measure.curve import draw_curve
+from inferlab.training.measure.heldout import Measured, Text, measure, write_texts
 
 RUN_FILE = "run.json"
 
