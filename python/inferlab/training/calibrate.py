@@ -18,16 +18,11 @@ from inferlab.cli_common import (
     read_prompts,
     setup_logging,
 )
-from inferlab.config import MAX_TREE_NODES, SpecdecConfig, load_config
+from inferlab.config import SpecdecConfig, load_config
 from inferlab.specdec import run_specdec
-from inferlab.specdec.calibration import AcceptanceCounts, write_acceptance
-from inferlab.specdec.controllers import FixedController, StepObservation
-from inferlab.specdec.pipeline import SpeculativePipeline
-from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
+from inferlab.specdec.calibration import write_acceptance
 from inferlab.training.material.corpus import Corpus, training_prompts
-
-MODES = ("vanilla", "medusa", "eagle")
-"""Draft modes whose static trees take a node's r-th best token, with weights of their own."""
+from inferlab.training.measure.rates import acceptance_rates
 
 MEANINGLESS = (
     "--tree",
@@ -40,41 +35,6 @@ MEANINGLESS = (
     "--target-acceptance",
 )
 """Flags of `inferlab specdec` that say how much to draft."""
-
-
-class CountingController(FixedController):
-    """Drafts all of a tree in every step and counts which of its nodes are accepted."""
-
-    def __init__(self, shape: TreeShape) -> None:
-        super().__init__(shape.depth)
-        self.counts = AcceptanceCounts(shape)
-        self._shape = shape
-
-    def observe(self, step: StepObservation) -> None:
-        if step.budget.levels < self._shape.depth:
-            return  # near the end of a text less is drafted
-        for ranks, depth in zip(step.accepted, step.depths, strict=True):
-            if depth == self._shape.depth:
-                self.counts.add(ranks)
-
-
-def calibrate(config: SpecdecConfig, prompts: list[str]) -> list[list[float]]:
-    """Acceptance by depth and rank of the drafter that ``config`` names, on these prompts.
-
-    Raises:
-        ValueError: a draft mode whose trees are not made from it.
-    """
-    if config.draft_mode not in MODES:
-        raise ValueError(
-            f"draft_mode is {config.draft_mode!r}; only the trees of {', '.join(MODES)} are made "
-            "from measured acceptance"
-        )
-    shape = TreeShape.best([list(ASSUMED_ACCEPTANCE)], MAX_TREE_NODES - 1, config.levels)
-    controller = CountingController(shape)
-    SpeculativePipeline(
-        config=config.model_copy(update={"tree": None}), controller=controller, shape=shape
-    ).generate(prompts)
-    return controller.counts.rates()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         prompts = training_prompts(Corpus.of(), args.num_prompts)
     setup_logging(config.log_level, args.verbose)
-    rates = calibrate(config, prompts)
+    rates = acceptance_rates(config, prompts)
     if not rates:
         raise UsageError(
             f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
 
+from inferlab.models import HFModel
 from inferlab.training.heads import students
 from inferlab.training.heads.report import student_report, write_report
 from inferlab.training.heads.students import Student
@@ -235,14 +235,14 @@ def _run_student(args: argparse.Namespace) -> int:
     config = _run_config(args)
     if config.resume:
         last_checkpoint(config.output)  # before minutes are spent on anything else
-    target, tokenizer = load_target(args.base_model, args.device)
+    target = load_target(args.base_model, args.device)
     config = replace(config, material=within_context(config.material, target))
     if args.lr is None:
-        width = target.get_output_embeddings().weight.shape[1]
+        width = target.config.hidden_size
         config = replace(config, lr=BASE_LR * min(1.0, BASE_WIDTH / width))
-    source = open_source(args.data, args.corpus, tokenizer, args.eval_prompts)
+    source = open_source(args.data, args.corpus, target.tokenizer, args.eval_prompts)
     torch.manual_seed(config.seed)
-    student = make_student(args, target, tokenizer)
+    student = make_student(args, target)
     taught = teach(config, student, target, source)
     student.save(config.output)
     report = student_report(
@@ -311,17 +311,14 @@ def _run_config(args: argparse.Namespace) -> RunConfig:
     )
 
 
-def make_student(
-    args: argparse.Namespace, target: Any, tokenizer: PreTrainedTokenizerFast
-) -> Student:
+def make_student(args: argparse.Namespace, target: HFModel) -> Student:
     """The student that the flags describe."""
-    common = (target, tokenizer, args.base_model)
     if args.train_kind == "medusa":
         for flag, value in (("--heads", args.heads), ("--layers", args.layers)):
             if value is not None and value < 1:
                 raise ValueError(f"{flag} is {value}, expected at least 1")
         return students.medusa_student(
-            *common,
+            target,
             init_from=args.init_from,
             num_heads=args.heads,
             num_layers=args.layers,
@@ -332,14 +329,14 @@ def make_student(
         if args.depth < 1:
             raise ValueError(f"--depth is {args.depth}, expected at least 1")
         return students.eagle_student(
-            *common,
+            target,
             init_from=args.init_from,
             version=args.version,
             feature_layers=None if args.features is None else tuple(args.features),
             steps=args.depth,
         )
-    draft = students.new_draft(target, tokenizer, args.base_model, args.init_from, seed=args.seed)
-    return students.draft_student(draft, tokenizer, args.base_model)
+    draft = students.new_draft(target, args.init_from, seed=args.seed)
+    return students.draft_student(draft, target.tokenizer)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
-from inferlab.models import loading
+from inferlab.models import HFModel
 from inferlab.training.material.writing import MaterialConfig
 
 
-def load_target(name: str, device: str) -> tuple[Any, PreTrainedTokenizerFast]:
-    """The target in bf16 and its tokenizer.
+def load_target(name: str, device: str) -> HFModel:
+    """The target in bf16, with its tokenizer; its weights learn nothing.
 
     Raises:
-        ValueError: it cannot be loaded, its tokenizer has tokens that the model lacks, or the
-            device is a CUDA device but the first.
+        ValueError: it cannot be loaded or not be decoded with, its tokenizer has tokens that the
+            model lacks, or the device is a CUDA device but the first.
     """
     if device.startswith("cuda:") and device != "cuda:0":
         raise ValueError(
@@ -24,24 +21,27 @@ def load_target(name: str, device: str) -> tuple[Any, PreTrainedTokenizerFast]:
             f"cuda, and choose the GPU with CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}"
         )
     try:
-        loaded = loading.load(name, device=device, dtype="bfloat16")
+        target = HFModel.load(name, device=device, dtype="bfloat16")
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--base-model {name}: {error}") from error
-    target = loaded.model.eval().requires_grad_(False)
-    known = target.get_output_embeddings().weight.shape[0]
-    if len(loaded.tokenizer) > known:
+    if len(target.tokenizer) > target.vocab_size:
         raise ValueError(
-            f"--base-model {name}: its tokenizer has {len(loaded.tokenizer)} tokens, the model "
-            f"{known}; put the model's own tokenizer beside its weights"
+            f"--base-model {name}: its tokenizer has {len(target.tokenizer)} tokens, the model "
+            f"{target.vocab_size}; put the model's own tokenizer beside its weights"
         )
-    return target, loaded.tokenizer
+    target.model.requires_grad_(False)
+    return target
 
 
-def within_context(material: MaterialConfig, target: Any) -> MaterialConfig:
+def within_context(material: MaterialConfig, target: HFModel) -> MaterialConfig:
     """The same windows, long ones no longer than the target can read."""
-    context = target.config.get_text_config(decoder=True).max_position_embeddings
-    if material.window_length > context:
+    context = target.context_length
+    if context is None:
+        return material
+    # One more token is written than read.
+    if material.window_length >= context:
         raise ValueError(
-            f"--window is {material.window_length}, the target reads at most {context} tokens"
+            f"--window is {material.window_length}, the target reads at most {context - 1} tokens "
+            "to write one behind them"
         )
     return replace(material, long_length=min(material.long_length, context))
