@@ -18,7 +18,7 @@ from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import Budget, DraftTree
 from inferlab.specdec.walk import Walk
-from inferlab.training.corpus import heldout_prompts
+from inferlab.training.material.corpus import heldout_prompts
 
 NEW_TOKENS = 128
 # The first 20 are those of `inferlab bench --heldout 20`: left out.

@@ -35,8 +35,6 @@ FACES = (
     ("inferlab", "server", "ping_vllm"),
     ("inferlab", "benchmarks", "run_bench"),
 )
-# Flags that have not moved to inferlab.cli yet.
-OWN_FLAGS = (("inferlab", "training", "train"), ("inferlab", "training", "train_student"))
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -111,7 +109,7 @@ def test_only_the_command_line_knows_flags():
         for path, file in modules()
         if path[1] != "cli" and re.search(r"\bimport argparse\b", file.read_text(encoding="utf-8"))
     }
-    assert knowing <= set(OWN_FLAGS), "flags belong to inferlab.cli"
+    assert not knowing, "flags belong to inferlab.cli"
 
 
 def test_the_faces_names_are_those_of_the_rooms_behind():

@@ -14,8 +14,8 @@ from inferlab.config import SpecdecConfig, load_config
 from inferlab.errors import UsageError
 from inferlab.prompts import read_prompts
 from inferlab.specdec.calibration import write_acceptance
-from inferlab.training.calibrate import calibrate
-from inferlab.training.corpus import load_corpus, training_prompts
+from inferlab.training.material.corpus import Corpus, training_prompts
+from inferlab.training.measure.rates import acceptance_rates
 
 MEANINGLESS = (
     "--tree",
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(f"{prompt.where}: {error}") from None
         prompts = [prompt.text for prompt in given]
     else:
-        prompts = training_prompts(load_corpus(), args.num_prompts)
+        prompts = training_prompts(Corpus.of(), args.num_prompts)
     setup_logging(config.log_level, args.verbose)
-    rates = calibrate(config, prompts)
+    rates = acceptance_rates(config, prompts)
     if not rates:
         raise UsageError(
             f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "

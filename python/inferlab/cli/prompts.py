@@ -59,7 +59,7 @@ def gather_workload(args: argparse.Namespace) -> list[Prompt]:
     if args.prompts is not None:
         return read_prompts(args.prompts)[: args.num_prompts]
     if args.heldout is not None:
-        from inferlab.training.corpus import heldout_prompts
+        from inferlab.training.material.corpus import heldout_prompts
 
         texts = heldout_prompts(args.heldout)
         return [Prompt(text, id=index) for index, text in enumerate(texts)]

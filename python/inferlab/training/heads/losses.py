@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from inferlab.models.draft_heads import EagleHead, MedusaHeads
-
-from .architectures import causal_bias
-from .unroll import unroll
+from inferlab.training.heads.unroll import unroll
+from inferlab.training.target.architectures import causal_bias
 
 POSITION_DECAY = 0.8
 # Weights of EAGLE-1's two losses (github SafeAILab/EAGLE, eagle/train/main.py: v_w, p_w).

@@ -1,13 +1,11 @@
-"""Measures which draft tokens are accepted, for `--tree optimal`.
-
-Decodes prompts with a tree as large as trees get and counts, by depth, how often the r-th best
-draft token was the one that the target chose. The rates go into `acceptance.json` beside the
-draft's weights, where optimal trees find them.
-"""
+"""Which of a node's children is accepted, counted while the engine decodes with all of a tree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from inferlab.config import MAX_TREE_NODES, SpecdecConfig
+from inferlab.models import TargetModel
 from inferlab.specdec.calibration import AcceptanceCounts
 from inferlab.specdec.controllers import FixedController, StepObservation
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -33,8 +31,19 @@ class CountingController(FixedController):
                 self.counts.add(ranks)
 
 
-def calibrate(config: SpecdecConfig, prompts: list[str]) -> list[list[float]]:
+def acceptance_rates(
+    config: SpecdecConfig,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    nodes: int = MAX_TREE_NODES - 1,
+    target: TargetModel | None = None,
+    draft: TargetModel | None = None,
+) -> list[list[float]]:
     """Acceptance by depth and rank of the drafter that ``config`` names, on these prompts.
+
+    Args:
+        nodes: of the tree that is drafted in every step, below the root.
+        target, draft: loaded models in place of those that ``config`` names.
 
     Raises:
         ValueError: a draft mode whose trees are not made from it.
@@ -44,9 +53,13 @@ def calibrate(config: SpecdecConfig, prompts: list[str]) -> list[list[float]]:
             f"draft_mode is {config.draft_mode!r}; only the trees of {', '.join(MODES)} are made "
             "from measured acceptance"
         )
-    shape = TreeShape.best([list(ASSUMED_ACCEPTANCE)], MAX_TREE_NODES - 1, config.levels)
+    shape = TreeShape.best([list(ASSUMED_ACCEPTANCE)], nodes, config.levels)
     controller = CountingController(shape)
     SpeculativePipeline(
-        config=config.model_copy(update={"tree": None}), controller=controller, shape=shape
-    ).generate(prompts)
+        config=config.model_copy(update={"tree": None}),
+        controller=controller,
+        shape=shape,
+        target=target,
+        draft=draft,
+    ).generate(prompts, seed=[config.seed + index for index in range(len(prompts))])
     return controller.counts.rates()

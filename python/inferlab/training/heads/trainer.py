@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from .optim import MasterOptimizer, learning_rate
+from inferlab.training.target.optim import MasterOptimizer, learning_rate
 
 COMPLETE = "trainer_state.json"  # written last of a checkpoint's files
 

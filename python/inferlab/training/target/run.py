@@ -1,26 +1,27 @@
-"""`inferlab train target|draft|medusa|eagle`: trains the bundled models, or others' drafts."""
+"""One run that makes a target: tokenizer, weights, report, finished folder."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import platform
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from . import train_student
-from .architectures import MAX_POSITIONS, TARGET_SHAPE, VOCAB_SIZE, llama_config, new_llama
-from .checkpoint import require_checkpoint
-from .corpus import is_test_file, load_corpus
-from .export import export_model
-from .loop import LoopConfig
-from .pretrain import heldout_loss, heldout_windows, pretrain
-from .tokenizer import train_tokenizer
+from inferlab.training.material.corpus import Corpus, is_test_file
+from inferlab.training.target.architectures import (
+    MAX_POSITIONS,
+    VOCAB_SIZE,
+    llama_config,
+    new_llama,
+)
+from inferlab.training.target.checkpoint import require_checkpoint
+from inferlab.training.target.export import export_model
+from inferlab.training.target.loop import LoopConfig
+from inferlab.training.target.pretrain import heldout_loss, heldout_windows, pretrain
+from inferlab.training.target.tokenizer import train_tokenizer
 
 CHECKPOINT_NAME = "checkpoint.pt"
 
@@ -69,7 +70,7 @@ def train_target(config: TargetConfig) -> dict[str, Any]:
         ValueError: the corpus is empty or too small, or there is nothing to resume.
         OSError: the output could not be written.
     """
-    corpus = load_corpus(config.corpus)
+    corpus = Corpus.of(config.corpus)
     library = [p for p in corpus.train_files() if not is_test_file(p)]
     tokenizer = train_tokenizer(
         (text for path in library if (text := corpus.read(path))),
@@ -113,50 +114,3 @@ def train_target(config: TargetConfig) -> dict[str, Any]:
     }
     export_model(config.output, model, tokenizer, report)
     return report
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `inferlab train` to `parser`."""
-    kinds = parser.add_subparsers(
-        dest="train_kind", required=True, metavar="{target,draft,medusa,eagle}"
-    )
-    target = kinds.add_parser("target", help="train the bundled target from scratch")
-    train_student.add_common(target, steps=TARGET_LOOP.steps, lr=TARGET_LOOP.lr)
-    train_student.add_arguments(kinds)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Runs what `add_arguments` parsed; returns the exit status."""
-    try:
-        if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads is {args.threads}, expected at least 1")
-            torch.set_num_threads(args.threads)
-        if args.train_kind != "target":
-            return train_student.run(args)
-        config = TargetConfig(
-            output=Path(args.output),
-            loop=replace(TARGET_LOOP, steps=args.steps, minutes=args.minutes, lr=args.lr),
-            shape=TARGET_SHAPE,
-            corpus=None if args.corpus is None else Path(args.corpus),
-            seed=args.seed,
-            resume=args.resume,
-            compile=not args.no_compile,
-        )
-        report = train_target(config)
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"inferlab train {args.train_kind}: {error}", file=sys.stderr)
-        return 2
-    print(f"{config.output}: held-out perplexity {report['heldout_perplexity']:.2f}")
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m inferlab.training.train`."""
-    parser = argparse.ArgumentParser(prog="inferlab train", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

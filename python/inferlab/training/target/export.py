@@ -83,7 +83,7 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
         f"The corpus is the source code of Python's standard library ({report['python']}), read in "
         "place from the interpreter that runs the training. Held out are "
         f"{report['heldout_files']} of its files, chosen by a hash of their paths "
-        "(`inferlab.training.corpus.heldout_files()`); perplexity is measured on "
+        "(`inferlab.training.material.corpus.heldout_files()`); perplexity is measured on "
         "those.",
         "",
         "The standard library is under the Python Software Foundation License. Its sources are "

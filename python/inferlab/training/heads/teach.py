@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
-from .curve import draw_curve
-from .features import Batches, TokenBatches, cache_matches, read_features, write_cache
-from .heldout import Measured, Text, measure, write_texts
-from .losses import POSITION_DECAY
-from .material import MaterialConfig, make_windows
-from .sources import Source
-from .students import Student
-from .trainer import Clock, DraftTrainer, last_checkpoint
+from inferlab.models import HFModel
+from inferlab.training.heads.losses import POSITION_DECAY
+from inferlab.training.heads.students import Student
+from inferlab.training.heads.trainer import Clock, DraftTrainer, last_checkpoint
+from inferlab.training.material.features import (
+    Batches,
+    TokenBatches,
+    cache_matches,
+    read_features,
+    write_cache,
+)
+from inferlab.training.material.sources import Source
+from inferlab.training.material.writing import MaterialConfig, make_windows
+from inferlab.training.measure.acceptance import Measured, Trial
+from inferlab.training.measure.curve import draw_curve
 
 RUN_FILE = "run.json"
 
@@ -95,10 +103,12 @@ class Taught:
 
 
 class Watch(TrainerCallback):
-    """Measures acceptance on held-out texts while training."""
+    """Measures acceptance on held-out prompts while training."""
 
-    def __init__(self, student: Student, texts: list[Text], config: RunConfig) -> None:
-        self.student, self.texts, self.config = student, texts, config
+    def __init__(
+        self, student: Student, target: HFModel, source: Source, config: RunConfig
+    ) -> None:
+        self.student, self.target, self.source, self.config = student, target, source, config
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.config.eval_every == 0:
@@ -117,7 +127,7 @@ class Watch(TrainerCallback):
 
     def report(self, state: Any) -> None:
         """Adds an entry to the history and prints it."""
-        found = measure_student(self.student, self.texts, self.config)
+        found = self.measure()
         state.log_history.append(
             {"step": state.global_step, **{f"heldout_{k}": v for k, v in asdict(found).items()}}
         )
@@ -128,19 +138,24 @@ class Watch(TrainerCallback):
             flush=True,
         )
 
+    def measure(self) -> Measured:
+        """Acceptance of the student as it is now; leaves the training's random numbers alone."""
+        config, student = self.config, self.student
+        with torch.random.fork_rng(), TemporaryDirectory(dir=config.output) as folder:
+            student.save(Path(folder))
+            trial = Trial(
+                self.target,
+                student.mode,
+                Path(folder),
+                heldout_prompts(config, self.source),
+                new_tokens=config.new_tokens,
+            )
+            return trial.static(min(config.depth, student.max_positions), config.nodes)
 
-def measure_student(student: Student, texts: list[Text], config: RunConfig) -> Measured:
-    """Acceptance on the texts."""
-    student.module.eval()
-    positions = min(config.depth, student.max_positions)
-    found = measure(student.guess, texts, positions=positions, nodes=config.nodes)
-    student.module.train()
-    return found
 
-
-def heldout_prompts(config: RunConfig, source: Source) -> list[np.ndarray]:
+def heldout_prompts(config: RunConfig, source: Source) -> list[list[int]]:
     """The held-out prompts, cut in front to the length that the target is taught with."""
-    return [prompt[-config.material.max_prompt :] for prompt in source.heldout]
+    return [prompt[-config.material.max_prompt :].tolist() for prompt in source.heldout]
 
 
 def require_accelerate() -> None:
@@ -149,7 +164,7 @@ def require_accelerate() -> None:
         raise ValueError("accelerate is missing; pip install 'llm-inference-lab[train]'")
 
 
-def teach(config: RunConfig, student: Student, target: Any, source: Source) -> Taught:
+def teach(config: RunConfig, student: Student, target: HFModel, source: Source) -> Taught:
     """Trains `student.module` in place and writes checkpoints and the curve.
 
     Raises:
@@ -158,8 +173,8 @@ def teach(config: RunConfig, student: Student, target: Any, source: Source) -> T
     """
     require_accelerate()
     made_from = {
-        "base_model": student.base_model,
-        "vocabulary": student.vocabulary,
+        "base_model": target.name,
+        "vocabulary": vocabulary_fingerprint(target.tokenizer),
         "data": source.fingerprint,
         "material": asdict(config.material),
         "seed": config.seed,
@@ -173,23 +188,16 @@ def teach(config: RunConfig, student: Student, target: Any, source: Source) -> T
             f"{source.name}: too little for one batch of {config.tokens_per_batch} tokens; use "
             "more data, more --windows or a smaller --batch-tokens"
         )
-    texts = write_texts(
-        target,
-        heldout_prompts(config, source),
-        student.feature_layers,
-        new_tokens=config.new_tokens,
-        temperature=0.0,
-    )
     _write_json(config.output / RUN_FILE, {**made_from, "student": student.description})
     clock = Clock(config.steps, config.minutes)
-    watch = Watch(student, texts, config)
+    watch = Watch(student, target, source, config)
     trainer = DraftTrainer(
         student.module,
         _arguments(config, target),
         loss=_loss(config, student, target),
         weights=POSITION_DECAY ** torch.arange(float(student.positions)),
         clock=clock,
-        vocab_size=target.get_output_embeddings().weight.shape[0],
+        vocab_size=target.vocab_size,
         train_dataset=batches,
     )
     trainer.add_callback(watch)
@@ -200,7 +208,13 @@ def teach(config: RunConfig, student: Student, target: Any, source: Source) -> T
     return Taught(trainer.state.global_step, clock.elapsed, list(trainer.state.log_history))
 
 
-def _arguments(config: RunConfig, target: Any) -> TrainingArguments:
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The same for tokenizers that map the same token strings to the same ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+
+def _arguments(config: RunConfig, target: HFModel) -> TrainingArguments:
     on_cpu = target.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(config.output),
@@ -224,8 +238,8 @@ def _arguments(config: RunConfig, target: Any) -> TrainingArguments:
     return arguments
 
 
-def _loss(config: RunConfig, student: Student, target: Any) -> Any:
-    lm_head = target.get_output_embeddings().weight.detach().bfloat16()
+def _loss(config: RunConfig, student: Student, target: HFModel) -> Any:
+    lm_head = target.model.get_output_embeddings().weight.detach().bfloat16()
     compiled = torch.compile(student.loss, dynamic=False) if config.compile else student.loss
 
     def loss(module: Any, tokens: Tensor, features: Tensor | None) -> Tensor:
@@ -238,7 +252,11 @@ def _loss(config: RunConfig, student: Student, target: Any) -> Any:
 
 
 def _batches(
-    config: RunConfig, student: Student, target: Any, source: Source, made_from: dict[str, Any]
+    config: RunConfig,
+    student: Student,
+    target: HFModel,
+    source: Source,
+    made_from: dict[str, Any],
 ) -> Dataset[dict[str, Tensor]]:
     """The material as batches; windows and features are made, or found in the cache."""
     kinds = _windows(config, target, source, made_from)
@@ -253,7 +271,7 @@ def _batches(
 
 
 def _windows(
-    config: RunConfig, target: Any, source: Source, made_from: dict[str, Any]
+    config: RunConfig, target: HFModel, source: Source, made_from: dict[str, Any]
 ) -> list[Tensor]:
     config.cache.mkdir(parents=True, exist_ok=True)
     file, note = config.cache / "windows.safetensors", config.cache / "windows.json"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import Corpus, cut_prompts, stdlib_root, training_texts
-from .windows import encode_documents
+from inferlab.training.material.corpus import Corpus, cut_prompts, stdlib_root, training_texts
+from inferlab.training.material.windows import encode_documents
 
 TEST_SHARE = 3  # test suites are spread over as many epochs
 HELDOUT_PROMPT_CHARS = 240
@@ -47,6 +47,18 @@ class Source:
     def stream(self) -> np.ndarray:
         """All training texts, one behind the other."""
         return np.concatenate(self.epoch_documents(0))
+
+
+def open_source(
+    data: str, corpus: str | None, tokenizer: PreTrainedTokenizerFast, heldout_prompts: int
+) -> Source:
+    """What `--data` and `--corpus` name."""
+    if data == "corpus":
+        folder = None if corpus is None else Path(corpus)
+        return corpus_source(Corpus.of(folder), tokenizer, heldout_prompts=heldout_prompts)
+    if corpus is not None:
+        raise ValueError(f"--corpus {corpus}: not with --data {data}; leave one of them out")
+    return file_source(Path(data), tokenizer, heldout_prompts=heldout_prompts)
 
 
 def corpus_source(

@@ -34,6 +34,33 @@ class Corpus:
     root: Path
     paths: tuple[str, ...] = field(repr=False)
 
+    @classmethod
+    def of(cls, root: Path | None = None) -> Corpus:
+        """The `.py` files below `root`, by default those of the standard library.
+
+        Raises:
+            ValueError: no usable file was found, or nothing would be left to train on or to hold
+                out.
+        """
+        root = stdlib_root() if root is None else Path(root)
+        paths: list[str] = []
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in _SKIPPED_DIRS]
+            paths += [
+                (Path(folder) / name).relative_to(root).as_posix()
+                for name in names
+                if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIX)
+            ]
+        corpus = cls(root, tuple(sorted(paths)))
+        if not corpus.train_files() or not corpus.heldout_files():
+            raise ValueError(
+                f"--corpus {root}: {len(corpus.train_files())} training and "
+                f"{len(corpus.heldout_files())} held-out .py files found, at least 1 of each "
+                "needed; name a folder with more Python sources, or leave --corpus out to use the "
+                "interpreter's standard library"
+            )
+        return corpus
+
     def train_files(self) -> list[str]:
         """Relative paths to learn from: everything that is not held out."""
         return [path for path in self.paths if not is_heldout(path)]
@@ -55,32 +82,6 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def load_corpus(root: Path | None = None) -> Corpus:
-    """Lists the `.py` files below `root`, by default those of the standard library.
-
-    Raises:
-        ValueError: no usable file was found, or nothing would be left to train on or to hold out.
-    """
-    root = stdlib_root() if root is None else Path(root)
-    paths: list[str] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_DIRS]
-        paths += [
-            (Path(folder) / name).relative_to(root).as_posix()
-            for name in names
-            if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIX)
-        ]
-    corpus = Corpus(root, tuple(sorted(paths)))
-    if not corpus.train_files() or not corpus.heldout_files():
-        raise ValueError(
-            f"--corpus {root}: {len(corpus.train_files())} training and "
-            f"{len(corpus.heldout_files())} held-out .py files found, at least 1 of each needed; "
-            "name a folder with more Python sources, or leave --corpus out to use the "
-            "interpreter's standard library"
-        )
-    return corpus
-
-
 def is_test_file(path: str) -> bool:
     """Whether a relative path belongs to a test suite."""
     parts = path.split("/")
@@ -100,7 +101,7 @@ def is_heldout(path: str) -> bool:
 
 def heldout_files() -> list[Path]:
     """Absolute paths of the standard library files that the bundled models never saw."""
-    corpus = load_corpus()
+    corpus = Corpus.of()
     return [corpus.root / path for path in corpus.heldout_files()]
 
 
@@ -125,7 +126,7 @@ def heldout_prompts(num_prompts: int = 20, *, max_chars: int = 240) -> list[str]
         raise ValueError(f"num_prompts is {num_prompts}, expected at least 1")
     if max_chars < 40:
         raise ValueError(f"max_chars is {max_chars}, expected at least 40")
-    return cut_prompts(load_corpus(), num_prompts, max_chars=max_chars)
+    return cut_prompts(Corpus.of(), num_prompts, max_chars=max_chars)
 
 
 def cut_prompts(corpus: Corpus, num_prompts: int, *, max_chars: int) -> list[str]:

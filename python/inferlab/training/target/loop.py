@@ -11,8 +11,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from .checkpoint import load_checkpoint, save_checkpoint
-from .optim import MasterOptimizer, learning_rate
+from inferlab.training.target.checkpoint import load_checkpoint, save_checkpoint
+from inferlab.training.target.optim import MasterOptimizer, learning_rate
 
 
 @dataclass(frozen=True)

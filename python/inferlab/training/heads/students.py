@@ -1,8 +1,7 @@
-"""The three kinds of students: how each is made, taught, asked for guesses and saved."""
+"""The three kinds of students: how each is made, taught and saved."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from inferlab.models import HFModel, loading
 from inferlab.models.draft_heads import (
     EagleHead,
     MedusaHeads,
@@ -22,11 +22,13 @@ from inferlab.models.draft_heads import (
     save_eagle,
     save_medusa,
 )
-
-from . import losses
-from .architectures import causal_bias, use_training_attention
-from .heldout import Text
-from .unroll import unroll
+from inferlab.training.heads import losses
+from inferlab.training.target.architectures import (
+    DRAFT_SHAPE,
+    llama_config,
+    new_llama,
+    use_training_attention,
+)
 
 ARGMAX_WEIGHT = 0.5
 MEDUSA_HEADS = 4
@@ -40,39 +42,27 @@ class Student:
 
     Attributes:
         description: what it is, in words.
-        base_model: name of the target.
-        vocabulary: fingerprint of the target's tokenizer.
+        mode: draft mode that serves it.
         module: what is trained, bf16.
         feature_layers: what is read of the target; -1, the teacher's, is always the last.
         positions: how many tokens ahead it is taught.
-        max_positions: how many tokens ahead it can be asked.
+        max_positions: how many tokens ahead it is measured at most.
         loss: from module, tokens, features and LM head to a loss per position.
-        guess: from a held-out text and a number of positions to logits, see `heldout.Guess`.
-        save: writes the finished weights to a folder.
+        save: writes the weights, as they are by then, to a folder.
     """
 
     description: str
-    base_model: str
-    vocabulary: str
+    mode: str
     module: nn.Module
     feature_layers: tuple[int, ...]
     positions: int
     max_positions: int
     loss: Callable[..., Tensor]
-    guess: Callable[[Text, int], Tensor]
     save: Callable[[Path], None]
 
 
-def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The same for tokenizers that map the same token strings to the same ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
-
-
 def medusa_student(
-    target: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    base_model: str,
+    target: HFModel,
     *,
     init_from: str | None = None,
     num_heads: int | None = None,
@@ -87,9 +77,9 @@ def medusa_student(
     input as it is. Whether they are tied is theirs to say.
     """
     _refuse_with(init_from, {"--tied": tied or None})
-    lm_head = target.get_output_embeddings()
+    lm_head = target.model.get_output_embeddings()
     vocab_size, hidden_size = lm_head.weight.shape
-    earlier = None if init_from is None else load_medusa(init_from, target)
+    earlier = None if init_from is None else load_medusa(init_from, target.model)
     if earlier is not None:
         num_heads, num_layers = num_heads or earlier.num_heads, num_layers or earlier.num_layers
         tied = earlier.tied
@@ -106,39 +96,29 @@ def medusa_student(
         vocab_size,
         target_head=lm_head,
         tied=tied,
-        embedding=target.get_input_embeddings() if root_token else None,
+        embedding=target.model.get_input_embeddings() if root_token else None,
     ).to(lm_head.weight.device)
     heads.start_from_target()
     if earlier is not None:
         heads.start_from(earlier)
     heads.bfloat16()
 
-    def guess(text: Text, positions: int) -> Tensor:
-        rows = text.features[0, text.start - 1 : -1, -hidden_size:]
-        rows = rows.to(next(heads.parameters()).dtype)
-        logits: Tensor = heads(rows, text.tokens[0, text.start : -1])
-        return logits[:, :positions]
-
     return Student(
         description=f"{heads.num_heads} Medusa heads of {heads.num_layers} block(s)"
         + (", tied" if heads.tied else "")
         + (", reading the newest token" if heads.reads_token else ""),
-        base_model=base_model,
-        vocabulary=vocabulary_fingerprint(tokenizer),
+        mode="medusa",
         module=heads,
         feature_layers=(-1,),
         positions=heads.num_heads,
         max_positions=heads.num_heads,
         loss=partial(losses.medusa_loss, argmax_weight=argmax_weight),
-        guess=guess,
-        save=lambda folder: save_medusa(folder, heads, base_model=base_model),
+        save=lambda folder: save_medusa(folder, heads, base_model=target.name),
     )
 
 
 def eagle_student(
-    target: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    base_model: str,
+    target: HFModel,
     *,
     init_from: str | None = None,
     version: int | None = None,
@@ -152,29 +132,22 @@ def eagle_student(
     of a fresh one.
     """
     _refuse_with(init_from, {"--version": version, "--features": feature_layers})
-    lm_head = target.get_output_embeddings()
+    lm_head = target.model.get_output_embeddings()
     if init_from is not None:
-        head = load_eagle(init_from, target).requires_grad_(True)
+        head = load_eagle(init_from, target.model).requires_grad_(True)
     else:
+        _check_layers(feature_layers or (), target)
         config = eagle_config(target.config)
-        head = EagleHead(config, version or 3, target, feature_layers=feature_layers)
+        head = EagleHead(config, version or 3, target.model, feature_layers=feature_layers)
         if head.version == 3:
             with torch.no_grad():
                 head.lm_head.weight.copy_(lm_head.weight)
     head.bfloat16().to(lm_head.weight.device)
     layers = head.feature_layers
 
-    def guess(text: Text, positions: int) -> Tensor:
-        features = text.features[..., : head.feature_size].to(head.fc.weight.dtype)
-        bias = causal_bias(features.shape[1]).to(features.device)
-        rows = slice(text.start - 1, -1)
-        levels = unroll(head, text.tokens, features, bias, positions)
-        return torch.stack([head.logits(hidden[0, rows]) for hidden in levels], dim=1)
-
     return Student(
         description=f"EAGLE-{head.version} head over layers {', '.join(map(str, layers))}",
-        base_model=base_model,
-        vocabulary=vocabulary_fingerprint(tokenizer),
+        mode="eagle",
         module=head,
         feature_layers=layers if layers[-1] == -1 else (*layers, -1),
         positions=steps if head.version == 3 else 1,
@@ -182,9 +155,15 @@ def eagle_student(
         loss=partial(losses.eagle3_loss, argmax_weight=argmax_weight, steps=steps)
         if head.version == 3
         else losses.eagle1_loss,
-        guess=guess,
         save=lambda folder: save_eagle(folder, head),
     )
+
+
+def _check_layers(layers: tuple[int, ...], target: HFModel) -> None:
+    count = len(target.layers)
+    wrong = [layer for layer in layers if not -1 <= layer < count]
+    if wrong:
+        raise ValueError(f"--features: {wrong[0]} is no layer of 0 to {count - 1}, nor -1")
 
 
 def _refuse_with(init_from: str | None, flags: dict[str, Any]) -> None:
@@ -197,34 +176,60 @@ def _refuse_with(init_from: str | None, flags: dict[str, Any]) -> None:
         )
 
 
+def new_draft(
+    target: HFModel,
+    init_from: str | None = None,
+    *,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A draft model for a target: a fresh one of the bundled shape, or one that is started from.
+
+    Raises:
+        ValueError: ``init_from`` cannot be loaded or has another tokenizer.
+    """
+    if init_from is None:
+        llama = llama_config(
+            DRAFT_SHAPE,
+            vocab_size=target.config.vocab_size,
+            eos_id=target.tokenizer.eos_token_id,
+        )
+        return new_llama(llama, seed=seed).to(target.device)
+    try:
+        loaded = loading.load(init_from, dtype="bfloat16", device=str(target.device))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"--init-from {init_from}: {error}") from error
+    if loaded.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise ValueError(
+            f"--init-from {init_from}: its tokenizer differs from that of --base-model "
+            f"{target.name}, so their token ids mean different text; leave --init-from out or "
+            "name a model with the same tokenizer"
+        )
+    return loaded.model
+
+
 def draft_student(
     draft: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    base_model: str,
     *,
-    save: Callable[[Path], None],
     argmax_weight: float = ARGMAX_WEIGHT,
 ) -> Student:
     """A draft model with the target's tokenizer; it never reads the target, only its teacher is."""
     draft.bfloat16()
     use_training_attention(draft)
 
-    def guess(text: Text, positions: int) -> Tensor:
-        logits = draft(input_ids=text.tokens[:, :-1], use_cache=False).logits[0, text.start :]
-        # A draft that is right so far has read the very text, so its later guesses are the same
-        # rows further on; behind the end anything will do.
-        padded = torch.cat([logits, logits[-1:].expand(positions - 1, -1)])
-        return padded.unfold(0, positions, 1).transpose(1, 2)
+    def save(folder: Path) -> None:
+        draft.set_attn_implementation("sdpa")
+        draft.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        use_training_attention(draft)
 
     return Student(
         description=f"draft model of {draft.num_parameters():,} parameters",
-        base_model=base_model,
-        vocabulary=vocabulary_fingerprint(tokenizer),
+        mode="vanilla",
         module=draft,
         feature_layers=(-1,),
         positions=1,
         max_positions=8,
         loss=partial(losses.draft_loss, argmax_weight=argmax_weight),
-        guess=guess,
         save=save,
     )

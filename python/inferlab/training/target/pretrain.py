@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .architectures import causal_bias, use_training_attention
-from .corpus import Corpus, training_texts
-from .loop import LoopConfig, LoopResult, train_loop
-from .optim import MasterOptimizer
-from .windows import WindowSampler, encode_documents
+from inferlab.training.material.corpus import Corpus, training_texts
+from inferlab.training.material.windows import WindowSampler, encode_documents
+from inferlab.training.target.architectures import causal_bias, use_training_attention
+from inferlab.training.target.loop import LoopConfig, LoopResult, train_loop
+from inferlab.training.target.optim import MasterOptimizer
 
 TOKENS_PER_STEP = 4096
 TEST_SHARE = 3

@@ -20,43 +20,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from inferlab.models.architecture import decoder_layers
+from inferlab.models import ForwardBatch, TargetModel
 
 SHARD_TOKENS = 262_144
 READ_TOKENS = 8192
+PAGE_SIZE = 16
 
 
-@torch.no_grad()
-def read_features(target: Any, tokens: Tensor, layers: tuple[int, ...]) -> Tensor:
+def read_features(target: TargetModel, tokens: Tensor, layers: tuple[int, ...]) -> Tensor:
     """Hidden states of all but the last token: `[N, T + 1]` -> bf16 `[N, T, layers * H]`.
+
+    They are those that drafters get: of the forward that decoding uses.
 
     Args:
         layers: i is what leaves decoder layer i, -1 what the LM head sees.
     """
-    states: dict[int, Tensor] = {}
-
-    def keeper(index: int) -> Any:
-        def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            states[index] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    inner = [index for index in layers if index >= 0]
-    count = target.config.get_text_config(decoder=True).num_hidden_layers
-    found = decoder_layers(target, count, type(target).__name__) if inner else ()
-    hooks = [found[index].register_forward_hook(keeper(index)) for index in inner]
-    try:
-        ids = tokens[:, :-1].long().to(target.device)
-        states[-1] = target.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.cat([states[index] for index in layers], dim=-1).bfloat16().cpu()
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    cache = target.new_cache(rows * -(-length // PAGE_SIZE), PAGE_SIZE)
+    ids, pages = torch.arange(cache.num_pages, dtype=torch.int32), cache.num_pages // rows
+    batch = ForwardBatch(
+        tokens=tokens[:, :-1].long().to(target.device),
+        positions=torch.arange(length, device=target.device).expand(rows, -1),
+        seq_lens=torch.zeros(rows, dtype=torch.int32, device=target.device),
+        block_table=ids.view(rows, pages).to(target.device),
+        last_only=True,
+        prompt_lens=torch.full((rows,), length, dtype=torch.int32, device=target.device),
+    )
+    features = target.forward_with_features(batch, cache, layers).features
+    assert features is not None
+    # A copy, as what was made in inference mode cannot be trained on.
+    return features.to("cpu", torch.bfloat16, copy=True)
 
 
 def write_cache(
     folder: Path,
-    target: Any,
+    target: TargetModel,
     kinds: list[Tensor],
     layers: tuple[int, ...],
     made_from: dict[str, Any],

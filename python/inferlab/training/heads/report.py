@@ -11,18 +11,14 @@ from typing import Any
 
 import torch
 
-from inferlab.models.draft_heads import EagleHead
-
-from . import dynamic_tree
-from .heldout import measure, write_texts
-from .sources import Source
-from .students import Student
-from .teach import RunConfig, Taught, heldout_prompts
+from inferlab.models import HFModel
+from inferlab.training.heads.students import Student
+from inferlab.training.heads.teach import RunConfig, Taught, heldout_prompts
+from inferlab.training.material.sources import Source
+from inferlab.training.measure.acceptance import Trial
 
 TEMPERATURES = (0.0, 0.8)
-# EAGLE-2's dynamic trees that the card tells about.
-TREE_DEPTH = 6
-TREE_WIDTH = 8
+GROWN_LEVELS = 6  # of the dynamic trees that the card tells about
 
 
 def student_report(
@@ -30,50 +26,42 @@ def student_report(
     command: list[str],
     config: RunConfig,
     student: Student,
-    target: Any,
+    target: HFModel,
     source: Source,
     taught: Taught,
 ) -> dict[str, Any]:
-    """Measures the finished student, in fp32 beside its fp32 target, and says how it was made."""
-    target.float()
-    student.module.float().eval()
+    """Measures the finished student in ``config.output`` and says how it was made.
+
+    Target and student are loaded anew, in the dtype that they are served in.
+    """
+    served = HFModel.load(target.name, device=target.device, dtype="auto")
     acceptance = []
     for temperature in TEMPERATURES:
-        texts = write_texts(
-            target,
+        trial = Trial(
+            served,
+            student.mode,
+            config.output,
             heldout_prompts(config, source),
-            student.feature_layers,
             new_tokens=config.new_tokens,
             temperature=temperature,
         )
-        found = measure(
-            student.guess,
-            texts,
-            positions=min(config.depth, student.max_positions),
-            nodes=config.nodes,
-        )
+        found = trial.static(min(config.depth, student.max_positions), config.nodes)
         entry = {
             "temperature": temperature,
-            "prompts": len(texts),
+            "prompts": len(source.heldout),
             "new_tokens": config.new_tokens,
             **asdict(found),
         }
-        if isinstance(student.module, EagleHead):
-            lengths = [
-                length
-                for text in texts
-                for length in dynamic_tree.accepted_lengths(
-                    student.module, text, nodes=config.nodes, depth=TREE_DEPTH, width=TREE_WIDTH
-                )
-            ]
-            entry["dynamic_tree"] = sum(lengths) / len(lengths)
+        if student.mode != "vanilla":
+            levels = min(GROWN_LEVELS, student.max_positions)
+            entry["dynamic_tree"] = trial.grown(levels, config.nodes)
         acceptance.append(entry)
     losses = [entry["loss"] for entry in taught.history if "loss" in entry]
     recent = losses[-5:]
     return {
         "kind": kind,
         "student": student.description,
-        "base_model": student.base_model,
+        "base_model": target.name,
         "command": shlex.join(command),
         "parameters": sum(p.numel() for p in student.module.parameters()),
         "steps": taught.steps,
@@ -129,10 +117,10 @@ def student_card(report: dict[str, Any]) -> str:
     first = report["acceptance"][0]
     lines += [
         "",
-        f"Measured on {first['prompts']} held-out prompts, {first['new_tokens']} new tokens each, "
-        "on text that the target wrote; the bonus token counts. The acceptance of a position is "
-        "that of the draft's first choice where those before it were right. Above temperature 0 "
-        "draft and target share their noise.",
+        f"Measured by decoding {first['prompts']} held-out prompts, {first['new_tokens']} new "
+        "tokens each; the bonus token counts. The acceptance of a position is that of a chain's "
+        "token where those before it were right. Above temperature 0 draft and target share their "
+        "noise.",
         "",
         "## How it was made",
         "",
@@ -145,7 +133,7 @@ def student_card(report: dict[str, Any]) -> str:
         f"{report['material']['corpus_windows'] + report['material']['long_windows']:,} are "
         f"windows of the training data ({report['data']}). What acceptance is measured on is held "
         "out by a hash: for the default corpus by file, "
-        "`inferlab.training.corpus.heldout_files()`.",
+        "`inferlab.training.material.corpus.heldout_files()`.",
         "",
     ]
     return "\n".join(lines)

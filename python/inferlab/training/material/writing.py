@@ -9,16 +9,18 @@ the others are the training texts themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
-from transformers import DynamicCache
 
-from .sources import Source
-from .windows import WindowSampler
+from inferlab.config import SpecdecConfig
+from inferlab.models import HFModel
+from inferlab.specdec.pipeline import SpeculativePipeline
+from inferlab.training.material.sources import Source
+from inferlab.training.material.windows import WindowSampler
+from inferlab.types import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class MaterialConfig:
             raise ValueError(f"--windows is {self.generated_windows}, expected at least 1")
 
 
-def make_windows(target: Any, source: Source, config: MaterialConfig, *, seed: int) -> list[Tensor]:
+def make_windows(
+    target: HFModel, source: Source, config: MaterialConfig, *, seed: int
+) -> list[Tensor]:
     """The target's writing, then training text in short and in long windows.
 
     Returns:
@@ -79,46 +83,55 @@ def make_windows(target: Any, source: Source, config: MaterialConfig, *, seed: i
     return kinds
 
 
-def write(target: Any, source: Source, config: MaterialConfig, *, seed: int) -> Tensor:
+def write(target: HFModel, source: Source, config: MaterialConfig, *, seed: int) -> Tensor:
     """Lets the target continue prompts: int32 `[generated_windows, window_length + 1]`.
 
-    Prompts are those of the data, or end where a line of a training text ends.
+    Prompts are those of the data, or end where a line of a training text ends. The engine decodes
+    them, without a drafter; ends of text do not end a window.
 
     Raises:
         ValueError: the data has neither prompts nor a line end far enough into its texts.
     """
-    rng = np.random.default_rng([seed, 1])
-    generator = torch.Generator(device=target.device).manual_seed(seed)
-    batch = min(config.generation_batch, config.generated_windows)
-    low, high = config.temperatures
-    temperatures = torch.linspace(low, high, batch)
-    temperatures[: round(config.greedy_share * batch)] = 0.0
-    written = []
-    for _ in track(range(-(-config.generated_windows // batch)), description="target writes"):
-        prompts = _draw_prompts(source, batch, config, rng)
-        written.append(
-            generate(
-                target,
-                torch.from_numpy(prompts.astype(np.int64)).to(target.device),
-                length=config.window_length + 1,
-                temperatures=temperatures.to(target.device),
-                generator=generator,
-            ).cpu()
+    count, length = config.generated_windows, config.window_length + 1
+    batch = min(config.generation_batch, count)
+    pages = -(-(length + 1) // SpecdecConfig().page_size)
+    engine = SpeculativePipeline(
+        config=SpecdecConfig(draft_mode="none", max_batch=batch, num_pages=batch * pages),
+        target=target,
+    ).engine
+    prompts = _draw_prompts(source, config, np.random.default_rng([seed, 1]))
+    greedy = round(config.greedy_share * count)
+    temperatures = [0.0] * greedy + np.linspace(*config.temperatures, count - greedy).tolist()
+    requests = [
+        (
+            prompt,
+            SamplingParams(
+                max_tokens=length - len(prompt),
+                temperature=temperature,
+                seed=seed * count + index,
+                ignore_eos=True,
+            ),
         )
-    return torch.cat(written)[: config.generated_windows].int()
+        for index, (prompt, temperature) in enumerate(zip(prompts, temperatures, strict=True))
+    ]
+    with Progress() as progress:
+        task = progress.add_task("target writes", total=count)
+        written = engine.generate(requests, lambda *_: progress.advance(task))
+    for result in written:
+        if result.error is not None:
+            raise ValueError(f"--base-model: {result.error}")
+    rows = [[*prompt, *result.token_ids] for prompt, result in zip(prompts, written, strict=True)]
+    return torch.tensor(rows, dtype=torch.int32)
 
 
 def _draw_prompts(
-    source: Source, count: int, config: MaterialConfig, rng: np.random.Generator
-) -> np.ndarray:
-    """`count` prompts of one length, int32 `[count, P]`."""
+    source: Source, config: MaterialConfig, rng: np.random.Generator
+) -> list[list[int]]:
+    """A prompt for every window that the target writes."""
+    count = config.generated_windows
     if source.prompts:
-        # Prompts of similar length, cut in front to the shortest of them.
-        order = sorted(range(len(source.prompts)), key=lambda i: source.prompts[i].size)
-        first = int(rng.integers(len(order)))
-        chosen = [source.prompts[order[(first + i) % len(order)]] for i in range(count)]
-        length = min(min(prompt.size for prompt in chosen), config.max_prompt)
-        return np.stack([prompt[-length:] for prompt in chosen])
+        chosen = (source.prompts[index] for index in rng.integers(len(source.prompts), size=count))
+        return [prompt[-config.max_prompt :].tolist() for prompt in chosen]
     stream = source.stream()
     ends = np.flatnonzero(np.isin(stream, source.newline_ids))
     ends = ends[ends >= config.max_prompt]
@@ -127,39 +140,8 @@ def _draw_prompts(
             f"{source.name}: no line ends behind its first {config.max_prompt} tokens, so there "
             "is nothing for the target to continue; use more data"
         )
-    length = int(rng.integers(config.min_prompt, config.max_prompt + 1))
-    return np.stack([stream[end - length : end] for end in rng.choice(ends, count)])
-
-
-@torch.no_grad()
-def generate(
-    target: Any,
-    prompts: Tensor,
-    *,
-    length: int,
-    temperatures: Tensor,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continues a batch of prompts of one length, without stopping at end of text.
-
-    Args:
-        prompts: int64 `[B, P]`.
-        length: tokens per row of the result.
-        temperatures: fp32 `[B]`; rows with 0 are greedy.
-
-    Returns:
-        int64 `[B, length]`.
-    """
-    cache = DynamicCache(config=target.config)
-    sampled = temperatures > 0
-    noise_scale = temperatures[sampled, None]
-    tokens, step = [prompts], prompts
-    while sum(part.shape[1] for part in tokens) < length:
-        output = target(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1].float()
-        # Gumbel-max, scaled by the temperature; greedy rows are spared the noise.
-        exponential = torch.empty_like(logits[sampled]).exponential_(generator=generator)
-        logits[sampled] -= noise_scale * exponential.log()
-        step = logits.argmax(-1, keepdim=True)
-        tokens.append(step)
-    return torch.cat(tokens, dim=1)
+    lengths = rng.integers(config.min_prompt, config.max_prompt + 1, size=count)
+    return [
+        stream[end - length : end].tolist()
+        for end, length in zip(rng.choice(ends, count), lengths, strict=True)
+    ]
