@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from inferlab.kernels import kv_append, kv_gather
-from inferlab.models.batch import ForwardBatch, ForwardOutput
 from inferlab.models.fake_tokenizer import EOS_ID, FIRST_WORD_ID, MIN_VOCAB, fake_tokenizer
+from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

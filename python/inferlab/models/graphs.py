@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from inferlab.models.batch import ForwardBatch, ForwardOutput
+from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)

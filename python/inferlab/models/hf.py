@@ -24,9 +24,9 @@ from inferlab.models.architecture import (
     trial_pass,
     unwrapped,
 )
-from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
+from inferlab.models.attention_hook import ATTENTION_NAME, PASS_KEYWORD, LayerSpec, Pass
 from inferlab.models.base import allowed_vocab, known_ids
-from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
@@ -194,22 +194,22 @@ class HFModel:
             return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
-        step = Step.of(batch, cache, self._plan.layers)
+        ongoing = Pass.of(batch, cache, self._plan.layers)
         rotary = self._rotary
         with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):
             if self._fused is not None:
-                return self._fused.forward(batch, step, layers)
-            return self._run_modules(batch, step, layers)
+                return self._fused.forward(batch, ongoing, layers)
+            return self._run_modules(batch, ongoing, layers)
 
     def _run_modules(
-        self, batch: ForwardBatch, step: Step, layers: tuple[int, ...]
+        self, batch: ForwardBatch, ongoing: Pass, layers: tuple[int, ...]
     ) -> ForwardOutput:
         plan = self._plan
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
             "use_cache": False,
-            STEP_KEYWORD: step,
+            PASS_KEYWORD: ongoing,
         }
         cut = batch.last_only and batch.tokens.shape[1] > 1
         with self._stable, self._watched(layers) as features:
