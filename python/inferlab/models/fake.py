@@ -81,6 +81,8 @@ class FakeLM:
         table[:, : self._first_choice] = _UNWANTED
         self._table = table
         self._peak = table.max(axis=1) + np.float32(_PEAK)
+        self.embed: torch.nn.Module | None = None
+        self.head: torch.nn.Module | None = None
         self._key = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64))[0]
 
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
@@ -129,6 +131,9 @@ class FakeLM:
                 "a real model (implementation='hf')"
             )
         return ForwardOutput(self.forward(batch, cache))
+
+    def plain(self) -> None:
+        """There is no model behind it."""
 
     def _terms(
         self,

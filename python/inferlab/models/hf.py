@@ -153,6 +153,17 @@ class HFModel:
         return self._model
 
     @property
+    def embed(self) -> torch.nn.Module:
+        """The model's embedding."""
+        embed: torch.nn.Module = self._model.get_input_embeddings()
+        return embed
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The model's output head."""
+        return self._head
+
+    @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """What each attention layer asks of the kernel."""
         return self._plan.layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from inferlab.models import (
     HFModel,
     TargetModel,
     VocabularyMap,
+    plain_model,
     tokenizer_difference,
 )
 from inferlab.models.draft_heads import PagedEagle, load_eagle, load_medusa
@@ -107,14 +109,9 @@ class _Request:
         """Whether trees are grown, by a drafter that can, and does unless told otherwise."""
         return self.config.tree in (None, "grown") and self.given_shape is None
 
-    def real_target(self) -> HFModel:
-        """The target, which must have hidden states."""
-        if not isinstance(self.target, HFModel):
-            raise ValueError(
-                f"draft_mode is {self.config.draft_mode!r}, which reads the target's hidden "
-                f"states; {self.target.name} has none: use implementation 'hf'"
-            )
-        return self.target
+    def plain_target(self) -> AbstractContextManager[Any]:
+        """The Hugging Face model of the target, which must have hidden states."""
+        return plain_model(self.target, f"draft_mode {self.config.draft_mode!r}")
 
 
 def _vanilla(request: _Request) -> DrafterPlan:
@@ -128,10 +125,7 @@ def _vanilla(request: _Request) -> DrafterPlan:
 
 
 def _self(request: _Request) -> DrafterPlan:
-    target = request.real_target()
-    layers = request.config.early_exit.layers
-    count = len(target.layers)
-    return _model_plan(request, EarlyExit(target, max(count // 4, 1) if layers is None else layers))
+    return _model_plan(request, EarlyExit(request.target, request.config.early_exit.layers))
 
 
 def _model_plan(request: _Request, draft: TargetModel) -> DrafterPlan:
@@ -203,7 +197,7 @@ def _ensemble(request: _Request) -> DrafterPlan:
 def _medusa_lite(request: _Request) -> DrafterPlan:
     lite = request.config.medusa
     drafter = MedusaLiteDrafter(
-        request.real_target(),
+        request.target,
         lite.num_heads,
         lite.head_init,
         lite.temperature,
@@ -215,14 +209,15 @@ def _medusa_lite(request: _Request) -> DrafterPlan:
 
 def _eagle_lite(request: _Request) -> DrafterPlan:
     lite = request.config.eagle
-    drafter = EagleLiteDrafter(request.real_target(), lite.alpha, max(lite.max_draft, 1))
+    drafter = EagleLiteDrafter(request.target, lite.alpha, max(lite.max_draft, 1))
     return DrafterPlan(lambda _: drafter)
 
 
 def _medusa(request: _Request) -> DrafterPlan:
     config = request.config
     name = config.medusa.model
-    heads = load_medusa(name, request.real_target().model, allow_pickle=config.allow_pickle)
+    with request.plain_target() as model:
+        heads = load_medusa(name, model, allow_pickle=config.allow_pickle)
     depth = min(request.max_levels, heads.num_heads)
     shape = None if request.grows else request.shape("grown", depth, name)
     drafter = MedusaDrafter(
@@ -234,7 +229,8 @@ def _medusa(request: _Request) -> DrafterPlan:
 def _eagle(request: _Request) -> DrafterPlan:
     config = request.config
     name = config.eagle.model
-    head = load_eagle(name, request.real_target().model, allow_pickle=config.allow_pickle)
+    with request.plain_target() as model:
+        head = load_eagle(name, model, allow_pickle=config.allow_pickle)
     paged = PagedEagle(head)
     shape = None if request.grows else request.shape("grown", request.max_levels, name)
 

@@ -15,7 +15,7 @@ import torch
 
 from inferlab import kernels
 from inferlab.config import MAX_DRAFT
-from inferlab.models import FINAL_HIDDEN, ForwardOutput, HFModel, TargetModel
+from inferlab.models import FINAL_HIDDEN, ForwardOutput, TargetModel
 from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
@@ -32,12 +32,12 @@ class _LiteDrafter(Drafter):
     feature_layers = (FINAL_HIDDEN,)
 
     def __init__(self, target: TargetModel, depth: int, states: int) -> None:
-        if not isinstance(target, HFModel):
+        if target.head is None:
             raise ValueError(
                 f"{target.name} has no hidden states, which {self.name} drafts from; it needs a "
                 "real model (implementation='hf')"
             )
-        self.head = target.model.get_output_embeddings()
+        self.head: Any = target.head
         self.max_depth = depth
         self.max_nodes = 1 + depth
         self._features = LastFeatures(states)

@@ -239,7 +239,8 @@ def _arguments(config: RunConfig, target: HFModel) -> TrainingArguments:
 
 
 def _loss(config: RunConfig, student: Student, target: HFModel) -> Any:
-    lm_head = target.model.get_output_embeddings().weight.detach().bfloat16()
+    head: Any = target.head
+    lm_head = head.weight.detach().bfloat16()
     compiled = torch.compile(student.loss, dynamic=False) if config.compile else student.loss
 
     def loss(module: Any, tokens: Tensor, features: Tensor | None) -> Tensor:
