@@ -52,15 +52,16 @@ class TargetModel(Protocol):
         """A zeroed paged cache that fits this model."""
         ...
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Writes K/V to `cache`; returns logits [B, N, V], or [B, 1, V] with ``last_only``."""
-        ...
-
-    def forward_with_features(
-        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """`forward`, and hidden states: i is the output of decoder layer i (the first is 0),
-        `FINAL_HIDDEN` (-1) what the output head sees.
+        """Writes K/V to `cache`; returns logits, and the hidden states of ``layers``.
+
+        Args:
+            batch: tokens, positions and who sees whom (see `ForwardBatch`).
+            cache: from `new_cache` of this model.
+            layers: hidden states that are wanted: i is the output of decoder layer i (the first is
+                0), `FINAL_HIDDEN` (-1) what the output head sees.
 
         Raises:
             ValueError: the model has no such layer, or no hidden states at all.

@@ -89,8 +89,19 @@ class FakeLM:
         """A cache of one layer, one head, one channel: token ids as keys, positions as values."""
         return KVCache([(1, 1)], num_pages, page_size, dtype=torch.float32)
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Stores the new tokens, hashes each node's context, returns f32 logits (see `HFModel`)."""
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...] = ()
+    ) -> ForwardOutput:
+        """Stores the new tokens, hashes each node's context, returns f32 logits.
+
+        Raises:
+            ValueError: asked for hidden states.
+        """
+        if layers:
+            raise ValueError(
+                f"{self.name} has no hidden states; drafters that read them (medusa, eagle) need "
+                "a real model (implementation='hf')"
+            )
         B, N = batch.tokens.shape
         k_pages, v_pages = cache.pages[0]
         kv_append(
@@ -119,18 +130,7 @@ class FakeLM:
             hashes[b, len(seen) :] = 0
         if batch.last_only:
             hashes = hashes[np.arange(B), num_nodes - 1][:, None]
-        return torch.from_numpy(self._logits(_mix(hashes + self._key)))
-
-    def forward_with_features(
-        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
-    ) -> ForwardOutput:
-        """Logits; asked for hidden states, a ValueError."""
-        if layers:
-            raise ValueError(
-                f"{self.name} has no hidden states; drafters that read them (medusa, eagle) need "
-                "a real model (implementation='hf')"
-            )
-        return ForwardOutput(self.forward(batch, cache))
+        return ForwardOutput(torch.from_numpy(self._logits(_mix(hashes + self._key))))
 
     def plain(self) -> None:
         """There is no model behind it."""

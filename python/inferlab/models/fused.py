@@ -63,7 +63,7 @@ class FusedDecoder:
     def forward(
         self, batch: ForwardBatch, ongoing: Pass, feature_layers: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """See `HFModel.forward_with_features`."""
+        """See `HFModel.forward`."""
         size, nodes = batch.tokens.shape
         hidden = self._model.embed_tokens(batch.tokens)
         cos, sin = self._model.rotary_emb(hidden, batch.positions)

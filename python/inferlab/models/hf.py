@@ -168,25 +168,13 @@ class HFModel:
         """What each attention layer asks of the kernel."""
         return self._plan.layers
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """One pass: K/V of all nodes into `cache`, logits out.
-
-        Args:
-            batch: tokens, positions and who sees whom (see `ForwardBatch`).
-            cache: from `new_cache` of this model.
-
-        Returns:
-            logits [B, N, V] in the model's dtype; [B, 1, V] with ``batch.last_only``. Rows at
-            padding hold no meaning.
-        """
-        return self.forward_with_features(batch, cache, ()).logits
-
     @torch.inference_mode()
-    def forward_with_features(
-        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """`forward`, and hidden states: i is the output of decoder layer i (the first is 0),
-        `FINAL_HIDDEN` (-1) what the output head sees.
+        """One pass: K/V of all nodes into `cache`, logits out, and what ``layers`` ask for.
+
+        Logits are in the model's dtype; rows at padding hold no meaning. See `TargetModel.forward`.
 
         Raises:
             ValueError: the model has no such layer.
@@ -305,7 +293,7 @@ class HFModel:
         positions = torch.arange(length, device=self.device).unsqueeze(0)
         batch = ForwardBatch(ids, positions, none, none.view(1, 1))
         with trial_pass(self.name, self.config.model_type):
-            paged = self.forward(batch, self.new_cache(1))
+            paged = self.forward(batch, self.new_cache(1)).logits
         check_against_plain(plain, paged, self.name, self.config.model_type)
 
 

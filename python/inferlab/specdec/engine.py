@@ -269,7 +269,7 @@ class Engine:
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
             positions = torch.arange(start, start + len(chunk), device=batch.device)
-            output = self.target.forward_with_features(
+            output = self.target.forward(
                 ForwardBatch(
                     tokens=upload([chunk], np.int64, batch.device),
                     positions=positions[None],

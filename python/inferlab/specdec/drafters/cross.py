@@ -228,7 +228,7 @@ class CrossVocabularyDrafter(ModelDrafter):
                 last_only=True,
             ),
             self.cache,
-        )
+        ).logits
 
     def _scores(self, logits: torch.Tensor, ground: Ground) -> torch.Tensor:
         return self._columns.gather(logits)

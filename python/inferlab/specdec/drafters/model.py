@@ -208,7 +208,7 @@ class ModelDrafter(Drafter):
                 node_offset=node_offset,
             ),
             self.cache,
-        )
+        ).logits
 
     def _catch_up(self, batch: Batch) -> torch.Tensor:
         """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V]."""
@@ -249,7 +249,7 @@ class ModelDrafter(Drafter):
                 last_only=True,
             ),
             self.cache,
-        )
+        ).logits
         # Uneven counts run up to the roots.
         self._cached[rows] = cached + longest if even else batch.lengths
         for sequence, count in zip(sequences, counts, strict=True):
