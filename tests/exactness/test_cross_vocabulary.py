@@ -14,7 +14,7 @@ from exactness.test_rejection_engine import next_probabilities
 from helpers.paged import PagedRunner
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from helpers.vocabularies import KINDS, permuted, reheaded, trained_tokenizer
-from inferlab.models import FakeLM, ForwardBatch, HFModel, VocabularyMap
+from inferlab.models import FakeLM, ForwardBatch, ForwardOutput, HFModel, VocabularyMap
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import FixedController
@@ -299,13 +299,13 @@ class Scribe:
         self._ids = torch.tensor(tokenizer.encode(text))
         self.new_cache = FakeLM(64).new_cache
 
-    def forward(self, batch: ForwardBatch, cache) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, cache, layers=()) -> ForwardOutput:
         positions = batch.positions
         if batch.last_only:
             last = batch.tokens.shape[1] if batch.num_nodes is None else batch.num_nodes
             positions = batch.seq_lens[:, None] + torch.as_tensor(last).reshape(-1, 1) - 1
         ids = self._ids[(positions + 1).clamp_max(len(self._ids) - 1).long()]
-        return torch.nn.functional.one_hot(ids, self.vocab_size).float() * 50
+        return ForwardOutput(torch.nn.functional.one_hot(ids, self.vocab_size).float() * 50)
 
 
 def scribe_acceptance(kind: str, way: str, params: SamplingParams) -> float:

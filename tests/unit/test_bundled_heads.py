@@ -59,13 +59,11 @@ def test_heads_load_by_name(target):
 
 
 def test_the_draft_is_often_right(target):
-    found = trial(target, "tiny-draft").static(levels=4, nodes=16)
-    assert found.chain > 2.5
-    assert found.tree > 3.0
+    assert trial(target, "tiny-draft").chains(4).length > 2.5
 
 
 def test_medusa_heads_are_often_right(target):
-    assert trial(target, "tiny-medusa").static(levels=3, nodes=64).tree > 1.8
+    assert trial(target, "tiny-medusa").static(levels=3, nodes=64) > 1.8
 
 
 @pytest.mark.parametrize(("temperature", "floor"), [(0.0, 3.5), (0.8, 2.8)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inferlab.errors import Interrupted
-from inferlab.models import FakeLM
+from inferlab.models import FakeLM, ForwardOutput
 from inferlab.specdec.controllers import FixedController, make_controller
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -244,10 +244,10 @@ class BrokenLM(FakeLM):
 
     good = 20
 
-    def forward(self, batch, cache):
-        logits = super().forward(batch, cache)
+    def forward(self, batch, cache, layers=()):
+        logits = super().forward(batch, cache, layers).logits
         positions = batch.positions[:, batch.positions.shape[1] - logits.shape[1] :, None]
-        return torch.where(positions >= self.good, float("nan"), logits)
+        return ForwardOutput(torch.where(positions >= self.good, float("nan"), logits))
 
 
 @pytest.mark.parametrize("drafter", ["none", "vanilla"])
@@ -270,11 +270,11 @@ def test_nan_logits_end_a_request_with_an_error_and_leave_the_others_alone(draft
 class InterruptingLM(FakeLM):
     calls = 0
 
-    def forward(self, batch, cache):
+    def forward(self, batch, cache, layers=()):
         self.calls += 1
         if self.calls == 12:
             raise KeyboardInterrupt
-        return super().forward(batch, cache)
+        return super().forward(batch, cache, layers)
 
 
 def test_ctrl_c_keeps_what_there_was():

@@ -399,25 +399,24 @@ def test_a_model_is_its_own_best_draft(world, temperature):
     trial = Trial(
         target, "vanilla", world / "target", prompts, new_tokens=21, temperature=temperature
     )
-    found = trial.static(levels=4, nodes=8)
+    found = trial.chains(4)
     assert found.by_position == (1.0,) * 4
-    assert found.chain == found.tree == 5.0
+    assert found.length == trial.static(levels=4, nodes=8) == 5.0
 
 
 def test_a_trial_keeps_within_the_context(world):
     target = HFModel.load(world / "target", device="cpu", dtype="float32")
     trial = Trial(target, "vanilla", world / "target", [[5] * 250, [6]], new_tokens=999)
-    assert trial.static(levels=2, nodes=2).chain == pytest.approx(3.0, abs=0.5)
+    assert trial.chains(2).length == pytest.approx(3.0, abs=0.5)
 
 
 def test_an_untrained_head_is_tried(target, tmp_path):
     student = students.eagle_student(target, feature_layers=(1, 3, -1))
     student.save(tmp_path)
     trial = Trial(target, student.mode, tmp_path, [[5, 6, 7], [9, 4]], new_tokens=40)
-    found = trial.static(levels=3, nodes=8)
-    assert len(found.by_position) == 3
-    assert 1.0 <= found.chain <= found.tree + 1.0 <= 5.0
-    assert 1.0 <= trial.grown(levels=3, nodes=8) <= 4.0
+    assert len(trial.chains(3).by_position) == 3
+    for length in (trial.static(levels=3, nodes=8), trial.grown(levels=3, nodes=8)):
+        assert 1.0 <= length <= 4.0
 
 
 # Whole runs.

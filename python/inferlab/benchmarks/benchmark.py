@@ -21,7 +21,6 @@ from inferlab.benchmarks.runners import (
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.client.ping import VLLMPingClient, load_server_config
 from inferlab.config import BaselineConfig, SpecdecConfig, VllmConfig, load_config
-from inferlab.models import HFModel
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 MODES = ("local", "http", "specdec")
@@ -112,7 +111,7 @@ class BenchmarkRunner:
         runners: dict[str, Runner] = {"specdec" if drafts else "plain": SpecdecRunner(pipeline)}
         if compare and drafts:
             runners["plain"] = SpecdecRunner(plain_pipeline(pipeline))
-        if compare and isinstance(pipeline.target, HFModel):
+        if compare and pipeline.target.plain() is not None:
             runners["hf"] = GenerateRunner(pipeline.target, config)
         return runners
 

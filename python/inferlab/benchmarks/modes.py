@@ -18,7 +18,6 @@ from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
 from inferlab.draft_modes import tree_misfit
-from inferlab.models import HFModel
 from inferlab.records import record_of, total_stats
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -151,14 +150,14 @@ class ModesBenchmark:
 
         Not with a draft model of another vocabulary, which ``generate`` takes in another way.
         """
-        if not isinstance(self.target, HFModel):
+        if self.target.plain() is None:
             return {}
         runners: dict[str, Runner] = {GENERATE: GenerateRunner(self.target, self.config)}
         if "vanilla" in self._pipelines and self.config.effective_temperature == 0:
             vanilla = self._pipelines["vanilla"]
             draft = vanilla.draft_model
             one_vocabulary = not isinstance(vanilla.engine.drafter, CrossVocabularyDrafter)
-            if isinstance(draft, HFModel) and one_vocabulary:
+            if draft is not None and draft.plain() is not None and one_vocabulary:
                 runners["hf-assistant"] = GenerateRunner(self.target, self.config, assistant=draft)
         if self.config.effective_temperature == 0:
             runners["hf-lookup"] = GenerateRunner(self.target, self.config, lookup=LOOKUP_TOKENS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.client.ping import VLLMPingClient
 from inferlab.config import SpecdecConfig
-from inferlab.models import HFModel, allowed_vocab
+from inferlab.models import TargetModel, allowed_vocab, plain_model
 from inferlab.models.generation_defaults import same_rule
 from inferlab.records import RequestRecord
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -156,10 +156,10 @@ class GenerateRunner:
 
     def __init__(
         self,
-        target: HFModel,
+        target: TargetModel,
         config: SpecdecConfig,
         *,
-        assistant: HFModel | None = None,
+        assistant: TargetModel | None = None,
         lookup: int | None = None,
     ) -> None:
         self.target = target
@@ -175,8 +175,8 @@ class GenerateRunner:
         ids = torch.tensor([tokenizer.encode(prompt)], device=device)
         options = self._options()
         with (
-            self.target.plain() as model,
-            self.assistant.plain() if self.assistant is not None else nullcontext() as assistant,
+            plain_model(self.target, self.name) as model,
+            self._assistant() as assistant,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             same_rule(model, ignore=self.config.ignore_generation_config),
         ):
@@ -218,6 +218,9 @@ class GenerateRunner:
             # One forward per token: the first of them is that of the prompt.
             result["target_forwards"] = len(new_ids)
         return result
+
+    def _assistant(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.assistant is None else plain_model(self.assistant, self.name)
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.target.name, "attention": "the model's own", "use_cache": True}

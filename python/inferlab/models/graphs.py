@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from inferlab.models.batch import ForwardBatch, ForwardOutput
+from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class ForwardGraphs:
     def forward(
         self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
     ) -> ForwardOutput:
-        """See `HFModel.forward_with_features`; what it returns is the caller's."""
+        """See `HFModel.forward`; what it returns is the caller's."""
         rows = batch.tokens.numel()
         if not self._can_capture or rows > MAX_ROWS:
             return self._forward(batch, cache, layers)

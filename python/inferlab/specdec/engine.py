@@ -231,7 +231,7 @@ class Engine:
     def _read(self, chunks: list[Chunk]) -> None:
         """K/V of parts of texts, in one forward, which the drafter hears of."""
         reading = Reading(chunks, self.target.device)
-        output = self.target.forward_with_features(reading.batch, self.cache, self._feature_layers)
+        output = self.target.forward(reading.batch, self.cache, self._feature_layers)
         for chunk in chunks:
             chunk.request.num_cached = chunk.stop
             chunk.request.stats.prefill_forwards += 1

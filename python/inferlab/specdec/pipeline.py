@@ -13,7 +13,7 @@ from typing import Any
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import Interrupted
-from inferlab.models import FakeLM, HFModel, TargetModel
+from inferlab.models import FakeLM, TargetModel
 from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
 from inferlab.records import Speculation
 from inferlab.scheduler import Request
@@ -132,9 +132,11 @@ class SpeculativePipeline:
         )
         self.target = target if target is not None else self._load_target()
         self._token_bias: dict[int, float] = {}
-        if isinstance(self.target, HFModel) and not config.ignore_generation_config:
-            self._token_bias = token_bias(self.target.model)
-            warn_of_not_followed(self.target.model, self.target.name)
+        plain = self.target.plain()
+        if plain is not None and not config.ignore_generation_config:
+            with plain as model:
+                self._token_bias = token_bias(model)
+                warn_of_not_followed(model, self.target.name)
         self._plan = plan_drafter(
             config, self.target, self.policy, self._max_levels(), draft, shape
         )

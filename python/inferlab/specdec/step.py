@@ -69,7 +69,7 @@ def forward(
         # Nodes that a sequence near its end can not keep anyway, and padding (depth -1).
         positions = positions.clamp(0, limit - 1)
     num_nodes = upload(tree.node_counts, np.int32, batch.device) if tree.is_ragged else None
-    return target.forward_with_features(
+    return target.forward(
         ForwardBatch(
             tokens=tree.tokens.to(torch.int64),
             positions=positions.to(torch.int64),

@@ -245,7 +245,7 @@ class CrossVocabularyDrafter(Drafter):
                 last_only=True,
             ),
             self.cache,
-        )
+        ).logits
 
     def _text_of(self, request: Request, way: str) -> DraftText:
         text = self._texts.get(request.request_id)

@@ -262,7 +262,8 @@ def plan(request: DraftRequest) -> DrafterPlan:
     """A trained EAGLE head."""
     config = request.config
     name = config.eagle.model
-    head = load_eagle(name, request.real_target().model, allow_pickle=config.allow_pickle)
+    with request.plain_target() as model:
+        head = load_eagle(name, model, allow_pickle=config.allow_pickle)
     paged = PagedEagle(head)
     shape = None if request.grows else request.shape("grown", request.max_levels, name)
 

@@ -15,7 +15,7 @@ import torch
 
 from inferlab import kernels
 from inferlab.config import MAX_DRAFT
-from inferlab.models import FINAL_HIDDEN, ForwardOutput, HFModel, TargetModel
+from inferlab.models import FINAL_HIDDEN, ForwardOutput, TargetModel
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
@@ -35,12 +35,12 @@ class _LiteDrafter(Drafter):
     feature_layers = (FINAL_HIDDEN,)
 
     def __init__(self, target: TargetModel, depth: int, states: int) -> None:
-        if not isinstance(target, HFModel):
+        if target.head is None:
             raise ValueError(
                 f"{target.name} has no hidden states, which {self.name} drafts from; it needs a "
                 "real model (implementation='hf')"
             )
-        self.head = target.model.get_output_embeddings()
+        self.head: Any = target.head
         self.max_depth = depth
         self.max_nodes = 1 + depth
         self._features = LastFeatures(states)
@@ -178,7 +178,7 @@ def plan_medusa(request: DraftRequest) -> DrafterPlan:
     """Untrained heads."""
     lite = request.config.medusa
     drafter = MedusaLiteDrafter(
-        request.real_target(),
+        request.target,
         lite.num_heads,
         lite.head_init,
         lite.temperature,
@@ -191,5 +191,5 @@ def plan_medusa(request: DraftRequest) -> DrafterPlan:
 def plan_eagle(request: DraftRequest) -> DrafterPlan:
     """Hidden states on a straight line."""
     lite = request.config.eagle
-    drafter = EagleLiteDrafter(request.real_target(), lite.alpha, max(lite.max_draft, 1))
+    drafter = EagleLiteDrafter(request.target, lite.alpha, max(lite.max_draft, 1))
     return DrafterPlan(lambda _: drafter)

@@ -131,7 +131,8 @@ def plan(request: DraftRequest) -> DrafterPlan:
     """Trained Medusa heads."""
     config = request.config
     name = config.medusa.model
-    heads = load_medusa(name, request.real_target().model, allow_pickle=config.allow_pickle)
+    with request.plain_target() as model:
+        heads = load_medusa(name, model, allow_pickle=config.allow_pickle)
     depth = min(request.max_levels, heads.num_heads)
     shape = None if request.grows else request.shape("grown", depth, name)
     drafter = MedusaDrafter(

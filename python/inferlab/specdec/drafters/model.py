@@ -123,7 +123,7 @@ class ModelDrafter(Drafter):
                 last_only=True,
             ),
             self.cache,
-        )
+        ).logits
         # Uneven counts run up to the roots.
         self._cached = cached + longest if even else batch.lengths.clone()
         for request in batch.requests:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from inferlab.config import SpecdecConfig
 from inferlab.draft_modes import DRAFT_MODES
-from inferlab.models import HFModel, TargetModel
+from inferlab.models import HFModel, TargetModel, plain_model
 from inferlab.specdec.calibration import measured_acceptance
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.policies import Policy
@@ -65,19 +67,22 @@ class DraftRequest:
         """Whether trees are grown, by a drafter that can, and does unless told otherwise."""
         return self.config.tree in (None, "grown") and self.given_shape is None
 
-    def real_target(self) -> HFModel:
-        """The target, which must have hidden states."""
-        if not isinstance(self.target, HFModel):
-            raise ValueError(
-                f"draft_mode is {self.config.draft_mode!r}, which reads the target's hidden "
-                f"states; {self.target.name} has none: use implementation 'hf'"
-            )
-        return self.target
+    def plain_target(self) -> AbstractContextManager[Any]:
+        """The Hugging Face model of the target, which must have hidden states."""
+        return plain_model(self.target, f"draft_mode {self.config.draft_mode!r}")
 
 
 def make_plan(request: DraftRequest) -> DrafterPlan:
-    """By the function that the table names."""
-    module, function = DRAFT_MODES[request.config.draft_mode].plan.split(":")
+    """By the function that the table names.
+
+    Raises:
+        ValueError: a mode that reads hidden states, for a target without any.
+    """
+    name = request.config.draft_mode
+    mode = DRAFT_MODES[name]
+    if mode.reads_hidden:
+        plain_model(request.target, f"draft_mode {name!r}")
+    module, function = mode.plan.split(":")
     make = getattr(import_module(f"inferlab.specdec.drafters.{module}"), function)
     plan: DrafterPlan = make(request)
     return plan

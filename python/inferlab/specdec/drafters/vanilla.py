@@ -24,10 +24,7 @@ def plan(request: DraftRequest) -> DrafterPlan:
 
 def plan_self(request: DraftRequest) -> DrafterPlan:
     """The target's first layers."""
-    target = request.real_target()
-    layers = request.config.early_exit.layers
-    count = len(target.layers)
-    return _plan(request, EarlyExit(target, max(count // 4, 1) if layers is None else layers))
+    return _plan(request, EarlyExit(request.target, request.config.early_exit.layers))
 
 
 def _plan(request: DraftRequest, draft: TargetModel) -> DrafterPlan:

@@ -174,7 +174,7 @@ class TreeWriter:
                 node_offset=node_offset,
             ),
             self.cache,
-        )
+        ).logits
 
 
 def _ahead(starts: torch.Tensor, levels: int) -> Sequence[torch.Tensor]:

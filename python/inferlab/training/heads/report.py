@@ -45,16 +45,20 @@ def student_report(
             new_tokens=config.new_tokens,
             temperature=temperature,
         )
-        found = trial.static(min(config.depth, student.max_positions), config.nodes)
+        levels = min(config.depth, student.max_positions)
+        chains = trial.chains(levels)
         entry = {
             "temperature": temperature,
             "prompts": len(source.heldout),
             "new_tokens": config.new_tokens,
-            **asdict(found),
+            "by_position": chains.by_position,
+            "chain": chains.length,
+            "tree": trial.static(levels, config.nodes),
+            "nodes": config.nodes,
         }
         if student.mode != "vanilla":
-            levels = min(GROWN_LEVELS, student.max_positions)
-            entry["dynamic_tree"] = trial.grown(levels, config.nodes)
+            deeper = min(GROWN_LEVELS, student.max_positions)
+            entry["dynamic_tree"] = trial.grown(deeper, config.nodes)
         acceptance.append(entry)
     losses = [entry["loss"] for entry in taught.history if "loss" in entry]
     recent = losses[-5:]

@@ -77,7 +77,7 @@ def medusa_student(
     input as it is. Whether they are tied is theirs to say.
     """
     _refuse_with(init_from, {"--tied": tied or None})
-    lm_head = target.model.get_output_embeddings()
+    lm_head: Any = target.head
     vocab_size, hidden_size = lm_head.weight.shape
     earlier = None if init_from is None else load_medusa(init_from, target.model)
     if earlier is not None:
@@ -96,7 +96,7 @@ def medusa_student(
         vocab_size,
         target_head=lm_head,
         tied=tied,
-        embedding=target.model.get_input_embeddings() if root_token else None,
+        embedding=target.embed if root_token else None,
     ).to(lm_head.weight.device)
     heads.start_from_target()
     if earlier is not None:
@@ -132,7 +132,7 @@ def eagle_student(
     of a fresh one.
     """
     _refuse_with(init_from, {"--version": version, "--features": feature_layers})
-    lm_head = target.model.get_output_embeddings()
+    lm_head: Any = target.head
     if init_from is not None:
         head = load_eagle(init_from, target.model).requires_grad_(True)
     else:

@@ -30,7 +30,7 @@ from inferlab.training.material.features import (
 )
 from inferlab.training.material.sources import Source
 from inferlab.training.material.writing import MaterialConfig, make_windows
-from inferlab.training.measure.acceptance import Measured, Trial
+from inferlab.training.measure.acceptance import Chains, Trial
 from inferlab.training.measure.curve import draw_curve
 
 RUN_FILE = "run.json"
@@ -50,7 +50,7 @@ class RunConfig:
         accumulate: batches per update.
         save_every, eval_every, log_every: updates between checkpoints, held-out measurements, lines
             of the log.
-        nodes: of the tree that acceptance is measured with.
+        nodes: of the trees that the finished student is measured with.
         depth: positions that acceptance is measured at.
         new_tokens: written behind each held-out prompt.
         keep_features: read the target's hidden states once, to disk; False reads them every time.
@@ -134,11 +134,11 @@ class Watch(TrainerCallback):
         shares = " ".join(f"{share:.1%}" for share in found.by_position)
         print(
             f"\nstep {state.global_step}: held-out acceptance by position {shares}; accepted "
-            f"length {found.chain:.2f} in chains, {found.tree:.2f} in a tree of {found.nodes}",
+            f"length {found.length:.2f} in chains",
             flush=True,
         )
 
-    def measure(self) -> Measured:
+    def measure(self) -> Chains:
         """Acceptance of the student as it is now; leaves the training's random numbers alone."""
         config, student = self.config, self.student
         with torch.random.fork_rng(), TemporaryDirectory(dir=config.output) as folder:
@@ -150,7 +150,7 @@ class Watch(TrainerCallback):
                 heldout_prompts(config, self.source),
                 new_tokens=config.new_tokens,
             )
-            return trial.static(min(config.depth, student.max_positions), config.nodes)
+            return trial.chains(min(config.depth, student.max_positions))
 
 
 def heldout_prompts(config: RunConfig, source: Source) -> list[list[int]]:
@@ -239,7 +239,8 @@ def _arguments(config: RunConfig, target: HFModel) -> TrainingArguments:
 
 
 def _loss(config: RunConfig, student: Student, target: HFModel) -> Any:
-    lm_head = target.model.get_output_embeddings().weight.detach().bfloat16()
+    head: Any = target.head
+    lm_head = head.weight.detach().bfloat16()
     compiled = torch.compile(student.loss, dynamic=False) if config.compile else student.loss
 
     def loss(module: Any, tokens: Tensor, features: Tensor | None) -> Tensor:

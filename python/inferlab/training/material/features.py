@@ -46,7 +46,7 @@ def read_features(target: TargetModel, tokens: Tensor, layers: tuple[int, ...]) 
         last_only=True,
         prompt_lens=torch.full((rows,), length, dtype=torch.int32, device=target.device),
     )
-    features = target.forward_with_features(batch, cache, layers).features
+    features = target.forward(batch, cache, layers).features
     assert features is not None
     # A copy, as what was made in inference mode cannot be trained on.
     return features.to("cpu", torch.bfloat16, copy=True)

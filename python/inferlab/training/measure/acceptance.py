@@ -15,7 +15,7 @@ from inferlab.config import SpecdecConfig
 from inferlab.models import HFModel
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
-from inferlab.training.measure.rates import CountingController, acceptance_rates
+from inferlab.training.measure.rates import acceptance_rates
 from inferlab.types import SamplingParams, SpeculationStats
 
 GROWN_WIDTH = 8  # nodes that EAGLE's grown trees expand per level, and children of each
@@ -23,20 +23,17 @@ TREE_SLOTS = 256  # behind each text, for the largest trees
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Acceptance on a set of prompts; lengths are tokens per step, the bonus token included.
+class Chains:
+    """What became of drafted chains.
 
     Attributes:
-        by_position: share of a chain's tokens that are right, given that those before were.
-        chain: mean length with chains of `len(by_position)`.
-        tree: the same with the best static tree of `nodes` nodes.
-        nodes: below the root.
+        by_position: share of the tokens that are right, given that those before were; 0 where none
+            before were.
+        length: mean tokens per step, the bonus token included.
     """
 
     by_position: tuple[float, ...]
-    chain: float
-    tree: float
-    nodes: int
+    length: float
 
 
 class Trial:
@@ -91,41 +88,30 @@ class Trial:
             for seed, prompt in enumerate(prompts)
         ]
 
-    def static(self, levels: int, nodes: int) -> Measured:
-        """Chains of so many levels, and the best static tree of so many levels and nodes."""
-        chain = TreeShape.chain(levels)
-        counting = CountingController(chain)
-        of_chain = self._decode(shape=chain, controller=counting)
-        right = [rates[0] for rates in counting.counts.rates()]
+    def chains(self, levels: int) -> Chains:
+        """With chains of so many tokens."""
+        found = self._decode(max_draft=levels, tree="chain")
+        shares = found.acceptance_by_position
+        right = [b / a if a else 0.0 for a, b in zip([1.0, *shares], shares, strict=False)]
+        return Chains(tuple(right), found.mean_accepted_length)
+
+    def static(self, levels: int, nodes: int) -> float:
+        """Mean length with the best static tree of so many levels and nodes below the root."""
         # A tree twice as large counts the ranks that may get into the best one.
         config = self._config.model_copy(update={"max_draft": levels})
         prompts = [prompt for prompt, _ in self._requests]
         rates = acceptance_rates(config, prompts, nodes=2 * nodes, **self._models)
         best = TreeShape.best(rates or [list(ASSUMED_ACCEPTANCE)], nodes, levels)
-        of_tree = self._decode(shape=best, max_draft=levels)
-        return Measured(
-            tuple(right + [0.0] * (levels - len(right))),
-            of_chain.mean_accepted_length,
-            of_tree.mean_accepted_length,
-            nodes,
-        )
+        return self._decode(best, max_draft=levels).mean_accepted_length
 
     def grown(self, levels: int, nodes: int) -> float:
         """Mean length with trees that grow to where the student is sure (medusa, eagle)."""
         found = self._decode(max_draft=levels, tree="grown", tree_nodes=nodes)
         return found.mean_accepted_length
 
-    def _decode(
-        self,
-        shape: TreeShape | None = None,
-        controller: CountingController | None = None,
-        **changes: Any,
-    ) -> SpeculationStats:
+    def _decode(self, shape: TreeShape | None = None, **changes: Any) -> SpeculationStats:
         pipeline = SpeculativePipeline(
-            config=self._config.model_copy(update=changes),
-            controller=controller,
-            shape=shape,
-            **self._models,
+            config=self._config.model_copy(update=changes), shape=shape, **self._models
         )
         total = SpeculationStats()
         for result in pipeline.engine.generate(self._requests):

@@ -10,8 +10,8 @@ def draw_curve(file: Path, history: list[dict[str, Any]], *, title: str) -> None
     """Writes a PNG: loss by update, acceptance by position and accepted length by update.
 
     Args:
-        history: entries with `step` and either `loss` or `heldout_by_position`, `heldout_chain`
-            and `heldout_tree`.
+        history: entries with `step` and either `loss` or `heldout_by_position` and
+            `heldout_length`, that of chains.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -21,7 +21,7 @@ def draw_curve(file: Path, history: list[dict[str, Any]], *, title: str) -> None
     except ImportError as error:
         raise ValueError("matplotlib is missing; pip install 'llm-inference-lab[train]'") from error
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    measured = [entry for entry in history if "heldout_chain" in entry]
+    measured = [entry for entry in history if "heldout_length" in entry]
     steps = [entry["step"] for entry in measured]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     loss, shares, lengths = figure.subplots(1, 3)
@@ -31,12 +31,9 @@ def draw_curve(file: Path, history: list[dict[str, Any]], *, title: str) -> None
         points = [entry["heldout_by_position"][position] for entry in measured]
         shares.plot(steps, points, marker=".", label=f"position {position + 1}")
     shares.set(title="held-out acceptance", xlabel="update", ylim=(0, 1))
-    for name in ("chain", "tree"):
-        points = [entry[f"heldout_{name}"] for entry in measured]
-        lengths.plot(steps, points, marker=".", label=name)
-    lengths.set(title="tokens per target forward, bonus included", xlabel="update")
+    lengths.plot(steps, [entry["heldout_length"] for entry in measured], marker=".")
+    lengths.set(title="tokens per target forward in chains, bonus included", xlabel="update")
     if measured:
         shares.legend()
-        lengths.legend()
     figure.suptitle(title)
     figure.savefig(file, dpi=100)

@@ -1,4 +1,4 @@
-"""What the engine hands a target model for one step: tokens, where they sit, and who sees whom."""
+"""What a forward pass takes (tokens, where they sit, who sees whom) and what it gives."""
 
 from __future__ import annotations
 
