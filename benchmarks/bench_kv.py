@@ -13,7 +13,7 @@ import torch
 import floors
 import peers
 import torch_ways
-from inferlab.kernels import kv_append, kv_compact, kv_copy_pages, kv_gather, reference
+from inferlab.kernels import fallback, kv_append, kv_compact, kv_copy_pages, kv_gather
 from inputs import PAGE_SIZE, block_table
 from shapes import DTYPES, Shape, grid, shapes
 
@@ -62,7 +62,7 @@ def bench_append(kernel_bench: Any, device: Any, shape: Shape) -> None:
         device.cases(make, num_bytes),
         num_bytes=num_bytes,
         bound="copy" if batch * nodes > 1 else None,
-        torch_fn=lambda case: reference.kv_append(*case),
+        torch_fn=lambda case: fallback.kv_append(*case),
         peers=lambda: peers.kv_append(
             device.torch, dtype, table, [start] * batch, nodes, PAGE_SIZE
         ),
@@ -132,7 +132,7 @@ def bench_gather(kernel_bench: Any, device: Any, shape: Shape) -> None:
         device.cases(make, num_bytes),
         num_bytes=num_bytes,
         bound="copy",
-        torch_fn=lambda case: reference.kv_gather(case[0], case[1], lens, length),
+        torch_fn=lambda case: fallback.kv_gather(case[0], case[1], lens, case[2]),
     )
 
 
@@ -162,5 +162,5 @@ def bench_copy_pages(kernel_bench: Any, device: Any, shape: Shape) -> None:
         pairs,
         num_bytes=num_bytes,
         bound="copy",
-        torch_fn=lambda pair: reference.kv_copy_pages(*caches, *pair),
+        torch_fn=lambda pair: fallback.kv_copy_pages(*caches, *pair),
     )

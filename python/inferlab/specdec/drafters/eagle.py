@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from inferlab import kernels
-from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
+from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle
 from inferlab.models.transfer import upload

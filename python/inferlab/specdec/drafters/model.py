@@ -11,7 +11,7 @@ import torch
 
 from inferlab import kernels
 from inferlab.kernels import SamplingTensors
-from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
+from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Sequence
