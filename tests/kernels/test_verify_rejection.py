@@ -35,7 +35,6 @@ from inferlab.kernels import (
     verify_tree_rejection,
 )
 from inferlab.kernels.noise import PURPOSE_DRAFT
-from inferlab.kernels.reference import noise
 
 # Target and draft: overlapping, nearly disjoint, with zeros on either side, equal.
 PAIRS = [

@@ -11,7 +11,6 @@ from helpers.sampling_cases import chain, random_logits, random_walk
 from helpers.speculative_rules import assert_follows, exact, outcomes
 from inferlab.kernels import SamplingTensors, build_tree, sample, verify_tree_rejection
 from inferlab.kernels.noise import PURPOSE_DRAFT
-from inferlab.kernels.reference import noise
 
 DRAWS = 500  # a few milliseconds each where a GPU's threads run on a CPU
 

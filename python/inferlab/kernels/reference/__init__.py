@@ -1,4 +1,4 @@
-"""Slow, obvious torch versions of the ops: the oracle of tests and benchmarks, and of nothing else."""
+"""Slow, obvious torch versions of the ops: the oracle of tests and benchmarks, of nothing else."""
 
 from inferlab.kernels.reference.attention import paged_tree_attention
 from inferlab.kernels.reference.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
