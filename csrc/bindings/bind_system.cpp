@@ -26,8 +26,8 @@ void philox_block(Call& c) {
   if (!c.ready()) return;
   p.out = out.ptr<uint32_t>();
   c.cpu([&] {
-    const PhiloxBlock block = philox4x32_10(p.counter[0], p.counter[1], p.counter[2], p.counter[3],
-                                            p.key[0], p.key[1]);
+    const PhiloxBlock block =
+        philox4x32_10(p.counter[0], p.counter[1], p.counter[2], p.counter[3], p.key[0], p.key[1]);
     std::copy(block.w, block.w + 4, p.out);
     return Status::kOk;
   });

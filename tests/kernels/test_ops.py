@@ -59,7 +59,7 @@ def test_metal_reads_tensors_of_any_device_by_their_attributes():
     assert buffers[-1] == same[-1]
     with pytest.raises(ValueError, match="v must be on meta, like the other arguments"):
         launches(meta[0], X, *meta[2:], None)
-    with pytest.raises(TypeError, match="v must be a tensor of torch, not numpy.ndarray"):
+    with pytest.raises(TypeError, match=r"v must be a tensor of torch, not numpy\.ndarray"):
         launches(X, X.numpy(), *APPEND[2:], None)
     skewed = torch.zeros(X.numel() + 1)[1:].view(X.shape)
     ((_, _, _), options), *_ = launches(skewed, *APPEND[1:], None)
