@@ -12,28 +12,14 @@ from typing import Any
 import torch
 
 from inferlab import _C
-from inferlab.kernels.fallback.attention import paged_tree_attention
-from inferlab.kernels.fallback.growth import grow_level, grow_offsets, grow_tree
-from inferlab.kernels.fallback.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
-from inferlab.kernels.fallback.layer import linear, rms_norm, rope_append, silu_mul
+from inferlab.kernels.fallback import attention, growth, kv, layer
 
 # Name -> the op with the arguments of `_C`, in torch operations.
 TORCH_OPS: dict[str, Callable[..., None]] = {
-    op.__name__: op
-    for op in (
-        paged_tree_attention,
-        grow_level,
-        grow_offsets,
-        grow_tree,
-        kv_append,
-        kv_compact,
-        kv_copy_pages,
-        kv_gather,
-        linear,
-        rms_norm,
-        rope_append,
-        silu_mul,
-    )
+    name: getattr(room, name)
+    for room in (attention, growth, kv, layer)
+    for name in _C.OPS
+    if hasattr(room, name)
 }
 
 
