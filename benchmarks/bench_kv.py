@@ -13,7 +13,8 @@ import torch
 import floors
 import peers
 import torch_ways
-from inferlab.kernels import kv_append, kv_compact, kv_copy_pages, kv_gather, reference
+from inferlab.kernels import kv_append, kv_compact, kv_copy_pages, kv_gather
+from inferlab.kernels.fallback import kv as torch_ops
 from inputs import PAGE_SIZE, block_table
 from shapes import DTYPES, Shape, grid, shapes
 
@@ -62,7 +63,7 @@ def bench_append(kernel_bench: Any, device: Any, shape: Shape) -> None:
         device.cases(make, num_bytes),
         num_bytes=num_bytes,
         bound="copy" if batch * nodes > 1 else None,
-        torch_fn=lambda case: reference.kv_append(*case),
+        torch_fn=lambda case: torch_ops.kv_append(*case),
         peers=lambda: peers.kv_append(
             device.torch, dtype, table, [start] * batch, nodes, PAGE_SIZE
         ),
@@ -132,7 +133,7 @@ def bench_gather(kernel_bench: Any, device: Any, shape: Shape) -> None:
         device.cases(make, num_bytes),
         num_bytes=num_bytes,
         bound="copy",
-        torch_fn=lambda case: reference.kv_gather(case[0], case[1], lens, length),
+        torch_fn=lambda case: torch_ops.kv_gather(case[0], case[1], lens, case[2]),
     )
 
 
@@ -162,5 +163,5 @@ def bench_copy_pages(kernel_bench: Any, device: Any, shape: Shape) -> None:
         pairs,
         num_bytes=num_bytes,
         bound="copy",
-        torch_fn=lambda pair: reference.kv_copy_pages(*caches, *pair),
+        torch_fn=lambda pair: torch_ops.kv_copy_pages(*caches, *pair),
     )

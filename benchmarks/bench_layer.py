@@ -10,6 +10,7 @@ import torch
 import floors
 import peers
 from inferlab import kernels
+from inferlab.kernels.fallback.layer import rope_append as torch_rope_append
 from inferlab.kernels.reference import layer as reference
 from inputs import block_table
 from shapes import DTYPES, Shape, grid, shapes
@@ -148,5 +149,5 @@ def bench_rope_append(kernel_bench: Any, device: Any, shape: Shape) -> None:
         device.cases(make, num_bytes),
         num_bytes=num_bytes,
         bound="copy" if batch * nodes >= 64 else None,
-        torch_fn=lambda case: reference.rope_append(*case),
+        torch_fn=lambda case: torch_rope_append(*case),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from inferlab.kernels.reference.kv import page_and_offset
+from inferlab.kernels.fallback.kv import page_and_offset
 
 
 def build_tree(parents: torch.Tensor) -> tuple[torch.Tensor, ...]:

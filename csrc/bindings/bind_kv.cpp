@@ -4,51 +4,34 @@
 #include "bind.h"
 #include "block_table.h"
 #include "inferlab/kv.h"
-#include "tensor.h"
+#include "op.h"
 
 namespace inferlab {
 namespace {
 
-// Pages [P, page_size, Hkv, D] or, with `layers`, a cache [L, P, page_size, Hkv, D].
-void check_pool(const Tensor& pool, bool layers) {
-  pool.dims(layers ? 5 : 4).contiguous();
-  pool.float_dtype();
+// Bytes that Metal's kernels move at a time: 16 where every address and every size allows it.
+int64_t word(std::initializer_list<const Tensor*> tensors, std::initializer_list<int64_t> bytes) {
+  bool wide = true;
+  for (const Tensor* t : tensors) wide = wide && reinterpret_cast<uintptr_t>(t->data()) % 16 == 0;
+  for (const int64_t n : bytes) wide = wide && n % 16 == 0;
+  return wide ? 16 : 2;
 }
 
-void check_same(const Tensor& t, const Tensor& like) {
-  check_same_dtype(t, like);
-  bool same = t.ndim() == like.ndim();
-  for (int i = 0; same && i < t.ndim(); ++i) same = t.size(i) == like.size(i);
-  require(same, [&] {
-    return std::string(t.name()) + " has shape " + t.shape_str() + "; it must be that of " +
-           like.name() + ", " + like.shape_str();
-  });
-}
-
-void kv_append(py::handle k_, py::handle v_, py::handle k_pages_, py::handle v_pages_,
-               py::handle block_table_, py::handle seq_lens_, int64_t node_offset,
-               py::handle num_nodes_) {
-  Tensor k(k_, "k"), v(v_, "v"), k_pages(k_pages_, "k_pages"), v_pages(v_pages_, "v_pages");
-  Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
-  OptionalTensor num_nodes(num_nodes_, "num_nodes");
-  const Place place = k.place();
-  check_pool(k_pages, false);
-  k_pages.on(place);
-  v_pages.contiguous().on(place);
-  check_same(v_pages, k_pages);
+void kv_append(Call& c) {
+  Dim B("B"), N("N"), H("Hkv"), D("D"), P("P"), S("page_size"), M("max_pages");
+  Element T;
+  const Arg& k = c.in("k", T, {B, N, H, D}).rows();
+  const Arg& v = c.in("v", T, {B, N, H, D}).rows();
+  const Arg& k_pages = c.out("k_pages", T, {P, S, H, D}).decides();
+  const Arg& v_pages = c.out("v_pages", T, {P, S, H, D});
+  const Arg& table = c.in("block_table", kI32, {B, M}).rows();
+  const Arg& seq_lens = c.in("seq_lens", kI32, {B});
+  const int64_t node_offset = c.integer("node_offset");
+  const Arg& num_nodes = c.in("num_nodes", kI32, {B}).optional();
+  if (!c.ready()) return;
   const PagedLayout layout = paged_layout(k_pages);
-  const int64_t heads = k_pages.size(2), dim = k_pages.size(3);
-  k.dims(4).shape({Tensor::kAny, Tensor::kAny, heads, dim}).last_dim_contiguous();
-  const int64_t batch = k.size(0), nodes = k.size(1);
-  v.shape({batch, nodes, heads, dim}).last_dim_contiguous().on(place);
-  check_same_dtype(k, k_pages);
-  check_same_dtype(v, k_pages);
-  check_block_table(table, batch, place);
-  check_seq_lens(seq_lens, batch, place);
-  check_num_nodes(num_nodes, batch, nodes, place);
-  require(node_offset >= 0,
-          [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
-  const int64_t s = dtype_size(k_pages.float_dtype());
+  check_offset(node_offset);
+  const int64_t s = dtype_size(T);
   KvAppendParams p{};
   p.k = k.ptr<const char>();
   p.v = v.ptr<const char>();
@@ -62,24 +45,21 @@ void kv_append(py::handle k_, py::handle v_, py::handle k_pages_, py::handle v_p
   p.table_stride = table.stride(0);
   p.seq_lens = seq_lens.ptr<const int32_t>();
   p.num_nodes = num_nodes.ptr<const int32_t>();
-  p.batch = batch;
-  p.nodes = nodes;
-  p.heads = heads;
-  p.pages = layout.pages;
-  p.page_size = layout.page_size;
-  p.max_pages = table.size(1);
+  p.batch = B;
+  p.nodes = N;
+  p.heads = H;
+  p.pages = P;
+  p.page_size = S;
+  p.max_pages = M;
   p.node_offset = node_offset;
-  p.head_bytes = dim * s;
-  if (nodes == 0 || batch == 0 || heads * dim == 0) return;
-  if (place.cuda) {
-    run_cuda(k_, place, "kv_append", [&](void* stream) { return cuda::kv_append(p, stream); });
-    return;
-  }
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t first = p.seq_lens[b] + node_offset;
-    check_slots(table, b, first, first + (p.num_nodes != nullptr ? p.num_nodes[b] : nodes), layout);
-  }
-  run_cpu("kv_append", [&] { return cpu::kv_append(p); });
+  p.head_bytes = D * s;
+  if (c.on_cpu()) check_new_rows(table, seq_lens, p, layout);
+  if (k.numel() == 0) return;
+  c.cpu([&] { return cpu::kv_append(p); });
+  c.cuda([&](void* stream) { return cuda::kv_append(p, stream); });
+  const int64_t *ks = p.k_stride_bytes, *vs = p.v_stride_bytes;
+  const auto sizes = {ks[0], ks[1], ks[2], vs[0], vs[1], vs[2], p.head_bytes};
+  c.metal(p, {N, B, 2}, {{"WORD", word({&k, &v, &k_pages, &v_pages}, sizes)}});
 }
 
 // The nodes of each path increase, and stand in slots that exist.
@@ -105,22 +85,17 @@ void check_accepted(const KvCompactParams& p, const Tensor& table, const PagedLa
   }
 }
 
-void kv_compact(py::handle k_cache_, py::handle v_cache_, py::handle block_table_,
-                py::handle seq_lens_, py::handle accepted_, py::handle num_accepted_) {
-  Tensor k_cache(k_cache_, "k_cache"), v_cache(v_cache_, "v_cache");
-  Tensor table(block_table_, "block_table"), seq_lens(seq_lens_, "seq_lens");
-  Tensor accepted(accepted_, "accepted_nodes"), num_accepted(num_accepted_, "num_accepted");
-  const Place place = k_cache.place();
-  check_pool(k_cache, true);
-  v_cache.contiguous().on(place);
-  check_same(v_cache, k_cache);
+void kv_compact(Call& c) {
+  Dim L("L"), P("P"), S("page_size"), H("Hkv"), D("D"), B("B"), M("max_pages"), steps("S");
+  Element T;
+  const Arg& k_cache = c.out("k_cache", T, {L, P, S, H, D});
+  const Arg& v_cache = c.out("v_cache", T, {L, P, S, H, D});
+  const Arg& table = c.in("block_table", kI32, {B, M}).rows();
+  const Arg& seq_lens = c.in("seq_lens", kI32, {B});
+  const Arg& accepted = c.in("accepted_nodes", kI32, {B, steps});
+  const Arg& num_accepted = c.in("num_accepted", kI32, {B});
+  if (!c.ready()) return;
   const PagedLayout layout = paged_layout(k_cache);
-  table.dims(2);
-  const int64_t batch = table.size(0);
-  check_block_table(table, batch, place);
-  check_seq_lens(seq_lens, batch, place);
-  accepted.i32().shape({batch, Tensor::kAny}).contiguous().on(place);
-  num_accepted.i32().shape({batch}).contiguous().on(place);
   KvCompactParams p{};
   p.k_cache = k_cache.ptr<char>();
   p.v_cache = v_cache.ptr<char>();
@@ -129,60 +104,60 @@ void kv_compact(py::handle k_cache_, py::handle v_cache_, py::handle block_table
   p.seq_lens = seq_lens.ptr<const int32_t>();
   p.accepted = accepted.ptr<const int32_t>();
   p.num_accepted = num_accepted.ptr<const int32_t>();
-  p.layers = k_cache.size(0);
-  p.pages = layout.pages;
-  p.page_size = layout.page_size;
-  p.max_pages = table.size(1);
-  p.batch = batch;
-  p.steps = accepted.size(1);
-  p.row_bytes = k_cache.size(3) * k_cache.size(4) * dtype_size(k_cache.float_dtype());
-  if (place.cuda) {
-    run_cuda(k_cache_, place, "kv_compact",
-             [&](void* stream) { return cuda::kv_compact(p, stream); });
-    return;
+  p.layers = L;
+  p.pages = P;
+  p.page_size = S;
+  p.max_pages = M;
+  p.batch = B;
+  p.steps = steps;
+  p.row_bytes = H * D * dtype_size(T);
+  if (c.on_cpu()) {
+    check_seq_lens(seq_lens);
+    check_accepted(p, table, layout);
+    if (p.row_bytes == 0) return;
   }
-  check_accepted(p, table, layout);
-  if (p.row_bytes == 0) return;
-  run_cpu("kv_compact", [&] { return cpu::kv_compact(p); });
+  c.cpu([&] { return cpu::kv_compact(p); });
+  c.cuda([&](void* stream) { return cuda::kv_compact(p, stream); });
+  const int64_t size = word({&k_cache, &v_cache}, {p.row_bytes}), words = p.row_bytes / size;
+  const int64_t threads = std::max<int64_t>(32, std::min<int64_t>(64, (words + 31) / 32 * 32));
+  c.metal(p, {(words + threads - 1) / threads, B, 2 * L, threads}, {{"WORD", size}});
 }
 
-void kv_gather(py::handle pages_, py::handle block_table_, py::handle seq_lens_, py::handle out_) {
-  Tensor pages(pages_, "pages"), table(block_table_, "block_table");
-  Tensor seq_lens(seq_lens_, "seq_lens"), out(out_, "out");
-  const Place place = pages.place();
-  check_pool(pages, false);
+void kv_gather(Call& c) {
+  Dim P("P"), S("page_size"), H("Hkv"), D("D"), B("B"), M("max_pages"), max_len("max_len");
+  Element T;
+  const Arg& pages = c.in("pages", T, {P, S, H, D});
+  const Arg& table = c.in("block_table", kI32, {B, M}).rows();
+  const Arg& seq_lens = c.in("seq_lens", kI32, {B});
+  const Arg& out = c.out("out", T, {B, max_len, H, D});
+  if (!c.ready()) return;
   const PagedLayout layout = paged_layout(pages);
-  table.dims(2);
-  const int64_t batch = table.size(0);
-  check_block_table(table, batch, place);
-  check_seq_lens(seq_lens, batch, place);
-  out.shape({batch, Tensor::kAny, pages.size(2), pages.size(3)}).contiguous().on(place);
-  check_same_dtype(out, pages);
   KvGatherParams p{};
-  p.pages = pages.ptr<const char>();
+  p.pool = pages.ptr<const char>();
   p.block_table = table.ptr<const int32_t>();
   p.table_stride = table.stride(0);
   p.seq_lens = seq_lens.ptr<const int32_t>();
   p.out = out.ptr<char>();
-  p.batch = batch;
-  p.max_len = out.size(1);
-  p.num_pages = layout.pages;
-  p.page_size = layout.page_size;
-  p.max_pages = table.size(1);
-  p.row_bytes = pages.size(2) * pages.size(3) * dtype_size(pages.float_dtype());
-  if (place.cuda) {
-    run_cuda(pages_, place, "kv_gather", [&](void* stream) { return cuda::kv_gather(p, stream); });
-    return;
+  p.batch = B;
+  p.max_len = max_len;
+  p.pages = P;
+  p.page_size = S;
+  p.max_pages = M;
+  p.row_bytes = H * D * dtype_size(T);
+  if (c.on_cpu()) {
+    check_seq_lens(seq_lens);
+    for (int64_t b = 0; b < B; ++b) {
+      require(p.seq_lens[b] <= max_len, [&] {
+        return "seq_lens[" + std::to_string(b) + "] is " + std::to_string(p.seq_lens[b]) +
+               "; it must be at most max_len, " + std::to_string(max_len);
+      });
+      check_slots(table, b, 0, p.seq_lens[b], layout);
+    }
+    if (out.numel() == 0) return;
   }
-  for (int64_t b = 0; b < batch; ++b) {
-    require(p.seq_lens[b] <= p.max_len, [&] {
-      return "seq_lens[" + std::to_string(b) + "] is " + std::to_string(p.seq_lens[b]) +
-             "; it must be at most max_len, " + std::to_string(p.max_len);
-    });
-    check_slots(table, b, 0, p.seq_lens[b], layout);
-  }
-  if (out.numel() == 0) return;
-  run_cpu("kv_gather", [&] { return cpu::kv_gather(p); });
+  c.cpu([&] { return cpu::kv_gather(p); });
+  c.cuda([&](void* stream) { return cuda::kv_gather(p, stream); });
+  c.metal(p, {max_len, B, 1, 64}, {{"WORD", word({&pages, &out}, {p.row_bytes})}});
 }
 
 void check_moves(const KvCopyPagesParams& p) {
@@ -211,44 +186,40 @@ void check_moves(const KvCopyPagesParams& p) {
   }
 }
 
-void kv_copy_pages(py::handle k_cache_, py::handle v_cache_, py::handle src_, py::handle dst_) {
-  Tensor k_cache(k_cache_, "k_cache"), v_cache(v_cache_, "v_cache");
-  Tensor src(src_, "src"), dst(dst_, "dst");
-  const Place place = k_cache.place();
-  for (const Tensor* t : {&v_cache, &src, &dst}) t->on(place);
-  check_pool(k_cache, true);
-  v_cache.contiguous();
-  check_same(v_cache, k_cache);
+void kv_copy_pages(Call& c) {
+  Dim L("L"), P("P"), S("page_size"), H("Hkv"), D("D"), moves("M");
+  Element T;
+  const Arg& k_cache = c.out("k_cache", T, {L, P, S, H, D});
+  const Arg& v_cache = c.out("v_cache", T, {L, P, S, H, D});
+  const Arg& src = c.in("src", kI32, {moves});
+  const Arg& dst = c.in("dst", kI32, {moves});
+  if (!c.ready()) return;
   const PagedLayout layout = paged_layout(k_cache);
-  src.i32().dims(1).contiguous();
-  dst.i32().shape({src.size(0)}).contiguous();
   KvCopyPagesParams p{};
   p.k_cache = k_cache.ptr<char>();
   p.v_cache = v_cache.ptr<char>();
   p.src = src.ptr<const int32_t>();
   p.dst = dst.ptr<const int32_t>();
-  p.layers = k_cache.size(0);
-  p.pages = layout.pages;
-  p.moves = src.size(0);
-  p.page_bytes =
-      layout.page_size * k_cache.size(3) * k_cache.size(4) * dtype_size(k_cache.float_dtype());
+  p.layers = L;
+  p.pages = P;
+  p.moves = moves;
+  p.page_bytes = layout.page_size * H * D * dtype_size(T);
   if (k_cache.numel() == 0) return;
-  if (place.cuda) {
-    run_cuda(k_cache_, place, "kv_copy_pages",
-             [&](void* stream) { return cuda::kv_copy_pages(p, stream); });
-    return;
-  }
-  check_moves(p);
-  run_cpu("kv_copy_pages", [&] { return cpu::kv_copy_pages(p); });
+  if (c.on_cpu()) check_moves(p);
+  c.cpu([&] { return cpu::kv_copy_pages(p); });
+  c.cuda([&](void* stream) { return cuda::kv_copy_pages(p, stream); });
+  const int64_t size = word({&k_cache, &v_cache}, {p.page_bytes});
+  const int64_t per_group = size * kMetalThreads * kMetalCopiedWords;
+  c.metal(p, {(p.page_bytes + per_group - 1) / per_group, moves, 2 * L}, {{"WORD", size}});
 }
 
 }  // namespace
 
 void bind_kv(py::module_& m) {
-  m.def("kv_append", &kv_append);
-  m.def("kv_compact", &kv_compact);
-  m.def("kv_gather", &kv_gather);
-  m.def("kv_copy_pages", &kv_copy_pages);
+  define(m, "kv_append", kv_append);
+  define(m, "kv_compact", kv_compact);
+  define(m, "kv_gather", kv_gather);
+  define(m, "kv_copy_pages", kv_copy_pages);
 }
 
 }  // namespace inferlab

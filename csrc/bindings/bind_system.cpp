@@ -9,14 +9,47 @@
 #include "inferlab/cuda_device.h"
 #include "inferlab/memory.h"
 #include "inferlab/noise.h"
-#include "inferlab/sampling.h"
 #include "isa.h"
+#include "op.h"
 #include "parallel.h"
-#include "tensor.h"
-
-namespace py = pybind11;
 
 namespace inferlab {
+namespace {
+
+void philox_block(Call& c) {
+  static constexpr const char* kWords[] = {"c0", "c1", "c2", "c3", "k0", "k1"};
+  PhiloxParams p{};
+  const Arg& out = c.out("out", kI32, {int64_t{4}});
+  for (int i = 0; i < 6; ++i) {
+    (i < 4 ? p.counter[i] : p.key[i - 4]) = static_cast<uint32_t>(c.integer(kWords[i]));
+  }
+  if (!c.ready()) return;
+  p.out = out.ptr<uint32_t>();
+  c.cpu([&] {
+    const PhiloxBlock block =
+        philox4x32_10(p.counter[0], p.counter[1], p.counter[2], p.counter[3], p.key[0], p.key[1]);
+    std::copy(block.w, block.w + 4, p.out);
+    return Status::kOk;
+  });
+  c.cuda([&](void* stream) { return cuda::philox_block(p, stream); });
+  c.metal(p, {1, 1, 1, kMetalSimd, "noise"}, {});
+}
+
+void gumbel_row(Call& c) {
+  Dim tokens("tokens");
+  const int64_t seed = c.integer("seed"), position = c.integer("position");
+  const int64_t purpose = c.integer("purpose");
+  const Arg& out = c.out("out", kF32, {tokens});
+  if (!c.ready()) return;
+  const GumbelRowParams p{static_cast<uint64_t>(seed), static_cast<uint32_t>(position),
+                          static_cast<uint32_t>(purpose), out.ptr<float>(), tokens};
+  c.cpu([&] { return cpu::gumbel_row(p); });
+  c.cuda([&](void* stream) { return cuda::gumbel_row(p, stream); });
+  const int64_t groups = (tokens + kMetalThreads - 1) / kMetalThreads;
+  c.metal(p, {groups, 1, 1, kMetalThreads, "noise"}, {});
+}
+
+}  // namespace
 
 void bind_system(py::module_& m) {
   m.def("build_info", [] {
@@ -76,40 +109,14 @@ void bind_system(py::module_& m) {
     return cpu::advise_large_pages(t.ptr<void>(), t.numel() * dtype_size(t.float_dtype()));
   });
 
-  // The noise itself, for known-answer tests and for the reference: where `out` is, on its device.
-  m.def(
-      "philox4x32_10",
-      [](const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key, py::handle out) {
-        require(counter.size() == 4, "counter must have 4 words");
-        require(key.size() == 2, "key must have 2 words");
-        if (out.is_none()) {
-          const PhiloxBlock b =
-              philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
-          return py::cast(std::vector<uint32_t>(b.w, b.w + 4));
-        }
-        Tensor t(out, "out");
-        const Place place = t.i32().shape({4}).contiguous().place();
-        require(place.cuda, "out must be on a CUDA device; leave it out for the CPU's words");
-        cuda::PhiloxParams p{};
-        std::copy(counter.begin(), counter.end(), p.counter);
-        std::copy(key.begin(), key.end(), p.key);
-        p.out = t.ptr<uint32_t>();
-        run_cuda(out, place, "philox4x32_10",
-                 [&](void* stream) { return cuda::philox_block(p, stream); });
-        return py::reinterpret_borrow<py::object>(out);
-      },
-      py::arg("counter"), py::arg("key"), py::arg("out") = py::none());
-  m.def("gumbel_row", [](int64_t seed, uint32_t position, uint32_t purpose, py::handle out) {
-    Tensor t(out, "out");
-    const Place place = t.dims(1).f32().contiguous().place();
-    const cuda::GumbelRowParams p{static_cast<uint64_t>(seed), position, purpose, t.ptr<float>(),
-                                  t.size(0)};
-    if (place.cuda) {
-      run_cuda(out, place, "gumbel_row", [&](void* stream) { return cuda::gumbel_row(p, stream); });
-      return;
-    }
-    cpu::gumbel_row(p.seed, position, purpose, p.out, p.tokens);
-  });
+  // The noise itself, for known-answer tests, as each backend has it.
+  m.attr("metal").attr("SIMD_WIDTH") = kMetalSimd;
+  define(m, "philox_block", philox_block);
+  define(m, "gumbel_row", gumbel_row);
+  m.attr("PURPOSE_TOKEN") = static_cast<int>(kPurposeToken);
+  m.attr("PURPOSE_DRAFT") = static_cast<int>(kPurposeDraft);
+  m.attr("PURPOSE_ACCEPT") = static_cast<int>(kPurposeAccept);
+  m.attr("PURPOSE_RECOVERY") = static_cast<int>(kPurposeRecovery);
 }
 
 }  // namespace inferlab

@@ -1,6 +1,6 @@
-// What pages and block tables must satisfy before an op follows them. Shapes, dtypes and devices
-// are checked everywhere; values only on the CPU, over the part that is used: on a device they stay
-// there, and its kernels skip what does not exist.
+// What pages and block tables must satisfy before an op follows them. Values are checked on the CPU
+// only, over the part that is used: on a device they stay there, and its kernels skip what does not
+// exist.
 #pragma once
 
 #include <string>
@@ -14,13 +14,6 @@ struct PagedLayout {
   int page_shift;
 };
 
-inline void check_same_dtype(const Tensor& t, const Tensor& like) {
-  if (t.float_dtype() != like.float_dtype()) {
-    throw py::type_error(std::string(t.name()) + " has dtype " + t.dtype_str() +
-                         "; it must be that of " + like.name() + ", " + like.dtype_str());
-  }
-}
-
 // The page count and size of a [.., P, page_size, Hkv, D] tensor.
 inline PagedLayout paged_layout(const Tensor& t) {
   const int64_t pages = t.size(t.ndim() - 4);
@@ -32,16 +25,8 @@ inline PagedLayout paged_layout(const Tensor& t) {
   return {pages, page_size, __builtin_ctzll(static_cast<uint64_t>(page_size))};
 }
 
-constexpr Place kHost{false, 0};
-
-inline void check_block_table(const Tensor& table, int64_t batch, const Place& place = kHost) {
-  table.i32().shape({batch, Tensor::kAny}).last_dim_contiguous().on(place);
-}
-
-inline void check_seq_lens(const Tensor& seq_lens, int64_t batch, const Place& place = kHost) {
-  seq_lens.i32().shape({batch}).contiguous().on(place);
-  if (place.cuda) return;
-  for (int64_t b = 0; b < batch; ++b) {
+inline void check_seq_lens(const Tensor& seq_lens) {
+  for (int64_t b = 0; b < seq_lens.size(0); ++b) {
     if (seq_lens.ptr<const int32_t>()[b] < 0) {
       throw py::value_error("seq_lens[" + std::to_string(b) + "] is " +
                             std::to_string(seq_lens.ptr<const int32_t>()[b]) + "; it must be >= 0");
@@ -49,19 +34,21 @@ inline void check_seq_lens(const Tensor& seq_lens, int64_t batch, const Place& p
   }
 }
 
-// Rows of each sequence that count: null (all) or [B] i32 in [0, rows].
-inline void check_num_nodes(const OptionalTensor& num_nodes, int64_t batch, int64_t rows,
-                            const Place& place = kHost) {
-  if (!num_nodes) return;
-  num_nodes->i32().shape({batch}).contiguous().on(place);
-  if (place.cuda) return;
+// Rows of each sequence that count: null (all) or [B] in [0, rows].
+inline void check_num_nodes(const int32_t* num_nodes, int64_t batch, int64_t rows) {
+  if (num_nodes == nullptr) return;
   for (int64_t b = 0; b < batch; ++b) {
-    const int32_t n = num_nodes.ptr<const int32_t>()[b];
+    const int32_t n = num_nodes[b];
     if (n < 0 || n > rows) {
       throw py::value_error("num_nodes[" + std::to_string(b) + "] is " + std::to_string(n) +
                             "; it must be in [0, " + std::to_string(rows) + "]");
     }
   }
+}
+
+inline void check_offset(int64_t node_offset) {
+  require(node_offset >= 0,
+          [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
 }
 
 // Slots [begin, end) of sequence b must stand in the table, on pages in [0, P).
@@ -89,6 +76,19 @@ inline void check_slots(const Tensor& table, int64_t b, int64_t begin, int64_t e
                             "] is " + std::to_string(row[i]) + "; a used page must be in [0, " +
                             std::to_string(layout.pages) + ")");
     }
+  }
+}
+
+// Where the new rows of each sequence go, or those that count: slots behind the committed ones.
+template <typename Params>
+void check_new_rows(const Tensor& table, const Tensor& seq_lens, const Params& p,
+                    const PagedLayout& layout) {
+  check_seq_lens(seq_lens);
+  check_num_nodes(p.num_nodes, p.batch, p.nodes);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t first = p.seq_lens[b] + p.node_offset;
+    const int64_t count = p.num_nodes != nullptr ? p.num_nodes[b] : p.nodes;
+    check_slots(table, b, first, first + count, layout);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace inferlab {
@@ -63,7 +64,9 @@ void* torch_stream(int device_id) {
 
 }  // namespace
 
-Tensor::Tensor(py::handle object, const char* name) : name_(name) {
+void Tensor::view(py::handle object, const char* name) {
+  name_ = name;
+  given_ = true;
   PyObject* o = object.ptr();
   bool done = false;
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(o))) {
@@ -120,6 +123,50 @@ Tensor::Tensor(py::handle object, const char* name) : name_(name) {
   tensor_.shape = shape_;
 }
 
+void Tensor::view_torch(py::handle object, const char* name) {
+  struct Known {
+    const char* name;
+    dlpack::DataType type;
+  };
+  static constexpr Known kKnown[] = {
+      {"torch.float32", {dlpack::kFloat, 32, 1}},   {"torch.float16", {dlpack::kFloat, 16, 1}},
+      {"torch.bfloat16", {dlpack::kBfloat, 16, 1}}, {"torch.float64", {dlpack::kFloat, 64, 1}},
+      {"torch.int32", {dlpack::kInt, 32, 1}},       {"torch.int64", {dlpack::kInt, 64, 1}},
+      {"torch.uint64", {dlpack::kUInt, 64, 1}},     {"torch.uint8", {dlpack::kUInt, 8, 1}},
+      {"torch.int16", {dlpack::kInt, 16, 1}},       {"torch.int8", {dlpack::kInt, 8, 1}},
+      {"torch.bool", {dlpack::kBool, 8, 1}},
+  };
+  name_ = name;
+  given_ = true;
+  if (!py::hasattr(object, "storage_offset")) {
+    throw py::type_error(std::string(name) + " must be a tensor of torch, not " +
+                         Py_TYPE(object.ptr())->tp_name);
+  }
+  const auto dtype = py::str(object.attr("dtype")).cast<std::string>();
+  const auto known = std::find_if(std::begin(kKnown), std::end(kKnown),
+                                  [&](const Known& k) { return dtype == k.name; });
+  if (known == std::end(kKnown)) {
+    throw py::type_error(std::string(name) + " has dtype " + dtype + ", which no op takes");
+  }
+  tensor_.dtype = known->type;
+  const py::tuple shape = object.attr("shape"), strides = object.attr("stride")();
+  tensor_.ndim = static_cast<int>(shape.size());
+  require(tensor_.ndim <= kMaxDims, [&] {
+    return std::string(name) + " has " + std::to_string(tensor_.ndim) +
+           " dimensions; at most 6 are supported";
+  });
+  for (int i = 0; i < tensor_.ndim; ++i) {
+    shape_[i] = shape[i].cast<int64_t>();
+    strides_[i] = strides[i].cast<int64_t>();
+  }
+  tensor_.shape = shape_;
+  constexpr uintptr_t kSomewhere = 1 << 16;
+  const auto offset = object.attr("storage_offset")().cast<uintptr_t>();
+  tensor_.data = numel() == 0
+                     ? nullptr
+                     : reinterpret_cast<void*>(kSomewhere + offset * tensor_.dtype.bits / 8);
+}
+
 Tensor::~Tensor() {
   if (has_buffer_) PyBuffer_Release(&buffer_);
 }
@@ -139,14 +186,14 @@ Place Tensor::place() const {
 #endif
   if (!cuda) {
     cpu();
-    return {false, 0};
+    return {Place::kCpu, 0};
   }
 #if !defined(INFERLAB_WITH_CUDA)
   throw py::value_error(std::string(name_) +
                         " is on a CUDA device, but inferlab was built without CUDA: put nvcc on "
                         "PATH and install it again");
 #endif
-  return {true, tensor_.device.device_id};
+  return {Place::kCuda, tensor_.device.device_id};
 }
 
 std::string Tensor::shape_str() const {
@@ -233,7 +280,7 @@ const Tensor& Tensor::cpu() const {
 }
 
 const Tensor& Tensor::on(const Place& place) const {
-  if (!place.cuda) return cpu();
+  if (place.kind == Place::kCpu) return cpu();
   const int32_t type = tensor_.device.device_type;
   const bool cuda = type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged;
 #if defined(INFERLAB_CUDA_SHIM)

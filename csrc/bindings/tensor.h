@@ -19,7 +19,8 @@ namespace py = pybind11;
 
 // Where an op runs; all of its tensors are there.
 struct Place {
-  bool cuda;
+  enum Kind { kCpu, kCuda, kMetal };
+  Kind kind;
   int device;
 };
 
@@ -28,13 +29,20 @@ class Tensor {
   static constexpr int kMaxDims = 6;
   static constexpr int64_t kAny = -1;
 
+  Tensor() = default;
   // Views `object`. Borrowed where the exporter allows it, otherwise held until destruction.
-  Tensor(py::handle object, const char* name);
+  Tensor(py::handle object, const char* name) { view(object, name); }
   ~Tensor();
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
+  void view(py::handle object, const char* name);
+  // A torch tensor by its attributes: of a device whose memory only Metal can name. What stands for
+  // its address has its alignment, and is null where it has no elements.
+  void view_torch(py::handle object, const char* name);
+
   const char* name() const { return name_; }
+  bool given() const { return given_; }  // false: None, without dimensions or memory
   int ndim() const { return tensor_.ndim; }
   int64_t size(int dim) const { return tensor_.shape[dim]; }
   int64_t stride(int dim) const { return strides_[dim]; }  // in elements
@@ -62,41 +70,19 @@ class Tensor {
   const Tensor& u8() const;   // scratch memory
   DType float_dtype() const;  // f32, f16 or bf16; TypeError otherwise
 
+ protected:
+  const char* name_ = "";
+
  private:
   void fail_type(const std::string& expected) const;
 
-  const char* name_;
   dlpack::DLTensor tensor_{};
-  int64_t strides_[kMaxDims] = {};
-  int64_t shape_[kMaxDims] = {};
-  Py_buffer buffer_{};
+  int64_t strides_[kMaxDims];
+  int64_t shape_[kMaxDims];
+  Py_buffer buffer_;
   bool has_buffer_ = false;
+  bool given_ = false;
   py::object owner_;
-};
-
-// None -> no tensor.
-class OptionalTensor {
- public:
-  OptionalTensor(py::handle object, const char* name) : present_(!object.is_none()) {
-    if (present_) new (&storage_) Tensor(object, name);
-  }
-  ~OptionalTensor() {
-    if (present_) get().~Tensor();
-  }
-  OptionalTensor(const OptionalTensor&) = delete;
-  OptionalTensor& operator=(const OptionalTensor&) = delete;
-  explicit operator bool() const { return present_; }
-  const Tensor* operator->() const { return &get(); }
-  const Tensor& operator*() const { return get(); }
-  template <typename T>
-  T* ptr() const {
-    return present_ ? get().ptr<T>() : nullptr;
-  }
-
- private:
-  const Tensor& get() const { return *reinterpret_cast<const Tensor*>(&storage_); }
-  alignas(Tensor) unsigned char storage_[sizeof(Tensor)];
-  bool present_;
 };
 
 // ValueError unless `ok`; the message should name the argument, its value and what is allowed.

@@ -113,7 +113,7 @@ Status kv_gather(const KvGatherParams& p) {
     for (int64_t s = begin; s < filled; s += p.page_size) {  // begin is a page's first slot
       const int64_t rows = std::min(p.page_size, filled - s);
       INFERLAB_DISPATCH(copy_bytes, out + s * p.row_bytes,
-                        p.pages + slot_offset(table, s, shift, p.row_bytes), rows * p.row_bytes,
+                        p.pool + slot_offset(table, s, shift, p.row_bytes), rows * p.row_bytes,
                         streaming);
     }
     std::memset(out + filled * p.row_bytes, 0, static_cast<size_t>((end - filled) * p.row_bytes));

@@ -31,8 +31,9 @@ Status sample(const SampleParams& params) {
   });
 }
 
-void gumbel_row(uint64_t seed, uint32_t position, uint32_t purpose, float* out, int64_t count) {
-  INFERLAB_DISPATCH(gumbel_fill, seed, position, purpose, out, count);
+Status gumbel_row(const GumbelRowParams& p) {
+  INFERLAB_DISPATCH(gumbel_fill, p.seed, p.position, p.purpose, p.out, p.tokens);
+  return Status::kOk;
 }
 
 }  // namespace inferlab::cpu

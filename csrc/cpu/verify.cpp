@@ -38,7 +38,7 @@ class Judge {
     kept_ = choice.greedy || !choice.filters(row.size) ? kKeepAll
                                                        : find_cut(row, max, choice, ws, threaded);
     if (params.policy == LossyPolicy::kTopkAgree) {
-      agree_ = top_k_cut(row, max, static_cast<int64_t>(params.threshold), ws);
+      agree_ = top_k_cut(row, max, params.top_k, ws);
       return;
     }
     total_ = sum([&](int64_t i, int64_t j) {

@@ -20,9 +20,9 @@ template <typename Word>
 __global__ void __launch_bounds__(kRowThreads) gather_kernel(KvGatherParams p) {
   const int words = static_cast<int>(p.row_bytes / sizeof(Word));
   const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y * kSteps + threadIdx.y;
-  const Word* pages = reinterpret_cast<const Word*>(p.pages);
+  const Word* pages = reinterpret_cast<const Word*>(p.pool);
   for (int64_t b = blockIdx.y; b < p.batch; b += gridDim.y) {
-    const SlotTable slots = slot_table(p, b, p.num_pages);
+    const SlotTable slots = slot_table(p, b, p.pages);
     const int64_t length = p.seq_lens[b];
     int64_t row[kSteps];
 #pragma unroll
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads) gather_kernel(KvGatherParams p) {
 // ---- launcher -----------------------------------------------------------------------------------
 
 Status kv_gather(const KvGatherParams& p, void* stream) {
-  const bool wide = all_multiples_of_16(p.pages, p.out, p.row_bytes);
+  const bool wide = all_multiples_of_16(p.pool, p.out, p.row_bytes);
   const int64_t words = p.row_bytes / (wide ? sizeof(uint4) : sizeof(uint16_t));
   if (words == 0) return Status::kOk;
   const dim3 block = row_block(words);

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) lossy_kernel(LossyKern
   Group group = join_group(shared.walk.row, k.plan, k.work);
   Penalties penalties = own_penalties(group, k.plan, k.work, p.sampling, size);
   if (threadIdx.x == 0) {  // read behind the barriers of the first sequence
-    const uint32_t kept = k.op.threshold < size ? static_cast<uint32_t>(k.op.threshold) : 0u;
+    const uint32_t kept = k.op.top_k < size ? static_cast<uint32_t>(k.op.top_k) : 0u;
     shared.agreeing = Choice{1.0f, 1.0f, kept, 1.0f, 0.0f, false, 0};
   }
   for (int64_t b = group_index(k.plan); b < p.batch; b += k.plan.groups) {

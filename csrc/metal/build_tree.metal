@@ -6,10 +6,7 @@
 // (parents are re-read from cache). A node whose parent makes no tree counts as padding, and so do
 // its descendants.
 #include "group.h"
-
-struct BuildTreeParams {
-  long nodes, words;
-};
+#include "inferlab/tree.h"
 
 // How deep node n hangs below the root; -1: it does not.
 inline long depth_of(device const int* parents, long n) {

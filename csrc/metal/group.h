@@ -2,11 +2,12 @@
 // exchanges in a fixed order, so that sums of floats are the same bits in every run.
 #pragma once
 
-#include "inferlab/portable.h"
+#include "inferlab/metal_launch.h"
 
 using namespace metal;
+using namespace inferlab;
 
-constant constexpr uint kSimd = 32;  // threads that exchange registers; of all Apple GPUs
+constant constexpr uint kSimd = kMetalSimd;
 
 // A threadgroup's memory is one struct, declared once in the kernel by this macro.
 #if !defined(INFERLAB_SHARED)

@@ -6,13 +6,6 @@
 #include "pages.h"
 #include "word.h"
 
-struct KvAppendParams {
-  PageTable table;
-  long k_stride[3], v_stride[3];  // of b, n, head, in words
-  long heads, head_words;
-  long node_offset, nodes, has_num_nodes;
-};
-
 kernel void kv_append(device const Word* k [[buffer(0)]], device const Word* v [[buffer(1)]],
                       device Word* k_pages [[buffer(2)]], device Word* v_pages [[buffer(3)]],
                       device const int* block_table [[buffer(4)]],
@@ -23,16 +16,16 @@ kernel void kv_append(device const Word* k [[buffer(0)]], device const Word* v [
                       uint3 threads [[threads_per_threadgroup]],
                       uint tid [[thread_index_in_threadgroup]]) {
   const long n = group.x, b = group.y;
-  if (p.has_num_nodes && n >= num_nodes[b]) return;
-  const long row = row_of_slot(block_table, p.table, b, seq_lens[b] + p.node_offset + n);
+  if (p.num_nodes != 0 && n >= num_nodes[b]) return;
+  const long row = row_of_slot(block_table, p, b, seq_lens[b] + p.node_offset + n);
   if (row < 0) return;
   const bool is_v = group.z == 1;
-  device const Word* from =
-      is_v ? v + b * p.v_stride[0] + n * p.v_stride[1] : k + b * p.k_stride[0] + n * p.k_stride[1];
-  const long head_stride = is_v ? p.v_stride[2] : p.k_stride[2];
-  device Word* to = (is_v ? v_pages : k_pages) + row * p.heads * p.head_words;
-  for (long w = tid; w < p.heads * p.head_words; w += threads.x) {
-    const long head = w / p.head_words;
-    to[w] = from[head * head_stride + (w - head * p.head_words)];
+  constant int64_t* stride = is_v ? p.v_stride_bytes : p.k_stride_bytes;
+  device const Word* from = (is_v ? v : k) + words_in(b * stride[0] + n * stride[1]);
+  const long head_stride = words_in(stride[2]), head_words = words_in(p.head_bytes);
+  device Word* to = (is_v ? v_pages : k_pages) + row * p.heads * head_words;
+  for (long w = tid; w < p.heads * head_words; w += threads.x) {
+    const long head = w / head_words;
+    to[w] = from[head * head_stride + (w - head * head_words)];
   }
 }

@@ -12,24 +12,14 @@
 // Bytes: B * L * 2 * Hkv * D * s, times the row tiles of a KV head (later ones hit the cache).
 #include "element.h"
 #include "group.h"
+#include "inferlab/attention.h"
 #include "pages.h"
 
-constant constexpr uint kThreads = 256;
+constant constexpr uint kThreads = kMetalThreads;
 constant constexpr uint kSimds = kThreads / kSimd;
-constant constexpr uint kRows = 8;
+constant constexpr uint kRows = kMetalAttentionRows;
 constant constexpr uint kChunks = INFERLAB_HEAD_CHUNKS;  // head_dim <= kSimd * kChunks
 constant constexpr uint kMaxDim = kSimd * kChunks;
-
-struct AttentionParams {
-  PageTable table;
-  long q_stride[3];  // of b, n, head, in elements
-  long nodes, q_heads, kv_heads, head_dim;
-  long words;  // of an ancestor row; 0: causal
-  long node_offset, window, has_num_nodes;
-};
-struct AttentionFloats {
-  float scale, softcap;
-};
 
 struct AttentionShared {
   float q[kRows][kMaxDim];
@@ -50,8 +40,7 @@ inline long rank_of(device const ulong* bits, long j) {
 }
 
 // Eight elements from a 16-byte boundary.
-inline void load8(device const Element* from, thread float* to) {
-#if INFERLAB_ELEMENT == 0
+inline void load8(device const float* from, thread float* to) {
   for (uint i = 0; i < 2; ++i) {
     const float4 x = reinterpret_cast<device const float4*>(from)[i];
     to[4 * i] = x.x;
@@ -59,14 +48,15 @@ inline void load8(device const Element* from, thread float* to) {
     to[4 * i + 2] = x.z;
     to[4 * i + 3] = x.w;
   }
-#else
+}
+template <typename T>
+inline void load8(device const T* from, thread float* to) {
   const uint4 x = *reinterpret_cast<device const uint4*>(from);
   const uint pairs[4] = {x.x, x.y, x.z, x.w};
   for (uint i = 0; i < 4; ++i) {
-    to[2 * i] = to_float(as_type<Element>(ushort(pairs[i])));
-    to[2 * i + 1] = to_float(as_type<Element>(ushort(pairs[i] >> 16)));
+    to[2 * i] = to_float(as_type<T>(ushort(pairs[i])));
+    to[2 * i + 1] = to_float(as_type<T>(ushort(pairs[i] >> 16)));
   }
-#endif
 }
 
 inline float exp_below(float x, float top) {
@@ -79,16 +69,16 @@ kernel void paged_tree_attention(
     device const Element* v_pages [[buffer(2)]], device const int* block_table [[buffer(3)]],
     device const int* seq_lens [[buffer(4)]], device const ulong* ancestors [[buffer(5)]],
     device const int* num_nodes [[buffer(6)]], device Element* out [[buffer(7)]],
-    constant AttentionParams& p [[buffer(8)]], constant AttentionFloats& f [[buffer(9)]],
-    uint3 group [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]]) {
+    constant AttentionParams& p [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(AttentionShared, shared);
   const uint lane = tid % kSimd, simd = tid / kSimd;
   const long b = group.z, kv_head = group.y, heads = p.q_heads / p.kv_heads;
   const long first_row = long(group.x) * kRows, all_rows = p.nodes * heads;
   const uint rows = all_rows - first_row < kRows ? uint(all_rows - first_row) : kRows;
   const long length = seq_lens[b];
-  const long count = p.has_num_nodes && num_nodes[b] < p.nodes ? long(num_nodes[b]) : p.nodes;
-  const long capacity = p.table.max_pages << p.table.page_shift;
+  const long count = p.num_nodes != 0 && num_nodes[b] < p.nodes ? long(num_nodes[b]) : p.nodes;
+  const long capacity = p.max_pages * p.page_size;
 
   // ---- the rows: queries, and what each may see
   for (uint i = tid; i < rows * p.head_dim; i += kThreads) {
@@ -133,7 +123,7 @@ kernel void paged_tree_attention(
   tile += (simd + kSimds - uint(tile % kSimds)) % kSimds;
   for (; tile * kSimd < end; tile += kSimds) {
     const long slot = tile * kSimd + lane;
-    const long row = slot < end ? row_of_slot(block_table, p.table, b, slot) : -1;
+    const long row = slot < end ? row_of_slot(block_table, p, b, slot) : -1;
     float s[kRows];
     for (uint r = 0; r < kRows; ++r) s[r] = 0.0f;
     if (row >= 0) {
@@ -163,8 +153,8 @@ kernel void paged_tree_attention(
       }
       if (!simd_any(visible)) continue;
       used |= 1u << r;
-      float x = s[r] * f.scale;
-      if (f.softcap > 0.0f) x = f.softcap * precise::tanh(x / f.softcap);
+      float x = s[r] * p.scale;
+      if (p.softcap > 0.0f) x = p.softcap * precise::tanh(x / p.softcap);
       const float top = max(m[r], simd_reduce<Max>(visible ? x : -INFINITY));
       const float keep = exp_below(m[r], top);
       weight[r] = visible ? exp_below(x, top) : 0.0f;

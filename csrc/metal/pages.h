@@ -1,20 +1,19 @@
 // Where a slot of a sequence lies in the pages.
 #pragma once
 
-#include "inferlab/portable.h"
+#include "inferlab/kv.h"
 
 using namespace metal;
-
-struct PageTable {
-  long pages, page_shift;        // page size 1 << page_shift
-  long max_pages, table_stride;  // of block_table
-};
+using namespace inferlab;
 
 // The row of a slot in the pages, -1 where the table or its page does not exist.
-inline long row_of_slot(device const int* block_table, constant PageTable& t, long b, long slot) {
-  const long index = slot >> t.page_shift;
-  if (slot < 0 || index >= t.max_pages) return -1;
-  const long page = block_table[b * t.table_stride + index];
-  if (page < 0 || page >= t.pages) return -1;
-  return (page << t.page_shift) + (slot & ((1L << t.page_shift) - 1));
+// P: any of the parameters that have a block table.
+template <typename P>
+inline long row_of_slot(device const int* block_table, constant P& p, long b, long slot) {
+  const uint shift = ctz(uint(p.page_size));  // a power of two
+  const long index = slot >> shift;
+  if (slot < 0 || index >= p.max_pages) return -1;
+  const long page = block_table[b * p.table_stride + index];
+  if (page < 0 || page >= p.pages) return -1;
+  return (page << shift) + (slot & (p.page_size - 1));
 }

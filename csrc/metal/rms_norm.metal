@@ -5,15 +5,10 @@
 // written, weight once.
 #include "element.h"
 #include "group.h"
+#include "inferlab/layer.h"
 
-constant constexpr uint kThreads = 256;
+constant constexpr uint kThreads = kMetalThreads;
 
-struct RmsNormParams {
-  long dim, x_stride, out_stride;
-};
-struct RmsNormFloats {
-  float eps, offset;
-};
 struct RmsNormShared {
   float parts[kThreads / kSimd];
 };
@@ -22,7 +17,6 @@ struct RmsNormShared {
 kernel void rms_norm(device const Element* x [[buffer(0)]],
                      device const Element* weight [[buffer(1)]], device Element* out [[buffer(2)]],
                      constant RmsNormParams& p [[buffer(3)]],
-                     constant RmsNormFloats& f [[buffer(4)]],
                      uint3 group [[threadgroup_position_in_grid]],
                      uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(RmsNormShared, shared);
@@ -30,9 +24,9 @@ kernel void rms_norm(device const Element* x [[buffer(0)]],
   float sum = 0.0f;
   for (long i = tid; i < p.dim; i += kThreads) sum = fma(to_float(row[i]), to_float(row[i]), sum);
   sum = group_reduce<Add, kThreads>(sum, shared.parts, tid);
-  const float scale = 1.0f / precise::sqrt(sum / float(p.dim) + f.eps);
+  const float scale = 1.0f / precise::sqrt(sum / float(p.dim) + p.eps);
   device Element* to = out + group.x * p.out_stride;
   for (long i = tid; i < p.dim; i += kThreads) {
-    to[i] = to_element(rounded(to_float(row[i]) * scale) * (to_float(weight[i]) + f.offset));
+    to[i] = to_element(rounded(to_float(row[i]) * scale) * (to_float(weight[i]) + p.offset));
   }
 }

@@ -5,15 +5,8 @@
 // channels that are only copied. Bytes: B * N * (Hq + 2 * Hkv) * D elements read and written.
 // Tokens whose slot does not exist are not written; their q is rotated.
 #include "element.h"
+#include "inferlab/layer.h"
 #include "pages.h"
-
-struct RopeAppendParams {
-  PageTable table;
-  long q_stride[2], k_stride[2], v_stride[2];  // of b and n, in elements
-  long cos_stride;                             // between sequences; 0: shared
-  long q_heads, kv_heads, head_dim, rotary;
-  long node_offset, nodes, has_num_nodes;
-};
 
 // Products are rounded to the element type, as they are where the layer is not fused.
 inline float product(Element a, Element b) { return rounded(to_float(a) * to_float(b)); }
@@ -36,7 +29,7 @@ kernel void rope_append(
     constant RopeAppendParams& p [[buffer(10)]], uint3 group [[threadgroup_position_in_grid]],
     uint3 threads [[threads_per_threadgroup]], uint tid [[thread_index_in_threadgroup]]) {
   const long n = group.x, b = group.y;
-  if (p.has_num_nodes && n >= num_nodes[b]) return;
+  if (p.num_nodes != 0 && n >= num_nodes[b]) return;
   const long half_width = p.rotary / 2, rest = p.head_dim - p.rotary;
   cos += b * p.cos_stride + n * p.rotary;
   sin += b * p.cos_stride + n * p.rotary;
@@ -45,7 +38,7 @@ kernel void rope_append(
     device Element* head = q + i / half_width * p.head_dim;
     rotate_pair(head, head, cos, sin, i % half_width, half_width);
   }
-  const long row = row_of_slot(block_table, p.table, b, seq_lens[b] + p.node_offset + n);
+  const long row = row_of_slot(block_table, p, b, seq_lens[b] + p.node_offset + n);
   if (row < 0) return;
   k += b * p.k_stride[0] + n * p.k_stride[1];
   v += b * p.v_stride[0] + n * p.v_stride[1];

@@ -9,13 +9,11 @@
 
 #include "element.h"
 #include "group.h"
+#include "inferlab/sampling.h"
 #include "inferlab/weights.h"
-
-using namespace inferlab;
 
 constant constexpr uint kThreads = INFERLAB_GROUP;
 constant constexpr uint kSimds = kThreads / kSimd;
-constant constexpr float kGreedyTemperature = 1e-5f;
 constant constexpr float kLowestFloat = -3.402823466e38f;
 constant constexpr float kSmallestNormal = 1.17549435e-38f;
 
@@ -71,11 +69,12 @@ struct Row {
   float at(long t) const { return changed != nullptr ? changed[t] : to_float(raw[t]); }
   // Low bits of the float's bits that all elements have in common.
   uint common_bits() const {
-    return changed != nullptr || INFERLAB_ELEMENT == 0 ? 0 : INFERLAB_ELEMENT == 1 ? 13 : 16;
+    return changed != nullptr || kElement == DType::kF32 ? 0 : kElement == DType::kF16 ? 13 : 16;
   }
 };
 
-// The tensors of SamplingTensors, in its order; flags say which of the optional ones are there.
+// The tensors of SamplingTensors, in its order; SamplingParams says which of the optional ones are
+// there.
 struct Sampling {
   device const float* temperature;
   device const int* top_k;
@@ -90,11 +89,6 @@ struct Sampling {
   device const int* prompt_lens;
   device const int* bias_tokens;
   device const float* bias_values;
-};
-
-struct SamplingSizes {
-  long has_repetition, has_presence, has_frequency;
-  long context_size, bias_size;  // 0: none
 };
 
 // What one sequence asks for.
@@ -132,11 +126,11 @@ inline ulong keep_all() { return rank_key(kLowestFloat, 0xffffffffu); }
 // The copy of `row` with penalties and biases of sequence b in it; the row itself where there are
 // none. `path`: tokens on the way to this row behind the end of the context. `copy` [size] is first
 // how often each token occurred (bit 31: at all; the rest: in the output), then the logits.
-inline Row penalised(Group g, Row row, Sampling s, constant SamplingSizes& sizes, long b,
+inline Row penalised(Group g, Row row, Sampling s, constant SamplingParams& sizes, long b,
                      device const int* path, long path_size, device float* copy) {
-  const float repetition = sizes.has_repetition ? s.repetition[b] : 1.0f;
-  const float presence = sizes.has_presence ? s.presence[b] : 0.0f;
-  const float frequency = sizes.has_frequency ? s.frequency[b] : 0.0f;
+  const float repetition = sizes.repetition_penalty != 0 ? s.repetition[b] : 1.0f;
+  const float presence = sizes.presence_penalty != 0 ? s.presence[b] : 0.0f;
+  const float frequency = sizes.frequency_penalty != 0 ? s.frequency[b] : 0.0f;
   const bool penalties = repetition != 1.0f || presence != 0.0f || frequency != 0.0f;
   if (!penalties && sizes.bias_size == 0) return row;
   device uint* counts = reinterpret_cast<device uint*>(copy);

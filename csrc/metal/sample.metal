@@ -4,13 +4,6 @@
 // some 8 (16-bit elements) to 25 times from cache per filter that needs a cut.
 #include "row.h"
 
-struct SampleParams {
-  SamplingSizes sizes;
-  long batch_stride, node_stride;  // of logits, in elements
-  long rows, nodes, vocab;         // vocab: columns that may be chosen
-  long num_samples, purpose, groups, has_scores;
-};
-
 struct SampleShared {
   RowShared row;
 };
@@ -27,27 +20,28 @@ kernel void sample(
     device const float* bias_values [[buffer(14)]], device int* tokens [[buffer(15)]],
     device float* scores [[buffer(16)]], device float* workspace [[buffer(17)]],
     constant SampleParams& p [[buffer(18)]], uint3 group [[threadgroup_position_in_grid]],
-    uint tid [[thread_index_in_threadgroup]]) {
+    uint3 groups [[threadgroups_per_grid]], uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(SampleShared, shared);
   const Group g{&shared.row, tid};
   const Sampling sampling{temperature, top_k,       top_p,      min_p,          seed,
                           repetition,  presence,    frequency,  context_tokens, context_lens,
                           prompt_lens, bias_tokens, bias_values};
-  for (long i = group.x; i < p.rows; i += p.groups) {
+  for (long i = group.x; i < p.batch * p.nodes; i += groups.x) {
     const long b = i / p.nodes, n = i % p.nodes;
-    const Row raw{logits + b * p.batch_stride + n * p.node_stride, nullptr, p.vocab};
-    const Row row =
-        penalised(g, raw, sampling, p.sizes, b, nullptr, 0, workspace + group.x * p.vocab);
+    const Row raw{logits + b * p.logits.batch_stride + n * p.logits.node_stride, nullptr,
+                  p.logits.allowed};
+    const Row row = penalised(g, raw, sampling, p.sampling, b, nullptr, 0,
+                              workspace + group.x * p.logits.allowed);
     Draw draw;
     const bool valid =
-        open_draw(g, row, choice_of(sampling, b), uint(positions[i]), uint(p.purpose), draw);
+        open_draw(g, row, choice_of(sampling, b), uint(positions[i]), p.purpose, draw);
     ulong key = valid ? ~0UL : 0;
     for (long j = 0; j < p.num_samples; ++j) {
       if (key != 0) key = draw_below(g, row, draw, key);
       if (tid == 0) {
         const long at = i * p.num_samples + j;
         tokens[at] = key == 0 ? -1 : key_token(key);
-        if (p.has_scores) scores[at] = key == 0 ? -INFINITY : key_value(key);
+        if (p.scores != 0) scores[at] = key == 0 ? -INFINITY : key_value(key);
       }
     }
   }

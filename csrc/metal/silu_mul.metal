@@ -3,10 +3,7 @@
 // One thread per element; grid [pieces of a row, rows]. Bytes: rows * 2 * dim elements read, rows *
 // dim written.
 #include "element.h"
-
-struct SiluMulParams {
-  long dim;
-};
+#include "inferlab/layer.h"
 
 kernel void silu_mul(device const Element* x [[buffer(0)]], device Element* out [[buffer(1)]],
                      constant SiluMulParams& p [[buffer(2)]],

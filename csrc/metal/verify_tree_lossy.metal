@@ -5,17 +5,6 @@
 // `typical` once more per child.
 #include "walk.h"
 
-constant constexpr long kConfThreshold = 0;
-constant constexpr long kTopkAgree = 1;
-constant constexpr long kTypical = 2;
-
-struct LossyParams {
-  WalkParams walk;
-  long policy, top_k;
-};
-struct LossyFloats {
-  float threshold;
-};
 struct LossyShared {
   RowShared row;
 };
@@ -24,7 +13,7 @@ struct LossyShared {
 struct Judge {
   Row row;
   Softmax softmax;
-  long policy;
+  LossyPolicy policy;
   float threshold;
   ulong kept;    // the filters' cut
   ulong agree;   // topk_agree: the cut of the k most probable
@@ -32,7 +21,7 @@ struct Judge {
   float center;  // typical: mean log weight; -log p(x) - entropy = center - log weight(x)
 };
 
-inline Judge open_judge(Group g, Row row, float max, Choice choice, long policy, long top_k,
+inline Judge open_judge(Group g, Row row, float max, Choice choice, LossyPolicy policy, long top_k,
                         float threshold) {
   // At temperature 0: the untruncated softmax, since a one-hot p would leave nothing to judge.
   const bool filtered = !choice.greedy() && choice.filters(row.size);
@@ -44,12 +33,12 @@ inline Judge open_judge(Group g, Row row, float max, Choice choice, long policy,
           keep_all(),
           0,
           0.0f};
-  if (policy == kTopkAgree) {
+  if (policy == LossyPolicy::kTopkAgree) {
     if (top_k < row.size) j.agree = top_k_cut(g, row, max, top_k);
     return j;
   }
   j.total = total(g, row, Measure{true, j.kept, j.softmax});
-  if (policy == kTypical) {
+  if (policy == LossyPolicy::kTypical) {
     ulong sum = 0;  // of -weight * log weight, in units of mass
     for (long t = g.tid; t < row.size; t += kThreads) {
       const float x = row.at(t);
@@ -67,8 +56,8 @@ inline bool accepts(Group g, Judge j, long token) {
   const float x = j.row.at(token);
   const ulong key = rank_key(x, uint(token));
   if (key < j.kept) return false;
-  if (j.policy == kTopkAgree) return key >= j.agree;
-  if (j.policy == kConfThreshold) {
+  if (j.policy == LossyPolicy::kTopkAgree) return key >= j.agree;
+  if (j.policy == LossyPolicy::kConfThreshold) {
     return j.softmax.weight(x) / (float(j.total) * 9.094947017729282e-13f) >= j.threshold;  // 2^-40
   }
   const float distance = fabs(j.softmax.log_weight(x) - j.center);
@@ -84,7 +73,7 @@ inline bool accepts(Group g, Judge j, long token) {
 }
 
 inline Decision judge_children(Group g, Tree tree, Row row, Choice choice, long node, uint position,
-                               constant LossyParams& p, float threshold) {
+                               constant LossyParams& p) {
   const long first = tree.child_of(node);
   if (first < 0) {
     Draw draw;
@@ -93,7 +82,7 @@ inline Decision judge_children(Group g, Tree tree, Row row, Choice choice, long 
   }
   float max;
   if (!scan(g, row, max)) return Decision{-1, -1};
-  const Judge judge = open_judge(g, row, max, choice, p.policy, p.top_k, threshold);
+  const Judge judge = open_judge(g, row, max, choice, p.policy, p.top_k, p.threshold_f32);
   for (long c = first; c >= 0; c = tree.sibling_of(c)) {
     if (accepts(g, judge, tree.tokens[c])) return Decision{c, tree.tokens[c]};
   }
@@ -113,8 +102,8 @@ kernel void verify_tree_lossy(
     device const int* bias_tokens [[buffer(16)]], device const float* bias_values [[buffer(17)]],
     device int* accepted_nodes [[buffer(18)]], device int* accepted_tokens [[buffer(19)]],
     device int* num_accepted [[buffer(20)]], device float* workspace [[buffer(21)]],
-    constant LossyParams& p [[buffer(22)]], constant LossyFloats& f [[buffer(23)]],
-    uint3 group [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]]) {
+    constant LossyParams& p [[buffer(22)]], uint3 group [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(LossyShared, shared);
   const Group g{&shared.row, tid};
   const Sampling sampling{temperature, top_k,       top_p,      min_p,          seed,
@@ -126,12 +115,11 @@ kernel void verify_tree_lossy(
   const Choice choice = choice_of(sampling, b);
   long count = 0;
   for (long node = 0; node >= 0;) {
-    const Row raw{logits + b * p.walk.batch_stride + node * p.walk.node_stride, nullptr,
-                  p.walk.vocab};
-    const Row row = penalised(g, raw, sampling, p.walk.sizes, b, tree.accepted_tokens, count,
-                              workspace + b * p.walk.vocab);
-    const Decision d =
-        judge_children(g, tree, row, choice, node, uint(seq_lens[b] + count + 1), p, f.threshold);
+    const Row raw{logits + b * p.walk.logits.batch_stride + node * p.walk.logits.node_stride,
+                  nullptr, p.walk.logits.allowed};
+    const Row row = penalised(g, raw, sampling, p.walk.sampling, b, tree.accepted_tokens, count,
+                              workspace + b * p.walk.logits.allowed);
+    const Decision d = judge_children(g, tree, row, choice, node, uint(seq_lens[b] + count + 1), p);
     record(g, tree, count++, node, d);
     node = d.child;
   }

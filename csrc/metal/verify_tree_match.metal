@@ -20,7 +20,7 @@ kernel void verify_tree_match(
     device const int* bias_tokens [[buffer(16)]], device const float* bias_values [[buffer(17)]],
     device int* accepted_nodes [[buffer(18)]], device int* accepted_tokens [[buffer(19)]],
     device int* num_accepted [[buffer(20)]], device float* workspace [[buffer(21)]],
-    constant WalkParams& p [[buffer(22)]], uint3 group [[threadgroup_position_in_grid]],
+    constant VerifyParams& p [[buffer(22)]], uint3 group [[threadgroup_position_in_grid]],
     uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(MatchShared, shared);
   const Group g{&shared.row, tid};
@@ -33,9 +33,10 @@ kernel void verify_tree_match(
   const Choice choice = choice_of(sampling, b);
   long count = 0;
   for (long node = 0; node >= 0;) {
-    const Row raw{logits + b * p.batch_stride + node * p.node_stride, nullptr, p.vocab};
-    const Row row = penalised(g, raw, sampling, p.sizes, b, tree.accepted_tokens, count,
-                              workspace + b * p.vocab);
+    const Row raw{logits + b * p.logits.batch_stride + node * p.logits.node_stride, nullptr,
+                  p.logits.allowed};
+    const Row row = penalised(g, raw, sampling, p.sampling, b, tree.accepted_tokens, count,
+                              workspace + b * p.logits.allowed);
     const Decision d = enter_if_chosen(g, tree, row, choice, node, uint(seq_lens[b] + count + 1));
     record(g, tree, count++, node, d);
     node = d.child;

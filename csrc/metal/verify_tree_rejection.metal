@@ -15,11 +15,6 @@ constant constexpr float kResidualUnit = 8.673617379884035e-19f;  // 2^-60
 
 constant constexpr float kEmpty = 1e-25f;  // a residual below it is nothing but rounding
 
-struct RejectionParams {
-  WalkParams walk;
-  long draft_batch_stride, draft_node_stride;  // of draft_logits, in elements
-  long has_draft, with_replacement;
-};
 struct RejectionShared {
   RowShared row;
 };
@@ -119,7 +114,7 @@ inline Decision run_rounds(Group g, Tree tree, Row row, Row draft, Choice choice
                            device float* q_values) {
   float max;
   if (!scan(g, row, max)) return Decision{-1, -1};
-  const bool filters = choice.filters(row.size), has_draft = params.has_draft != 0;
+  const bool filters = choice.filters(row.size), has_draft = params.draft_logits.data != 0;
   const ulong cut = filters ? find_cut(g, row, max, choice) : keep_all();
   const long first = tree.child_of(node);
   float draft_max = 0.0f;
@@ -159,35 +154,38 @@ inline Decision run_rounds(Group g, Tree tree, Row row, Row draft, Choice choice
 
 [[max_total_threads_per_threadgroup(kThreads)]]
 kernel void verify_tree_rejection(
-    device const Element* logits [[buffer(0)]], device const int* tokens [[buffer(1)]],
-    device const int* first_child [[buffer(2)]], device const int* next_sibling [[buffer(3)]],
-    device const int* seq_lens [[buffer(4)]], device const float* temperature [[buffer(5)]],
-    device const int* top_k [[buffer(6)]], device const float* top_p [[buffer(7)]],
-    device const float* min_p [[buffer(8)]], device const long* seed [[buffer(9)]],
-    device const float* repetition [[buffer(10)]], device const float* presence [[buffer(11)]],
-    device const float* frequency [[buffer(12)]], device const int* context_tokens [[buffer(13)]],
-    device const int* context_lens [[buffer(14)]], device const int* prompt_lens [[buffer(15)]],
-    device const int* bias_tokens [[buffer(16)]], device const float* bias_values [[buffer(17)]],
-    device int* accepted_nodes [[buffer(18)]], device int* accepted_tokens [[buffer(19)]],
-    device int* num_accepted [[buffer(20)]], device float* workspace [[buffer(21)]],
-    device const Element* draft_logits [[buffer(22)]], constant RejectionParams& p [[buffer(23)]],
+    device const Element* logits [[buffer(0)]], device const Element* draft_logits [[buffer(1)]],
+    device const int* tokens [[buffer(2)]], device const int* first_child [[buffer(3)]],
+    device const int* next_sibling [[buffer(4)]], device const int* seq_lens [[buffer(5)]],
+    device const float* temperature [[buffer(6)]], device const int* top_k [[buffer(7)]],
+    device const float* top_p [[buffer(8)]], device const float* min_p [[buffer(9)]],
+    device const long* seed [[buffer(10)]], device const float* repetition [[buffer(11)]],
+    device const float* presence [[buffer(12)]], device const float* frequency [[buffer(13)]],
+    device const int* context_tokens [[buffer(14)]], device const int* context_lens [[buffer(15)]],
+    device const int* prompt_lens [[buffer(16)]], device const int* bias_tokens [[buffer(17)]],
+    device const float* bias_values [[buffer(18)]], device int* accepted_nodes [[buffer(19)]],
+    device int* accepted_tokens [[buffer(20)]], device int* num_accepted [[buffer(21)]],
+    device float* workspace [[buffer(22)]], constant RejectionParams& p [[buffer(23)]],
     uint3 group [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]]) {
   INFERLAB_SHARED(RejectionShared, shared);
   const Group g{&shared.row, tid};
   const Sampling sampling{temperature, top_k,       top_p,      min_p,          seed,
                           repetition,  presence,    frequency,  context_tokens, context_lens,
                           prompt_lens, bias_tokens, bias_values};
-  const long b = group.x, base = b * p.walk.nodes, vocab = p.walk.vocab;
+  const long b = group.x, base = b * p.walk.nodes, vocab = p.walk.logits.allowed;
   const Tree tree{tokens + base,         first_child + base,     next_sibling + base,
                   accepted_nodes + base, accepted_tokens + base, p.walk.nodes};
   const Choice choice = choice_of(sampling, b);
-  device float* copy = workspace + b * 3 * vocab;
+  device float* copy = workspace + b * kMetalRejectionRows * vocab;
   long count = 0;
   for (long node = 0; node >= 0;) {
-    const Row raw{logits + b * p.walk.batch_stride + node * p.walk.node_stride, nullptr, vocab};
-    const Row draft{draft_logits + b * p.draft_batch_stride + node * p.draft_node_stride, nullptr,
-                    vocab};
-    const Row row = penalised(g, raw, sampling, p.walk.sizes, b, tree.accepted_tokens, count, copy);
+    const Row raw{logits + b * p.walk.logits.batch_stride + node * p.walk.logits.node_stride,
+                  nullptr, vocab};
+    const Row draft{
+        draft_logits + b * p.draft_logits.batch_stride + node * p.draft_logits.node_stride, nullptr,
+        vocab};
+    const Row row =
+        penalised(g, raw, sampling, p.walk.sampling, b, tree.accepted_tokens, count, copy);
     const uint position = uint(seq_lens[b] + count + 1);
     const Decision d = choice.greedy() ? enter_if_chosen(g, tree, row, choice, node, position)
                                        : run_rounds(g, tree, row, draft, choice, node, position, p,

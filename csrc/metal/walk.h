@@ -2,13 +2,8 @@
 // token is emitted. All threads of a sequence's threadgroup take the same decisions.
 #pragma once
 
+#include "inferlab/verify.h"
 #include "row.h"
-
-struct WalkParams {
-  SamplingSizes sizes;
-  long batch_stride, node_stride;  // of logits, in elements
-  long nodes, vocab;               // vocab: columns that may be chosen
-};
 
 // One tree and where its walk is written.
 struct Tree {

@@ -5,9 +5,12 @@
 #include "inferlab/portable.h"
 
 using namespace metal;
+using namespace inferlab;
 
 #if INFERLAB_WORD == 16
 typedef uint4 Word;
 #else
 typedef ushort Word;
 #endif
+
+inline long words_in(long bytes) { return bytes / long(sizeof(Word)); }

@@ -16,7 +16,7 @@ from inferlab.kernels import _registry
 @dataclass(frozen=True)
 class Backend:
     """Attributes:
-    name: cuda, cuda-shim, mps or metal-shim.
+    name: cuda, cuda-shim, mps, metal-shim or fallback.
     device: where tensors go; "cpu" for a shim.
     ops: what a shim puts in the place of the CPU's ops; None on a real device.
     """

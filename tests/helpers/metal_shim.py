@@ -34,6 +34,7 @@ _PARAMETER = re.compile(r"(?P<type>.*?[*&\s])(?P<name>\w+)\s*\[\[(?P<attribute>[
 _SHARED = re.compile(r"^\s*INFERLAB_SHARED\((\w+), \w+\)", re.MULTILINE)
 _BUILT_IN = {
     "threadgroup_position_in_grid": "uint3{t.block.x, t.block.y, t.block.z}",
+    "threadgroups_per_grid": "uint3{t.grid_dim.x, t.grid_dim.y, t.grid_dim.z}",
     "threads_per_threadgroup": "uint3{t.block_dim.x, t.block_dim.y, t.block_dim.z}",
     "thread_index_in_threadgroup": "t.thread.x",  # threadgroups have one dimension
 }

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.backends import Backend
 from inferlab import _C
-from inferlab.kernels import Frontier, grow_level, grow_offsets, grow_tree, reference
+from inferlab.kernels import Frontier, _registry, grow_level, grow_offsets, grow_tree
+
+TORCH = Backend("fallback", "cpu", _registry.FALLBACK)
 
 
-def grow(
-    ops, seed: int, batch: int, width: int, levels: int, words: int, nodes: int, missing: float
-):
+def grow(seed: int, batch: int, width: int, levels: int, words: int, nodes: int, missing: float):
     """A whole growth on random draws: all that came of it, in order."""
     rng = torch.Generator().manual_seed(seed)
     expanded_count = 1 + width * (levels - 1)
@@ -33,17 +34,12 @@ def grow(
         drawn = drawn.masked_fill(gone & (torch.arange(width) >= cut), -1)
         scores = scores.masked_fill(drawn < 0, -torch.inf)
         last = None if level + 1 == levels else words
-        found = ops.grow_level(drawn, scores, above, level, tokens, confidence, expanded, last)
+        found = grow_level(drawn, scores, above, level, tokens, confidence, expanded, last)
         history.append(None if found is None else Frontier(*found))
         above = None if found is None else found[2]
     roots = torch.arange(100, 100 + batch, dtype=torch.int32)
-    tree = ops.grow_tree(roots, tokens, confidence, expanded, width, nodes)
+    tree = grow_tree(roots, tokens, confidence, expanded, width, nodes)
     return tokens, confidence, expanded, history, tree
-
-
-class Ours:
-    grow_level = staticmethod(grow_level)
-    grow_tree = staticmethod(grow_tree)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -63,7 +59,9 @@ def test_the_kernel_grows_what_the_torch_operations_grow(
     expanded = 1 + width * (levels - 1)
     nodes = 1 + round(share * width * expanded)
     case = (seed, batch, width, levels, expanded // 64 + 1, nodes, missing)
-    ours, theirs = grow(Ours, *case), grow(reference, *case)
+    ours = grow(*case)
+    with TORCH.active():
+        theirs = grow(*case)
     assert torch.equal(ours[0], theirs[0])
     assert torch.allclose(ours[1], theirs[1], atol=1e-4)
     assert torch.equal(ours[2], theirs[2])
@@ -158,10 +156,8 @@ def test_a_tree_of_offsets_has_the_surest_paths(seed, batch, width, depth, nodes
         drawn = drawn.masked_fill(torch.arange(width) >= cut, -1)
     scores = scores.masked_fill(drawn < 0, -torch.inf)
     roots = torch.arange(100, 100 + batch, dtype=torch.int32)
-    for tokens, parents in (
-        grow_offsets(roots, drawn, scores, nodes),
-        reference.grow_offsets(roots, drawn, scores, nodes),
-    ):
+    ours = grow_offsets(roots, drawn, scores, nodes)
+    for tokens, parents in (ours, TORCH.call(grow_offsets, roots, drawn, scores, nodes)):
         assert tokens.shape == parents.shape == (batch, nodes)
         for b in range(batch):
             wanted = paths_by_hand(drawn[b], scores[b], nodes)

@@ -162,7 +162,7 @@ def test_matches_the_reference(seed, batch, nodes, vocab, kind, dtype, rule, isa
         ("conf_threshold", 1.5, r"threshold is 1.5; it must be in \[0, 1\] for conf_threshold"),
         ("conf_threshold", math.nan, "threshold is nan"),
         ("typical", -0.1, "threshold is -0.1"),
-        ("topk_agree", 0, "threshold is 0; k must be >= 1"),
+        ("topk_agree", 0, "threshold is 0.0; it must be k, in"),
     ],
 )
 def test_bad_arguments(policy, threshold, message):

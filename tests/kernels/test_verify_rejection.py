@@ -34,7 +34,7 @@ from inferlab.kernels import (
     verify_tree_match,
     verify_tree_rejection,
 )
-from inferlab.kernels.reference import noise
+from inferlab.kernels.noise import PURPOSE_DRAFT
 
 # Target and draft: overlapping, nearly disjoint, with zeros on either side, equal.
 PAIRS = [
@@ -162,11 +162,11 @@ def speculate(p, q, parents, with_replacement, seeds):
                 own = SamplingTensors.of(
                     batch, temperature=1.0, seed=[s + (c << 40) for s in seeds]
                 )
-                tokens[:, c] = sample(row, position, own, purpose=noise.PURPOSE_DRAFT)[:, 0]
+                tokens[:, c] = sample(row, position, own, purpose=PURPOSE_DRAFT)[:, 0]
         else:
             shared = SamplingTensors.of(batch, temperature=1.0, seed=seeds)
             drawn = sample(
-                row, position, shared, purpose=noise.PURPOSE_DRAFT, num_samples=len(children[n])
+                row, position, shared, purpose=PURPOSE_DRAFT, num_samples=len(children[n])
             )
             tokens[:, children[n]] = drawn
     return run(p, q, parents, tokens, seeds, with_replacement=with_replacement)
@@ -223,7 +223,7 @@ def test_trees_give_the_target_jointly(parents, with_replacement):
                 sampling = SamplingTensors.of(DRAWS, temperature=1.0, seed=own)
                 count = 1 if with_replacement else len(below)
                 drawn = sample(
-                    q_rows[:, n], position, sampling, purpose=noise.PURPOSE_DRAFT, num_samples=count
+                    q_rows[:, n], position, sampling, purpose=PURPOSE_DRAFT, num_samples=count
                 )
             tokens[:, c] = drawn[:, 0 if with_replacement else i]
     links = build_tree(torch.tensor([parents] * DRAWS, dtype=torch.int32))
@@ -266,7 +266,7 @@ def test_filters_apply_to_target_and_draft():
     sampling = SamplingTensors.of(batch, **options)
     rows = [logits_of(r).expand(batch, 2, -1) for r in (p, q)]
     position = torch.full((batch,), 8)
-    drawn = sample(rows[1][:, 0], position, sampling, purpose=noise.PURPOSE_DRAFT)
+    drawn = sample(rows[1][:, 0], position, sampling, purpose=PURPOSE_DRAFT)
     tokens = torch.cat([torch.zeros(batch, 1, dtype=torch.int32), drawn], 1)
     lens = torch.full((batch,), 7, dtype=torch.int32)
     result = verify_tree_rejection(*rows, tokens, chain(2, batch), lens, sampling)
@@ -321,7 +321,7 @@ def test_equal_models_accept_everything_and_empty_residuals_do_no_harm():
         rows[:1].expand(20_000, -1),
         torch.full((20_000,), 8),
         SamplingTensors.of(20_000, temperature=1.0, seed=list(range(20_000))),
-        purpose=noise.PURPOSE_DRAFT,
+        purpose=PURPOSE_DRAFT,
     )
     tokens = torch.cat([torch.zeros_like(tokens), tokens], 1)
     result = run(rows, rows.clone(), [-1, 0], tokens, list(range(20_000)))

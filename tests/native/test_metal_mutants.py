@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "page off by one",
         "pages.h",
-        "(slot & ((1L << t.page_shift) - 1))",
-        "((slot + 1) & ((1L << t.page_shift) - 1))",
+        "(slot & (p.page_size - 1))",
+        "((slot + 1) & (p.page_size - 1))",
         attention_is_right,
     ),
     Mutant(

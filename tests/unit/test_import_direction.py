@@ -181,3 +181,17 @@ def test_these_need_no_torch(statement):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_oracle_serves_tests_and_benchmarks_only():
+    """What production falls back on is kernels/fallback."""
+    wrong = [
+        f"{'.'.join(path)} imports kernels.reference"
+        for path, file in modules()
+        if path[1:3] != ("kernels", "reference")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        and "reference"
+        in f"{getattr(node, 'module', None)}.{'.'.join(a.name for a in node.names)}".split(".")
+    ]
+    assert not wrong, "\n".join(wrong)

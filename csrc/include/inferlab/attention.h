@@ -8,24 +8,22 @@
 // p. With a window w only the last w positions, the row's own included, are seen.
 #pragma once
 
-#include <cstdint>
-
 #include "inferlab/dtype.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
 
 struct AttentionParams {
-  const void* q;               // [B, N, Hq, D]
-  int64_t q_stride[3];         // of b, n, head, in elements; D is contiguous
-  const void* k_pages;         // [P, page_size, Hkv, D]
-  const void* v_pages;         // [P, page_size, Hkv, D]
-  const int32_t* block_table;  // [B, max_pages]
-  int64_t table_stride;        // elements between rows of block_table
-  const int32_t* seq_lens;     // [B]
-  const uint64_t* ancestors;   // [B, N, W] or null: causal
-  const int32_t* num_nodes;    // [B] or null: all N
-  void* out;                   // [B, N, Hq, D] contiguous, zeros in padding rows
+  Ptr<const void> q;               // [B, N, Hq, D]
+  int64_t q_stride[3];             // of b, n, head, in elements; D is contiguous
+  Ptr<const void> k_pages;         // [P, page_size, Hkv, D]
+  Ptr<const void> v_pages;         // [P, page_size, Hkv, D]
+  Ptr<const int32_t> block_table;  // [B, max_pages]
+  int64_t table_stride;            // elements between rows of block_table
+  Ptr<const int32_t> seq_lens;     // [B]
+  Ptr<const uint64_t> ancestors;   // [B, N, W] or null: causal
+  Ptr<const int32_t> num_nodes;    // [B] or null: all N
+  Ptr<void> out;                   // [B, N, Hq, D] contiguous, zeros in padding rows
   int64_t batch, nodes, words;
   int64_t q_heads, kv_heads, head_dim;  // head_dim a multiple of 8
   int64_t pages, max_pages;
@@ -37,6 +35,7 @@ struct AttentionParams {
   DType dtype;    // of q, pages and out
 };
 
+#if !defined(__METAL_VERSION__)
 namespace cpu {
 Status paged_tree_attention(const AttentionParams& params);
 }
@@ -49,5 +48,6 @@ int64_t attention_workspace_bytes(const AttentionParams& params);
 // workspace are aligned to 16 bytes. Slots and pages that do not exist are not read.
 Status paged_tree_attention(const AttentionParams& params, void* workspace, void* stream);
 }  // namespace cuda
+#endif
 
 }  // namespace inferlab

@@ -7,6 +7,7 @@ namespace inferlab {
 
 enum class DType : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 
+#if !defined(__METAL_VERSION__)
 struct bf16 {
   uint16_t bits;
 };
@@ -69,4 +70,5 @@ inline f16 from_float<f16>(float x) {
 }
 
 }  // namespace INFERLAB_INLINE_NAMESPACE
+#endif
 }  // namespace inferlab

@@ -3,8 +3,6 @@
 // the element type where the unfused layer rounds.
 #pragma once
 
-#include <cstdint>
-
 #include "inferlab/dtype.h"
 #include "inferlab/status.h"
 
@@ -12,9 +10,9 @@ namespace inferlab {
 
 // out = weight * (x / sqrt(mean(x^2) + eps)), row by row. Zhang & Sennrich, 2019.
 struct RmsNormParams {
-  const void* x;       // [rows, dim], rows `x_stride` elements apart
-  const void* weight;  // [dim]
-  void* out;           // [rows, dim], rows `out_stride` elements apart; may be x
+  Ptr<const void> x;       // [rows, dim], rows `x_stride` elements apart
+  Ptr<const void> weight;  // [dim]
+  Ptr<void> out;           // [rows, dim], rows `out_stride` elements apart; may be x
   int64_t rows, dim, x_stride, out_stride;
   float eps;
   float offset;  // added to the weight (Gemma counts from 1)
@@ -23,8 +21,8 @@ struct RmsNormParams {
 
 // out = silu(gate) * up, where a row of x is gate then up. Shazeer, 2020.
 struct SiluMulParams {
-  const void* x;  // [rows, 2 * dim]
-  void* out;      // [rows, dim]
+  Ptr<const void> x;  // [rows, 2 * dim]
+  Ptr<void> out;      // [rows, dim]
   int64_t rows, dim;
   DType dtype;
 };
@@ -32,26 +30,27 @@ struct SiluMulParams {
 // Rotates q in place and writes the rotated k and v to the pages. Su et al., 2021, with the two
 // halves of the first `rotary` channels as the pairs (as in GPT-NeoX and Llama).
 struct RopeAppendParams {
-  void* q;              // [B, N, Hq, D]
-  const void* k;        // [B, N, Hkv, D]
-  const void* v;        // [B, N, Hkv, D]
+  Ptr<void> q;          // [B, N, Hq, D]
+  Ptr<const void> k;    // [B, N, Hkv, D]
+  Ptr<const void> v;    // [B, N, Hkv, D]
   int64_t q_stride[2];  // of b and n, in elements; heads and D are contiguous
   int64_t k_stride[2];
   int64_t v_stride[2];
-  const void* cos;  // [B or 1, N, rotary], `cos_stride` elements between sequences
-  const void* sin;
+  Ptr<const void> cos;  // [B or 1, N, rotary], `cos_stride` elements between sequences
+  Ptr<const void> sin;
   int64_t cos_stride;
-  void* k_pages;               // [P, page_size, Hkv, D]
-  void* v_pages;               // [P, page_size, Hkv, D]
-  const int32_t* block_table;  // [B, max_pages]
+  Ptr<void> k_pages;               // [P, page_size, Hkv, D]
+  Ptr<void> v_pages;               // [P, page_size, Hkv, D]
+  Ptr<const int32_t> block_table;  // [B, max_pages]
   int64_t table_stride;
-  const int32_t* seq_lens;   // [B]
-  const int32_t* num_nodes;  // [B] or null: all N
+  Ptr<const int32_t> seq_lens;   // [B]
+  Ptr<const int32_t> num_nodes;  // [B] or null: all N
   int64_t batch, nodes, q_heads, kv_heads, head_dim, rotary;
   int64_t pages, page_size, max_pages, node_offset;
   DType dtype;
 };
 
+#if !defined(__METAL_VERSION__)
 namespace cpu {
 Status rms_norm(const RmsNormParams& params);
 Status silu_mul(const SiluMulParams& params);
@@ -65,5 +64,6 @@ Status rms_norm(const RmsNormParams& params, void* stream);
 Status silu_mul(const SiluMulParams& params, void* stream);
 Status rope_append(const RopeAppendParams& params, void* stream);
 }  // namespace cuda
+#endif
 
 }  // namespace inferlab

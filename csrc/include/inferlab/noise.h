@@ -138,19 +138,23 @@ INFERLAB_HD inline float gumbel(uint64_t seed, uint32_t position, uint32_t token
 
 }  // namespace INFERLAB_INLINE_NAMESPACE
 
-#if !defined(__METAL_VERSION__)
-namespace cuda {
-// The noise of noise_word and gumbel as the device computes it, for tests. Pointers on the device.
+// The noise of noise_word and gumbel as a device computes it, for tests.
 struct PhiloxParams {
   uint32_t counter[4], key[2];
-  uint32_t* out;  // [4]
+  Ptr<uint32_t> out;  // [4]
 };
 struct GumbelRowParams {
   uint64_t seed;
   uint32_t position, purpose;
-  float* out;  // [tokens]
+  Ptr<float> out;  // [tokens]
   int64_t tokens;
 };
+
+#if !defined(__METAL_VERSION__)
+namespace cpu {
+Status gumbel_row(const GumbelRowParams& params);
+}
+namespace cuda {
 Status philox_block(const PhiloxParams& params, void* stream);
 Status gumbel_row(const GumbelRowParams& params, void* stream);
 }  // namespace cuda

@@ -19,6 +19,21 @@
 #define INFERLAB_CONSTANT constexpr
 #endif
 
+// An op's parameters are one struct on every backend. Metal binds memory apart from them: there a
+// pointer is eight bytes that say no more than whether it is null, and a double, of which Metal has
+// none, eight bytes that say nothing.
+namespace inferlab {
+#if defined(__METAL_VERSION__)
+template <typename T>
+using Ptr = uint64_t;
+typedef uint64_t Double;
+#else
+template <typename T>
+using Ptr = T*;
+typedef double Double;
+#endif
+}  // namespace inferlab
+
 #if defined(__CUDACC__)
 #define INFERLAB_HD __host__ __device__
 #else

@@ -4,23 +4,23 @@
 // order, 8 * words more are read, the parent's row.
 #pragma once
 
-#include <cstdint>
-
+#include "inferlab/portable.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
 
 struct BuildTreeParams {
-  const int32_t* parents;  // [batch, nodes]; root -1, padding -2, else below its own index
-  int32_t* depth;          // [batch, nodes] out
-  int32_t* first_child;    // [batch, nodes] out
-  int32_t* next_sibling;   // [batch, nodes] out
-  uint64_t* ancestors;     // [batch, nodes, words] out; bit j of row n: j is n or an ancestor of n
+  Ptr<const int32_t> parents;  // [batch, nodes]; root -1, padding -2, else below its own index
+  Ptr<int32_t> depth;          // [batch, nodes] out
+  Ptr<int32_t> first_child;    // [batch, nodes] out
+  Ptr<int32_t> next_sibling;   // [batch, nodes] out
+  Ptr<uint64_t> ancestors;  // [batch, nodes, words] out; bit j of row n: j is n or an ancestor of n
   int64_t batch;
   int64_t nodes;
   int64_t words;  // ceil(nodes / 64)
 };
 
+#if !defined(__METAL_VERSION__)
 // The first parent that does not make a tree.
 struct BadParent {
   int64_t sequence = -1;  // -1: all are good
@@ -36,4 +36,5 @@ namespace cuda {
 // that hangs on it: nobody is there to report it to, and no link leads out of the tree.
 Status build_tree(const BuildTreeParams& params, void* stream);
 }  // namespace cuda
+#endif
 }  // namespace inferlab

@@ -2,8 +2,6 @@
 // first child that the policy accepts; where none is, the walk ends with a bonus token.
 #pragma once
 
-#include <cstdint>
-
 #include "inferlab/sampling.h"
 
 namespace inferlab {
@@ -11,15 +9,15 @@ namespace inferlab {
 enum class LossyPolicy : int { kConfThreshold = 0, kTopkAgree = 1, kTypical = 2 };
 
 struct VerifyParams {
-  LogitsView logits;            // [batch, nodes, vocab]: the target's
-  const int32_t* tokens;        // [batch, nodes]
-  const int32_t* first_child;   // [batch, nodes]
-  const int32_t* next_sibling;  // [batch, nodes]
-  const int32_t* seq_lens;      // [batch]
+  LogitsView logits;                // [batch, nodes, vocab]: the target's
+  Ptr<const int32_t> tokens;        // [batch, nodes]
+  Ptr<const int32_t> first_child;   // [batch, nodes]
+  Ptr<const int32_t> next_sibling;  // [batch, nodes]
+  Ptr<const int32_t> seq_lens;      // [batch]
   SamplingParams sampling;
-  int32_t* accepted_nodes;   // [batch, nodes] out
-  int32_t* accepted_tokens;  // [batch, nodes] out
-  int32_t* num_accepted;     // [batch] out
+  Ptr<int32_t> accepted_nodes;   // [batch, nodes] out
+  Ptr<int32_t> accepted_tokens;  // [batch, nodes] out
+  Ptr<int32_t> num_accepted;     // [batch] out
   int64_t batch;
   int64_t nodes;
 };
@@ -33,9 +31,12 @@ struct RejectionParams {
 struct LossyParams {
   VerifyParams walk;
   LossyPolicy policy;
-  double threshold;
+  float threshold_f32;  // where there is no double
+  Double threshold;     // in [0, 1]; kTopkAgree: not read
+  int64_t top_k;        // of kTopkAgree
 };
 
+#if !defined(__METAL_VERSION__)
 namespace cpu {
 Status verify_tree_match(const VerifyParams& params);
 Status verify_tree_rejection(const RejectionParams& params);
@@ -53,4 +54,5 @@ Status verify_tree_rejection(const RejectionParams& params, void* workspace,
 Status verify_tree_lossy(const LossyParams& params, void* workspace, int64_t workspace_bytes,
                          void* stream);
 }  // namespace cuda
+#endif
 }  // namespace inferlab

@@ -11,7 +11,7 @@ import torch
 
 from inferlab.benchmarks.measure import Measurements
 from inferlab.config import SpecdecConfig
-from inferlab.kernels.reference.noise import PURPOSE_TOKEN, gumbel_row
+from inferlab.kernels.noise import PURPOSE_TOKEN, gumbel_row
 from inferlab.models import TargetModel
 
 TIE_STEPS = {torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}

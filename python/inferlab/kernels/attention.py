@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from inferlab.kernels._registry import empty, is_compiling, new_workspace, ops_for, register
-from inferlab.kernels.reference import attention as reference
+from inferlab.kernels._registry import empty, new_workspace, ops_for
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -63,54 +62,21 @@ def paged_tree_attention(
     Splitting and merging of long prefixes: Dao et al., "Flash-Decoding for long-context inference",
     2023. Tree masks: Miao et al., "SpecInfer", 2023.
     """
-    if is_compiling():
-        result = torch.ops.inferlab.paged_tree_attention(
-            q,
-            k_pages,
-            v_pages,
-            block_table,
-            seq_lens,
-            ancestors,
-            scale,
-            window,
-            softcap,
-            node_offset,
-            num_nodes,
-        )
-        return result if out is None else out.copy_(result)
-    ops = ops_for(q)
-    if ops is None:
-        result = reference.paged_tree_attention(
-            q,
-            k_pages,
-            v_pages,
-            block_table,
-            seq_lens,
-            ancestors,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            node_offset=node_offset,
-            num_nodes=num_nodes,
-        )
-        return result if out is None else out.copy_(result)
     if out is None:
         out = empty(q.shape, q)
-    if workspace is None:
-        workspace = attention_workspace(q, k_pages, block_table)
-    ops.paged_tree_attention(
+    ops_for(q).paged_tree_attention(
         q,
         k_pages,
         v_pages,
         block_table,
         seq_lens,
         ancestors,
+        num_nodes,
         out,
         scale,
         window,
         softcap,
         node_offset,
-        num_nodes,
         workspace,
     )
     return out
@@ -124,48 +90,4 @@ def attention_workspace(q: Array, k_pages: Array, block_table: Array) -> torch.T
     Its size depends on shapes, dtype and device only: on what the block table could hold, not on
     lengths. Any number of calls may use it one after another.
     """
-    ops = ops_for(q)
-    if ops is None:
-        return None
-    return new_workspace(ops.attention_workspace_bytes(q, k_pages, block_table), q)
-
-
-def _paged_tree_attention_op(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    ancestors: torch.Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    node_offset: int,
-    num_nodes: torch.Tensor | None,
-) -> torch.Tensor:
-    return paged_tree_attention(
-        q,
-        k_pages,
-        v_pages,
-        block_table,
-        seq_lens,
-        ancestors,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        node_offset=node_offset,
-        num_nodes=num_nodes,
-    )
-
-
-def _like_q(q: torch.Tensor, *args: object) -> torch.Tensor:
-    return q.new_empty(q.shape)
-
-
-register(
-    "paged_tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, "
-    "Tensor seq_lens, Tensor? ancestors, float scale, int window, float softcap, int node_offset, "
-    "Tensor? num_nodes) -> Tensor",
-    _paged_tree_attention_op,
-    _like_q,
-)
+    return new_workspace(ops_for(q).attention_workspace_bytes(q, k_pages, block_table), q)

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, ops_for, register
+from inferlab.kernels._registry import empty, ops_for
 
 
 class TreeLinks(NamedTuple):
@@ -27,24 +26,6 @@ class TreeLinks(NamedTuple):
     ancestors: torch.Tensor
 
 
-def _run(parents: torch.Tensor) -> TreeLinks:
-    ops = ops_for(parents)
-    if ops is None:
-        return TreeLinks(*reference.build_tree(parents))
-    if parents.dim() != 2:
-        raise ValueError(f"parents has shape {list(parents.shape)}; it must be [B, N]")
-    batch, nodes = parents.shape
-    # Three empty_like cost less than one tensor and its three views.
-    depth, first_child, next_sibling = (
-        torch.empty_like(parents),
-        torch.empty_like(parents),
-        torch.empty_like(parents),
-    )
-    bits = parents.new_empty((batch, nodes, (nodes + 63) // 64), dtype=torch.int64)
-    ops.build_tree(parents, depth, first_child, next_sibling, bits)
-    return TreeLinks(depth, first_child, next_sibling, bits)
-
-
 def build_tree(parents: torch.Tensor) -> TreeLinks:
     """Derives depths, child links and ancestor bit words from parent links.
 
@@ -60,22 +41,14 @@ def build_tree(parents: torch.Tensor) -> TreeLinks:
             parents stay on the device: such a node, and all that hangs on it, becomes padding.
         TypeError: parents is not int32.
     """
-    if is_compiling():
-        return TreeLinks(*torch.ops.inferlab.build_tree(parents))
-    if is_numpy(parents):
-        return TreeLinks(*(t.numpy() for t in _run(as_tensor(parents))))  # type: ignore[arg-type]
-    return _run(parents)
-
-
-def _fake(parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if parents.ndim != 2:
+        raise ValueError(f"parents has shape {list(parents.shape)}; it must be [B, N]")
     batch, nodes = parents.shape
-    link = [torch.empty_like(parents) for _ in range(3)]
-    bits = parents.new_empty((batch, nodes, (nodes + 63) // 64), dtype=torch.int64)
-    return (*link, bits)
-
-
-register(
-    "build_tree(Tensor parents) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda parents: tuple(t.clone() for t in _run(parents)),
-    _fake,
-)
+    links = TreeLinks(
+        empty(parents.shape, parents),
+        empty(parents.shape, parents),
+        empty(parents.shape, parents),
+        empty((batch, nodes, (nodes + 63) // 64), parents, torch.int64),
+    )
+    ops_for(parents).build_tree(parents, *links)
+    return links

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from inferlab.kernels import reference
-from inferlab.kernels._registry import ops_for
+from inferlab.kernels._registry import empty, run
 
 
 class Frontier(NamedTuple):
@@ -55,22 +54,16 @@ def grow_level(
     Returns:
         the next frontier; None on the last level.
     """
-    native = getattr(ops_for(drawn), "grow_level", None)
-    if native is None or not drawn.is_cpu:
-        found = reference.grow_level(
-            drawn, scores, above, level, tokens, confidence, expanded, words
-        )
-        return None if found is None else Frontier(*found)
-    if words is None:
-        native(drawn, scores, None, level, tokens, confidence, expanded, None, None, None)
-        return None
     size, _, width = drawn.shape
-    frontier = Frontier(
-        torch.empty((size, width), dtype=torch.int32),
-        torch.empty((size, width), dtype=torch.int64),
-        torch.empty((size, width, words), dtype=torch.int64),
-    )
-    native(drawn, scores, above, level, tokens, confidence, expanded, *frontier)
+    frontier = None
+    if words is not None:
+        frontier = Frontier(
+            empty((size, width), drawn),
+            empty((size, width), drawn, torch.int64),
+            empty((size, width, words), drawn, torch.int64),
+        )
+    given = frontier or (None, None, None)
+    run(drawn, "grow_level", drawn, scores, above, level, tokens, confidence, expanded, *given)
     return frontier
 
 
@@ -92,12 +85,9 @@ def grow_tree(
     Returns:
         tokens and parents, i32[B, nodes].
     """
-    native = getattr(ops_for(tokens), "grow_tree", None)
-    if native is None or not tokens.is_cpu:
-        return reference.grow_tree(roots, tokens, confidence, expanded, width, nodes)
-    tree = torch.empty((2, tokens.shape[0], nodes), dtype=torch.int32)
-    native(roots, tokens, confidence, expanded, width, tree[0], tree[1])
-    return tree[0], tree[1]
+    tree = (empty((tokens.shape[0], nodes), tokens), empty((tokens.shape[0], nodes), tokens))
+    run(tokens, "grow_tree", roots, tokens, confidence, expanded, width, *tree)
+    return tree
 
 
 def grow_offsets(
@@ -116,9 +106,6 @@ def grow_offsets(
     Returns:
         tokens and parents, i32[B, nodes], numbered by confidence behind the root.
     """
-    native = getattr(ops_for(drawn), "grow_offsets", None)
-    if native is None or not drawn.is_cpu:
-        return reference.grow_offsets(roots, drawn, scores, nodes)
-    tree = torch.empty((2, drawn.shape[0], nodes), dtype=torch.int32)
-    native(roots, drawn, scores, tree[0], tree[1])
-    return tree[0], tree[1]
+    tree = (empty((drawn.shape[0], nodes), drawn), empty((drawn.shape[0], nodes), drawn))
+    run(drawn, "grow_offsets", roots, drawn, scores, *tree)
+    return tree

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from inferlab import _C
-from inferlab.kernels._registry import empty, is_compiling, ops_for, register
-from inferlab.kernels.reference import kv as reference
+from inferlab.kernels._registry import empty, ops_for
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -58,25 +55,7 @@ def kv_append(
             or its pages.
         TypeError: a dtype does not fit.
     """
-    if is_compiling():
-        torch.ops.inferlab.kv_append(
-            k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
-        )
-        return
-    ops = ops_for(k)
-    if ops is None:
-        reference.kv_append(
-            k,
-            v,
-            k_pages,
-            v_pages,
-            block_table,
-            seq_lens,
-            node_offset=node_offset,
-            num_nodes=num_nodes,
-        )
-        return
-    ops.kv_append(k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
+    ops_for(k).kv_append(k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
 
 
 def kv_compact(
@@ -104,16 +83,9 @@ def kv_compact(
             what it would have been read from may have been overwritten.
         TypeError: a dtype does not fit.
     """
-    if is_compiling():
-        torch.ops.inferlab.kv_compact(
-            k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted
-        )
-        return
-    ops = ops_for(k_cache)
-    if ops is None:
-        reference.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
-        return
-    ops.kv_compact(k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted)
+    ops_for(k_cache).kv_compact(
+        k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted
+    )
 
 
 def kv_gather(
@@ -136,16 +108,9 @@ def kv_gather(
             lies outside the block table or its pages. On CUDA slots that do not exist give zeros.
         TypeError: a dtype does not fit.
     """
-    if is_compiling():
-        dense = torch.ops.inferlab.kv_gather(pages, block_table, seq_lens, max_len)
-        return dense if out is None else out.copy_(dense)
-    ops = ops_for(pages)
-    if ops is None:
-        dense = reference.kv_gather(pages, block_table, seq_lens, max_len)
-        return dense if out is None else out.copy_(dense)
     if out is None:
         out = empty((len(seq_lens), max_len, *pages.shape[2:]), pages)
-    ops.kv_gather(pages, block_table, seq_lens, out)
+    ops_for(pages).kv_gather(pages, block_table, seq_lens, out)
     return out
 
 
@@ -161,60 +126,4 @@ def kv_copy_pages(k_cache: Array, v_cache: Array, src: Array, dst: Array) -> Non
             the ids stay on the device: pairs out of range are skipped, overlap is not detected.
         TypeError: a dtype does not fit.
     """
-    if is_compiling():
-        torch.ops.inferlab.kv_copy_pages(k_cache, v_cache, src, dst)
-        return
-    ops = ops_for(k_cache)
-    if ops is None:
-        reference.kv_copy_pages(k_cache, v_cache, src, dst)
-        return
-    ops.kv_copy_pages(k_cache, v_cache, src, dst)
-
-
-def _kv_append_op(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    node_offset: int,
-    num_nodes: torch.Tensor | None,
-) -> None:
-    kv_append(
-        k, v, k_pages, v_pages, block_table, seq_lens, node_offset=node_offset, num_nodes=num_nodes
-    )
-
-
-def _gathered_shape(
-    pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, max_len: int
-) -> torch.Tensor:
-    return pages.new_empty((seq_lens.shape[0], max_len, *pages.shape[2:]))
-
-
-def _returns_nothing(*args: object) -> None:
-    return None
-
-
-register(
-    "kv_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, "
-    "Tensor seq_lens, int node_offset, Tensor? num_nodes) -> ()",
-    _kv_append_op,
-    _returns_nothing,
-)
-register(
-    "kv_compact(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor accepted_nodes, Tensor num_accepted) -> ()",
-    kv_compact,
-    _returns_nothing,
-)
-register(
-    "kv_gather(Tensor pages, Tensor block_table, Tensor seq_lens, SymInt max_len) -> Tensor",
-    kv_gather,
-    _gathered_shape,
-)
-register(
-    "kv_copy_pages(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor src, Tensor dst) -> ()",
-    kv_copy_pages,
-    _returns_nothing,
-)
+    ops_for(k_cache).kv_copy_pages(k_cache, v_cache, src, dst)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from inferlab.kernels._registry import empty, is_compiling, ops_for, register
-from inferlab.kernels.reference import layer as reference
+from inferlab.kernels._registry import empty, ops_for, run
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -33,13 +30,8 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-6, *, offset: float = 0.0)
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
-    if is_compiling():
-        return torch.ops.inferlab.rms_norm(x, weight, eps, offset)
-    ops = ops_for(x)
-    if ops is None:
-        return reference.rms_norm(x, weight, eps, offset=offset)
     out = empty(x.shape, x)
-    ops.rms_norm(x, weight, out, eps, offset)
+    ops_for(x).rms_norm(x, weight, out, eps, offset)
     return out
 
 
@@ -57,13 +49,8 @@ def silu_mul(x: Array) -> Array:
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
-    if is_compiling():
-        return torch.ops.inferlab.silu_mul(x)
-    ops = ops_for(x)
-    if ops is None:
-        return reference.silu_mul(x)
     out = empty((*x.shape[:-1], x.shape[-1] // 2), x)
-    ops.silu_mul(x, out)
+    ops_for(x).silu_mul(x, out)
     return out
 
 
@@ -97,14 +84,9 @@ def linear(
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
-    if is_compiling():
-        return torch.ops.inferlab.linear(x, weight, bias, residual)
-    native = getattr(ops_for(x), "linear", None)
-    if native is not None:
-        out = empty((x.shape[0], weight.shape[0]), x)
-        if native(x, weight, bias, residual, out, constant_weight):
-            return out
-    return reference.linear(x, weight, bias, residual)
+    out = empty((x.shape[0], weight.shape[0]), x)
+    run(x, "linear", x, weight, bias, residual, out, constant_weight)
+    return out
 
 
 def rope_append(
@@ -143,79 +125,6 @@ def rope_append(
             not written.
         TypeError: a dtype does not fit.
     """
-    if is_compiling():
-        torch.ops.inferlab.rope_append(
-            q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
-        )
-        return
-    ops = ops_for(q)
-    if ops is None:
-        reference.rope_append(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            k_pages,
-            v_pages,
-            block_table,
-            seq_lens,
-            node_offset=node_offset,
-            num_nodes=num_nodes,
-        )
-        return
-    ops.rope_append(
+    ops_for(q).rope_append(
         q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
     )
-
-
-def _rope_append_op(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    node_offset: int,
-    num_nodes: torch.Tensor | None,
-) -> None:
-    rope_append(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        k_pages,
-        v_pages,
-        block_table,
-        seq_lens,
-        node_offset=node_offset,
-        num_nodes=num_nodes,
-    )
-
-
-register(
-    "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
-    lambda x, weight, eps, offset: rms_norm(x, weight, eps, offset=offset),
-    lambda x, weight, eps, offset: x.new_empty(x.shape),
-)
-register(
-    "silu_mul(Tensor x) -> Tensor",
-    silu_mul,
-    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
-)
-register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
-    linear,
-    lambda x, weight, bias, residual: x.new_empty((x.shape[0], weight.shape[0])),
-)
-register(
-    "rope_append(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(b!) k_pages, "
-    "Tensor(c!) v_pages, Tensor block_table, Tensor seq_lens, int node_offset, "
-    "Tensor? num_nodes) -> ()",
-    _rope_append_op,
-    lambda *args: None,
-)

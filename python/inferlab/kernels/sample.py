@@ -2,65 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from inferlab.kernels import reference
-from inferlab.kernels._registry import (
-    as_tensor,
-    empty,
-    is_compiling,
-    is_numpy,
-    new_workspace,
-    ops_for,
-    register,
-)
+from inferlab.kernels._registry import empty, new_workspace, ops_for
 from inferlab.kernels.sampling_params import SamplingTensors
-
-# The fields of SamplingTensors, in order, as they stand in the ops' schemas.
-SAMPLING_SCHEMA = (
-    "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
-    "Tensor? repetition_penalty, Tensor? presence_penalty, Tensor? frequency_penalty, "
-    "Tensor? context_tokens, Tensor? context_lens, Tensor? prompt_lens, "
-    "Tensor? bias_tokens, Tensor? bias_values"
-)
-NUM_SAMPLING_FIELDS = SAMPLING_SCHEMA.count(",") + 1
-
-
-def _run(
-    logits: torch.Tensor,
-    positions: torch.Tensor,
-    sampling: SamplingTensors,
-    purpose: int,
-    num_samples: int,
-    allowed_vocab: int | None,
-    out: torch.Tensor | None = None,
-    workspace: torch.Tensor | None = None,
-    scores: torch.Tensor | None = None,
-) -> torch.Tensor:
-    ops = ops_for(logits)
-    if ops is None:
-        tokens, values = reference.sample(
-            logits,
-            positions,
-            sampling,
-            purpose=purpose,
-            num_samples=num_samples,
-            allowed_vocab=allowed_vocab,
-        )
-        if scores is not None:
-            scores.copy_(values)
-        return tokens if out is None else out.copy_(tokens)
-    if out is None:
-        out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
-    if workspace is None:
-        workspace = sample_workspace(logits, sampling, num_samples, scores is not None)
-    allowed = -1 if allowed_vocab is None else max(allowed_vocab, 0)
-    ops.sample(
-        logits, positions, sampling.flat, purpose, num_samples, allowed, out, scores, workspace
-    )
-    return out
 
 
 def sample_workspace(
@@ -74,10 +19,7 @@ def sample_workspace(
     Its contents do not matter, before and after. To be given where the call may not allocate, or
     is made again and again.
     """
-    ops = ops_for(logits)
-    if ops is None:
-        return None
-    size = ops.sample_workspace_bytes(
+    size = ops_for(logits).sample_workspace_bytes(
         logits, sampling.changes_logits, num_samples > 1 or with_scores
     )
     return new_workspace(size, logits)
@@ -113,8 +55,7 @@ def sample(
         out: where the result goes.
         workspace: of `sample_workspace`.
         scores: f32, of the result's shape, or None: where the scores go that the tokens were chosen
-            by (at temperature 0 their logits); -inf where there is no token. Not under
-            torch.compile.
+            by (at temperature 0 their logits); -inf where there is no token.
 
     Returns:
         i32[B, n] or [B, N, n]; -1 where fewer than n tokens survive the filters, and everywhere in
@@ -123,33 +64,22 @@ def sample(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
-    if is_compiling() and scores is None:
-        return torch.ops.inferlab.sample(
-            logits, positions, *sampling.flat, purpose, num_samples, allowed_vocab
-        )
-    if is_numpy(logits):
-        out = _run(
-            as_tensor(logits), as_tensor(positions), sampling, purpose, num_samples, allowed_vocab
-        )
-        return out.numpy()  # type: ignore[return-value]
-    return _run(
-        logits, positions, sampling, purpose, num_samples, allowed_vocab, out, workspace, scores
+    if out is None:
+        out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
+    ops_for(logits).sample(
+        logits,
+        positions,
+        *sampling.flat,
+        purpose,
+        num_samples,
+        allowed_columns(allowed_vocab),
+        out,
+        scores,
+        workspace,
     )
+    return out
 
 
-def _impl(logits: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:
-    sampling = SamplingTensors(*rest[:NUM_SAMPLING_FIELDS])
-    return _run(logits, positions, sampling, *rest[NUM_SAMPLING_FIELDS:])
-
-
-def _fake(logits: torch.Tensor, positions: torch.Tensor, *rest: Any) -> torch.Tensor:
-    num_samples = rest[NUM_SAMPLING_FIELDS + 1]
-    return logits.new_empty((*logits.shape[:-1], num_samples), dtype=torch.int32)
-
-
-register(
-    f"sample(Tensor logits, Tensor positions, {SAMPLING_SCHEMA}, int purpose, int num_samples, "
-    "int? allowed_vocab) -> Tensor",
-    _impl,
-    _fake,
-)
+def allowed_columns(allowed_vocab: int | None) -> int:
+    """As the kernels take it: -1 for all columns."""
+    return -1 if allowed_vocab is None else max(allowed_vocab, 0)

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
-GREEDY_TEMPERATURE = 1e-5  # below it a temperature is read as 0
+from inferlab import _C
+
+GREEDY_TEMPERATURE: float = _C.GREEDY_TEMPERATURE  # below it a temperature is read as 0
 
 T = TypeVar("T", int, float)
 

@@ -4,52 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from inferlab.kernels import reference
-from inferlab.kernels._registry import as_tensor, is_compiling, is_numpy, ops_for, register
-from inferlab.kernels._walk import (
-    TREE_SCHEMA,
-    VerifyResult,
-    allowed_columns,
-    fake_result,
-    filled,
-    numpy_result,
-    room_for,
-    split_arguments,
-    tensor_links,
-)
+from inferlab.kernels._registry import ops_for
+from inferlab.kernels._walk import VerifyResult, new_result
 from inferlab.kernels.build_tree import TreeLinks
+from inferlab.kernels.sample import allowed_columns
 from inferlab.kernels.sampling_params import SamplingTensors
-
-
-def _run_match(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    links: TreeLinks,
-    seq_lens: torch.Tensor,
-    sampling: SamplingTensors,
-    allowed_vocab: int | None,
-    out: VerifyResult | None = None,
-    workspace: torch.Tensor | None = None,
-) -> VerifyResult:
-    ops = ops_for(logits)
-    if ops is None:
-        result = reference.verify_tree_match(
-            logits, tokens, links, seq_lens, sampling, allowed_vocab=allowed_vocab
-        )
-        return filled(result, out)
-    out, workspace = room_for(logits, sampling, out, workspace)
-    ops.verify_tree_match(
-        logits,
-        tokens,
-        links.first_child,
-        links.next_sibling,
-        seq_lens,
-        sampling.flat,
-        allowed_columns(allowed_vocab),
-        *out,
-        workspace,
-    )
-    return out
 
 
 def verify_tree_match(
@@ -85,52 +44,14 @@ def verify_tree_match(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
-    if is_compiling():
-        out = torch.ops.inferlab.verify_tree_match(
-            logits, tokens, *links[:3], seq_lens, *sampling.flat, allowed_vocab
-        )
-        return VerifyResult(*out)
-    if is_numpy(logits):
-        arrays = as_tensor(logits), as_tensor(tokens), tensor_links(links), as_tensor(seq_lens)
-        return numpy_result(_run_match(*arrays, sampling, allowed_vocab))
-    return _run_match(logits, tokens, links, seq_lens, sampling, allowed_vocab, out, workspace)
-
-
-def _run_rejection(
-    logits: torch.Tensor,
-    draft_logits: torch.Tensor | None,
-    tokens: torch.Tensor,
-    links: TreeLinks,
-    seq_lens: torch.Tensor,
-    sampling: SamplingTensors,
-    with_replacement: bool,
-    allowed_vocab: int | None,
-    out: VerifyResult | None = None,
-    workspace: torch.Tensor | None = None,
-) -> VerifyResult:
-    ops = ops_for(logits)
-    if ops is None:
-        result = reference.verify_tree_rejection(
-            logits,
-            draft_logits,
-            tokens,
-            links,
-            seq_lens,
-            sampling,
-            with_replacement=with_replacement,
-            allowed_vocab=allowed_vocab,
-        )
-        return filled(result, out)
-    out, workspace = room_for(logits, sampling, out, workspace)
-    ops.verify_tree_rejection(
+    out = new_result(logits) if out is None else out
+    ops_for(logits).verify_tree_match(
         logits,
-        draft_logits,
         tokens,
         links.first_child,
         links.next_sibling,
         seq_lens,
-        sampling.flat,
-        with_replacement,
+        *sampling.flat,
         allowed_columns(allowed_vocab),
         *out,
         workspace,
@@ -178,54 +99,18 @@ def verify_tree_rejection(
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
-    if is_compiling():
-        out = torch.ops.inferlab.verify_tree_rejection(
-            logits,
-            draft_logits,
-            tokens,
-            *links[:3],
-            seq_lens,
-            *sampling.flat,
-            with_replacement,
-            allowed_vocab,
-        )
-        return VerifyResult(*out)
-    if is_numpy(logits):
-        return numpy_result(
-            _run_rejection(
-                as_tensor(logits),
-                as_tensor(draft_logits),
-                as_tensor(tokens),
-                tensor_links(links),
-                as_tensor(seq_lens),
-                sampling,
-                with_replacement,
-                allowed_vocab,
-            )
-        )
-    return _run_rejection(
+    out = new_result(logits) if out is None else out
+    ops_for(logits).verify_tree_rejection(
         logits,
         draft_logits,
         tokens,
-        links,
+        links.first_child,
+        links.next_sibling,
         seq_lens,
-        sampling,
+        *sampling.flat,
         with_replacement,
-        allowed_vocab,
-        out,
+        allowed_columns(allowed_vocab),
+        *out,
         workspace,
     )
-
-
-register(
-    f"verify_tree_match(Tensor logits, {TREE_SCHEMA}, int? allowed_vocab) "
-    "-> (Tensor, Tensor, Tensor)",
-    lambda logits, *rest: tuple(_run_match(logits, *split_arguments(rest))),
-    fake_result,
-)
-register(
-    f"verify_tree_rejection(Tensor logits, Tensor? draft_logits, {TREE_SCHEMA}, "
-    "bool with_replacement, int? allowed_vocab) -> (Tensor, Tensor, Tensor)",
-    lambda logits, draft, *rest: tuple(_run_rejection(logits, draft, *split_arguments(rest))),
-    fake_result,
-)
+    return out

@@ -15,7 +15,7 @@ def ops_of(backend):
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_philox_known_answers(backend, counter, key, expected):
     out = torch.zeros(4, dtype=torch.int32, device=backend.device)
-    ops_of(backend).philox4x32_10(list(counter), list(key), out)
+    ops_of(backend).philox_block(out, *counter, *key)
     assert tuple(w & 0xFFFFFFFF for w in out.tolist()) == expected
 
 

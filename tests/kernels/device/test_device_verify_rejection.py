@@ -10,7 +10,7 @@ from helpers.backends import random_examples
 from helpers.sampling_cases import chain, random_logits, random_walk
 from helpers.speculative_rules import assert_follows, exact, outcomes
 from inferlab.kernels import SamplingTensors, build_tree, sample, verify_tree_rejection
-from inferlab.kernels.reference import noise
+from inferlab.kernels.noise import PURPOSE_DRAFT
 
 DRAWS = 500  # a few milliseconds each where a GPU's threads run on a CPU
 
@@ -43,7 +43,7 @@ def drawn(q, count, with_replacement, draws=DRAWS):
     def draw(offset, samples):
         seeds = [seed + offset for seed in range(draws)]
         own = SamplingTensors.of(draws, temperature=1.0, seed=seeds)
-        return sample(row, position, own, purpose=noise.PURPOSE_DRAFT, num_samples=samples)
+        return sample(row, position, own, purpose=PURPOSE_DRAFT, num_samples=samples)
 
     if not with_replacement:
         return draw(0, count)

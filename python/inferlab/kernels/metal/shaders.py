@@ -2,7 +2,7 @@
 
 A source is one of `inferlab/metal/*.metal` with its headers put in place and a few macros in front
 (the element type, for one); it is compiled when it is first used and kept. Kernels take tensors,
-then structs of 64-bit integers and structs of floats, which travel as lists.
+then the op's parameters, a struct that travels as a list of 64-bit words.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import torch
 
 from inferlab import _C
 
-SIMD_WIDTH = 32  # what the kernels are written for: every Apple GPU
-THREADS = 256  # of a threadgroup, where the kernel does not say otherwise
+SIMD_WIDTH: int = _C.metal.SIMD_WIDTH  # what the kernels are written for: every Apple GPU
 
 _INSTALLED = Path(_C.__file__).parent / "metal"
 _INCLUDE = re.compile(r'#include "([^"]+)"\n')
-
-ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # INFERLAB_ELEMENT
 
 
 class Shaders:
@@ -64,15 +61,15 @@ class Shaders:
         args: Sequence[object],
         grid: Sequence[int],
         *,
-        kernel: str | None = None,
-        threads: int = THREADS,
+        kernel: str,
+        threads: int,
         **macros: int,
     ) -> None:
-        """Launches `kernel` (default: `name`) of `name`.metal on torch's current MPS stream.
+        """Launches `kernel` of `name`.metal on torch's current MPS stream.
 
         Args:
-            args: buffers 0, 1, ... of the kernel: tensors, lists of integers, lists of floats.
-            grid: threadgroups in up to three dimensions; nothing is launched if one is 0.
+            args: buffers 0, 1, ... of the kernel: tensors, lists of integers.
+            grid: threadgroups in three dimensions; nothing is launched if one is 0.
             threads: of a threadgroup, in one dimension.
             macros: INFERLAB_<macro>, which the source is compiled with.
         """
@@ -81,10 +78,10 @@ class Shaders:
         key = (name, kernel, *macros.values())
         function = self._functions.get(key)
         if function is None:
-            function = self._function(name, kernel or name, macros)
+            function = self._function(name, kernel, macros)
             self._functions[key] = function
-        x, *rest = grid
-        function(*args, threads=[x * threads, *rest], group_size=[threads] + [1] * len(rest))
+        x, y, z = grid
+        function(*args, threads=[x * threads, y, z], group_size=[threads, 1, 1])
 
     def _function(self, name: str, kernel: str, macros: dict[str, int]) -> Any:
         key = (name, *macros.values())

@@ -1,7 +1,6 @@
-"""Slow, obvious torch versions of the ops: the oracle of the tests, and what runs off the CPU."""
+"""Slow, obvious torch versions of the ops: the oracle of tests and benchmarks, of nothing else."""
 
 from inferlab.kernels.reference.attention import paged_tree_attention
-from inferlab.kernels.reference.growth import grow_level, grow_offsets, grow_tree
 from inferlab.kernels.reference.kv import kv_append, kv_compact, kv_copy_pages, kv_gather
 from inferlab.kernels.reference.sampling import sample
 from inferlab.kernels.reference.tree import build_tree
@@ -13,9 +12,6 @@ from inferlab.kernels.reference.verify import (
 
 __all__ = [
     "build_tree",
-    "grow_level",
-    "grow_offsets",
-    "grow_tree",
     "kv_append",
     "kv_compact",
     "kv_copy_pages",

@@ -1,4 +1,4 @@
-"""Paged tree attention in plain torch: the oracle of the kernels; it serves on CUDA and MPS."""
+"""Paged tree attention, one row at a time: which slots it sees, and a softmax over them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,23 @@ import torch
 from inferlab.kernels.reference.kv import gather_slots
 
 
-def ancestor_bits(ancestors: torch.Tensor) -> torch.Tensor:
-    """Bit words [..., W] i64 -> booleans [..., 64 * W]; bit j of word w is column 64 * w + j."""
-    shifts = torch.arange(64, device=ancestors.device, dtype=torch.int64)
-    return ((ancestors.unsqueeze(-1) >> shifts) & 1).flatten(-2).bool()
+def slots_of_row(length: int, bits: int | None, node: int, window: int) -> list[int]:
+    """The slots that a row sees.
+
+    Args:
+        length: committed tokens of its sequence.
+        bits: its ancestor bits as one number; None: all nodes up to its own.
+        node: its number among the sequence's nodes.
+    """
+    path = [j for j in range(node + 1 if bits is None else bits.bit_length())]
+    if bits is not None:
+        path = [j for j in path if bits >> j & 1]
+    if not path:
+        return []  # padding
+    positions = {slot: slot for slot in range(length)}
+    positions |= {length + j: length + i for i, j in enumerate(path)}
+    own = length + len(path) - 1
+    return [slot for slot, at in positions.items() if window == 0 or own - at < window]
 
 
 def visible_slots(
@@ -23,33 +36,15 @@ def visible_slots(
     node_offset: int = 0,
     num_nodes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The attention mask: bool [B, num_rows, num_slots], true where a row sees a cache slot.
-
-    A committed slot stands at its own position, the i-th node of a row's path at `seq_len + i`.
-    """
-    device = seq_lens.device
-    lens = seq_lens.long()[:, None, None]
-    slots = torch.arange(num_slots, device=device)[None, None, :]
-    nodes = torch.arange(num_rows, device=device)[None, :, None] + node_offset
-    if ancestors is None:
-        query_positions = lens + nodes
-        key_positions = slots
-        visible = (slots <= query_positions).expand(seq_lens.shape[0], -1, -1)
-    else:
-        bits = ancestor_bits(ancestors)
-        rank = bits.long().cumsum(-1) - 1
-        depth = rank[..., -1:]
-        query_positions = lens + depth
-        node_of_slot = (slots - lens).clamp(0, bits.shape[-1] - 1).expand(-1, num_rows, -1)
-        in_tree = (slots >= lens) & (slots - lens < bits.shape[-1])
-        committed = slots < lens
-        visible = committed | (in_tree & bits.gather(-1, node_of_slot))
-        visible = visible & (depth >= 0)  # a row without bits is padding
-        key_positions = torch.where(committed, slots, lens + rank.gather(-1, node_of_slot))
-    if window > 0:
-        visible = visible & (query_positions - key_positions < window)
-    if num_nodes is not None:
-        visible = visible & (nodes - node_offset < num_nodes.long()[:, None, None])
+    """The attention mask: bool [B, num_rows, num_slots], true where a row sees a cache slot."""
+    visible = torch.zeros((seq_lens.shape[0], num_rows, num_slots), dtype=torch.bool)
+    for b, length in enumerate(seq_lens.tolist()):
+        for n in range(num_rows if num_nodes is None else int(num_nodes[b])):
+            bits = None
+            if ancestors is not None:
+                words = ancestors[b, n].tolist()
+                bits = sum((word & (2**64 - 1)) << 64 * w for w, word in enumerate(words))
+            visible[b, n, slots_of_row(length, bits, node_offset + n, window)] = True
     return visible
 
 
@@ -69,28 +64,25 @@ def paged_tree_attention(
     compute_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """As `inferlab.kernels.paged_tree_attention`, computed in `compute_dtype`."""
-    batch, rows, q_heads, head_dim = q.shape
-    kv_heads = k_pages.shape[2]
-    num_slots = block_table.shape[1] * k_pages.shape[1]
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    k, v = (gather_slots(pages, block_table) for pages in (k_pages, v_pages))
     visible = visible_slots(
         seq_lens,
         ancestors,
-        rows,
-        num_slots,
+        q.shape[1],
+        k.shape[1],
         window=window,
         node_offset=node_offset,
         num_nodes=num_nodes,
     )
-    # Slots that no row sees may hold anything, NaN included: they are zeroed, not only masked.
-    used = visible.any(1)[..., None, None]
-    k = gather_slots(k_pages, block_table).to(compute_dtype).masked_fill(~used, 0.0)
-    v = gather_slots(v_pages, block_table).to(compute_dtype).masked_fill(~used, 0.0)
-    grouped = q.to(compute_dtype).reshape(batch, rows, kv_heads, q_heads // kv_heads, head_dim)
-    scores = torch.einsum("bnhgd,bshd->bhgns", grouped, k) * scale
-    if softcap > 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
-    weights = weights.masked_fill(~visible.any(-1)[:, None, None, :, None], 0.0)
-    out = torch.einsum("bhgns,bshd->bnhgd", weights, v)
-    return out.reshape(batch, rows, q_heads, head_dim).to(q.dtype)
+    for b, n in visible.any(-1).nonzero().tolist():
+        seen = visible[b, n]
+        keys, values = (
+            x[b, seen].to(compute_dtype).repeat_interleave(q.shape[2] // x.shape[2], 1)
+            for x in (k, v)
+        )
+        scores = torch.einsum("hd,shd->hs", q[b, n].to(compute_dtype), keys) * scale
+        if softcap > 0.0:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[b, n] = torch.einsum("hs,shd->hd", torch.softmax(scores, -1), values).to(q.dtype)
+    return out

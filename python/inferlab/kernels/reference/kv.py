@@ -1,17 +1,13 @@
-"""The paged KV cache's ops in plain torch: index arithmetic, gather and scatter."""
+"""The paged KV cache's ops, one slot at a time."""
 
 from __future__ import annotations
 
 import torch
 
 
-def page_and_offset(
-    block_table: torch.Tensor, slots: torch.Tensor, page_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each slot [B, S] of a sequence lives: page ids and rows inside the page, [B, S]."""
-    slots = slots.long()
-    pages = block_table.long().gather(1, (slots // page_size).clamp(0, block_table.shape[1] - 1))
-    return pages, slots % page_size
+def place_of(block_table: torch.Tensor, b: int, slot: int, page_size: int) -> tuple[int, int]:
+    """Page and row of a slot of sequence b."""
+    return int(block_table[b, slot // page_size]), slot % page_size
 
 
 def gather_slots(pages: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
@@ -30,17 +26,13 @@ def kv_append(
     node_offset: int = 0,
     num_nodes: torch.Tensor | None = None,
 ) -> None:
-    """As `inferlab.kernels.kv_append`."""
-    nodes = torch.arange(k.shape[1], device=k.device)
-    slots = seq_lens.long()[:, None] + node_offset + nodes[None, :]
-    pages, offsets = page_and_offset(block_table, slots, k_pages.shape[1])
-    if num_nodes is None:
-        k_pages[pages, offsets] = k
-        v_pages[pages, offsets] = v
-    else:
-        kept = nodes[None, :] < num_nodes.long()[:, None]
-        k_pages[pages[kept], offsets[kept]] = k[kept]
-        v_pages[pages[kept], offsets[kept]] = v[kept]
+    for b in range(k.shape[0]):
+        count = k.shape[1] if num_nodes is None else int(num_nodes[b])
+        for n in range(count):
+            slot = int(seq_lens[b]) + node_offset + n
+            page, row = place_of(block_table, b, slot, k_pages.shape[1])
+            k_pages[page, row] = k[b, n]
+            v_pages[page, row] = v[b, n]
 
 
 def kv_compact(
@@ -51,31 +43,32 @@ def kv_compact(
     accepted_nodes: torch.Tensor,
     num_accepted: torch.Tensor,
 ) -> None:
-    """As `inferlab.kernels.kv_compact`: all rows are read before any is written."""
-    steps = torch.arange(accepted_nodes.shape[1], device=k_cache.device)
-    kept = steps[None, :] < num_accepted.long()[:, None]
-    starts = seq_lens.long()[:, None]
-    page_size = k_cache.shape[2]
-    src_page, src_row = page_and_offset(block_table, starts + accepted_nodes, page_size)
-    dst_page, dst_row = page_and_offset(block_table, starts + steps[None, :], page_size)
+    """All rows are read before any is written."""
     for cache in (k_cache, v_cache):
-        moved = cache[:, src_page[kept], src_row[kept]]
-        cache[:, dst_page[kept], dst_row[kept]] = moved
+        before = cache.clone()
+        for b in range(block_table.shape[0]):
+            start = int(seq_lens[b])
+            for j in range(int(num_accepted[b])):
+                node = int(accepted_nodes[b, j])
+                page, row = place_of(block_table, b, start + node, cache.shape[2])
+                to_page, to_row = place_of(block_table, b, start + j, cache.shape[2])
+                cache[:, to_page, to_row] = before[:, page, row]
 
 
 def kv_gather(
     pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, max_len: int
 ) -> torch.Tensor:
-    """As `inferlab.kernels.kv_gather`."""
-    slots = torch.arange(max_len, device=pages.device)[None, :].expand(block_table.shape[0], -1)
-    page, offset = page_and_offset(block_table, slots, pages.shape[1])
-    dense = pages[page.clamp(min=0), offset]
-    return dense.masked_fill((slots >= seq_lens.long()[:, None])[..., None, None], 0)
+    dense = pages.new_zeros((block_table.shape[0], max_len, *pages.shape[2:]))
+    for b in range(block_table.shape[0]):
+        for slot in range(int(seq_lens[b])):
+            page, row = place_of(block_table, b, slot, pages.shape[1])
+            dense[b, slot] = pages[page, row]
+    return dense
 
 
 def kv_copy_pages(
     k_cache: torch.Tensor, v_cache: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
 ) -> None:
-    """As `inferlab.kernels.kv_copy_pages`."""
-    k_cache[:, dst.long()] = k_cache[:, src.long()]
-    v_cache[:, dst.long()] = v_cache[:, src.long()]
+    for cache in (k_cache, v_cache):
+        for page, to in zip(src.tolist(), dst.tolist(), strict=True):
+            cache[:, to] = cache[:, page]

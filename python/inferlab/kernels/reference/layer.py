@@ -1,4 +1,6 @@
-"""RMSNorm, gated SiLU and rotary + append in plain torch: the oracle, and the op off the CPU."""
+"""RMSNorm, gated SiLU and rotary + append, rounded where the unfused layer rounds; x's precision
+at least is kept: float64 in, float64 throughout.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +23,13 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    out = torch.nn.functional.linear(x, weight, bias)
-    return out if residual is None else residual + out
-
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [B, N, H, D]; cos, sin: [B or 1, N, rotary]."""
-    rotary = cos.shape[-1]
-    turned, rest = x[..., :rotary], x[..., rotary:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
-    return torch.cat((turned, rest), dim=-1)
+    """One head of one token, [D]: (a, b) -> (a cos - b sin, b cos + a sin) for its pairs."""
+    half = cos.shape[0] // 2
+    a, b, rest = x[:half], x[half : 2 * half], x[2 * half :]
+    first = a * cos[:half] + -b * sin[:half]
+    second = b * cos[half:] + a * sin[half:]
+    return torch.cat((first, second, rest))
 
 
 def rope_append(
@@ -54,14 +46,15 @@ def rope_append(
     node_offset: int = 0,
     num_nodes: torch.Tensor | None = None,
 ) -> None:
-    rotated = rotate(q, cos, sin)
-    if num_nodes is None:
-        q.copy_(rotated)
-    else:
-        real = torch.arange(q.shape[1], device=q.device)[None] < num_nodes[:, None]
-        q.copy_(torch.where(real[..., None, None], rotated, q))
+    turned = k.clone()
+    for b in range(q.shape[0]):
+        for n in range(q.shape[1] if num_nodes is None else int(num_nodes[b])):
+            at = b if cos.shape[0] > 1 else 0
+            for x in (q[b, n], turned[b, n]):
+                for head in x:
+                    head.copy_(rotate(head, cos[at, n], sin[at, n]))
     kv_append(
-        rotate(k, cos, sin),
+        turned,
         v,
         k_pages,
         v_pages,

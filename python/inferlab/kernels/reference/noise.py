@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import torch
 
-PURPOSE_TOKEN = 0  # the target's choice at a position; drafters share it on purpose
-PURPOSE_DRAFT = 1  # draft draws under the `rejection` policy
-PURPOSE_ACCEPT = 2  # acceptance uniforms under `rejection`; "token" is the child's node index
-PURPOSE_RECOVERY = 3  # draws from the residual under `rejection`
-
 _MASK = 0xFFFFFFFF
 _LOG_POLY = (
     -1.1514610310e-1,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from inferlab.kernels.noise import PURPOSE_ACCEPT, PURPOSE_RECOVERY, PURPOSE_TOKEN
 from inferlab.kernels.reference import noise
 from inferlab.kernels.reference.sampling import (
     choose,
@@ -75,7 +76,7 @@ def _walk(
 
 def _match(node: Node, sampling: SamplingTensors) -> Decision:
     """Enter the child that is the target's own choice."""
-    token = choose(node.logits, sampling, node.b, node.position, noise.PURPOSE_TOKEN, 1)[0]
+    token = choose(node.logits, sampling, node.b, node.position, PURPOSE_TOKEN, 1)[0]
     for child, candidate in zip(node.children, node.child_tokens, strict=True):
         if candidate == token:
             return child, token
@@ -143,7 +144,7 @@ def verify_tree_rejection(
             if proposal is None:  # a deterministic drafter proposes with certainty
                 proposal = torch.zeros_like(p)
                 proposal[token] = 1
-            u = noise.uniform(seed, node.position, child, noise.PURPOSE_ACCEPT)
+            u = noise.uniform(seed, node.position, child, PURPOSE_ACCEPT)
             if float(p[token]) > 0 and u * float(proposal[token]) < float(p[token]):
                 return child, token
             p = residual(p, proposal)
@@ -152,7 +153,7 @@ def verify_tree_rejection(
                 q[token] = 0
                 if float(q.sum()) > 0:
                     q = q / q.sum()
-        g = noise.gumbel_row(seed, node.position, x.numel(), noise.PURPOSE_RECOVERY, x.device)
+        g = noise.gumbel_row(seed, node.position, x.numel(), PURPOSE_RECOVERY, x.device)
         return -1, int(torch.argmax(torch.log(p).float() + g))
 
     return _walk(logits, tokens, links, seq_lens, sampling, allowed_vocab, decide)
@@ -203,6 +204,6 @@ def verify_tree_lossy(
             for child, token in zip(node.children, node.child_tokens, strict=True):
                 if accepted[token]:
                     return child, token
-        return -1, choose(x, sampling, node.b, node.position, noise.PURPOSE_TOKEN, 1)[0]
+        return -1, choose(x, sampling, node.b, node.position, PURPOSE_TOKEN, 1)[0]
 
     return _walk(logits, tokens, links, seq_lens, sampling, allowed_vocab, decide)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
-from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
+from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
 from inferlab.scheduler import Request

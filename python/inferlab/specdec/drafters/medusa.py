@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
-from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
+from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads, load_medusa
 from inferlab.scheduler import Request

@@ -10,7 +10,7 @@ import torch
 
 from inferlab import kernels
 from inferlab.kernels import SamplingTensors
-from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
+from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, KVCache, TargetModel
 from inferlab.specdec.drafters.static import drafted_level
 from inferlab.specdec.tree import TreeShape

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-NEVER = -1e30
-"""Log confidence of what merely fills a row in which too few tokens were drawn."""
+from inferlab import _C
+
+NEVER: float = _C.NEVER_CONFIDENT  # log confidence of what merely fills a row
 
 
 def _siblings(drawn: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,6 +17,18 @@ def _siblings(drawn: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, 
     return torch.where(missing, drawn[..., :1], drawn).clamp_min(0), own
 
 
+def _write_tree(
+    roots: torch.Tensor,
+    picked: torch.Tensor,
+    parents: torch.Tensor,
+    tree_tokens: torch.Tensor,
+    tree_parents: torch.Tensor,
+) -> None:
+    torch.cat((roots[:, None], picked), dim=1, out=tree_tokens)
+    tree_parents[:, 0] = -1
+    tree_parents[:, 1:] = parents
+
+
 def grow_level(
     drawn: torch.Tensor,
     scores: torch.Tensor,
@@ -24,8 +37,10 @@ def grow_level(
     tokens: torch.Tensor,
     confidence: torch.Tensor,
     expanded: torch.Tensor,
-    words: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    next_tokens: torch.Tensor | None,
+    next_parents: torch.Tensor | None,
+    next_ancestors: torch.Tensor | None,
+) -> None:
     """See inferlab.kernels.growth.grow_level."""
     size, parents, width = drawn.shape
     before = 0 if level == 0 else 1 + (level - 1) * width
@@ -41,32 +56,39 @@ def grow_level(
     filled = filled.view(size, count)
     tokens[:, first : first + count] = filled
     confidence[:, first : first + count] = here
-    if words is None:
-        return None
+    if next_tokens is None or next_parents is None or next_ancestors is None:
+        return
+    words = next_ancestors.shape[2]
     at = here.sort(dim=1, descending=True, stable=True).indices[:, :width]
     slots = torch.arange(1 + level * width, 1 + (level + 1) * width, device=drawn.device)
     expanded[:, 1 + level * width : 1 + (level + 1) * width] = (at + first).to(torch.int32)
-    on = at // width
+    torch.div(at, width, rounding_mode="floor", out=next_parents)
     bits = torch.zeros((width, words), dtype=torch.int64, device=drawn.device)
     row = torch.arange(width, device=drawn.device)
     bits[row, slots // 64] = torch.ones_like(slots) << (slots % 64)
     if above is None:
         bits[:, 0] |= 1
-        ancestors = bits.expand(size, -1, -1).contiguous()
+        next_ancestors.copy_(bits.expand(size, -1, -1))
     else:
-        ancestors = above.gather(1, on[:, :, None].expand(-1, -1, words)) | bits
-    return filled.gather(1, at), on, ancestors
+        path_bits = above.gather(1, next_parents[:, :, None].expand(-1, -1, words))
+        torch.bitwise_or(path_bits, bits, out=next_ancestors)
+    torch.gather(filled, 1, at, out=next_tokens)
 
 
 def grow_offsets(
-    roots: torch.Tensor, drawn: torch.Tensor, scores: torch.Tensor, nodes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    roots: torch.Tensor,
+    drawn: torch.Tensor,
+    scores: torch.Tensor,
+    tree_tokens: torch.Tensor,
+    tree_parents: torch.Tensor,
+) -> None:
     """See inferlab.kernels.growth.grow_offsets.
 
     Depth by depth: of each only the ``nodes`` surest can be in the tree, and only they can have
     children there.
     """
     size, depth, width = drawn.shape
+    nodes = tree_tokens.shape[1]
     filled, own = _siblings(drawn, scores)
     path = torch.zeros((size, 1), device=drawn.device)
     first = 0  # number of the first node of the depth above
@@ -84,12 +106,9 @@ def grow_offsets(
     candidates = sum(c.shape[1] for c in confidence)
     place = torch.zeros((size, 1 + candidates), dtype=torch.int64, device=order.device)
     place.scatter_(1, order + 1, torch.arange(1, nodes, device=order.device).expand(size, -1))
-    parents = place.gather(1, torch.cat(above, dim=1).gather(1, order)).to(torch.int32)
+    parents = place.gather(1, torch.cat(above, dim=1).gather(1, order))
     picked = torch.cat(tokens, dim=1).gather(1, order)
-    return (
-        torch.cat((roots[:, None], picked), dim=1),
-        torch.nn.functional.pad(parents, (1, 0), value=-1),
-    )
+    _write_tree(roots, picked, parents, tree_tokens, tree_parents)
 
 
 def grow_tree(
@@ -98,18 +117,16 @@ def grow_tree(
     confidence: torch.Tensor,
     expanded: torch.Tensor,
     width: int,
-    nodes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tree_tokens: torch.Tensor,
+    tree_parents: torch.Tensor,
+) -> None:
     """See inferlab.kernels.growth.grow_tree."""
     size, count = confidence.shape
+    nodes = tree_tokens.shape[1]
     order = confidence.sort(dim=1, descending=True, stable=True).indices[:, : nodes - 1]
     numbers = torch.arange(1, nodes, device=order.device).expand(size, -1)
     place = torch.zeros((size, count + 1), dtype=torch.int64, device=order.device)
     place.scatter_(1, order + 1, numbers)  # entry 0: the root, whose number is 0
     parents = expanded.to(torch.int64).gather(1, order // width)
-    parents = place.gather(1, parents + 1).to(torch.int32)
-    picked = tokens.gather(1, order)
-    return (
-        torch.cat((roots[:, None], picked), dim=1),
-        torch.nn.functional.pad(parents, (1, 0), value=-1),
-    )
+    parents = place.gather(1, parents + 1)
+    _write_tree(roots, tokens.gather(1, order), parents, tree_tokens, tree_parents)
