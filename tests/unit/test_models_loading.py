@@ -63,7 +63,7 @@ def test_stop_tokens_come_from_the_generation_config(model_dir: Path) -> None:
 def test_dtype_as_asked(model_dir: Path) -> None:
     target = HFModel.load(model_dir, device="cpu", dtype="bf16")
     assert target.dtype == torch.bfloat16
-    assert target.new_cache(2).k.dtype == torch.bfloat16
+    assert target.new_cache(2).pages[0][0].dtype == torch.bfloat16
 
 
 def test_auto_dtype() -> None:

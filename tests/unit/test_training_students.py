@@ -397,7 +397,7 @@ def test_a_model_is_its_own_best_draft(world, temperature):
     target = HFModel.load(world / "target", device="cpu", dtype="float32")
     prompts = [[5, 6, number] for number in range(6)]
     trial = Trial(
-        target, "vanilla", world / "target", prompts, new_tokens=21, temperature=temperature
+        target, "vanilla", world / "target", prompts, new_tokens=20, temperature=temperature
     )
     found = trial.chains(4)
     assert found.by_position == (1.0,) * 4
