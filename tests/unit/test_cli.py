@@ -246,6 +246,8 @@ def test_prompt_files_in_both_formats(tmp_path):
         ('{"turns": []}', "`turns` must be a list with at least one text"),
         ('{"turns": "a"}', "`turns` must be a list with at least one text"),
         ('{"turns": [null]}', "`turns[0]` must be a text, not None"),
+        ('{"prompt": "a", "x": ' + "[" * 100_000, "cannot be read: its brackets are nested too"),
+        ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "cannot be read: Exceeds the limit"),
     ],
 )
 def test_a_bad_line_is_named_by_number(tmp_path, line, message):
