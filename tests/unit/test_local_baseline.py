@@ -72,9 +72,9 @@ def test_a_model_is_named_by_either_name(monkeypatch, name):
 
     monkeypatch.setattr(baseline.loading, "load", load)
     for path in (None, "configs/baseline.yaml"):
-        with pytest.raises(Asked, match="^X$"):
+        with pytest.raises(Asked, match=r"^X$"):
             LocalBaselineRunner(config_path=path, **{name: "X"})
-    with pytest.raises(Asked, match="^X$"):
+    with pytest.raises(Asked, match=r"^X$"):
         LocalBaselineRunner(None, "X", model="X")
     with pytest.raises(ValueError, match="model and model_name are two names"):
         LocalBaselineRunner(None, "X", model="Y")

@@ -504,7 +504,7 @@ def test_a_model_whose_name_cannot_be_sent(server, client):
 def test_what_is_no_json_is_not_sent(server, client, extra):
     with pytest.raises(ValueError, match="extra_body cannot be sent as JSON"):
         client.generate("Hi", extra_body=extra)
-    with pytest.raises(ValueError, match="model holds .* half of a surrogate pair"):
+    with pytest.raises(ValueError, match=r"model holds .* half of a surrogate pair"):
         client.generate("Hi", model="x \ud83d")
     assert server.posts == []
 

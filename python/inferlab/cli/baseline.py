@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
         runner = LocalBaselineRunner(config=config)
         collected = run_prompts(
-            prompts, lambda texts: [runner.run(text, keep_partial=True) for text in texts], args
+            prompts, lambda texts, _: [runner.run(text, keep_partial=True) for text in texts], args
         )
         return report(collected, args, out, _show)
 

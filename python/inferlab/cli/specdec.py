@@ -67,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
         from inferlab.specdec.pipeline import SpeculativePipeline
 
         pipeline = SpeculativePipeline(config=config)
-        collected = run_prompts(prompts, pipeline.generate, args, args.batch_size or 1)
+        collected = run_prompts(
+            prompts,
+            lambda texts, on_result: pipeline.generate(texts, on_result=on_result),
+            args,
+            args.batch_size or 1,
+        )
         return report(collected, args, out, _show)
 
 
