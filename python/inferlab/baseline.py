@@ -103,7 +103,8 @@ class LocalBaselineRunner:
 
     Args:
         config_path: a ``baseline`` YAML file; ``configs/NAME.yaml`` is found from anywhere.
-        model_name: hub id, local directory or bundled name; beats the file's ``model``.
+        model_name: hub id, local directory or bundled name; beats the file's ``model``. As a
+            keyword it may also be called ``model``, as in the file.
         overrides: any other key of BaselineConfig (``torch_dtype``, ``device``, ``seed``, ...).
         config: a configuration made elsewhere, in place of all of the above.
 
@@ -121,7 +122,11 @@ class LocalBaselineRunner:
         **overrides: Any,
     ) -> None:
         if config is None:
-            config = load_config(BaselineConfig, config_path, {**overrides, "model": model_name})
+            if model_name is not None:
+                if overrides.get("model", model_name) != model_name:
+                    raise ValueError("model and model_name are two names of one value; give one")
+                overrides["model"] = model_name
+            config = load_config(BaselineConfig, config_path, overrides)
         self.config = config
         self.model_name = config.model
         loaded = loading.load(

@@ -68,6 +68,27 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts in what ``<<`` names: a mapping's own keys beat it, and of a list of mappings an
+        earlier one beats a later one (https://yaml.org/type/merge.html)."""
+        own: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        pairs, node.value = node.value, []
+        for key, value in pairs:
+            if key.tag != "tag:yaml.org,2002:merge":
+                own[_identity(key)] = (key, value)
+                continue
+            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(part, yaml.MappingNode):
+                    raise yaml.MarkedYAMLError(
+                        problem="<< merges a mapping or a list of mappings, not this",
+                        problem_mark=part.start_mark,
+                    )
+                self.flatten_mapping(part)
+                for pair in part.value:
+                    merged.setdefault(_identity(pair[0]), pair)
+        node.value = [*(merged | own).values()]
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = str(self.construct_scalar(node))
         try:
@@ -78,6 +99,11 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(
                 problem=f"{text[:40]!r} is not a number", problem_mark=node.start_mark
             ) from None
+
+
+def _identity(key: yaml.Node) -> Any:
+    """The same for equal keys."""
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 _Loader.yaml_implicit_resolvers = {}  # without those of YAML 1.1

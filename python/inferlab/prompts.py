@@ -70,6 +70,10 @@ def _parse_prompt(line: str, where: str) -> Prompt:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}: is not JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise UsageError(f"{where}: cannot be read: its brackets are nested too deep") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UsageError(f"{where}: cannot be read: {error}") from None
     if not isinstance(entry, dict):
         raise UsageError(
             f"{where}: must be an object with `prompt` or `turns`, not {line.strip()[:60]}"

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 import inferlab
+from helpers.collecting import arguments, collect, fake_result, shout
 from inferlab import cli, output
 from inferlab.cli import parser as cli_parser
-from inferlab.cli import results, specdec, terminal
+from inferlab.cli import specdec, terminal
 from inferlab.errors import UsageError
 from inferlab.prompts import Prompt, read_prompts
-from inferlab.records import RequestRecord, Speculation
-from inferlab.types import SpeculationStats
 
 
 def run_cli(*words: str) -> int:
@@ -247,6 +246,8 @@ def test_prompt_files_in_both_formats(tmp_path):
         ('{"turns": []}', "`turns` must be a list with at least one text"),
         ('{"turns": "a"}', "`turns` must be a list with at least one text"),
         ('{"turns": [null]}', "`turns[0]` must be a text, not None"),
+        ('{"prompt": "a", "x": ' + "[" * 100_000, "cannot be read: its brackets are nested too"),
+        ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "cannot be read: Exceeds the limit"),
     ],
 )
 def test_a_bad_line_is_named_by_number(tmp_path, line, message):
@@ -324,45 +325,6 @@ def test_ctrl_c_is_130(capsys):
 
 
 # --- results of one prompt or many --------------------------------------------------------------
-
-
-def arguments(**given):
-    defaults = {"prompt": None, "prompts": None, "json": True, "output": None, "no_progress": True}
-    return argparse.Namespace(**{**defaults, **given})
-
-
-def fake_result(text: str, **more):
-    stats = SpeculationStats(steps=1, proposed=4, accepted=1, emitted=2)
-    record = RequestRecord(
-        source="specdec",
-        model="m",
-        started_at=0.0,
-        latency_ms=1.0,
-        speculation=Speculation(
-            impl="fake",
-            draft_mode="vanilla",
-            draft_model=None,
-            policy={},
-            controller={},
-            lossless=True,
-            stats=stats,
-        ),
-    )
-    return {"text": text.upper(), "num_tokens": 2, "record": record.as_json(), **more}
-
-
-def shout(texts: list[str]) -> list[dict]:
-    print("a library that prints")
-    for text in texts:
-        if text == "bad":
-            raise ValueError("too long")
-    return [fake_result(text) for text in texts]
-
-
-def collect(prompts, generate, args, batch_size=1):
-    with terminal.clean_stdout(args.json) as out:
-        collected = results.run_prompts(prompts, generate, args, batch_size)
-        return collected, results.report(collected, args, out, lambda result: None)
 
 
 def test_one_prompt_is_one_mapping_and_json_is_alone_on_stdout(capsys, tmp_path):
@@ -542,12 +504,7 @@ def test_json_of_what_json_lacks():
     }  # fmt: skip
 
 
-def test_a_file_that_cannot_be_written_leaves_no_part_and_the_result_on_stdout(capsys, tmp_path):
-    (tmp_path / "r.json").mkdir()
-    with pytest.raises(UsageError, match="cannot be written"):
-        collect([Prompt("a")], shout, arguments(prompt="a", output=str(tmp_path / "r.json")))
-    assert json.loads(capsys.readouterr().out)["text"] == "A"
-    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+def test_json_is_cut_where_it_is_nested_too_deep():
     deep = json.loads("[" * 900 + "]" * 900)
     assert output.to_json(deep).count("[") == 100
 
@@ -558,12 +515,7 @@ def test_json_can_always_be_encoded():
     assert json.loads(text)["half"] == "x \ud83d"
 
 
-def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
-    with pytest.raises(UsageError, match="its directory does not exist"):
-        output.check_output(str(tmp_path / "no" / "x.json"))
-    with pytest.raises(UsageError, match="is a directory"):
-        output.check_output(str(tmp_path))
-    output.check_output(None)
+# --- logs ---------------------------------------------------------------------------------------
 
 
 def test_logs_go_to_stderr_once(capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.faulty_server import FaultyServer, Respond, chat
 from helpers.socks_proxy import SocksProxy
-from inferlab.client.environment import is_excepted
+from inferlab.client.environment import is_excepted, settle_zone
 from inferlab.client.ping import VLLMPingClient
 from inferlab.server import ping_vllm
 
@@ -121,8 +121,10 @@ def test_socks_without_its_extra(monkeypatch, capsys, name):
 
 
 @pytest.mark.parametrize(
-    "address", ["socks4://u:secret@h:1", "socks://h:1", "http://", "http://h:secret", "http://[x"]
-)
+    "address",
+    ["socks4://u:secret@h:1", "socks://h:1", "http://", "http://h:secret", "http://[x", "::1:9",
+     "http://::1:9"],
+)  # fmt: skip
 def test_a_proxy_that_is_none(monkeypatch, capsys, address):
     monkeypatch.setenv("HTTPS_PROXY", address)
     assert ping_vllm.main(["--base-url", "https://model.invalid", "--prompt", "Hi"]) == 2
@@ -131,6 +133,15 @@ def test_a_proxy_that_is_none(monkeypatch, capsys, address):
     assert "it must be scheme://host:port" in error
     assert "secret" not in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("port", [0, 65536, 99999999])
+def test_a_port_that_no_proxy_has(monkeypatch, capsys, port):
+    monkeypatch.setenv("http_proxy", f"http://u:secret@h:{port}")
+    assert ping_vllm.main(["--host", "model.invalid", "--prompt", "Hi"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: http_proxy: port {port} is not allowed; it must be from 1 to 65535\n"
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"no certificates"])
@@ -143,6 +154,24 @@ def test_certificates_that_cannot_be_read(monkeypatch, capsys, tmp_path, content
     error = capsys.readouterr().err
     assert error.startswith(f"error: SSL_CERT_FILE: {file} cannot be read as certificates (")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_of_certificates_that_is_none(monkeypatch, capsys, tmp_path, there):
+    """OpenSSL takes it, and then trusts nobody."""
+    folder = tmp_path / "certificates"
+    if there:
+        folder.write_bytes(b"a file")
+    monkeypatch.setenv("SSL_CERT_DIR", str(folder))
+    assert ping_vllm.main(["--base-url", "https://model.invalid", "--prompt", "Hi"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: SSL_CERT_DIR: {folder} cannot be read as certificates (")
+    assert error.count("\n") == 1
+
+
+def test_a_folder_of_certificates(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    VLLMPingClient(base_url="https://model.invalid").close()
 
 
 def test_certificates_do_not_matter_without_tls(server, monkeypatch):
@@ -163,8 +192,46 @@ def test_an_ipv6_server(monkeypatch):
         for arguments in (
             {"host": "::1", "port": server.port},
             {"host": "[::1]", "port": server.port},
+            {"host": "::1%lo", "port": server.port},
+            {"base_url": f"http://[::1%25lo]:{server.port}"},
             {"base_url": server.url},
         ):
             with VLLMPingClient(**arguments, model="m") as client:
                 assert client.base_url == server.url
                 assert client.generate("Hi")["success"] is True
+                assert server.posts[-1].headers["Host"] == f"[::1]:{server.port}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"host": "fe80::1%eth7", "port": 8000},
+        {"host": "[fe80::1%eth7]", "port": 8000},
+        {"base_url": "http://[fe80::1%eth7]:8000/v1"},
+        {"base_url": "http://[fe80::1%25eth7]:8000/v1"},  # RFC 6874
+    ],
+)
+def test_a_link_local_server_keeps_its_zone_and_does_not_hear_of_it(monkeypatch, arguments):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (7, "eth7")])
+    with VLLMPingClient(**arguments, model="m") as client:
+        assert client.base_url == "http://[fe80::1%eth7]:8000"
+        assert client._connection._http.headers["Host"] == "[fe80::1]:8000"
+
+
+def test_a_zone_may_be_a_number(monkeypatch):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (7, "eth7")])
+    assert settle_zone("http://[fe80::1%7]:1") == "http://[fe80::1%7]:1"
+    assert settle_zone("http://[fe80::1%257]:1") == "http://[fe80::1%7]:1"
+    assert settle_zone("http://u:p%5D@[fd00::1%x]") == "http://u:p%5D@[fd00::1]"
+
+
+def test_a_zone_that_this_machine_lacks(monkeypatch, capsys):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (7, "eth7")])
+    assert ping_vllm.main(["--host", "fe80::1%eth8", "--prompt", "Hi"]) == 2
+    why = "fe80::1%eth8: there is no interface eth8; this machine has lo, eth7\n"
+    assert capsys.readouterr().err == (
+        f"error: base_url 'http://[fe80::1%eth8]:8000' cannot be reached: {why}"
+    )
+    monkeypatch.setenv("HTTP_PROXY", "http://u:secret@[fe80::1%25eth8]:9")
+    assert ping_vllm.main(["--host", "model.invalid", "--prompt", "Hi"]) == 2
+    assert capsys.readouterr().err == f"error: HTTP_PROXY: {why}"

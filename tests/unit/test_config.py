@@ -365,6 +365,34 @@ def test_merge_keys_may_override(write):
     assert found["both"] == {"seed": 2, "tau": 0.1, "p": 0.4}
 
 
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [
+        ("<<: [{seed: 3}, {seed: 5}]", 3),
+        ("seed: 7\n<<: [{seed: 3}, {seed: 5}]", 7),
+        ("<<: [{seed: 3}, {seed: 5}]\nseed: 7", 7),
+        ("<<: [{p: 0.5}, {<<: {seed: 2}, p: 0.1}, {seed: 3}]", 2),
+        ("<<: [{<<: [{seed: 1}, {seed: 2}]}, {seed: 3}]", 1),
+        ("<<: {seed: 4}", 4),
+    ],
+)
+def test_of_merged_mappings_the_earlier_wins(write, text, seed):
+    assert load_config(SpecdecConfig, write(text)).seed == seed
+
+
+@pytest.mark.parametrize("text", ["<<: 3", "seed: 1\n<<: [{seed: 2}, 3]", "<<: [[{seed: 1}]]"])
+def test_what_is_no_mapping_cannot_be_merged(write, text):
+    with pytest.raises(ConfigError, match=r"ya?ml:\d: is not valid YAML: << merges a mapping or"):
+        read_yaml(write(text))
+
+
+def test_merging_does_not_grow_with_every_mention(write):
+    """Each mapping holds the one before twice: 2 to the 40th keys, if they were kept."""
+    lines = ["k0: &k0 {seed: 1}"]
+    lines += [f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}]}}" for n in range(1, 40)]
+    assert read_yaml(write("\n".join(lines)))["k39"] == {"seed": 1}
+
+
 def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(b"\xef\xbb\xbfseed: 3\n")

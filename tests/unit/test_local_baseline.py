@@ -62,6 +62,24 @@ def test_defaults_are_the_configurations():
     assert runner.config.seed == 3
 
 
+@pytest.mark.parametrize("name", ["model", "model_name"])
+def test_a_model_is_named_by_either_name(monkeypatch, name):
+    class Asked(Exception):
+        pass
+
+    def load(model, **_):
+        raise Asked(model)
+
+    monkeypatch.setattr(baseline.loading, "load", load)
+    for path in (None, "configs/baseline.yaml"):
+        with pytest.raises(Asked, match=r"^X$"):
+            LocalBaselineRunner(config_path=path, **{name: "X"})
+    with pytest.raises(Asked, match=r"^X$"):
+        LocalBaselineRunner(None, "X", model="X")
+    with pytest.raises(ValueError, match="model and model_name are two names"):
+        LocalBaselineRunner(None, "X", model="Y")
+
+
 def test_a_temperature_beats_do_sample_false_of_the_configuration():
     runner = LocalBaselineRunner(do_sample=False, device="cpu")
     assert runner.run(PROMPT, 2)["temperature"] == 0.0

@@ -487,6 +487,28 @@ def test_ping_without_health_asks_for_the_models(server, client):
     assert client.ping() is False
 
 
+def test_a_model_whose_name_cannot_be_sent(server, client):
+    server.answers = [Respond.json(chat())]
+    server.models = Respond.json({"data": [{"id": "half \ud83d"}]})
+    result = client.generate("Hi")
+    assert result["success"] is False
+    assert "names only 'half \\ud83d', which holds half of a surrogate pair" in result["error"]
+    assert result["error"].isascii()
+    assert client.get_models()["model_ids"] == ["half \ud83d"]
+    server.models = Respond.json({"data": [{"id": "half \ud83d"}, {"id": "whole"}]})
+    assert client.generate("Hi")["model"] == "whole"
+    assert client.generate("Hi", model="mine")["success"] is True
+
+
+@pytest.mark.parametrize("extra", [{"x": "\ud83d"}, {"x": {1, 2}}, {"x": float("nan")}])
+def test_what_is_no_json_is_not_sent(server, client, extra):
+    with pytest.raises(ValueError, match="extra_body cannot be sent as JSON"):
+        client.generate("Hi", extra_body=extra)
+    with pytest.raises(ValueError, match=r"model holds .* half of a surrogate pair"):
+        client.generate("Hi", model="x \ud83d")
+    assert server.posts == []
+
+
 def test_get_models(server, client):
     listed = client.get_models()
     assert listed["success"] is True
@@ -565,12 +587,15 @@ def test_base_url(base_url, root, api):
 
 
 @pytest.mark.parametrize(
-    "base_url", ["ftp://h", "http://", "http://u:secret@h", "http://h?x=1", "http://::1:8000/v1"]
-)
+    "base_url",
+    ["ftp://h", "http://", "http://u:secret@h", "http://h?x=1", "http://::1:8000/v1",
+     "http://::1:8000", "http://h:65536", "http://h:-1", "http://\ud83d", "http://h/\ud83d"],
+)  # fmt: skip
 def test_bad_base_url(base_url):
     with pytest.raises(ValueError, match="base_url") as caught:
         VLLMPingClient(base_url=base_url)
     assert "secret" not in str(caught.value)
+    assert "codec" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from inferlab.cli.flags import (
     given_values,
 )
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
-from inferlab.cli.results import Failed, Labels, Many, report, run_prompts
+from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts
 from inferlab.cli.terminal import (
     clean_stdout,
     setup_logging,
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         runner = LocalBaselineRunner(config=config)
         live = shows_live(args)
 
-        def generate(texts: list[str]) -> list[BaselineResult]:
+        def generate(texts: list[str], _: OnResult) -> list[BaselineResult]:
             told = show_piece if live else None
             return [runner.run(text, keep_partial=True, on_text=told) for text in texts]
 

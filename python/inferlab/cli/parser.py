@@ -38,8 +38,17 @@ def call(run: Run, args: argparse.Namespace) -> int:
 
     2: bad input (ValueError, a missing file), 1: a failure, 130: Ctrl-C. With ``--verbose`` the
     traceback is printed, too. Characters that stdout's encoding lacks are printed as question
-    marks.
+    marks. A closed stdout (``>&-``) is a failure, where there was anything to print on it.
     """
+    with _stand_ins() as stdout:
+        code = _call(run, args)
+        if stdout is not None and stdout.lost:
+            print("error: stdout is closed; what was to be printed is lost", file=sys.stderr)
+            code = code or EXIT_FAILURE
+        return code
+
+
+def _call(run: Run, args: argparse.Namespace) -> int:
     try:
         with _lenient_stdout():
             code = run(args)
@@ -73,3 +82,49 @@ def _lenient_stdout() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError, ValueError):  # its reader has gone, or it is closed
             out.reconfigure(errors=before)
+
+
+class _Nowhere(io.TextIOBase):
+    """Stands in for a standard stream that is closed.
+
+    Attributes:
+        lost: something was to be printed on it.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.lost = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.lost = self.lost or bool(text.strip())
+        return len(text)
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[_Nowhere | None]:
+    """Closed standard streams, None in Python, stood in for meanwhile; yields that of stdout.
+
+    Their descriptors are taken, too: the next file that is opened would get them, and whatever a
+    library prints would go into that file.
+    """
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for descriptor, (name, stream) in enumerate(before.items(), start=1):
+        if stream is None:
+            setattr(sys, name, _Nowhere())
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                null = os.open(os.devnull, os.O_RDWR)
+                if null != descriptor:
+                    os.dup2(null, descriptor)
+                    os.close(null)
+    try:
+        yield sys.stdout if isinstance(sys.stdout, _Nowhere) else None
+    finally:
+        for name, stream in before.items():
+            if stream is None:
+                setattr(sys, name, None)

@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.terminal import progress, show_heading, show_line
 from inferlab.errors import describe_error
-from inferlab.output import print_json, write_json
+from inferlab.output import Journal, print_json, write_json
 from inferlab.prompts import Prompt
 from inferlab.records import record_of, total_stats
 
@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 ResultT = TypeVar("ResultT")
-Generate = Callable[[list[str]], Sequence[Mapping[str, Any]]]
+OnResult = Callable[[int, Mapping[str, Any]], None]
+Generate = Callable[[list[str], OnResult], Sequence[Mapping[str, Any]]]
+"""Texts -> results; calls the function with index and result of those that are done early."""
 
 
 class Labels(TypedDict):
@@ -61,16 +63,27 @@ class Many(TypedDict, Generic[ResultT]):
 class Collected:
     """The results of many prompts as they come in.
 
+    Args:
+        journal: takes each result as soon as it is there.
+
     Attributes:
         results: one mapping per prompt that was begun, in the prompts' order: the runner's result
             with ``prompt`` and the file's ``id`` and ``category``, or these with ``error``.
         interrupted: Ctrl-C ended the run before its time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
         self.results: list[Result] = []
         self.interrupted = False
         self.wall_ms = 0.0
+        self._kept: set[int] = set()
+
+    def keep(self, index: int, result: Result) -> None:
+        """Puts the result of a prompt into the journal, once."""
+        if index not in self._kept:
+            self._kept.add(index)
+            self.journal.add(result)
 
     @property
     def failed(self) -> bool:
@@ -107,48 +120,74 @@ def run_prompts(
     The error of ``--prompt`` is raised. Of ``--prompts`` each fails alone, whatever the reason: it
     becomes a result with ``error``, which names its line, and all others are answered. On Ctrl-C
     (KeyboardInterrupt, whose ``results`` are kept where it carries some) what there is is returned.
+
+    Where there is an ``--output`` each result stands in its journal as soon as it is there, until
+    :func:`report` has written the whole.
+
+    Raises:
+        UsageError: the journal cannot be written.
     """
-    collected = Collected()
+    collected = Collected(Journal(args.output))
+    if args.prompts is not None and collected.journal.path is not None:
+        logger.info("results are in %s while it runs", collected.journal.path)
+
+    def on_result(index: int, result: Mapping[str, Any]) -> None:
+        if "error" not in result:  # an error is told once, in its turn
+            collected.keep(index, _labelled(prompts[index], result))
+
+    def collect(index: int, result: Mapping[str, Any]) -> None:
+        labelled = _labelled(prompts[index], result)
+        collected.results.append(labelled)
+        collected.keep(index, labelled)
+
     start = time.perf_counter()
     try:
         with progress(len(prompts), "prompts", not args.no_progress) as advance:
             for first in range(0, len(prompts), batch_size):
-                chunk = prompts[first : first + batch_size]
-                for prompt, result in _run_chunk(chunk, generate, alone=args.prompts is None):
-                    collected.results.append(_labelled(prompt, result))
+                chunk = list(enumerate(prompts[first : first + batch_size], start=first))
+                alone = args.prompts is None
+                for index, result in _run_chunk(chunk, generate, on_result, alone=alone):
+                    collect(index, result)
                 advance(len(chunk))
                 logger.debug("%d of %d prompts done", len(collected.results), len(prompts))
     except KeyboardInterrupt as interrupt:
         collected.interrupted = True
-        partial = getattr(interrupt, "results", [])
-        begun = prompts[len(collected.results) :][: len(partial)]
-        for prompt, result in zip(begun, partial, strict=True):
-            collected.results.append(_labelled(prompt, result))
+        first = len(collected.results)
+        for index, result in enumerate(getattr(interrupt, "results", []), start=first):
+            collect(index, result)
+    except BaseException:
+        collected.journal.close(written=False)
+        raise
     collected.wall_ms = (time.perf_counter() - start) * 1e3
     return collected
 
 
 def _run_chunk(
-    chunk: Sequence[Prompt], generate: Generate, alone: bool
-) -> Iterator[tuple[Prompt, Mapping[str, Any]]]:
-    """Each prompt with its result, in order; a chunk that fails as a whole is tried by halves."""
+    chunk: Sequence[tuple[int, Prompt]], generate: Generate, on_result: OnResult, *, alone: bool
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The result of each prompt, by its index, in order; a chunk that fails as a whole is tried by
+    halves."""
+    indices = [index for index, _ in chunk]
     try:
-        for prompt in chunk:
+        for _, prompt in chunk:
             prompt.check()
-        results = generate([prompt.text for prompt in chunk])
+        texts = [prompt.text for _, prompt in chunk]
+        results = generate(texts, lambda place, result: on_result(indices[place], result))
     except Exception as error:
+        known = getattr(error, "results", None)
+        if alone and known is not None:  # its text counts prompts, and here is one
+            raise RuntimeError(known[0]["error"]) from error
         if alone:
             raise
-        known = getattr(error, "results", None)
         if known is None and len(chunk) > 1:
             half = len(chunk) // 2
-            yield from _run_chunk(chunk[:half], generate, alone=False)
-            yield from _run_chunk(chunk[half:], generate, alone=False)
+            yield from _run_chunk(chunk[:half], generate, on_result, alone=False)
+            yield from _run_chunk(chunk[half:], generate, on_result, alone=False)
             return
         if known is None:
             logger.debug("the traceback", exc_info=error)
         results = [{"error": describe_error(error)}] if known is None else known
-    yield from zip(chunk, results, strict=True)
+    yield from zip(indices, results, strict=True)
 
 
 def _labelled(prompt: Prompt, result: Mapping[str, Any]) -> Result:
@@ -166,8 +205,8 @@ def report(
     out: TextIO,
     show: Callable[[Result], None],
 ) -> int:
-    """Writes and prints what was collected; returns the exit code. It is printed, too, where it
-    cannot be written.
+    """Writes and prints what was collected; returns the exit code. Where it cannot be written it is
+    printed all the same, and the journal stays.
 
     With ``--prompt``: the mapping of that prompt. With ``--prompts``:
     ``{"results": [...], "summary": {...}}``.
@@ -183,6 +222,10 @@ def report(
     try:
         if args.output and payload is not None:
             write_json(args.output, payload)
+        collected.journal.close(written=True)
+    except Exception:
+        collected.journal.close(written=False)
+        raise
     finally:
         if not args.json:
             for result in collected.results:

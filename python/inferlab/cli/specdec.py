@@ -8,7 +8,7 @@ from typing import Any
 
 from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
-from inferlab.cli.results import Failed, Labels, Many, report, run_prompts
+from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts
 from inferlab.cli.specdec_flags import (
     add_model_arguments,
     add_sampling_arguments,
@@ -77,12 +77,14 @@ def run(args: argparse.Namespace) -> int:
         pipeline = SpeculativePipeline(config=config)
         live = shows_live(args)
 
-        def generate(texts: list[str]) -> list[SpecdecResult]:
+        def generate(texts: list[str], on_result: OnResult) -> list[SpecdecResult]:
             asked: list[Any] = list(texts)
             if args.chat:
                 asked = [pipeline.chat_prompt([{"role": "user", "content": t}]) for t in texts]
             told = (lambda piece: show_piece(piece.text)) if live else None
-            results: list[SpecdecResult] = pipeline.generate(asked, on_token=told)
+            results: list[SpecdecResult] = pipeline.generate(
+                asked, on_token=told, on_result=on_result
+            )
             return results
 
         collected = run_prompts(prompts, generate, args, args.batch_size or 1)

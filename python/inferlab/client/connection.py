@@ -12,8 +12,10 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
+from inferlab.types import check_text
+
 from .answers import AnswerError, error_text
-from .environment import client_for
+from .environment import check_port, client_for, settle_zone
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,10 @@ class OpenAIConnection:
             raise ValueError("api_key must be printable ASCII without spaces")
         self._api_key = api_key
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http, proxy = client_for(httpx.URL(base_url), headers, timeout)
+        url = httpx.URL(self.root_url)
+        if "%" in url.host:  # a zone means nothing to the other side (RFC 6874)
+            headers["Host"] = re.sub(r"%[^\]]*", "", url.netloc.decode())
+        self._http, proxy = client_for(url, headers, timeout)
         self._route = self.root_url + (f" by the proxy of {proxy}" if proxy else "")
 
     def request(
@@ -189,6 +194,11 @@ def split_base_url(base_url: str) -> tuple[str, str]:
         ValueError: not such an address.
     """
     allowed = "it must be http(s)://host[:port][/path], an IPv6 host in brackets"
+    check_text("base_url", base_url)
+    try:
+        base_url = settle_zone(base_url)
+    except ValueError as error:
+        raise ValueError(f"base_url {base_url!r} cannot be reached: {error}") from None
     try:
         url = httpx.URL(base_url)
     except (httpx.InvalidURL, TypeError) as error:
@@ -197,6 +207,7 @@ def split_base_url(base_url: str) -> tuple[str, str]:
         raise ValueError(f"base_url carries a user name or password; {allowed}, keys go to api_key")
     if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
         raise ValueError(f"base_url {base_url!r} is not allowed; {allowed}")
+    check_port(f"base_url {base_url!r}", url)
     given = str(url).rstrip("/")
     whole = re.sub(r"/(chat/completions|completions|models)$", "", given)
     path = httpx.URL(whole).path.rstrip("/")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 import ssl
 import urllib.request
+from pathlib import Path
 
 import httpx
 
@@ -57,6 +59,10 @@ def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
         return None
     # The address may hold a password: it stands in no message.
     name = _proxy_variable(url)
+    try:
+        address = settle_zone(address)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     allowed = f"it must be scheme://host:port with one of the schemes {', '.join(PROXY_SCHEMES)}"
     try:
         proxy = httpx.URL(address if "://" in address else f"http://{address}")
@@ -65,6 +71,7 @@ def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     host = address.rpartition("@")[2]
     if proxy.scheme not in PROXY_SCHEMES or not proxy.host or host.count("[") != host.count("]"):
         raise ValueError(f"{name}: {proxy.scheme}://{proxy.host} is not allowed; {allowed}")
+    check_port(name, proxy)
     return httpx.Proxy(proxy)
 
 
@@ -104,6 +111,42 @@ def is_excepted(url: httpx.URL, no_proxy: str) -> bool:
     return False
 
 
+def check_port(name: str, url: httpx.URL) -> None:
+    """Raises ValueError where the address has a port that no server has."""
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise ValueError(f"{name}: port {url.port} is not allowed; it must be from 1 to 65535")
+
+
+def settle_zone(address: str) -> str:
+    """``address`` with the zone of an IPv6 host as the system's resolver takes it.
+
+    A zone says by which interface a link-local host is reached, ``[fe80::1%eth0]``, or
+    ``[fe80::1%25eth0]`` as RFC 6874 writes it in addresses. Behind other hosts, ``[::1%lo]``, it
+    has no meaning (RFC 4007) and is taken off.
+
+    Raises:
+        ValueError: this machine has no such interface.
+    """
+    found = re.search(r"\[([0-9A-Fa-f:.]+)%(?:25(?=[^\]]))?([^\]]+)\]", address)
+    host = _address(found[1]) if found else None
+    if found is None or host is None:
+        return address
+    zone = ""
+    if host.is_link_local:
+        interfaces = dict(socket.if_nameindex())
+        zone = f"%{found[2]}"
+        if found[2] not in interfaces.values() and _number(found[2]) not in interfaces:
+            raise ValueError(
+                f"{found[1]}{zone}: there is no interface {found[2]}; this machine has "
+                + ", ".join(interfaces.values())
+            )
+    return f"{address[: found.start()]}[{found[1]}{zone}]{address[found.end() :]}"
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdecimal() else None
+
+
 def _network_has(network: str, host: ipaddress.IPv4Address | ipaddress.IPv6Address | None) -> bool:
     if host is None:
         return False
@@ -127,10 +170,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def _certificates() -> ssl.SSLContext:
+    name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
     try:
+        if name == "SSL_CERT_DIR" and os.environ.get(name):
+            next(Path(os.environ[name]).iterdir(), None)  # OpenSSL ignores one that is not there
         return httpx.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one
-        name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
         raise ValueError(
             f"{name}: {os.environ.get(name)} cannot be read as certificates "
             f"({error.strerror or error}); correct it or unset it"

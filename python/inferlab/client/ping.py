@@ -5,6 +5,7 @@ What a server does wrong is a result (``success: False`` and the reason), never 
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -208,8 +209,8 @@ class VLLMPingClient:
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompt is {prompt!r}; it must be a text that is not empty")
         stops = [stop] if isinstance(stop, str) else stop or []
-        for named, text in (("prompt", prompt), ("model", model), *(("stop", s) for s in stops)):
-            check_text(named, text or "")
+        for named, text in (("prompt", prompt), *(("stop", s) for s in stops)):
+            check_text(named, text)
         payload: dict[str, Any] = {
             "max_tokens": max_tokens if max_tokens is not None else config.max_tokens,
             "temperature": temperature if temperature is not None else config.temperature,
@@ -223,9 +224,10 @@ class VLLMPingClient:
             payload["prompt"] = prompt
         if stream:
             payload.update(stream=True, stream_options={"include_usage": True})
-        payload.update(extra_body or {})
+        payload.update(_sendable(extra_body or {}))
 
         name = model or self.model
+        check_text("model", name or "")
         reply: Reply[Any] | None = None
         if name is None:
             name, reply = self._default_model()
@@ -253,7 +255,8 @@ class VLLMPingClient:
     def _default_model(self) -> tuple[str | None, Reply[Any] | None]:
         """(first model that the server lists, None), or (None, why the list cannot be read).
 
-        A server that lists no model, or has no list, is asked without a model's name.
+        A server that lists no model, or has no list, is asked without a model's name. Names that
+        cannot be sent back (half of a surrogate pair is in them) are passed over.
         """
         if not self._listed:
             url = f"{self._connection.api_url}/models"
@@ -261,8 +264,16 @@ class VLLMPingClient:
             if reply.value is None and reply.status not in (404, 405):
                 reply.error = f"no model is given and {url} cannot be read: {reply.error}"
                 return None, reply
-            entries = reply.value["data"] if reply.value else []
-            self._first_model = entries[0]["id"] if entries else None
+            names = [entry["id"] for entry in reply.value["data"]] if reply.value else []
+            sendable = [name for name in names if _can_be_sent(name)]
+            if names and not sendable:
+                reply.value = None
+                reply.error = (
+                    f"no model is given and {url} names only {names[0]!a}, which holds half of a "
+                    "surrogate pair and cannot be sent; give model"
+                )
+                return None, reply
+            self._first_model = sendable[0] if sendable else None
             self._listed = True
         return self._first_model, None
 
@@ -281,6 +292,23 @@ def _check_sampling(payload: Mapping[str, Any]) -> None:
     number("temperature", 0, 100, "a number from 0 to 100")
     number("top_p", 0, 1, "a number from 0 to 1")
     number("seed", 0, 2**63 - 1, "an integer from 0 to 2**63 - 1", whole=True)
+
+
+def _can_be_sent(name: str) -> bool:
+    try:
+        check_text("model", name)
+    except ValueError:
+        return False
+    return True
+
+
+def _sendable(extra_body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``extra_body``; raises ValueError where it is no JSON, or none that can be encoded."""
+    try:
+        json.dumps(extra_body, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extra_body cannot be sent as JSON: {error}") from None
+    return extra_body
 
 
 def _read_whole(chunks: Iterator[bytes]) -> Answer:
