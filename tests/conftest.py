@@ -35,12 +35,30 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if re.search(r"\bfull\b", config.getoption("-m")):
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    if not re.search(r"\bfull\b", config.getoption("-m")):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("full")]
+    if hasattr(config, "workerinput"):
+        # What takes long is not to be left for one worker at the end.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadgroup: a group's tests stay together, and those of a file that are in none."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroupOrFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            _, at, group = nodeid[nodeid.rfind("]") + 1 :].rpartition("@")
+            return group if at else nodeid.split("::", 1)[0]
+
+    config.option.loadscopereorder = False  # the order of the tests is the right one
+    return ByGroupOrFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def device_tests(
         *("-q", "-x", "-p", "no:cacheprovider"),
         # Not the file descriptors: a process that a sanitizer ends would take its report along.
         *("--capture=sys", "--tb=short", "--durations=10", "-k", backend, *shim),
+        "-Wignore::pytest.PytestAssertRewriteWarning",  # the warm process has imported the plugins
         *(str(FOLDER / test) for test in tests),
     ]
     with tempfile.TemporaryDirectory() as folder:
