@@ -23,7 +23,6 @@ import pytest
 from helpers import shim_build
 
 FOLDER = shim_build.ROOT / "tests" / "kernels" / "device"
-WARM = Path(__file__).with_name("warm_pytest.py")
 
 _idle: dict[str, list[subprocess.Popen[str]]] = defaultdict(list)  # by variant
 _lock = threading.Lock()
@@ -102,7 +101,7 @@ def _start(variant: str) -> subprocess.Popen[str]:
     if variant in shim_build.SANITIZER_LIBRARIES:
         env["LD_PRELOAD"] = " ".join(map(str, shim_build.runtime_libraries(variant)))
     return subprocess.Popen(
-        [sys.executable, str(WARM)],
+        [sys.executable, "-m", "helpers.warm_pytest"],
         cwd=shim_build.ROOT,
         env=env,
         stdin=subprocess.PIPE,

@@ -25,7 +25,7 @@ def builds(request, tmp_path_factory):
     def build(mutant):
         source = folder / mutant.name
         mutant.patch(shim_build.CUDA, source)
-        return shim_build.build(mutant.variant, source)
+        return shim_build.build(mutant.variant, source, [mutant.source])
 
     chosen = {
         item.callspec.params.get("mutant")
@@ -53,3 +53,10 @@ def test_every_patch_fits_its_source(tmp_path):
 
 def test_names_are_unique():
     assert len({m.name for m in MUTANTS}) == len(MUTANTS)
+
+
+def test_every_mutant_is_compiled_from_a_source_of_its_own_change():
+    for mutant in MUTANTS:
+        source = shim_build.CUDA / mutant.source
+        included = shim_build._sources(source, [shim_build.CUDA])
+        assert shim_build.CUDA / mutant.file in included, mutant.name
