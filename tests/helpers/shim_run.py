@@ -58,7 +58,7 @@ def device_tests(
     if module is not None:
         shim += ["--hypothesis-profile", "first-failure"]
     if variant in shim_build.SANITIZER_LIBRARIES:
-        shim += ["-m", "not distribution"]
+        shim += ["-m", "not numbers"]
     arguments = [
         *("-q", "-x", "-p", "no:cacheprovider"),
         # Not the file descriptors: a process that a sanitizer ends would take its report along.
