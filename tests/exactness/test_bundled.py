@@ -7,6 +7,7 @@ import torch
 
 from helpers.bundled import GREEDY, NEW_TOKENS, PROMPTS, SAMPLED, plain, plain_tokens
 from helpers.compare import assert_same_tokens
+from helpers.pairwise import pairwise
 from inferlab import SpeculativePipeline
 from inferlab.types import SamplingParams
 
@@ -28,10 +29,12 @@ def test_plain_decoding_is_generate(dtype):
         assert_same_tokens(target, ids, expected, tokens, params, f"generate, {dtype}")
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("tree", [None, [3, 2, 1]], ids=["chain", "tree"])
-@pytest.mark.parametrize("draft_mode", ["vanilla", "ngram"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pairwise(
+    dtype=["float32", "bfloat16"],
+    draft_mode=["vanilla", "ngram"],
+    tree={"chain": None, "tree": [3, 2, 1]},
+    sampled={"greedy": False, "sampled": True},
+)
 def test_speculation_changes_no_token(dtype, draft_mode, tree, sampled):
     sampling = SAMPLED if sampled else GREEDY
     pipeline = SpeculativePipeline(

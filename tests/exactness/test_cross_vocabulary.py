@@ -12,6 +12,7 @@ from scipy.stats import chi2
 from helpers.compare import assert_same_tokens
 from helpers.fake_probabilities import next_probabilities
 from helpers.paged import PagedRunner
+from helpers.pairwise import pairwise
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from helpers.vocabularies import KINDS, permuted, reheaded, trained_tokenizer
 from inferlab.models import FakeLM, ForwardBatch, HFModel, VocabularyMap
@@ -123,9 +124,11 @@ def check(decoding: Engine, params: SamplingParams, what: str) -> tuple[int, int
     return sum(s.accepted for s in stats), sum(s.proposed for s in stats)
 
 
-@PARAMS
-@SHAPES
-@pytest.mark.parametrize("max_batch", [1, 4])
+@pairwise(
+    max_batch=[1, 4],
+    shape={"chain": CHAIN, "tree": TREE},
+    params={"greedy": GREEDY, "sampled": SAMPLED, "penalised": PENALISED},
+)
 def test_shuffled_ids_are_drafted_as_well_as_before(max_batch, shape, params):
     what = f"permuted, {shape.num_nodes} nodes, batch {max_batch}"
     same = check(engine(drafter_of("same", shape), max_batch), params, "one vocabulary")
