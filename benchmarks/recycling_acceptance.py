@@ -8,18 +8,17 @@ temperature 0, over held-out prompts, after others that fill the table.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 from inferlab import SamplingParams, SpeculativePipeline
-from inferlab.scheduler import Sequence
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import RecyclingDrafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import Budget, DraftTree
-from inferlab.training.corpus import heldout_prompts
+from inferlab.specdec.walk import Walk
+from inferlab.training.material.corpus import heldout_prompts
 
 NEW_TOKENS = 128
 # The first 20 are those of `inferlab bench --heldout 20`: left out.
@@ -38,13 +37,15 @@ class Watched(RecyclingDrafter):
         self._before = self.table.clone()
         return super().propose(batch, budget)
 
-    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
-        recent = sequence.tokens[-kept - 1 :]
-        for token, chosen in pairwise(recent):
-            row = self._before[token].tolist()
-            self.total += 1
-            if chosen in row:
-                self.counts[row.index(chosen)] += 1
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        chosen = zip(walk.nodes.tolist(), walk.tokens.tolist(), walk.kept.tolist(), strict=True)
+        for row, (nodes, tokens, kept) in enumerate(chosen):
+            for node, token in zip(nodes[:kept], tokens[:kept], strict=True):
+                known = self._before[int(walk.tree.tokens[row, node])].tolist()
+                self.total += 1
+                if token in known:
+                    self.counts[known.index(token)] += 1
+        super().commit(batch, walk)
 
 
 def main() -> None:

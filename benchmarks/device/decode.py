@@ -28,6 +28,7 @@ from inferlab.benchmarks.environment import describe_environment
 from inferlab.kernels import build_tree
 from inferlab.models import ForwardBatch, HFModel, KVCache
 from inferlab.models.transfer import upload
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import Drafter
@@ -76,7 +77,7 @@ class ScriptedDrafter(Drafter):
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         shape = self.shape.within(budget)
         rows = []
-        for sequence in batch.sequences:
+        for sequence in batch.requests:
             tokens = [sequence.tokens[-1]]
             for node in range(1, shape.num_nodes):
                 follows = self._order[tokens[shape.parents[node]]]
@@ -292,7 +293,7 @@ class Bench:
 
         on_device = self.device.type == "cuda"
         engine = self._engine(drafter)
-        engine.submit(self.prompt, self.params)
+        engine.add(Request(self.prompt, self.params))
         for _ in range(4):
             engine.step()
         activities = [ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]
@@ -303,7 +304,8 @@ class Bench:
                 engine.step()
             self._wait()
             wall_ms = (time.perf_counter() - started) * 1e3
-        engine.abort("measured")
+        for request in list(engine.scheduler.running):
+            engine.abort(request.request_id)
         events = [
             (event.name, event.time_range.elapsed_us())
             for event in profiler.events()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "inferlab.benchmarks.run_bench": ("BenchmarkRunner",),
+    "inferlab.benchmarks.benchmark": ("BenchmarkRunner",),
     "inferlab.config": (
         "BaselineConfig",
         "ConfigError",
@@ -30,8 +30,9 @@ _EXPORTS = {
         "TargetModel",
         "UnsupportedArchitectureError",
     ),
-    "inferlab.server.local_baseline": ("LocalBaselineRunner",),
-    "inferlab.server.ping_vllm": ("VLLMPingClient",),
+    "inferlab.baseline": ("LocalBaselineRunner",),
+    "inferlab.client.ping": ("VLLMPingClient",),
+    "inferlab.records": ("RequestRecord", "record_of"),
     "inferlab.specdec.controllers": (
         "AdaptiveController",
         "Controller",
@@ -47,7 +48,8 @@ _EXPORTS = {
         "NgramDrafter",
         "RecyclingDrafter",
     ),
-    "inferlab.specdec.engine": ("Engine", "Interrupted"),
+    "inferlab.errors": ("Interrupted",),
+    "inferlab.specdec.engine": ("Engine",),
     "inferlab.specdec.pipeline": ("GenerationError", "SpeculativePipeline"),
     "inferlab.specdec.policies": ("Policy",),
     "inferlab.specdec.tree": ("Budget", "DraftTree", "TreeShape"),
@@ -60,12 +62,15 @@ __all__ = ["__version__", "kernels", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:
     from inferlab import kernels as kernels
-    from inferlab.benchmarks.run_bench import BenchmarkRunner as BenchmarkRunner
+    from inferlab.baseline import LocalBaselineRunner as LocalBaselineRunner
+    from inferlab.benchmarks.benchmark import BenchmarkRunner as BenchmarkRunner
+    from inferlab.client.ping import VLLMPingClient as VLLMPingClient
     from inferlab.config import BaselineConfig as BaselineConfig
     from inferlab.config import ConfigError as ConfigError
     from inferlab.config import SpecdecConfig as SpecdecConfig
     from inferlab.config import VllmConfig as VllmConfig
     from inferlab.config import load_config as load_config
+    from inferlab.errors import Interrupted as Interrupted
     from inferlab.models import FakeLM as FakeLM
     from inferlab.models import ForwardBatch as ForwardBatch
     from inferlab.models import HFModel as HFModel
@@ -74,8 +79,8 @@ if TYPE_CHECKING:
     from inferlab.models import ModelTooLargeError as ModelTooLargeError
     from inferlab.models import TargetModel as TargetModel
     from inferlab.models import UnsupportedArchitectureError as UnsupportedArchitectureError
-    from inferlab.server.local_baseline import LocalBaselineRunner as LocalBaselineRunner
-    from inferlab.server.ping_vllm import VLLMPingClient as VLLMPingClient
+    from inferlab.records import RequestRecord as RequestRecord
+    from inferlab.records import record_of as record_of
     from inferlab.specdec.controllers import AdaptiveController as AdaptiveController
     from inferlab.specdec.controllers import Controller as Controller
     from inferlab.specdec.controllers import CostController as CostController
@@ -88,7 +93,6 @@ if TYPE_CHECKING:
     from inferlab.specdec.drafters import NgramDrafter as NgramDrafter
     from inferlab.specdec.drafters import RecyclingDrafter as RecyclingDrafter
     from inferlab.specdec.engine import Engine as Engine
-    from inferlab.specdec.engine import Interrupted as Interrupted
     from inferlab.specdec.pipeline import GenerationError as GenerationError
     from inferlab.specdec.pipeline import SpeculativePipeline as SpeculativePipeline
     from inferlab.specdec.policies import Policy as Policy

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
@@ -39,6 +49,7 @@ from inferlab.config_types import (
     allowed,
     as_tuple,
 )
+from inferlab.draft_modes import DRAFT_MODES, tree_misfit
 
 __all__ = [
     "MAX_DRAFT",
@@ -58,6 +69,16 @@ __all__ = [
     "load_config",
     "packaged_configs",
 ]
+
+
+_MEMBERS = tuple(name for name, mode in DRAFT_MODES.items() if mode.is_member)
+
+if TYPE_CHECKING:
+    DraftModeName: TypeAlias = str
+    Member: TypeAlias = str
+else:
+    DraftModeName = Literal[tuple(DRAFT_MODES)]
+    Member = Literal[_MEMBERS]
 
 
 class MedusaConfig(Section):
@@ -112,10 +133,10 @@ class EnsembleConfig(Section):
     """``draft_mode: ensemble``: whose trees are merged."""
 
     drafters: Annotated[
-        tuple[Literal["vanilla", "ngram", "recycling", "self", "medusa", "eagle"], ...],
+        tuple[Member, ...],
         BeforeValidator(as_tuple),
         Field(min_length=1),
-        allowed("a list of vanilla, ngram, recycling, self, medusa and eagle"),
+        allowed("a list of " + ", ".join(_MEMBERS[:-1]) + " and " + _MEMBERS[-1]),
     ] = ("eagle", "ngram")
 
 
@@ -164,57 +185,26 @@ class BaselineConfig(Sampled):
         return self.temperature if self.do_sample else 0.0
 
 
-DraftMode = Literal[
-    "vanilla", "ngram", "recycling", "self", "medusa", "eagle", "ensemble", "medusa-lite",
-    "eagle-lite", "none",
-]  # fmt: skip
-
-DRAFT_LEVELS = {"eagle": 6, "ensemble": 6, "medusa": 6, "ngram": 8, "recycling": 6}
-"""K where ``max_draft`` is left out: levels drafted per step; 4 for the others."""
-
-DRAFT_NODES = {"recycling": 80}
-"""Nodes below the root where ``tree_nodes`` is left out; 31 for the others."""
-
-
-def tree_misfit(draft_mode: str, tree: str | tuple[int, ...] | None) -> str:
-    """Why a draft mode has no such tree and what to use instead; "" where it has."""
-    if tree == "grown" and draft_mode not in ("eagle", "medusa"):
-        return (
-            "only 'eagle' and 'medusa' grow trees: use 'optimal', or children per node by depth: "
-            "[4, 2, 1]"
-        )
-    if tree == "optimal" and draft_mode == "ngram":
-        return (
-            "where a match was says nothing of ranks: use 'chain', or children per node by depth: "
-            "[4, 2, 1]"
-        )
-    if tree is not None and draft_mode == "ensemble":
-        return "its members draft trees of their own: leave it out, or bound tree_nodes"
-    if tree is not None and draft_mode.endswith("-lite"):
-        return "it drafts a chain: leave it out"
-    return ""
-
-
 class SpecdecConfig(Sampled):
     """Speculative decoding (``configs/specdec.yaml``, ``configs/specdec_hf.yaml``).
 
     Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
-    of ``max_draft``; left out it is what suits the drafter (DRAFT_LEVELS). So is ``tree``: chain;
-    optimal, the ``tree_nodes`` nodes (DRAFT_NODES) most likely to be accepted; grown, as many where
-    the draft is sure of itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per
-    node by depth.
+    of ``max_draft``, and ``k`` of ``agree_k``, the k of the ``topk_agree`` policy. ``max_draft``
+    left out is what suits the drafter (`DRAFT_MODES`). So is ``tree``: chain; optimal, the
+    ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is sure of
+    itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per node by depth.
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
     comparison, they agree less often. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
     smaller one wins; without both it is sized for the batch.
     """
 
-    aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft"}
+    aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
 
     implementation: Literal["hf", "fake"] = "hf"
     base_model: ModelName = "inferlab/tiny"
     draft_model: ModelName = "inferlab/tiny-draft"
 
-    draft_mode: DraftMode = "vanilla"
+    draft_mode: DraftModeName = "vanilla"
     max_draft: DraftCount | None = None
     tree: Tree | None = None
     tree_nodes: Annotated[int, Field(ge=1, le=MAX_TREE_NODES - 1)] | None = None
@@ -231,7 +221,7 @@ class SpecdecConfig(Sampled):
         "longest_prefix"
     )
     tau: Fraction = 0.5
-    k: PositiveCount = 5
+    agree_k: PositiveCount = 5
     p: Fraction = 0.9
 
     controller: Literal["fixed", "adaptive", "cost"] = "fixed"
@@ -267,12 +257,14 @@ class SpecdecConfig(Sampled):
     @property
     def levels(self) -> int:
         """``max_draft``, or what suits the drafter."""
-        return DRAFT_LEVELS.get(self.draft_mode, 4) if self.max_draft is None else self.max_draft
+        mode = DRAFT_MODES[self.draft_mode]
+        return mode.levels if self.max_draft is None else self.max_draft
 
     @property
     def nodes(self) -> int:
         """``tree_nodes``, or what suits the drafter."""
-        return DRAFT_NODES.get(self.draft_mode, 31) if self.tree_nodes is None else self.tree_nodes
+        mode = DRAFT_MODES[self.draft_mode]
+        return mode.nodes if self.tree_nodes is None else self.tree_nodes
 
     @property
     def requested_device(self) -> str:

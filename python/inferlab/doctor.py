@@ -1,22 +1,20 @@
-"""`inferlab doctor`: what is built in, what this machine offers, and what is missing."""
+"""What is built in, what this machine offers, and what is missing."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
-import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from inferlab import __version__
-from inferlab.cli_common import EXIT_FAILURE, EXIT_OK, clean_stdout, command_main, print_json
+from inferlab.machine import cpu_flags, memory_gb, processor_name, usable_cores
 
 DISTRIBUTION = "llm-inference-lab"
-CPUINFO = Path("/proc/cpuinfo")
 BANDWIDTH_BYTES = 256 * 2**20
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -31,7 +29,52 @@ BUNDLED_MODELS = {
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "httpx")
 
 
-def examine() -> dict[str, Any]:
+class BundledModel(TypedDict):
+    """Whether a bundled model is there whole."""
+
+    present: bool
+    size_mb: float
+    path: str
+
+
+class Missing(TypedDict):
+    """What is missing, and how to get it."""
+
+    what: str
+    how: str
+    essential: bool
+
+
+class Gpu(TypedDict):
+    """A CUDA device."""
+
+    name: str
+    architecture: str
+    memory_gb: float
+
+
+class Devices(TypedDict):
+    """What torch can run on beside the CPU; ``torch_cuda`` is the CUDA that it was built with."""
+
+    cuda: list[Gpu]
+    torch_cuda: str | None
+    mps: bool
+
+
+class Report(TypedDict):
+    """See `examine`."""
+
+    version: str
+    build: dict[str, Any]
+    machine: dict[str, Any]
+    devices: Devices
+    versions: dict[str, str | None]
+    extras: dict[str, list[str]]
+    models: dict[str, BundledModel]
+    missing: list[Missing]
+
+
+def examine() -> Report:
     """Everything that ``inferlab doctor --json`` prints.
 
     Returns:
@@ -39,7 +82,7 @@ def examine() -> dict[str, Any]:
         ``models``, and ``missing``: a list of ``{"what", "how", "essential"}``.
     """
     build = _build()
-    report: dict[str, Any] = {
+    report: Report = {
         "version": __version__,
         "build": build,
         "machine": _machine(native="error" not in build),
@@ -47,6 +90,7 @@ def examine() -> dict[str, Any]:
         "versions": _versions(),
         "extras": _extras(),
         "models": _bundled_models(),
+        "missing": [],
     }
     report["missing"] = _missing(report)
     return report
@@ -63,14 +107,14 @@ def _build() -> dict[str, Any]:
 
 
 def _machine(native: bool) -> dict[str, Any]:
-    flags = _cpu_flags()
+    flags = cpu_flags()
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
-        "cores_usable": _usable_cores(),
-        "memory_gb": _memory_gb(),
+        "cores_usable": usable_cores(),
+        "memory_gb": memory_gb(),
         "flags": {name: name in flags for name in CPU_FLAGS} if flags else None,
         "amx": {"amx_tile", "amx_bf16"} <= flags if flags else None,
         "avx512_bf16": "avx512_bf16" in flags if flags else None,
@@ -99,44 +143,10 @@ def measure_bandwidth(num_bytes: int = BANDWIDTH_BYTES, repeats: int = 8) -> flo
     return float(data.nbytes / min(times[1:]) / 1e9)
 
 
-def _cpu_flags() -> set[str]:
-    """The processor's feature names; empty where the system does not tell them."""
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return set(value.split())
-    return set()
-
-
-def _processor_name() -> str:
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity is not None else os.cpu_count()
-
-
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
-
-
-def _devices() -> dict[str, Any]:
+def _devices() -> Devices:
     import torch
 
-    cuda = []
+    cuda: list[Gpu] = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -204,9 +214,9 @@ def _unmet(distribution: str, extras: set[str]) -> list[str]:
     return unmet
 
 
-def _bundled_models() -> dict[str, dict[str, Any]]:
+def _bundled_models() -> dict[str, BundledModel]:
     # Not asked of inferlab.models: the doctor must speak where the native module cannot be loaded.
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, BundledModel] = {}
     for name, weights in BUNDLED_MODELS.items():
         directory = Path(__file__).resolve().parent / "assets" / name
         present = all((directory / file).is_file() for file in ("config.json", weights))
@@ -219,8 +229,8 @@ def _bundled_models() -> dict[str, dict[str, Any]]:
     return models
 
 
-def _missing(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    missing: list[dict[str, Any]] = []
+def _missing(report: Report) -> list[Missing]:
+    missing: list[Missing] = []
 
     def add(what: str, how: str, essential: bool = False) -> None:
         missing.append({"what": what, "how": how, "essential": essential})
@@ -253,97 +263,3 @@ def _missing(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             "only if you want to use one",
         )
     return missing
-
-
-# --- the command --------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``inferlab doctor``."""
-    parser.add_argument("--json", action="store_true", help="print it as JSON on stdout")
-    parser.add_argument("--verbose", action="store_true", help="print tracebacks of errors")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 when something essential is missing."""
-    with clean_stdout(args.json) as out:
-        report = examine()
-        if args.json:
-            print_json(report, out, indent=2)
-        else:
-            _show(report)
-    return EXIT_FAILURE if any(entry["essential"] for entry in report["missing"]) else EXIT_OK
-
-
-def _show(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _lines(report):
-        table.add_row(name, text)
-    console = Console()
-    console.print(table, markup=False, highlight=False)
-    if not report["missing"]:
-        console.print("Nothing is missing.")
-    for entry in report["missing"]:
-        mark = "MISSING" if entry["essential"] else "optional"
-        console.print(
-            f"{mark}: {entry['what']}\n  -> {entry['how']}", markup=False, highlight=False
-        )
-
-
-def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    build, machine, devices = report["build"], report["machine"], report["devices"]
-    lines = [("inferlab", report["version"])]
-    if "error" in build:
-        lines.append(("build", build["error"]))
-    else:
-        cuda = (
-            f"CUDA {build['cuda']} for {build['cuda_architectures']}"
-            if build["cuda"]
-            else "no CUDA"
-        )
-        lines.append(("build", f"{build['compiler']}, SIMD {', '.join(build['isas'])}, {cuda}"))
-    flags = machine["flags"]
-    lines.append(("processor", f"{machine['processor']}, {machine['architecture']}"))
-    lines.append(("features", " ".join(n for n, has in (flags or {}).items() if has) or "unknown"))
-    cores = f"{machine['cores_usable']} usable of {machine['cores']}"
-    lines.append(("cores, memory", f"{cores}, {machine['memory_gb']} GB"))
-    if "simd" in machine:
-        lines.append(
-            ("in use", f"{machine['simd']}, {machine['threads']} threads ({build['threading']})")
-        )
-        lines.append(("read bandwidth", f"{machine['read_bandwidth_gb_s']:.1f} GB/s measured"))
-    gpus = [
-        f"{gpu['name']} ({gpu['architecture']}, {gpu['memory_gb']} GB)" for gpu in devices["cuda"]
-    ]
-    lines.append(("CUDA devices", ", ".join(gpus) or "none"))
-    lines.append(("MPS", "yes" if devices["mps"] else "no"))
-    versions = report["versions"].items()
-    lines.append(
-        ("versions", ", ".join(f"{name} {version or 'missing'}" for name, version in versions))
-    )
-    installed = [name for name, unmet in report["extras"].items() if not unmet]
-    lines.append(("extras installed", ", ".join(installed) or "none"))
-    models = report["models"].items()
-    present = [f"{name} ({model['size_mb']} MB)" for name, model in models if model["present"]]
-    lines.append(("bundled models", ", ".join(present) or "none"))
-    return lines
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m inferlab.doctor``."""
-    return command_main(
-        "doctor",
-        "What is built in, what this machine offers, what is missing.",
-        add_arguments,
-        run,
-        argv,
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -229,4 +228,3 @@ class GenerationResult:
     timings_ms: dict[str, float]
     text: str = ""
     error: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)

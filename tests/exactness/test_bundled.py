@@ -88,7 +88,7 @@ def test_on_the_cpu_the_steps_of_the_bundled_pair_are_exact_to_the_last_bit():
                 block_table=table,
             ),
             cache_of,
-        )[0]
+        ).logits[0]
 
     rows(ids, 0)
     chain = [5, 90, 17, 300, 42]

@@ -24,6 +24,7 @@ from helpers.decoding import (
 )
 from helpers.pairwise import pairwise
 from inferlab.models import fused
+from inferlab.scheduler import Request
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -59,11 +60,10 @@ def make_engine(family: str, drafter: str, widths: tuple[int, ...], policy: str)
 def test_the_host_reads_once_a_step(policy, drafter, widths, params):
     engine = make_engine("gpt2", drafter, widths, policy)
     for prompt in PROMPTS[:3]:
-        engine.submit(prompt, params)
-    engine.step()  # admits and prefills: one read for each first token
+        engine.add(Request(prompt, params))
     steps = 0
     with Reads() as reads:
-        while engine.scheduler.running and steps < 6:
+        while engine.scheduler.has_work and steps < 6:
             engine.step()
             steps += 1
     assert steps > 2
@@ -77,7 +77,7 @@ def test_the_host_reads_once_a_step(policy, drafter, widths, params):
 def test_cuda_is_waited_for_once_a_step(drafter, tree):
     decoding = engine("gpt2", drafter, tree, device="cuda")
     for prompt in PROMPTS[:3]:
-        decoding.submit(prompt, SAMPLED)
+        decoding.add(Request(prompt, SAMPLED))
     decoding.step()
     decoding.step()  # static trees are uploaded once
     torch.cuda.synchronize()

@@ -70,7 +70,7 @@ class Checked(EagleDrafter):
 
     def propose(self, batch, budget):
         tree = super().propose(batch, budget)
-        for row, sequence in enumerate(batch.sequences):
+        for row, sequence in enumerate(batch.requests):
             self._check_chain(sequence.tokens, tree, row)
         return tree
 

@@ -19,6 +19,7 @@ from helpers.decoding import (
 )
 from helpers.pairwise import pairwise
 from helpers.tiny_models import FAMILIES
+from inferlab.scheduler import Request
 from inferlab.types import SamplingParams
 
 needs_mps = pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU")
@@ -74,11 +75,11 @@ def test_a_long_text_beside_one_that_has_just_come(family):
     texts = [[(5 * i) % 97 + 3 for i in range(100)], [(3 * i) % 89 + 3 for i in range(60)]]
     plain = engine(family, max_batch=1).generate([(text, GREEDY) for text in texts])
     speculative = engine(family, "vanilla")
-    results = [speculative.submit(texts[0], GREEDY)]
+    results = [speculative.add(Request(texts[0], GREEDY))]
     speculative.step()
-    results.append(speculative.submit(texts[1], GREEDY))
+    results.append(speculative.add(Request(texts[1], GREEDY)))
     while speculative.scheduler.running or speculative.scheduler.waiting:
         speculative.step()
-    for text, expected, sequence in zip(texts, plain, results, strict=True):
-        tokens = sequence.tokens[len(text) :]
+    for text, expected, request in zip(texts, plain, results, strict=True):
+        tokens = request.tokens[len(text) :]
         assert_same_tokens(target_of(family), text, expected.token_ids, tokens, GREEDY, family)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from helpers.tiny_models import tiny_model, tiny_tokenizer
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks.runners import GenerateRunner
 from inferlab.models import HFModel
 from inferlab.models.generation_defaults import not_followed
-from inferlab.server.local_baseline import LocalBaselineRunner
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 PROMPT = "the draft model"

@@ -78,7 +78,7 @@ def test_they_draft_what_they_say(family, kind):
 
     def watched(batch, budget):
         tree = propose(batch, budget)
-        for row, sequence in enumerate(batch.sequences):
+        for row, sequence in enumerate(batch.requests):
             if len(sequence.tokens) < 3:  # one state only: no line through it
                 continue
             states = hidden_states(family, sequence.tokens[:-1])

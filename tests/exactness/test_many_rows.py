@@ -48,7 +48,7 @@ def read(target, tokens, chunk):
         part = tokens[:, start : start + chunk]
         positions = torch.arange(start, start + part.shape[1]).expand(size, -1)
         lens = torch.full((size,), start, dtype=torch.int32)
-        parts.append(target.forward(ForwardBatch(part, positions, lens, table), cache_))
+        parts.append(target.forward(ForwardBatch(part, positions, lens, table), cache_).logits)
     return torch.cat(parts, dim=1), cache_
 
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny_models import VOCAB, random_model, tiny_config, tiny_tokenizer
 from inferlab import HFModel, SpeculativePipeline
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.models import allowed_vocab
 from inferlab.models.base import known_ids
-from inferlab.server.local_baseline import LocalBaselineRunner
 
 PROMPT = "the draft model guesses the draft model "
 PADDING = 24

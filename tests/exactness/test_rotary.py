@@ -22,7 +22,7 @@ from inferlab.models import HFModel
 from inferlab.models.draft_heads.eagle import EagleHead, eagle_config
 from inferlab.models.draft_heads.paged import PagedEagle
 from inferlab.models.rotary import context_length
-from inferlab.specdec import engine as engine_module
+from inferlab.scheduler import READ_TOKENS, Request
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter
 from inferlab.specdec.drafters import model as model_drafter
@@ -135,7 +135,11 @@ def expected_of(name: str) -> list[list[int]]:
 
 
 def run(
-    name: str, prompts: list[list[int]], shape: TreeShape | None = None, count: int = NEW_TOKENS
+    name: str,
+    prompts: list[list[int]],
+    shape: TreeShape | None = None,
+    count: int = NEW_TOKENS,
+    read_tokens: int = READ_TOKENS,
 ) -> list[GenerationResult]:
     """With the target as its own draft, which agrees up to the switch and drafts beyond it."""
     target = target_of(name)
@@ -143,6 +147,7 @@ def run(
     if shape is not None:
         drafter = ModelDrafter(target, target.new_cache(256), shape)
     engine = Engine(target, target.new_cache(256), Policy(), FixedController(6), drafter, 8)
+    engine.scheduler.read_tokens = read_tokens
     params = SamplingParams(max_tokens=count, ignore_eos=True)
     return engine.generate([(p, params) for p in prompts])
 
@@ -170,15 +175,14 @@ def test_the_switch_shows(name):
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_all_chunks_of_a_prompt_are_as_long_as_the_prompt(name, monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 20)
+def test_all_chunks_of_a_prompt_are_as_long_as_the_prompt(name):
     for prompt, expected in zip(PROMPTS, expected_of(name), strict=True):
-        assert run(name, [prompt])[0].token_ids == expected
+        assert run(name, [prompt], read_tokens=20)[0].token_ids == expected
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_a_draft_model_reads_the_prompt_like_a_target(name, monkeypatch):
-    monkeypatch.setattr(model_drafter, "CATCH_UP_CHUNK", 20)
+    monkeypatch.setattr(model_drafter, "READ_TOKENS", 20)
     (result,) = run(name, PROMPTS[2:3], SHAPES[1])
     assert result.stats.acceptance_rate > 0.8  # of itself; the last steps draft too much
 
@@ -259,4 +263,4 @@ def test_a_stretched_context_can_be_used(name):
             config, prompt, count
         )
     with pytest.raises(ValueError, match=f"exceed the context .* \\({limit} tokens\\)"):
-        engine.submit(prompt, SamplingParams(max_tokens=limit - 49))
+        engine.add(Request(prompt, SamplingParams(max_tokens=limit - 49)))

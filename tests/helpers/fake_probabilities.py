@@ -24,7 +24,7 @@ def next_logits(model: FakeLM, tokens: list[int]) -> np.ndarray:
             last_only=True,
         ),
         cache,
-    )
+    ).logits
     return logits[0, 0].double().numpy()
 
 

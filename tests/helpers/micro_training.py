@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from inferlab.training.architectures import llama_config, new_llama
-from inferlab.training.corpus import Corpus, load_corpus
-from inferlab.training.tokenizer import train_tokenizer
+from inferlab.training.material.corpus import Corpus
+from inferlab.training.target.architectures import llama_config, new_llama
+from inferlab.training.target.tokenizer import train_tokenizer
 
 VOCAB = 300
 MICRO = {
@@ -26,7 +26,7 @@ def write_micro_corpus(root: Path) -> Corpus:
     for index in range(60):
         lines = [f"def f{index}_{line}(x):\n    return x + {line * index}\n" for line in range(80)]
         (root / f"module_{index}.py").write_text("".join(lines), encoding="utf-8")
-    return load_corpus(root)
+    return Corpus.of(root)
 
 
 def micro_tokenizer(corpus: Corpus, extra: str = "") -> PreTrainedTokenizerFast:

@@ -82,7 +82,7 @@ class PagedRunner:
                 last_only=last_only,
             ),
             self.cache,
-        )
+        ).logits
         if commit:
             self.seq_lens = self.seq_lens + torch.tensor(counts, dtype=torch.int32)
         return logits
@@ -113,7 +113,7 @@ class PagedRunner:
                 node_offset=first,
             ),
             self.cache,
-        )
+        ).logits
 
     def commit(self, accepted: Sequence[Sequence[int]]) -> None:
         """Keeps the given nodes (a path from the root) of each sequence's tree."""

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.vocabularies import permuted
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
-from inferlab.benchmarks.modes_report import print_modes
+from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.run_bench import main
 from inferlab.config import SpecdecConfig
 

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
-from inferlab.models import loading
+from inferlab.models import HFModel
 from inferlab.models.assets import ASSETS
 from inferlab.models.draft_heads import load_eagle, load_medusa
-from inferlab.training import dynamic_tree, heldout, students
-from inferlab.training.corpus import heldout_prompts
+from inferlab.training.material.corpus import heldout_prompts
+from inferlab.training.measure.acceptance import Trial
 
 NAMES = ("tiny-medusa", "tiny-eagle")
 PROMPTS, NEW_TOKENS = 4, 48
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return loading.load("inferlab/tiny", device="cpu", dtype="float32")
+def target():
+    return HFModel.load("inferlab/tiny", device="cpu", dtype="float32")
 
 
-def texts(loaded, layers, temperature=0.0):
-    prompts = [
-        np.array(loaded.tokenizer(prompt).input_ids, dtype=np.int32)
-        for prompt in heldout_prompts(PROMPTS)
-    ]
-    return heldout.write_texts(
-        loaded.model, prompts, layers, new_tokens=NEW_TOKENS, temperature=temperature
+def trial(target, name, temperature=0.0):
+    prompts = [target.tokenizer(prompt).input_ids for prompt in heldout_prompts(PROMPTS)]
+    mode = {"tiny-draft": "vanilla", "tiny-medusa": "medusa", "tiny-eagle": "eagle"}[name]
+    return Trial(
+        target, mode, ASSETS / name, prompts, new_tokens=NEW_TOKENS, temperature=temperature
     )
 
 
@@ -48,9 +45,9 @@ def test_report_is_complete(name):
         assert f"{entry['tree']:.2f}" in card
 
 
-def test_heads_load_by_name(loaded):
+def test_heads_load_by_name(target):
     medusa, eagle = (
-        load("inferlab/" + name, loaded.model)
+        load("inferlab/" + name, target.model)
         for load, name in zip((load_medusa, load_eagle), NAMES, strict=True)
     )
     assert (medusa.hidden_size, medusa.vocab_size) == (160, 4096)
@@ -61,24 +58,14 @@ def test_heads_load_by_name(loaded):
 # Floors for a few short texts; the model cards have the measured means.
 
 
-def test_medusa_heads_are_often_right(loaded):
-    student = students.medusa_student(
-        loaded.model, loaded.tokenizer, "inferlab/tiny", init_from="inferlab/tiny-medusa"
-    )
-    student.module.float().eval()
-    found = heldout.measure(student.guess, texts(loaded, (-1,)), positions=3, nodes=64)
-    assert found.tree > 1.8
+def test_the_draft_is_often_right(target):
+    assert trial(target, "tiny-draft").chains(4).length > 2.5
+
+
+def test_medusa_heads_are_often_right(target):
+    assert trial(target, "tiny-medusa").static(levels=3, nodes=64) > 1.8
 
 
 @pytest.mark.parametrize(("temperature", "floor"), [(0.0, 3.5), (0.8, 2.8)])
-def test_the_eagle_head_is_often_right(loaded, temperature, floor):
-    student = students.eagle_student(
-        loaded.model, loaded.tokenizer, "inferlab/tiny", init_from="inferlab/tiny-eagle"
-    )
-    head = student.module.float().eval()
-    lengths = [
-        length
-        for text in texts(loaded, student.feature_layers, temperature)
-        for length in dynamic_tree.accepted_lengths(head, text, nodes=31, depth=6, width=8)
-    ]
-    assert sum(lengths) / len(lengths) > floor
+def test_the_eagle_head_is_often_right(target, temperature, floor):
+    assert trial(target, "tiny-eagle", temperature).grown(levels=6, nodes=31) > floor

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 
 import inferlab
-from inferlab import cli, cli_common, cli_results
-from inferlab.cli_common import Prompt, UsageError, read_prompts
-from inferlab.specdec import run_specdec
+from inferlab import cli, output
+from inferlab.cli import parser as cli_parser
+from inferlab.cli import results, specdec, terminal
+from inferlab.errors import UsageError
+from inferlab.prompts import Prompt, read_prompts
+from inferlab.records import RequestRecord, Speculation
+from inferlab.types import SpeculationStats
 
 
 def run_cli(*words: str) -> int:
@@ -49,6 +54,55 @@ def test_help_lists_the_commands(capsys):
     text = capsys.readouterr().out
     for command in ("baseline", "specdec", "bench", "ping", "train", "doctor"):
         assert f"\n    {command} " in text
+
+
+def test_the_package_itself_is_the_command():
+    command = [sys.executable, "-m", "inferlab", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"inferlab {inferlab.__version__}\n")
+
+
+def test_every_command_has_log_flags():
+    kinds = cli.make_parser()._subparsers._group_actions[0].choices
+    assert set(kinds) == set(cli.COMMANDS)
+    trains = kinds.pop("train")._subparsers._group_actions[0].choices
+    for name, parser in {**kinds, **trains}.items():
+        assert {"--log-level", "--verbose"} <= set(parser._option_string_actions), name
+
+
+def test_log_level_beats_the_file(capsys, tmp_path):
+    words = ("specdec", "--impl", "fake", "--max-tokens", "2", "--prompt", "a")
+    file = tmp_path / "loud.yaml"
+    file.write_text("log_level: DEBUG\n")
+    assert run_cli(*words, "--config", str(file)) == 0
+    assert "1 of 1 prompts done" in capsys.readouterr().err
+    assert run_cli(*words, "--config", str(file), "--log-level", "ERROR") == 0
+    assert capsys.readouterr().err == ""
+    assert run_cli(*words, "--log-level", "LOUD") == 2
+    assert "--log-level: invalid choice: 'LOUD'" in one_error(capsys)
+
+
+COMPLETE = """
+COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_shtab_inferlab; echo "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_shell_completion(capsys):
+    pytest.importorskip("shtab")
+    assert run_cli("--print-completion", "bash") == 0
+    script = capsys.readouterr().out
+    for words in ("inferlab cal", "inferlab specdec --draft-mode med", "inferlab bench --temp"):
+        script += COMPLETE.format(words=words)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["calibrate", "medusa medusa-lite", "--temperature"]
+
+
+def test_completion_without_its_library(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert run_cli("--print-completion", "bash") == 2
+    assert "pip install 'llm-inference-lab[completion]'" in one_error(capsys)
 
 
 @pytest.fixture(autouse=True)
@@ -123,9 +177,9 @@ def test_a_missing_model_directory_is_named(capsys, tmp_path):
 
 
 def read(*words: str):
-    parser = cli_common.Parser()
-    run_specdec.add_arguments(parser)
-    return run_specdec.read_config(parser.parse_args(["--prompt", "a", *words]))
+    parser = cli_parser.Parser()
+    specdec.add_arguments(parser)
+    return specdec.read_config(parser.parse_args(["--prompt", "a", *words]))
 
 
 def test_flags_reach_the_configuration():
@@ -138,7 +192,7 @@ def test_flags_reach_the_configuration():
         "--stop", "END", "--stop", "\n", "--batch-size", "3", "--base-model", "b",
         "--draft-model", "d",
     )  # fmt: skip
-    assert (config.max_draft, config.k, config.p, config.tau) == (6, 3, 0.8, 0.3)
+    assert (config.max_draft, config.agree_k, config.p, config.tau) == (6, 3, 0.8, 0.3)
     assert (config.policy, config.controller) == ("typical", "adaptive")
     assert (config.min_k, config.max_k, config.target_acceptance) == (2, 5, 0.6)
     assert (config.temperature, config.top_k, config.top_p, config.min_p) == (0.9, 40, 0.95, 0.05)
@@ -260,9 +314,9 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(capsys, error, code, line)
     def run(args: argparse.Namespace) -> int:
         raise error
 
-    assert cli_common.call(run, argparse.Namespace(verbose=False)) == code
+    assert cli_parser.call(run, argparse.Namespace(verbose=False)) == code
     assert capsys.readouterr().err == line + "\n"
-    assert cli_common.call(run, argparse.Namespace(verbose=True)) == code
+    assert cli_parser.call(run, argparse.Namespace(verbose=True)) == code
     assert capsys.readouterr().err.startswith("Traceback")
 
 
@@ -270,7 +324,7 @@ def test_ctrl_c_is_130(capsys):
     def run(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    assert cli_common.call(run, argparse.Namespace()) == 130
+    assert cli_parser.call(run, argparse.Namespace()) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -283,8 +337,23 @@ def arguments(**given):
 
 
 def fake_result(text: str, **more):
-    return {"text": text.upper(), "num_tokens": 2, "steps": 1, "proposed": 4, "accepted": 1,
-            "mean_accepted_length": 2.0, **more}  # fmt: skip
+    stats = SpeculationStats(steps=1, proposed=4, accepted=1, emitted=2)
+    record = RequestRecord(
+        source="specdec",
+        model="m",
+        started_at=0.0,
+        latency_ms=1.0,
+        speculation=Speculation(
+            impl="fake",
+            draft_mode="vanilla",
+            draft_model=None,
+            policy={},
+            controller={},
+            lossless=True,
+            stats=stats,
+        ),
+    )
+    return {"text": text.upper(), "num_tokens": 2, "record": record.as_json(), **more}
 
 
 def shout(texts: list[str]) -> list[dict]:
@@ -296,9 +365,9 @@ def shout(texts: list[str]) -> list[dict]:
 
 
 def collect(prompts, generate, args, batch_size=1):
-    with cli_common.clean_stdout(args.json) as out:
-        collected = cli_results.run_prompts(prompts, generate, args, batch_size)
-        return collected, cli_results.report(collected, args, out, lambda result: None)
+    with terminal.clean_stdout(args.json) as out:
+        collected = results.run_prompts(prompts, generate, args, batch_size)
+        return collected, results.report(collected, args, out, lambda result: None)
 
 
 def test_one_prompt_is_one_mapping_and_json_is_alone_on_stdout(capsys, tmp_path):
@@ -331,8 +400,8 @@ def test_one_bad_prompt_among_many_does_not_take_the_others_with_it(capsys):
     prompts = [Prompt(text) for text in ("a", "bad", "c")]
     _, code = collect(prompts, shout, arguments(prompts="p"), batch_size=3)
     assert code == 1
-    results = json.loads(capsys.readouterr().out)["results"]
-    assert [r.get("error") for r in results] == [None, "too long", None]
+    payload = json.loads(capsys.readouterr().out)
+    assert [r.get("error") for r in payload["results"]] == [None, "too long", None]
 
 
 def test_what_fails_is_named_by_its_line_and_the_rest_is_decoded_together(capsys, caplog):
@@ -407,13 +476,13 @@ def test_prompts_that_cannot_be_run_fail_alone(capsys, tmp_path, words):
     assert run_cli(*words, "--prompts", str(file), "--json", "--no-progress") == 1
     captured = capsys.readouterr()
     payload = json.loads(captured.out)
-    results = payload["results"]
-    assert [r["prompt"] for r in results] == texts
-    assert [bool(r.get("text")) for r in results] == [True, False, True, *[False] * 3, True]
+    found = payload["results"]
+    assert [r["prompt"] for r in found] == texts
+    assert [bool(r.get("text")) for r in found] == [True, False, True, *[False] * 3, True]
     for number, why in ((2, "half of a surrogate pair"), (4, "is empty"), (5, "is empty"),
                         (6, "exceed the context")):  # fmt: skip
-        assert results[number - 1]["error"].startswith(f"{file}:{number}: prompt ")
-        assert why in results[number - 1]["error"]
+        assert found[number - 1]["error"].startswith(f"{file}:{number}: prompt ")
+        assert why in found[number - 1]["error"]
         assert f"{file}:{number}: prompt " in captured.err
     assert (payload["summary"]["prompts"], payload["summary"]["errors"]) == (7, 4)
 
@@ -460,7 +529,7 @@ def test_ctrl_c_before_the_first_result_prints_no_json(capsys):
 
 
 def test_json_of_what_json_lacks():
-    text = cli_common.to_json(
+    text = output.to_json(
         {
             "nan": float("nan"),
             "inf": float("inf"),
@@ -485,26 +554,26 @@ def test_a_file_that_cannot_be_written_leaves_no_part_and_the_result_on_stdout(c
     assert json.loads(capsys.readouterr().out)["text"] == "A"
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
     deep = json.loads("[" * 900 + "]" * 900)
-    assert cli_common.to_json(deep).count("[") == 100
+    assert output.to_json(deep).count("[") == 100
 
 
 def test_json_can_always_be_encoded():
-    text = cli_common.to_json({"half": "x \ud83d", "whole": "\U0001f30d"})
+    text = output.to_json({"half": "x \ud83d", "whole": "\U0001f30d"})
     assert text.encode().decode() == '{"half": "x \\ud83d", "whole": "\U0001f30d"}'
     assert json.loads(text)["half"] == "x \ud83d"
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     with pytest.raises(UsageError, match="its directory does not exist"):
-        cli_common.check_output(str(tmp_path / "no" / "x.json"))
+        output.check_output(str(tmp_path / "no" / "x.json"))
     with pytest.raises(UsageError, match="is a directory"):
-        cli_common.check_output(str(tmp_path))
-    cli_common.check_output(None)
+        output.check_output(str(tmp_path))
+    output.check_output(None)
 
 
 def test_logs_go_to_stderr_once(capsys):
-    cli_common.setup_logging("INFO")
-    cli_common.setup_logging("INFO")
+    terminal.setup_logging("INFO")
+    terminal.setup_logging("INFO")
     logging.getLogger("inferlab.specdec").info("hello")
     logging.getLogger("inferlab.specdec").debug("hidden")
     captured = capsys.readouterr()
@@ -514,14 +583,14 @@ def test_logs_go_to_stderr_once(capsys):
 
 
 def test_logs_still_reach_a_programs_own_handlers(caplog):
-    cli_common.setup_logging("INFO")
+    terminal.setup_logging("INFO")
     logging.getLogger("inferlab.specdec").info("hello")
     assert "hello" in caplog.text
 
 
 def test_a_reader_that_has_gone_is_no_error():
     code = (
-        "from inferlab.cli_common import call; import argparse, sys\n"
+        "from inferlab.cli.parser import call; import argparse, sys\n"
         "sys.exit(call(lambda args: print('x' * 100_000) or 0, argparse.Namespace()))"
     )
     process = subprocess.Popen(
@@ -538,17 +607,19 @@ def test_output_that_the_terminal_cannot_show(encoding):
     """Lines of all helpers, plain and as JSON, in a process with another ``PYTHONIOENCODING``."""
     code = (
         "import argparse, sys\n"
-        "from inferlab import cli_common, cli_results\n"
+        "from inferlab.cli.parser import call\n"
+        "from inferlab.cli.terminal import clean_stdout, show_heading, show_line, show_text\n"
+        "from inferlab.output import print_json\n"
         "TEXT = 'a \\u00fc \\u4e16 \\U0001f30d \\udcff b'\n"
         "def run(args):\n"
         "    print(TEXT)\n"
-        "    cli_results.show_heading(TEXT)\n"
-        "    cli_results.show_text(TEXT)\n"
-        "    cli_results.show_line([TEXT, TEXT])\n"
-        "    with cli_common.clean_stdout() as out:\n"
-        "        cli_common.print_json({'text': TEXT, 'nan': float('nan')}, out)\n"
+        "    show_heading(TEXT)\n"
+        "    show_text(TEXT)\n"
+        "    show_line([TEXT, TEXT])\n"
+        "    with clean_stdout() as out:\n"
+        "        print_json({'text': TEXT, 'nan': float('nan')}, out)\n"
         "    return 0\n"
-        "sys.exit(cli_common.call(run, argparse.Namespace()))"
+        "sys.exit(call(run, argparse.Namespace()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -570,23 +641,23 @@ def test_output_that_the_terminal_cannot_show(encoding):
 def test_stdout_is_as_before_behind_a_command(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     monkeypatch.setattr(sys, "stdout", out)
-    assert cli_common.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
+    assert cli_parser.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
     assert (out.buffer.getvalue(), out.errors) == (b"?\n", "strict")
     own = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="xmlcharrefreplace")
     monkeypatch.setattr(sys, "stdout", own)
-    assert cli_common.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
+    assert cli_parser.call(lambda args: print("\u00fc") or 0, argparse.Namespace()) == 0
     assert own.buffer.getvalue() == b"&#252;\n"
 
 
 def test_json_is_readable_where_the_encoding_has_it_all():
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    cli_common.print_json({"text": "\u00fc \u4e16"}, out)
+    output.print_json({"text": "\u00fc \u4e16"}, out)
     out.flush()
     assert out.buffer.getvalue().decode() == '{"text": "\u00fc \u4e16"}\n'
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(capsys):
-    with cli_common.progress(10, "prompts") as advance:
+    with terminal.progress(10, "prompts") as advance:
         advance(5)
     assert capsys.readouterr().err == ""
 
@@ -594,7 +665,7 @@ def test_no_progress_bar_where_stderr_is_no_terminal(capsys):
 def test_progress_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    with cli_common.progress(10, "prompts") as advance:
+    with terminal.progress(10, "prompts") as advance:
         advance(5)
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -79,7 +79,7 @@ def test_defaults_without_a_file():
     assert (config.base_model, config.draft_model) == ("inferlab/tiny", "inferlab/tiny-draft")
     assert (config.levels, config.controller, config.policy) == (4, "fixed", "longest_prefix")
     assert (config.effective_temperature, config.max_new_tokens, config.seed) == (0.0, 64, 1234)
-    assert (config.tau, config.k, config.p) == (0.5, 5, 0.9)
+    assert (config.tau, config.agree_k, config.p) == (0.5, 5, 0.9)
     assert (config.min_k, config.max_k, config.target_acceptance) == (1, 8, 0.7)
     assert load_config(BaselineConfig).model == "inferlab/tiny"
 
@@ -222,7 +222,7 @@ BAD_SPECDEC = [
     ("max_darft: 3", "max_darft: is not a key; did you mean 'max_draft'?"),
     ("max_tokens: 3", "max_tokens: is not a key; did you mean 'max_new_tokens'?"),
     ("host: h", "host: is a key of vllm files; this one is read as a specdec file"),
-    ("zzz: 1", "zzz: is not a key; valid keys are K, allow_pickle,"),
+    ("zzz: 1", "zzz: is not a key; valid keys are K, agree_k, allow_pickle,"),
     ("1: 2", "1 is not a key"),
     ("tree: wide", "tree: 'wide' is not allowed; must be chain, optimal, grown or a list of"),
     (
@@ -243,7 +243,7 @@ BAD_SPECDEC = [
     ),
     (
         "tree: grown",
-        "tree: 'grown' is not for draft_mode: 'vanilla'; only 'eagle' and 'medusa' grow",
+        "tree: 'grown' is not for draft_mode: 'vanilla'; only 'medusa' and 'eagle' grow",
     ),
     ("eagle: {enabled: true}", "eagle.enabled: true contradicts draft_mode: 'vanilla'"),
 ]

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from inferlab import __version__, cli, doctor
+from inferlab import __version__, cli, doctor, machine
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,16 @@ def test_what_it_says_of_the_build_and_the_machine(report):
     assert 1 <= report["machine"]["threads"] <= os.cpu_count()
     assert report["machine"]["read_bandwidth_gb_s"] > 0.05
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
-    assert set(report["extras"]) == {"test", "bench", "train", "serve", "socks", "quant", "dev"}
+    assert set(report["extras"]) == {
+        "test",
+        "bench",
+        "train",
+        "serve",
+        "socks",
+        "quant",
+        "dev",
+        "completion",
+    }
     assert set(report["models"]) == {
         f"inferlab/{name}" for name in ("tiny", "tiny-draft", "tiny-medusa", "tiny-eagle")
     }
@@ -78,21 +87,21 @@ def test_the_text_names_each_thing(capsys):
 def test_flags_of_linux(monkeypatch, tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name\t: X 1\nflags\t\t: fpu avx2 amx_tile amx_bf16 avx512_bf16\n")
-    monkeypatch.setattr(doctor, "CPUINFO", cpuinfo)
-    machine = doctor._machine(native=False)
-    assert machine["processor"] == "X 1"
-    assert machine["amx"] is True
-    assert machine["avx512_bf16"] is True
-    assert machine["flags"]["avx512f"] is False
+    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+    found = doctor._machine(native=False)
+    assert found["processor"] == "X 1"
+    assert found["amx"] is True
+    assert found["avx512_bf16"] is True
+    assert found["flags"]["avx512f"] is False
     cpuinfo.write_text("flags : avx2 amx_tile\n")
     assert doctor._machine(native=False)["amx"] is False
 
 
 def test_a_system_that_tells_no_flags(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "no")
-    machine = doctor._machine(native=False)
-    assert machine["flags"] is None
-    assert machine["processor"]
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "no")
+    found = doctor._machine(native=False)
+    assert found["flags"] is None
+    assert found["processor"]
 
 
 def test_a_native_module_that_cannot_be_loaded_is_essential(monkeypatch, capsys):

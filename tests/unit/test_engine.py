@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inferlab.models import FakeLM
+from inferlab.errors import Interrupted
+from inferlab.models import FakeLM, ForwardOutput
 from inferlab.specdec.controllers import FixedController, make_controller
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
-from inferlab.specdec.engine import Engine, Interrupted
+from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import SamplingParams
@@ -122,8 +123,7 @@ def test_counts_add_up():
     result = make_engine().generate([(PROMPTS[0], SamplingParams(max_tokens=64))])[0]
     stats = result.stats
     assert len(result.token_ids) == 64
-    # One token comes from the prompt's forward, all others from steps.
-    assert stats.emitted == 63
+    assert stats.emitted == 64  # every token comes out of a step
     assert stats.prefill_forwards == 1
     assert stats.target_forwards == stats.steps + 1
     assert stats.accepted + stats.steps == stats.emitted
@@ -131,9 +131,9 @@ def test_counts_add_up():
     assert sum(result.timings_ms.values()) == pytest.approx(result.latency_ms, rel=1e-6)
 
 
-def test_max_tokens_of_one_needs_no_step():
+def test_max_tokens_of_one_needs_no_draft():
     result = make_engine().generate([(PROMPTS[0], SamplingParams(max_tokens=1))])[0]
-    assert (len(result.token_ids), result.stats.steps) == (1, 0)
+    assert (len(result.token_ids), result.stats.steps, result.stats.proposed) == (1, 1, 0)
     assert result.finish_reason == "length"
 
 
@@ -244,10 +244,10 @@ class BrokenLM(FakeLM):
 
     good = 20
 
-    def forward(self, batch, cache):
-        logits = super().forward(batch, cache)
-        positions = batch.positions[:, -logits.shape[1] :, None]
-        return torch.where(positions >= self.good, float("nan"), logits)
+    def forward(self, batch, cache, layers=()):
+        logits = super().forward(batch, cache, layers).logits
+        positions = batch.positions[:, batch.positions.shape[1] - logits.shape[1] :, None]
+        return ForwardOutput(torch.where(positions >= self.good, float("nan"), logits))
 
 
 @pytest.mark.parametrize("drafter", ["none", "vanilla"])
@@ -270,11 +270,11 @@ def test_nan_logits_end_a_request_with_an_error_and_leave_the_others_alone(draft
 class InterruptingLM(FakeLM):
     calls = 0
 
-    def forward(self, batch, cache):
+    def forward(self, batch, cache, layers=()):
         self.calls += 1
         if self.calls == 12:
             raise KeyboardInterrupt
-        return super().forward(batch, cache)
+        return super().forward(batch, cache, layers)
 
 
 def test_ctrl_c_keeps_what_there_was():

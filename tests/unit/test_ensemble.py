@@ -10,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.walks import walk_of
 from inferlab.kernels import build_tree
 from inferlab.models import FakeLM, ForwardOutput
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters import Drafter, EnsembleDrafter, ModelDrafter, NgramDrafter
 from inferlab.specdec.drafters.ensemble import merge
+from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
+from inferlab.specdec.walk import Walk
 from inferlab.types import SamplingParams
 
 
@@ -137,20 +140,17 @@ class Recorder(Drafter):
         self.told.append(("propose", budget))
         return DraftTree.of_shape(shape, tokens)
 
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
+    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
         self.told.append(("prefill", output.features))
 
-    def commit(self, batch, tree, nodes, kept, output) -> None:
-        self.told.append(("commit", tree, nodes.tolist(), kept.tolist(), output.features))
-
-    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
-        self.told.append(("settle", tree, kept))
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        self.told.append(("commit", walk))
 
     def is_lagging(self, batch: Batch) -> bool:
         return self.token == 2
 
-    def release(self, sequence: Sequence) -> None:
-        self.told.append(("release", sequence.request_id))
+    def release(self, request: Request) -> None:
+        self.told.append(("release", request.request_id))
 
     def describe(self) -> dict[str, Any]:
         return {"drafter": self.name}
@@ -158,8 +158,8 @@ class Recorder(Drafter):
 
 def batch_of(*prompts: list[int]) -> Batch:
     params = SamplingParams(max_tokens=8)
-    sequences = [Sequence(i, p, params, 0.0, pages=[0]) for i, p in enumerate(prompts)]
-    return Batch(sequences, torch.device("cpu"), ())
+    requests = [Request(p, params, i, pages=[0]) for i, p in enumerate(prompts)]
+    return Batch(requests, torch.device("cpu"), ())
 
 
 def test_members_hear_of_the_walk_and_of_their_own_features():
@@ -174,22 +174,22 @@ def test_members_hear_of_the_walk_and_of_their_own_features():
     output = ForwardOutput(torch.zeros(2, 7, 9), features)
     nodes = torch.tensor([[0, 1, 4, -1], [0, 2, 5, -1]], dtype=torch.int32)
     kept = torch.tensor([3, 3], dtype=torch.int32)
-    ensemble.commit(batch, tree, nodes, kept, output)
-    for row, sequence in enumerate(batch.sequences):
-        ensemble.settle(sequence, tree, 3 - row)
-    _, own, own_nodes, own_kept, part = keeper.told[1]
-    assert own.num_nodes == 3
-    assert (own_nodes, own_kept) == ([[0, 1, 2, -1], [0, -1, -1, -1]], [3, 1])
-    assert torch.equal(part, features[..., :4])
-    assert [(t is own, k) for _, t, k in keeper.told[2:]] == [(True, 3), (True, 1)]
-    _, merged, all_nodes, all_kept, part = other.told[1]
-    assert merged is tree
-    assert (all_nodes, all_kept) == (nodes.tolist(), [3, 3])
-    assert torch.equal(part, features[..., 4:])
-    assert [(t is tree, k) for _, t, k in other.told[2:]] == [(True, 3), (True, 2)]
-    assert silent.told[1][-1] is None
+    walk = walk_of(batch, tree, nodes, kept, output)
+    ensemble.commit(batch, walk)
+    assert len(walk.read()) == 2
+    own = keeper.told[1][1]
+    assert own.tree.num_nodes == 3
+    assert own.nodes.tolist() == [[0, 1, 2, -1], [0, -1, -1, -1]]
+    assert own.kept.tolist() == own.kept_on_host == [3, 1]
+    assert torch.equal(own.output.features, features[..., :4])
+    whole = other.told[1][1]
+    assert whole.tree is tree
+    assert torch.equal(whole.nodes, nodes)
+    assert whole.kept.tolist() == whole.kept_on_host == [3, 3]
+    assert torch.equal(whole.output.features, features[..., 4:])
+    assert silent.told[1][1].output.features is None
     assert ensemble.is_lagging(batch)
-    ensemble.release(batch.sequences[1])
+    ensemble.release(batch.requests[1])
     assert keeper.told[-1] == silent.told[-1] == ("release", 1)
 
 
@@ -200,9 +200,12 @@ def test_a_step_without_drafts_is_told_as_it_was():
     ensemble.propose(batch, Budget(3, 6))
     root = DraftTree.root_only(batch.roots)
     one = torch.ones(1, dtype=torch.int32)
-    ensemble.commit(batch, root, one[:, None] - 1, one, ForwardOutput(torch.zeros(1, 1, 9)))
-    ensemble.settle(batch.sequences[0], root, 1)
-    assert [t[1] is root for t in keeper.told[1:]] == [True, True]
+    walk = walk_of(batch, root, one[:, None] - 1, one, ForwardOutput(torch.zeros(1, 1, 9)))
+    ensemble.commit(batch, walk)
+    walk.read()
+    told = keeper.told[1][1]
+    assert told.tree is root
+    assert told.kept_on_host == [1]
 
 
 def test_budgets_are_shared_and_what_one_can_not_use_goes_to_the_others():
@@ -257,8 +260,8 @@ def test_nothing_is_read_back_from_a_device():
     batch = batch_of([300, 301, 300], [305, 305, 305])
     shape = TreeShape.regular((2, 1))
     models = ModelDrafter(target, target.new_cache(16), shape)
-    batch.sequences[0].pages[:] = [1]
-    batch = Batch(batch.sequences, batch.device, ())
+    batch.requests[0].pages[:] = [1]
+    batch = Batch(batch.requests, batch.device, ())
     trees = [models.propose(batch, Budget(2, 9)), NgramDrafter(3).propose(batch, Budget(3, 9))]
     walk = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
     with Reads() as reads:

@@ -1,6 +1,7 @@
 """The house stands: imports inside the package go down only, and the ground needs no torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,28 @@ PACKAGE = Path(inferlab.__file__).resolve().parent
 
 # A room may use rooms of lower floors and itself; rooms of one floor do not know each other.
 FLOORS = (
-    {"types", "config", "config_file", "config_types", "cli_common", "cli_results"},
+    {"types", "records", "config", "config_file", "config_types", "draft_modes"}
+    | {"errors", "prompts", "output", "machine"},
     {"_C"},
     {"kernels"},
     {"models", "scheduler"},
-    {"specdec"},
+    {"specdec", "client"},
+    {"baseline"},
     {"server", "training"},
     {"benchmarks", "certify"},
-    {"doctor", "cli"},
+    {"doctor"},
+    {"cli"},
     {"__main__"},
 )
+# Modules that are also commands (`python -m inferlab.specdec.run_specdec`): faces of inferlab.cli,
+# which their `main`, and nothing else of them, imports when it is called.
+FACES = (
+    ("inferlab", "specdec", "run_specdec"),
+    ("inferlab", "server", "local_baseline"),
+    ("inferlab", "server", "ping_vllm"),
+    ("inferlab", "benchmarks", "run_bench"),
+)
+
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -51,6 +64,8 @@ def upward(source: str, module: tuple[str, ...]) -> list[str]:
     """What a module of that path imports against the order."""
     room = module[1]
     wrong = []
+    if module in FACES:
+        source = without_main(source)
     for line, other in imported_rooms(source, module[:-1]):
         same_ground = FLOOR_OF[room] == 0 == FLOOR_OF.get(other)
         if other == room or same_ground:
@@ -58,6 +73,13 @@ def upward(source: str, module: tuple[str, ...]) -> list[str]:
         if FLOOR_OF.get(other, len(FLOORS)) >= FLOOR_OF[room]:
             wrong.append(f"{'.'.join(module)}:{line} imports {other or 'the root'}")
     return wrong
+
+
+def without_main(source: str) -> str:
+    """A module's source without its function `main`."""
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if getattr(node, "name", None) != "main"]
+    return ast.unparse(tree)
 
 
 def modules() -> list[tuple[tuple[str, ...], Path]]:
@@ -81,6 +103,33 @@ def test_imports_go_down_only():
     assert not wrong, "\n".join(wrong)
 
 
+def test_only_the_command_line_knows_flags():
+    knowing = {
+        path
+        for path, file in modules()
+        if path[1] != "cli" and re.search(r"\bimport argparse\b", file.read_text(encoding="utf-8"))
+    }
+    assert not knowing, "flags belong to inferlab.cli"
+
+
+def test_the_faces_names_are_those_of_the_rooms_behind():
+    from inferlab import BenchmarkRunner, LocalBaselineRunner, VLLMPingClient
+    from inferlab.benchmarks import run_bench
+    from inferlab.server import local_baseline, ping_vllm
+
+    assert run_bench.BenchmarkRunner is BenchmarkRunner
+    assert local_baseline.LocalBaselineRunner is LocalBaselineRunner
+    assert ping_vllm.VLLMPingClient is VLLMPingClient
+
+
+def test_faces_are_thin():
+    files = dict(modules())
+    for face in FACES:
+        body = ast.parse(files[face].read_text(encoding="utf-8")).body
+        defined = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert defined == ["main"], face
+
+
 @pytest.mark.parametrize(
     ("source", "module"),
     [
@@ -91,6 +140,9 @@ def test_imports_go_down_only():
         ("from inferlab import SpeculativePipeline", ("inferlab", "server", "app")),
         ("def f():\n    from inferlab.training import train", ("inferlab", "server", "app")),
         ("import inferlab", ("inferlab", "types")),
+        ("def main():\n    from inferlab.cli import call", ("inferlab", "specdec", "pipeline")),
+        ("def run():\n    from inferlab.cli import call", FACES[0]),
+        ("from inferlab.cli import call\ndef main():\n    call()", FACES[0]),
     ],
 )
 def test_an_upward_import_is_found(source, module):
@@ -106,6 +158,7 @@ def test_an_upward_import_is_found(source, module):
         ("from .drafters import base", ("inferlab", "specdec", "engine")),
         ("import torch, inferlab.config", ("inferlab", "models", "hf")),
         ("from inferlab.config_file import build", ("inferlab", "config")),
+        ("def main():\n    from inferlab.cli import run_command", FACES[0]),
     ],
 )
 def test_a_downward_import_is_not(source, module):
@@ -116,7 +169,8 @@ def test_a_downward_import_is_not(source, module):
     "statement",
     [
         "import inferlab",
-        "import inferlab.config, inferlab.types, inferlab.cli_common",
+        "import inferlab.config, inferlab.types, inferlab.prompts, inferlab.output",
+        "import inferlab.records, inferlab.client.ping",
         "import inferlab.scheduler",
         "from inferlab.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass",
     ],

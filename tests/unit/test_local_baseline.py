@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from inferlab import baseline
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.config import ConfigError
-from inferlab.server import local_baseline
-from inferlab.server.local_baseline import LocalBaselineRunner
+from inferlab.errors import Interrupted
 
 PROMPT = "def main("
 
@@ -85,15 +86,15 @@ def test_what_is_refused(runner):
 
 def test_ctrl_c_keeps_the_tokens_so_far(runner, monkeypatch):
     whole = runner.run(PROMPT, 12, temperature=0)["token_ids"]
-    put = local_baseline._Collector.put
+    put = baseline._Collector.put
 
     def put_five(self, value):
         put(self, value)
         if len(self.token_ids) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(local_baseline._Collector, "put", put_five)
-    with pytest.raises(local_baseline.Interrupted) as caught:
+    monkeypatch.setattr(baseline._Collector, "put", put_five)
+    with pytest.raises(Interrupted) as caught:
         runner.run(PROMPT, 12, temperature=0, keep_partial=True)
     (result,) = caught.value.results
     assert result["token_ids"] == whole[:5]

@@ -15,7 +15,7 @@ from helpers.tiny_models import tiny_tokenizer
 from inferlab import _C
 from inferlab.config import SpecdecConfig
 from inferlab.models import FakeLM
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters import NgramDrafter, load_corpus
 from inferlab.specdec.tree import Budget
@@ -192,8 +192,8 @@ def test_what_does_not_fit_is_refused():
 
 def batch_of(*prompts):
     params = SamplingParams(max_tokens=8)
-    sequences = [Sequence(i, p, params, 0.0, pages=[0]) for i, p in enumerate(prompts)]
-    return Batch(sequences, torch.device("cpu"), ())
+    requests = [Request(p, params, i, pages=[0]) for i, p in enumerate(prompts)]
+    return Batch(requests, torch.device("cpu"), ())
 
 
 def test_a_tree_of_a_smaller_budget_is_the_first_nodes_of_a_larger_one():
@@ -223,7 +223,7 @@ def test_a_sequence_is_forgotten_when_it_leaves():
     batch = batch_of([1, 2, 1])
     drafter = NgramDrafter()
     drafter.propose(batch, Budget(2, 9))
-    drafter.release(batch.sequences[0])
+    drafter.release(batch.requests[0])
     other = batch_of([4, 3, 4])  # the same request id
     assert drafter.propose(other, Budget(2, 9)).tokens.tolist() == [[4, 3, 4]]
 

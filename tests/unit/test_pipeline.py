@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from inferlab import SpeculativePipeline
 from inferlab.config import SpecdecConfig
+from inferlab.errors import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_results_hold_what_they_promise(pipeline):
     assert result["token_ids"] == result["generated_tokens"]
     assert result["tokens_per_second"] == result["tokens_per_sec"] > 0
     assert result["acceptance_rate"] == 1.0
-    assert result["mean_accepted_length"] * result["steps"] == 8
+    assert result["mean_accepted_length"] * result["steps"] == 9
     assert set(result["timings_ms"]) == {"prefill", "draft", "verify", "accept", "commit", "rest"}
     assert result["lossless"]
     assert result["policy"] == {"policy": "longest_prefix", "lossless": True}
@@ -88,3 +90,100 @@ def test_a_config_object_stands_alone():
 def test_a_path_is_a_model_name():
     with pytest.raises(FileNotFoundError, match="/no/such/model"):
         SpeculativePipeline(base_model=Path("/no/such/model"))
+
+
+def joined(pieces):
+    pieces = list(pieces)
+    assert [p.result is not None for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    return (
+        "".join(p.text for p in pieces),
+        [t for p in pieces for t in p.token_ids],
+        sum(p.drafted for p in pieces),
+        pieces[-1].result,
+    )
+
+
+@pytest.mark.parametrize("stop", [None, " w7", ("e", "nothing")])
+def test_a_stream_gives_what_generate_gives(pipeline, stop):
+    given = {"max_tokens": 40, "temperature": 0.9, "seed": 5, "stop": stop}
+    expected = pipeline.generate("some text", **given)
+    text, tokens, drafted, result = joined(pipeline.stream("some text", **given))
+    assert text == expected["text"] == result["text"]
+    assert tokens == expected["token_ids"] == result["token_ids"]
+    assert drafted == expected["accepted"] > 0
+    assert result["finish_reason"] == expected["finish_reason"]
+
+
+def test_a_stream_of_several_prompts_numbers_its_pieces(pipeline):
+    prompts = ["a b", "c", "a b c d"]
+    expected = pipeline.generate(prompts, max_tokens=20)
+    pieces = list(pipeline.stream(prompts, max_tokens=20))
+    assert {p.index for p in pieces[:3]} == {0, 1, 2}
+    for index, result in enumerate(expected):
+        assert joined(p for p in pieces if p.index == index)[0] == result["text"]
+
+
+def test_a_stream_is_refused_at_once_and_stops_when_it_is_left(pipeline):
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        pipeline.stream("a", max_tokens=0)
+    with pytest.raises(TypeError, match="knows no foo"):
+        pipeline.stream("a", foo=1)
+    for piece in pipeline.stream("a b", max_tokens=200):
+        assert piece.token_ids
+        break
+    assert not pipeline.engine.scheduler.has_work
+
+
+def test_streams_of_asyncio_share_the_batch_and_can_be_cancelled(pipeline):
+    expected = pipeline.generate(["a b", "c d e"], max_tokens=60)
+
+    async def collect(prompt):
+        return joined([piece async for piece in pipeline.astream(prompt, max_tokens=60)])
+
+    async def main():
+        endless = asyncio.create_task(collect_for_ever())
+        both = await asyncio.gather(collect("a b"), collect("c d e"))
+        endless.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+        return both
+
+    async def collect_for_ever():
+        async for _ in pipeline.astream("x y", max_tokens=3000, ignore_eos=True):
+            pass
+
+    both = asyncio.run(main())
+    assert [b[0] for b in both] == [r["text"] for r in expected]
+    assert not pipeline.engine.scheduler.has_work
+
+
+def test_a_tokenizer_without_a_chat_template_is_named(pipeline):
+    with pytest.raises(ValueError, match=r"fake has no chat template; add chat_template\.jinja"):
+        pipeline.generate(messages=[{"role": "user", "content": "hello"}])
+
+
+def test_tokens_are_told_as_they_come(pipeline):
+    pieces, finished = [], []
+    results = pipeline.generate(
+        ["a b", "c"],
+        max_tokens=20,
+        on_token=pieces.append,
+        on_result=lambda index, result: finished.append((index, result)),
+    )
+    for index, result in enumerate(results):
+        assert joined(p for p in pieces if p.index == index)[0] == result["text"]
+        assert (index, result) in finished
+
+
+@pytest.mark.parametrize("callback", ["on_token", "on_result"])
+def test_an_interrupt_in_a_callback_keeps_what_there_was(pipeline, callback):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        pipeline.generate(["a b", "c d"], max_tokens=30, **{callback: interrupt})
+    results = caught.value.results
+    assert len(results) == 2
+    assert "interrupted" in {r["finish_reason"] for r in results} or callback == "on_result"
+    assert all(r["token_ids"] for r in results)
+    assert not pipeline.engine.scheduler.has_work

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.walks import walk_of
 from inferlab.kernels import build_tree
 from inferlab.models import FakeLM, ForwardOutput
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import RecyclingDrafter
@@ -23,14 +24,14 @@ SHAPE = TreeShape.regular((3, 2, 1))
 
 def batch_of(*prompts):
     params = SamplingParams(max_tokens=8)
-    sequences = [Sequence(i, p, params, 0.0, pages=[0]) for i, p in enumerate(prompts)]
-    return Batch(sequences, CPU, ())
+    requests = [Request(p, params, i, pages=[0]) for i, p in enumerate(prompts)]
+    return Batch(requests, CPU, ())
 
 
 def commit(drafter, batch, tree, logits):
     nodes = torch.zeros((len(batch), 1), dtype=torch.int32)
     kept = torch.ones(len(batch), dtype=torch.int32)
-    drafter.commit(batch, tree, nodes, kept, ForwardOutput(logits))
+    drafter.commit(batch, walk_of(batch, tree, nodes, kept, ForwardOutput(logits)))
 
 
 def best_of(row, count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from inferlab.server.sse import Event, parse_events
+from inferlab.client.sse import Event, parse_events
 
 # https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 STANDARD = {

@@ -7,9 +7,16 @@ import pytest
 from helpers.tiny_models import tiny_tokenizer
 from helpers.vocabularies import KINDS, reheaded, trained_tokenizer
 from inferlab import SpeculativePipeline
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.models import FakeLM, HFModel
-from inferlab.scheduler import NewText, StopStrings, special_tokens, text_decoder
-from inferlab.server.local_baseline import LocalBaselineRunner
+from inferlab.specdec.text import (
+    NewText,
+    StopStrings,
+    TextStream,
+    special_tokens,
+    text_decoder,
+    unsettled_tokens,
+)
 
 TOKENIZERS = {
     "bundled": lambda: HFModel.load("inferlab/tiny", device="cpu").tokenizer,
@@ -192,3 +199,54 @@ def test_prompt_and_text_of_a_result_are_the_whole_text(kind, tmp_path):
     runner = LocalBaselineRunner(model_name=str(tmp_path), device="cpu")
     result = runner.run("class Error", 8, temperature=0.0)
     assert result["text"] == decode(tokenizer.encode("class Error")) + result["completion"]
+
+
+def test_pieces_of_a_stream_are_the_text(tokenizer):
+    rng = random.Random(3)
+    decode = text_decoder(tokenizer)
+    for _ in range(6):
+        prompt = (
+            tokenizer.encode(PROMPT) if rng.random() < 0.7 else random_output(tokenizer, rng, 9)
+        )
+        out = random_output(tokenizer, rng, 120)
+        text = NewText(decode, prompt)
+        stream, pieces, at = TextStream(text, (), unsettled_tokens(tokenizer)), [], 0
+        while at < len(out):
+            count = rng.randrange(1, 6)
+            pieces.append(stream.add(out[at : at + count]))
+            at += count
+        whole = text.of(out)
+        given = "".join(pieces)
+        assert whole.startswith(given)
+        assert given + stream.end(whole) == whole
+
+
+def test_what_may_begin_a_stop_string_is_kept_back(tokenizer):
+    rng = random.Random(4)
+    prompt = tokenizer.encode(PROMPT)
+    found = 0
+    for _ in range(12):
+        out = tokenizer.encode("usage: show program's version and exit\n" * 6)
+        text = NewText(text_decoder(tokenizer), prompt)
+        whole = text.of(out)
+        start = rng.randrange(len(whole) // 2, len(whole) - 8)
+        stops = (whole[start : start + 8], "never said")
+        strings = StopStrings(stops, text, special_tokens(tokenizer))
+        stream, given = TextStream(text, stops), ""
+        for n, token in enumerate(out, 1):
+            ended = strings.add(token)
+            given += stream.add([token]) if not ended else ""
+            if ended:
+                cut = strings.cut(text.of(out[:n]))
+                assert cut.startswith(given)
+                assert given + stream.end(cut) == cut
+                found += 1
+                break
+            assert not any(stop in given for stop in stops)
+    assert found == 12
+
+
+def test_a_stream_gives_text_as_soon_as_it_is_certain(tokenizer):
+    out = tokenizer.encode("usage: show the version and exit\n" * 4, add_special_tokens=False)
+    stream = TextStream(NewText(text_decoder(tokenizer), tokenizer.encode(PROMPT)))
+    assert all(stream.add([token]) for token in out[1:])

@@ -15,12 +15,14 @@ transformers = pytest.importorskip("transformers")
 
 from helpers.micro_training import micro_model, write_micro_corpus  # noqa: E402
 from helpers.micro_training import micro_tokenizer as make_micro_tokenizer  # noqa: E402
-from inferlab.training import checkpoint, corpus, optim, train  # noqa: E402
-from inferlab.training.architectures import use_training_attention  # noqa: E402
-from inferlab.training.loop import LoopConfig  # noqa: E402
-from inferlab.training.pretrain import pretrain  # noqa: E402
-from inferlab.training.tokenizer import train_tokenizer  # noqa: E402
-from inferlab.training.windows import WindowSampler  # noqa: E402
+from inferlab.cli import train  # noqa: E402
+from inferlab.training.material import corpus  # noqa: E402
+from inferlab.training.material.windows import WindowSampler  # noqa: E402
+from inferlab.training.target import checkpoint, optim  # noqa: E402
+from inferlab.training.target.architectures import use_training_attention  # noqa: E402
+from inferlab.training.target.loop import LoopConfig  # noqa: E402
+from inferlab.training.target.pretrain import pretrain  # noqa: E402
+from inferlab.training.target.tokenizer import train_tokenizer  # noqa: E402
 
 ASSETS = Path(train.__file__).parents[1] / "assets"
 BUNDLED = {"tiny": 6_000_000, "tiny-draft": 1_000_000}  # name: upper bound of parameters
@@ -61,11 +63,11 @@ def micro_tokenizer(micro_corpus):
 
 
 def test_split_is_by_file_disjoint_and_stable():
-    found = corpus.load_corpus()
+    found = corpus.Corpus.of()
     train_files, heldout = set(found.train_files()), set(found.heldout_files())
     assert not train_files & heldout
     assert train_files | heldout == set(found.paths)
-    assert found == corpus.load_corpus()
+    assert found == corpus.Corpus.of()
     assert not any(corpus.is_test_file(path) for path in heldout)
     assert all(path.is_file() for path in corpus.heldout_files())
 
@@ -77,13 +79,13 @@ def test_split_depends_on_the_relative_path_alone():
 
 
 def test_heldout_share():
-    library = [path for path in corpus.load_corpus().paths if not corpus.is_test_file(path)]
+    library = [path for path in corpus.Corpus.of().paths if not corpus.is_test_file(path)]
     share = sum(map(corpus.is_heldout, library)) / len(library)
     assert 0.02 < share < 0.09
 
 
 def test_machine_specific_and_generated_files_are_skipped():
-    paths = corpus.load_corpus().paths
+    paths = corpus.Corpus.of().paths
     assert not [path for path in paths if "site-packages" in path or "_sysconfigdata" in path]
 
 
@@ -104,7 +106,7 @@ def test_heldout_prompts_rejects(arguments):
 
 def test_empty_corpus_names_flag_and_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"--corpus .*name a folder"):
-        corpus.load_corpus(tmp_path)
+        corpus.Corpus.of(tmp_path)
 
 
 # The tokenizer.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from inferlab.benchmarks import report
+from inferlab.baseline import LocalBaselineRunner
+from inferlab.benchmarks import tables
 from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, phases_of
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
@@ -18,10 +19,8 @@ from inferlab.benchmarks.runners import (
     plain_pipeline,
 )
 from inferlab.benchmarks.token_ids import compare_token_ids
+from inferlab.client.ping import VLLMPingClient, load_server_config
 from inferlab.config import BaselineConfig, SpecdecConfig, VllmConfig, load_config
-from inferlab.models import HFModel
-from inferlab.server.local_baseline import LocalBaselineRunner
-from inferlab.server.ping_vllm import VLLMPingClient, load_server_config
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 MODES = ("local", "http", "specdec")
@@ -112,7 +111,7 @@ class BenchmarkRunner:
         runners: dict[str, Runner] = {"specdec" if drafts else "plain": SpecdecRunner(pipeline)}
         if compare and drafts:
             runners["plain"] = SpecdecRunner(plain_pipeline(pipeline))
-        if compare and isinstance(pipeline.target, HFModel):
+        if compare and pipeline.target.plain() is not None:
             runners["hf"] = GenerateRunner(pipeline.target, config)
         return runners
 
@@ -211,7 +210,7 @@ class BenchmarkRunner:
 
     def print_summary(self, stats: Mapping[str, Any]) -> None:
         """Prints the statistics as tables on stdout."""
-        report.print_summary(stats)
+        tables.print_summary(stats)
 
     def _evaluate(self, measured: Measurements, prompts: list[str]) -> dict[str, Any]:
         failures = measured.failures()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from inferlab.cli_common import describe_error
+from inferlab.errors import describe_error
 
 logger = logging.getLogger(__name__)
 

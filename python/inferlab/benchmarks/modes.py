@@ -6,7 +6,7 @@ every draft mode take turns on each prompt, so that a drift of the machine hits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from inferlab.benchmarks.measure import Measurements, Runner, measure
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
 from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
-from inferlab.config import SpecdecConfig, choices, tree_misfit
-from inferlab.models import HFModel
+from inferlab.config import SpecdecConfig, choices
+from inferlab.draft_modes import tree_misfit
+from inferlab.records import record_of, total_stats
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
 
@@ -149,14 +150,14 @@ class ModesBenchmark:
 
         Not with a draft model of another vocabulary, which ``generate`` takes in another way.
         """
-        if not isinstance(self.target, HFModel):
+        if self.target.plain() is None:
             return {}
         runners: dict[str, Runner] = {GENERATE: GenerateRunner(self.target, self.config)}
         if "vanilla" in self._pipelines and self.config.effective_temperature == 0:
             vanilla = self._pipelines["vanilla"]
             draft = vanilla.draft_model
             one_vocabulary = not isinstance(vanilla.engine.drafter, CrossVocabularyDrafter)
-            if isinstance(draft, HFModel) and one_vocabulary:
+            if draft is not None and draft.plain() is not None and one_vocabulary:
                 runners["hf-assistant"] = GenerateRunner(self.target, self.config, assistant=draft)
         if self.config.effective_temperature == 0:
             runners["hf-lookup"] = GenerateRunner(self.target, self.config, lookup=LOOKUP_TOKENS)
@@ -202,31 +203,14 @@ def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, An
         forwards = sum(result["target_forwards"] for result in results)
         figures["target_forwards"] = forwards / len(results)
     if "results" in results[0]:
-        each = [result for group in results for result in group["results"]]
-        steps = sum(result["steps"] for result in each)
-        kept = sum(result["mean_accepted_length"] * result["steps"] for result in each)
-        figures["accepted_length"] = kept / steps if steps else None
-        figures["acceptance_by_position"] = _by_position(each)
+        stats = total_stats(record_of(one) for result in results for one in result["results"])
+        figures["accepted_length"] = stats.mean_accepted_length if stats.steps else None
+        figures["acceptance_by_position"] = stats.acceptance_by_position
         figures["phases_ms_per_token"] = phases_of(measured, mode)
     for key, baseline in (("x_plain", PLAIN), ("x_hf", GENERATE)):
         if mode != baseline and measured.of(baseline):
             figures[key] = speedup(measured, mode, baseline, num_groups)
     return figures
-
-
-def _by_position(results: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Share of all drafts that offered position i in which it was accepted."""
-    offered: list[int] = []
-    accepted: list[float] = []
-    for result in results:
-        counts, rates = result["offered_by_position"], result["acceptance_by_position"]
-        for i, (count, rate) in enumerate(zip(counts, rates, strict=True)):
-            if i == len(offered):
-                offered.append(0)
-                accepted.append(0.0)
-            offered[i] += count
-            accepted[i] += count * rate
-    return [a / n if n else 0.0 for a, n in zip(accepted, offered, strict=True)]
 
 
 def _by_prompt(measured: Measurements, size: int) -> Measurements:

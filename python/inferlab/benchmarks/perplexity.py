@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks.measure import Run
-from inferlab.models import HFModel
-from inferlab.server.local_baseline import LocalBaselineRunner
+from inferlab.models import TargetModel, plain_model
 
 _ROWS_AT_ONCE = 128
 
@@ -54,7 +54,7 @@ def perplexity(log_probs: Sequence[float]) -> float:
 
 
 def add_perplexity(
-    runs: Sequence[Run], prompts: Sequence[str], judge: HFModel | LocalBaselineRunner
+    runs: Sequence[Run], prompts: Sequence[str], judge: TargetModel | LocalBaselineRunner
 ) -> dict[str, Any]:
     """Judges the new tokens of each run; its result gets ``perplexity`` and ``perplexity_loss``.
 
@@ -69,10 +69,10 @@ def add_perplexity(
     known: dict[tuple[int, tuple[int, ...]], list[float]] = {}
     everything: list[float] = []
     context: AbstractContextManager[Any]
-    if isinstance(judge, HFModel):
-        name, context = judge.name, judge.plain()
-    else:
+    if isinstance(judge, LocalBaselineRunner):
         name, context = judge.model_name, nullcontext(judge.model)
+    else:
+        name, context = judge.name, plain_model(judge, "perplexity")
     with context as model:
         for run in runs:
             if run.result is None:

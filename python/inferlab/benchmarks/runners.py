@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 
+from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.benchmarks.measure import MeasurementError
+from inferlab.client.ping import VLLMPingClient
 from inferlab.config import SpecdecConfig
-from inferlab.models import HFModel, allowed_vocab
+from inferlab.models import TargetModel, allowed_vocab, plain_model
 from inferlab.models.generation_defaults import same_rule
-from inferlab.scheduler import NewText, text_decoder
-from inferlab.server.local_baseline import ForbidPadding, LocalBaselineRunner
-from inferlab.server.ping_vllm import VLLMPingClient
+from inferlab.records import RequestRecord
 from inferlab.specdec.pipeline import SpeculativePipeline
+from inferlab.specdec.text import NewText, text_decoder
 from inferlab.types import check_text
 
 
@@ -30,7 +31,7 @@ class LocalRunner:
         self.baseline = baseline
 
     def run(self, prompt: str) -> dict[str, Any]:
-        return self.baseline.run(prompt)
+        return {**self.baseline.run(prompt)}
 
     def describe(self) -> dict[str, Any]:
         config = self.baseline.config
@@ -60,7 +61,7 @@ class HTTPRunner:
         if not result["success"]:
             raise MeasurementError(result["error"])
         self._model = result["model"]
-        return {**result, "num_tokens": result["tokens_generated"]}
+        return result
 
     def describe(self) -> dict[str, Any]:
         config = self.client.config
@@ -155,10 +156,10 @@ class GenerateRunner:
 
     def __init__(
         self,
-        target: HFModel,
+        target: TargetModel,
         config: SpecdecConfig,
         *,
-        assistant: HFModel | None = None,
+        assistant: TargetModel | None = None,
         lookup: int | None = None,
     ) -> None:
         self.target = target
@@ -174,8 +175,8 @@ class GenerateRunner:
         ids = torch.tensor([tokenizer.encode(prompt)], device=device)
         options = self._options()
         with (
-            self.target.plain() as model,
-            self.assistant.plain() if self.assistant is not None else nullcontext() as assistant,
+            plain_model(self.target, self.name) as model,
+            self._assistant() as assistant,
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             same_rule(model, ignore=self.config.ignore_generation_config),
         ):
@@ -188,17 +189,38 @@ class GenerateRunner:
             )
             new_ids: list[int] = output[0, ids.shape[1] :].tolist()
             latency_ms = (time.perf_counter() - begin) * 1e3
-        result = {
-            "text": NewText(text_decoder(tokenizer), ids[0].tolist()).of(new_ids),
+        record = RequestRecord(
+            source="generate",
+            model=self.target.name,
+            device=str(device),
+            dtype=str(self.target.dtype).removeprefix("torch."),
+            prompt=prompt,
+            prompt_tokens=ids.shape[1],
+            max_tokens=self.config.max_new_tokens,
+            temperature=self.config.effective_temperature,
+            seed=self.config.seed,
+            text=NewText(text_decoder(tokenizer), ids[0].tolist()).of(new_ids),
+            token_ids=new_ids,
+            num_tokens=len(new_ids),
+            counted_by="ids",
+            started_at=time.time() - latency_ms / 1e3,
+            latency_ms=latency_ms,
+        )
+        result: dict[str, Any] = {
+            "text": record.text,
             "token_ids": new_ids,
-            "num_tokens": len(new_ids),
+            "num_tokens": record.num_tokens,
             "latency_ms": latency_ms,
-            "tokens_per_second": len(new_ids) / latency_ms * 1e3,
+            "tokens_per_second": record.tokens_per_second,
+            "record": record.as_json(),
         }
         if self.assistant is None and self.lookup is None:
             # One forward per token: the first of them is that of the prompt.
             result["target_forwards"] = len(new_ids)
         return result
+
+    def _assistant(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.assistant is None else plain_model(self.assistant, self.name)
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.target.name, "attention": "the model's own", "use_cache": True}

@@ -12,7 +12,7 @@ import torch
 from inferlab.benchmarks.measure import Measurements
 from inferlab.config import SpecdecConfig
 from inferlab.kernels.reference.noise import PURPOSE_TOKEN, gumbel_row
-from inferlab.models import HFModel, TargetModel
+from inferlab.models import TargetModel
 
 TIE_STEPS = {torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
 """Two logits closer than this many rounding steps of their dtype can trade places.
@@ -109,10 +109,11 @@ def _explain(
     where = _first_difference(one, other)
     tokens = where["token_ids"]
     penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty)
-    if None in tokens or penalties != (1.0, 0.0, 0.0) or not isinstance(target, HFModel):
+    plain = target.plain()
+    if None in tokens or penalties != (1.0, 0.0, 0.0) or plain is None:
         return {"tie": None}
     ids = [*target.tokenizer.encode(prompt), *one[: where["position"]]]
-    with torch.inference_mode(), target.plain() as model:
+    with torch.inference_mode(), plain as model:
         row = model(input_ids=torch.tensor([ids], device=target.device), use_cache=False).logits
     scores = row[0, -1].float()
     largest = float(scores.abs().max())

@@ -2,11 +2,11 @@
 
 from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
-from inferlab.models.base import TargetModel, allowed_vocab
-from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.base import TargetModel, allowed_vocab, plain_model
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
 from inferlab.models.forked import use_threads_that_exist
+from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
@@ -28,6 +28,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "VocabularyMap",
     "allowed_vocab",
+    "plain_model",
     "resolve_model_path",
     "tokenizer_difference",
     "use_threads_that_exist",

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inferlab.models.attention_hook import (
-    STEP_KEYWORD,
+    PASS_KEYWORD,
     LayerSpec,
     MissingStepError,
     Trace,
@@ -104,14 +104,14 @@ def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> For
     trace = Trace(config, name)
     with torch.inference_mode():
         with trial_pass(name, config.model_type):
-            logits = model(**inputs, **{STEP_KEYWORD: trace}).logits
+            logits = model(**inputs, **{PASS_KEYWORD: trace}).logits
         layers = trace.layers()
         decoder = model.get_decoder()
         bare = inspect.unwrap(type(decoder).forward)
         if not (is_untouched(model) and is_untouched(decoder)):
             return ForwardPlan(layers, None, None)
         try:
-            out = bare(decoder, **inputs, **{STEP_KEYWORD: Trace(config, name)})
+            out = bare(decoder, **inputs, **{PASS_KEYWORD: Trace(config, name)})
             same = torch.equal(model.get_output_embeddings()(out.last_hidden_state), logits)
         except (TypeError, AttributeError, RuntimeError, UnsupportedArchitectureError):
             # A decoder that cannot be called like this; its model can.

@@ -19,11 +19,11 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from inferlab.kernels import kv_append, paged_tree_attention
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.forward import ForwardBatch
 from inferlab.models.kv_cache import KVCache
 
 ATTENTION_NAME = "inferlab"
-STEP_KEYWORD = "inferlab_step"
+PASS_KEYWORD = "inferlab_pass"
 MAX_HEAD_DIM = 256
 
 
@@ -50,7 +50,7 @@ class LayerSpec(NamedTuple):
 
 
 @dataclass(slots=True)
-class Step:
+class Pass:
     """One forward pass on its way through the layers."""
 
     layers: Sequence[LayerSpec]
@@ -62,7 +62,7 @@ class Step:
     node_offset: int
 
     @classmethod
-    def of(cls, batch: ForwardBatch, cache: KVCache, layers: Sequence[LayerSpec]) -> Step:
+    def of(cls, batch: ForwardBatch, cache: KVCache, layers: Sequence[LayerSpec]) -> Pass:
         return cls(
             layers,
             cache.pages,
@@ -115,18 +115,18 @@ def attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
-    inferlab_step: Any = None,
+    inferlab_pass: Any = None,
     **details: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it; `details` were read once, when the model was traced."""
-    if inferlab_step is None:
+    if inferlab_pass is None:
         raise MissingStepError(
             "a model with attention implementation 'inferlab' was called without a step: call "
             "HFModel.forward, or take the plain model back with HFModel.plain()"
         )
-    if isinstance(inferlab_step, Step):
-        return inferlab_step.attend(module.layer_idx, query, key, value), None  # type: ignore[arg-type]
-    return inferlab_step.record(module, query, key, value, attention_mask, details), None
+    if isinstance(inferlab_pass, Pass):
+        return inferlab_pass.attend(module.layer_idx, query, key, value), None  # type: ignore[arg-type]
+    return inferlab_pass.record(module, query, key, value, attention_mask, details), None
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from inferlab.models.batch import ForwardBatch, ForwardOutput
+from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 
@@ -26,6 +27,8 @@ class TargetModel(Protocol):
         eos_token_ids: ids that end a text, possibly none; all below `allowed_vocab`.
         tokenizer: a Hugging Face tokenizer or None.
         num_parameters: number of distinct weights.
+        embed: from token ids [..] to what enters the first layer, [.., H]; None without weights.
+        head: from `FINAL_HIDDEN` [.., H] to logits [.., V]; None without weights.
     """
 
     name: str
@@ -39,24 +42,58 @@ class TargetModel(Protocol):
     tokenizer: Any
     num_parameters: int
 
+    @property
+    def embed(self) -> torch.nn.Module | None: ...
+
+    @property
+    def head(self) -> torch.nn.Module | None: ...
+
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
         """A zeroed paged cache that fits this model."""
         ...
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Writes K/V to `cache`; returns logits [B, N, V], or [B, 1, V] with ``last_only``."""
+    def notice_changes(self) -> None:
+        """Called before a text is read: what was changed about the model counts from here on."""
         ...
 
-    def forward_with_features(
-        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """`forward`, and hidden states: i is the output of decoder layer i (the first is 0),
-        `FINAL_HIDDEN` (-1) what the output head sees.
+        """Writes K/V to `cache`; returns logits, and the hidden states of ``layers``.
+
+        Args:
+            batch: tokens, positions and who sees whom (see `ForwardBatch`).
+            cache: from `new_cache` of this model.
+            layers: hidden states that are wanted: i is the output of decoder layer i (the first is
+                0), `FINAL_HIDDEN` (-1) what the output head sees.
 
         Raises:
             ValueError: the model has no such layer, or no hidden states at all.
         """
         ...
+
+    def plain(self) -> AbstractContextManager[Any] | None:
+        """The Hugging Face model by itself for the length of a ``with`` block, in which `forward`
+        is not to be called; None for a model without weights."""
+        ...
+
+
+def plain_model(model: TargetModel, use: str) -> AbstractContextManager[Any]:
+    """`TargetModel.plain` for what cannot do without.
+
+    Args:
+        use: what needs it, to begin the message with.
+
+    Raises:
+        ValueError: the model has no weights.
+    """
+    plain = model.plain()
+    if plain is None:
+        raise ValueError(
+            f"{use} needs a model with weights and hidden states; {model.name} has none: use "
+            "implementation 'hf'"
+        )
+    return plain
 
 
 def allowed_vocab(model: TargetModel) -> int:

@@ -23,20 +23,21 @@ class EarlyExit(HFModel):
 
     Args:
         target: a model with weights.
-        layers: how many layers, fewer than the target has.
+        layers: how many layers, fewer than the target has; None: a quarter of them.
 
     Raises:
         ValueError: a target without layers (FakeLM), whose layers cannot be found, or that does
             not have so many.
     """
 
-    def __init__(self, target: TargetModel, layers: int) -> None:
+    def __init__(self, target: TargetModel, layers: int | None) -> None:
         if not isinstance(target, HFModel):
             raise ValueError(
                 f"{target.name} has no layers to leave early; drafting with the target's first "
                 "layers needs a real model (implementation='hf')"
             )
         count = len(target.layers)
+        layers = max(count // 4, 1) if layers is None else layers
         if not 1 <= layers < count:
             raise ValueError(
                 f"early exit layers is {layers}; {target.name} has {count} layers, so it must be "
@@ -62,10 +63,12 @@ class EarlyExit(HFModel):
         self._graphs = self._new_graphs()
         self._facts = target._facts
 
-    def _notice_changes(self) -> None:
-        self._target._notice_changes()
-        if self._facts is not self._target._facts:
-            self._build()
+    def notice_changes(self) -> None:
+        """See `HFModel`."""
+        with self._lock:
+            self._target.notice_changes()
+            if self._facts is not self._target._facts:
+                self._build()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

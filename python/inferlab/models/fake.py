@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from inferlab.kernels import kv_append, kv_gather
-from inferlab.models.batch import ForwardBatch, ForwardOutput
 from inferlab.models.fake_tokenizer import EOS_ID, FIRST_WORD_ID, MIN_VOCAB, fake_tokenizer
+from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -81,14 +81,30 @@ class FakeLM:
         table[:, : self._first_choice] = _UNWANTED
         self._table = table
         self._peak = table.max(axis=1) + np.float32(_PEAK)
+        self.embed: torch.nn.Module | None = None
+        self.head: torch.nn.Module | None = None
         self._key = _mix(np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64))[0]
 
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
         """A cache of one layer, one head, one channel: token ids as keys, positions as values."""
         return KVCache([(1, 1)], num_pages, page_size, dtype=torch.float32)
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """Stores the new tokens, hashes each node's context, returns f32 logits (see `HFModel`)."""
+    def notice_changes(self) -> None:
+        """Nothing about it can be changed."""
+
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...] = ()
+    ) -> ForwardOutput:
+        """Stores the new tokens, hashes each node's context, returns f32 logits.
+
+        Raises:
+            ValueError: asked for hidden states.
+        """
+        if layers:
+            raise ValueError(
+                f"{self.name} has no hidden states; drafters that read them (medusa, eagle) need "
+                "a real model (implementation='hf')"
+            )
         B, N = batch.tokens.shape
         k_pages, v_pages = cache.pages[0]
         kv_append(
@@ -115,20 +131,14 @@ class FakeLM:
             seen = _path_sums(nodes, batch, b, N)
             hashes[b, : len(seen)] = prefix.sum(dtype=np.uint64) + seen
             hashes[b, len(seen) :] = 0
-        if batch.last_only:
+        if not batch.scored:
+            hashes = hashes[:, :0]
+        elif batch.last_only:
             hashes = hashes[np.arange(B), num_nodes - 1][:, None]
-        return torch.from_numpy(self._logits(_mix(hashes + self._key)))
+        return ForwardOutput(torch.from_numpy(self._logits(_mix(hashes + self._key))))
 
-    def forward_with_features(
-        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
-    ) -> ForwardOutput:
-        """Logits; asked for hidden states, a ValueError."""
-        if layers:
-            raise ValueError(
-                f"{self.name} has no hidden states; drafters that read them (medusa, eagle) need "
-                "a real model (implementation='hf')"
-            )
-        return ForwardOutput(self.forward(batch, cache))
+    def plain(self) -> None:
+        """There is no model behind it."""
 
     def _terms(
         self,

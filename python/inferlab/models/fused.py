@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
-from inferlab.models.attention_hook import LayerSpec, Step
-from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.attention_hook import LayerSpec, Pass
+from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.untouched import has_weights, is_untouched
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
@@ -61,20 +61,22 @@ class FusedDecoder:
         return shallow
 
     def forward(
-        self, batch: ForwardBatch, step: Step, feature_layers: tuple[int, ...] = ()
+        self, batch: ForwardBatch, ongoing: Pass, feature_layers: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """See `HFModel.forward_with_features`."""
+        """See `HFModel.forward`."""
         size, nodes = batch.tokens.shape
         hidden = self._model.embed_tokens(batch.tokens)
         cos, sin = self._model.rotary_emb(hidden, batch.positions)
         hidden = hidden.view(size * nodes, -1)
         features: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self._layers):
-            hidden = layer.forward(hidden, size, nodes, cos, sin, step, index)
+            hidden = layer.forward(hidden, size, nodes, cos, sin, ongoing, index)
             if index in feature_layers:
                 features[index] = hidden.clone()  # the next layer may add in place
         rows = None
-        if batch.last_only and nodes > 1:
+        if not batch.scored:
+            rows = torch.empty(0, dtype=torch.int64, device=hidden.device)
+        elif batch.last_only and nodes > 1:
             last = nodes - 1 if batch.num_nodes is None else batch.num_nodes.long() - 1
             rows = torch.arange(size, device=hidden.device) * nodes + last
         if rows is not None and FINAL_HIDDEN not in feature_layers:
@@ -83,7 +85,9 @@ class FusedDecoder:
         features[FINAL_HIDDEN] = hidden
         if rows is not None:
             hidden = hidden[rows]
-        logits = product(hidden, self._head.weight, self._head.bias).view(size, -1, self._vocab)
+        logits = product(hidden, self._head.weight, self._head.bias).view(
+            size, len(hidden) // size, self._vocab
+        )
         if not feature_layers:
             return ForwardOutput(logits)
         wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]
@@ -115,13 +119,13 @@ class DecoderLayer:
         nodes: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        step: Step,
+        ongoing: Pass,
         index: int,
     ) -> torch.Tensor:
         """hidden: [B * N, H] -> [B * N, H], may be overwritten; K/V goes to the pages of layer
         `index`."""
         normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
-        return self.attend(normed, hidden, size, nodes, cos, sin, step, index)
+        return self.attend(normed, hidden, size, nodes, cos, sin, ongoing, index)
 
     def attend(
         self,
@@ -131,7 +135,7 @@ class DecoderLayer:
         nodes: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        step: Step,
+        ongoing: Pass,
         index: int,
     ) -> torch.Tensor:
         """All behind the first norm.
@@ -140,7 +144,7 @@ class DecoderLayer:
             x: [B * N, inputs of q, k, v].
             hidden: [B * N, H], what it is added to; may be overwritten.
         """
-        k_pages, v_pages = step.pages[index]
+        k_pages, v_pages = ongoing.pages[index]
         qkv = product(x, *self.qkv).view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
         k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
@@ -148,15 +152,17 @@ class DecoderLayer:
         if self.q_norm is not None:
             q = rms_norm(q.contiguous(), self.q_norm.weight, self.q_norm.variance_epsilon)
             k = rms_norm(k.contiguous(), self.k_norm.weight, self.k_norm.variance_epsilon)
-        where: dict[str, Any] = {"node_offset": step.node_offset, "num_nodes": step.num_nodes}
-        rope_append(q, k, v, cos, sin, k_pages, v_pages, step.block_table, step.seq_lens, **where)
+        where: dict[str, Any] = {"node_offset": ongoing.node_offset, "num_nodes": ongoing.num_nodes}
+        rope_append(
+            q, k, v, cos, sin, k_pages, v_pages, ongoing.block_table, ongoing.seq_lens, **where
+        )
         attended = paged_tree_attention(
             q,
             k_pages,
             v_pages,
-            step.block_table,
-            step.seq_lens,
-            step.ancestors,
+            ongoing.block_table,
+            ongoing.seq_lens,
+            ongoing.ancestors,
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,

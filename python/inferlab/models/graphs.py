@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from inferlab.models.batch import ForwardBatch, ForwardOutput
+from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class Shape(NamedTuple):
     sizes: tuple[tuple[int, ...] | None, ...]  # of the batch's tensors, the table's padded
     node_offset: int
     last_only: bool
+    scored: bool
     layers: tuple[int, ...]
 
 
@@ -84,7 +85,7 @@ class ForwardGraphs:
     def forward(
         self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
     ) -> ForwardOutput:
-        """See `HFModel.forward_with_features`; what it returns is the caller's."""
+        """See `HFModel.forward`; what it returns is the caller's."""
         rows = batch.tokens.numel()
         if not self._can_capture or rows > MAX_ROWS:
             return self._forward(batch, cache, layers)
@@ -128,7 +129,7 @@ def _shape_of(batch: ForwardBatch, layers: tuple[int, ...]) -> Shape:
         sizes.append(None if value is None else tuple(value.shape))
     rows, pages = batch.block_table.shape
     sizes[_TENSORS.index("block_table")] = (rows, 1 << (pages - 1).bit_length())
-    return Shape(tuple(sizes), batch.node_offset, batch.last_only, layers)
+    return Shape(tuple(sizes), batch.node_offset, batch.last_only, batch.scored, layers)
 
 
 def _copy_inputs(batch: ForwardBatch, held: ForwardBatch) -> None:

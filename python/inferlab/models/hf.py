@@ -24,9 +24,9 @@ from inferlab.models.architecture import (
     trial_pass,
     unwrapped,
 )
-from inferlab.models.attention_hook import ATTENTION_NAME, STEP_KEYWORD, LayerSpec, Step
+from inferlab.models.attention_hook import ATTENTION_NAME, PASS_KEYWORD, LayerSpec, Pass
 from inferlab.models.base import allowed_vocab, known_ids
-from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
@@ -153,29 +153,28 @@ class HFModel:
         return self._model
 
     @property
+    def embed(self) -> torch.nn.Module:
+        """The model's embedding."""
+        embed: torch.nn.Module = self._model.get_input_embeddings()
+        return embed
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The model's output head."""
+        return self._head
+
+    @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """What each attention layer asks of the kernel."""
         return self._plan.layers
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """One pass: K/V of all nodes into `cache`, logits out.
-
-        Args:
-            batch: tokens, positions and who sees whom (see `ForwardBatch`).
-            cache: from `new_cache` of this model.
-
-        Returns:
-            logits [B, N, V] in the model's dtype; [B, 1, V] with ``batch.last_only``. Rows at
-            padding hold no meaning.
-        """
-        return self.forward_with_features(batch, cache, ()).logits
-
     @torch.inference_mode()
-    def forward_with_features(
-        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...] = ()
     ) -> ForwardOutput:
-        """`forward`, and hidden states: i is the output of decoder layer i (the first is 0),
-        `FINAL_HIDDEN` (-1) what the output head sees.
+        """One pass: K/V of all nodes into `cache`, logits out, and what ``layers`` ask for.
+
+        Logits are in the model's dtype; rows at padding hold no meaning. See `TargetModel.forward`.
 
         Raises:
             ValueError: the model has no such layer.
@@ -187,41 +186,38 @@ class HFModel:
                     f"numbered from 0, and -1 is what the output head sees"
                 )
         with self._lock:
-            if batch.last_only:
-                self._notice_changes()
             if self._graphs is not None:
                 return self._graphs.forward(batch, cache, layers)
             return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
-        step = Step.of(batch, cache, self._plan.layers)
+        ongoing = Pass.of(batch, cache, self._plan.layers)
         rotary = self._rotary
         with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):
             if self._fused is not None:
-                return self._fused.forward(batch, step, layers)
-            return self._run_modules(batch, step, layers)
+                return self._fused.forward(batch, ongoing, layers)
+            return self._run_modules(batch, ongoing, layers)
 
     def _run_modules(
-        self, batch: ForwardBatch, step: Step, layers: tuple[int, ...]
+        self, batch: ForwardBatch, ongoing: Pass, layers: tuple[int, ...]
     ) -> ForwardOutput:
         plan = self._plan
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
             "use_cache": False,
-            STEP_KEYWORD: step,
+            PASS_KEYWORD: ongoing,
         }
-        cut = batch.last_only and batch.tokens.shape[1] > 1
         with self._stable, self._watched(layers) as features:
             if plan.decoder_forward is not None:
                 hidden = plan.decoder_forward(plan.decoder, **inputs).last_hidden_state
                 features[FINAL_HIDDEN] = hidden
-                logits = self._head(_last_rows(hidden, batch) if cut else hidden)
+                logits = self._head(_scored_rows(hidden, batch))
             else:
 
                 def see(hidden: torch.Tensor) -> torch.Tensor:
                     features[FINAL_HIDDEN] = hidden
-                    return _last_rows(hidden, batch) if cut else hidden
+                    return _scored_rows(hidden, batch)
 
                 with _head_input(self._head, see):
                     logits = self._model(**inputs).logits
@@ -239,12 +235,13 @@ class HFModel:
         )
         self._facts = fingerprint(self._model)
 
-    def _notice_changes(self) -> None:
-        """Where modules or weights were exchanged, hooked or given another forward since the last
-        prompt, what was built on them is built anew."""
-        if fingerprint(self._model) != self._facts:
-            logger.info("%s was changed: what runs it is built anew", self.name)
-            self._build()
+    def notice_changes(self) -> None:
+        """Where modules or weights were exchanged, hooked or given another forward since it was
+        called last, what was built on them is built anew."""
+        with self._lock:
+            if fingerprint(self._model) != self._facts:
+                logger.info("%s was changed: what runs it is built anew", self.name)
+                self._build()
 
     def _new_graphs(self) -> ForwardGraphs | None:
         """Graphs of this model's forward, where it can be captured."""
@@ -294,12 +291,16 @@ class HFModel:
         positions = torch.arange(length, device=self.device).unsqueeze(0)
         batch = ForwardBatch(ids, positions, none, none.view(1, 1))
         with trial_pass(self.name, self.config.model_type):
-            paged = self.forward(batch, self.new_cache(1))
+            paged = self.forward(batch, self.new_cache(1)).logits
         check_against_plain(plain, paged, self.name, self.config.model_type)
 
 
-def _last_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-    """[B, N, H] to [B, 1, H]: each sequence's last real row."""
+def _scored_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """The rows of [B, N, H] whose logits are asked for."""
+    if not batch.scored:
+        return hidden[:, :0]
+    if not batch.last_only:
+        return hidden
     if batch.num_nodes is None:
         return hidden[:, -1:]
     rows = torch.arange(hidden.shape[0], device=hidden.device)

@@ -11,13 +11,6 @@ import torch
 from inferlab.kernels import advise_large_pages, kv_compact, kv_copy_pages
 
 
-class LayerShape(NamedTuple):
-    """K and V of one layer, per token."""
-
-    num_kv_heads: int
-    head_dim: int
-
-
 class Pool(NamedTuple):
     """Layers of one shape, stacked: k and v are [L, P, page_size, Hkv, D]."""
 
@@ -93,16 +86,6 @@ class KVCache:
         self.pages = tuple(views[layer] for layer in range(len(shapes)))
 
     @property
-    def k(self) -> torch.Tensor:
-        """[L, P, page_size, Hkv, D] keys; for models whose layers all have one shape."""
-        return self._only_pool().k
-
-    @property
-    def v(self) -> torch.Tensor:
-        """[L, P, page_size, Hkv, D] values; for models whose layers all have one shape."""
-        return self._only_pool().v
-
-    @property
     def num_layers(self) -> int:
         return len(self.pages)
 
@@ -127,14 +110,6 @@ class KVCache:
         """Copies page src[i] to page dst[i] ([M] i32 each) in all layers."""
         for pool in self.pools:
             kv_copy_pages(pool.k, pool.v, src, dst)
-
-    def _only_pool(self) -> Pool:
-        if len(self.pools) != 1:
-            raise ValueError(
-                f"this cache has {len(self.pools)} pools, as its layers differ in heads or "
-                "head_dim; use .pools or .pages"
-            )
-        return self.pools[0]
 
     def _check_memory(self) -> None:
         # Linux overcommits: without this a too large cache dies later, killed, without a message.

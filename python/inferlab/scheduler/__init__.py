@@ -1,16 +1,8 @@
-"""Requests, pages, the choice of the batch, and new text. Imports no torch."""
+"""Requests, pages, and the plan of a step. Imports no torch."""
 
 from inferlab.scheduler.pages import PageAllocator
-from inferlab.scheduler.scheduler import Scheduler
-from inferlab.scheduler.sequence import Sequence
-from inferlab.scheduler.text import NewText, StopStrings, special_tokens, text_decoder
+from inferlab.scheduler.plan import Chunk, Plan
+from inferlab.scheduler.request import Request
+from inferlab.scheduler.scheduler import READ_TOKENS, Scheduler
 
-__all__ = [
-    "NewText",
-    "PageAllocator",
-    "Scheduler",
-    "Sequence",
-    "StopStrings",
-    "special_tokens",
-    "text_decoder",
-]
+__all__ = ["READ_TOKENS", "Chunk", "PageAllocator", "Plan", "Request", "Scheduler"]

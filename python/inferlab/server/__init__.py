@@ -1,1 +1,1 @@
-"""Faces towards servers: the Hugging Face baseline and the OpenAI-compatible client."""
+"""Module paths that stay: `ping_vllm` (see `inferlab.client`), `local_baseline`."""

@@ -1,4 +1,4 @@
-"""The running sequences as tensors on the device: what a step's kernels and forwards need."""
+"""The decoding requests as tensors on the device: what a step's kernels and forwards need."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import SamplingTensors
 from inferlab.models import TargetModel, allowed_vocab
 from inferlab.models.transfer import upload
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
+from inferlab.specdec.walk import Walk
 
 NO_LIMIT = 2**31 - 1
 
 
 class Batch:
-    """A fixed set of sequences between two changes of the batch.
+    """A fixed set of requests between two changes of the batch.
 
     Its tensors stay on the device and are moved on there, in place, by what a step kept
     (``advance``): the host hears of the tokens later, in the step's one transfer.
@@ -39,7 +40,7 @@ class Batch:
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        requests: list[Request],
         device: torch.device,
         end_token_ids: tuple[int, ...],
         *,
@@ -49,30 +50,30 @@ class Batch:
     ) -> None:
         self.vocab_size = vocab_size
         self.allowed_vocab = allowed_vocab
-        self.sequences = sequences
+        self.requests = requests
         self.device = device
         self._end_token_ids = end_token_ids
         self._reread_length = reread_length
-        size = len(sequences)
-        table = np.full((size, max(len(s.pages) for s in sequences)), -1, dtype=np.int32)
-        for row, sequence in zip(table, sequences, strict=True):
-            row[: len(sequence.pages)] = sequence.pages
+        size = len(requests)
+        table = np.full((size, max(len(r.pages) for r in requests)), -1, dtype=np.int32)
+        for row, request in zip(table, requests, strict=True):
+            row[: len(request.pages)] = request.pages
         self.block_table = upload(table, np.int32, device)
-        self.seq_lens = upload([s.num_cached for s in sequences], np.int32, device)
-        self.roots = upload([s.tokens[-1] for s in sequences], np.int32, device)
+        self.seq_lens = upload([r.num_cached for r in requests], np.int32, device)
+        self.roots = upload([r.tokens[-1] for r in requests], np.int32, device)
         self._history: tuple[torch.Tensor, torch.Tensor] | None = None
         self._suppressed: list[bool] | None = None
         self.limits: torch.Tensor | None = None
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.requests)
 
     @classmethod
-    def of(cls, sequences: list[Sequence], target: TargetModel) -> Batch:
+    def of(cls, requests: list[Request], target: TargetModel) -> Batch:
         """A batch that ``target`` decodes."""
         return cls(
-            sequences,
+            requests,
             target.device,
             target.eos_token_ids,
             vocab_size=target.vocab_size,
@@ -94,40 +95,35 @@ class Batch:
         """History and lengths, made when they are first asked for."""
         if self._history is None:
             # Whole walks are written behind the lengths, kept or not: room for the largest one.
-            most = max(len(s.tokens) + s.remaining for s in self.sequences)
+            most = max(len(r.tokens) + r.remaining for r in self.requests)
             rows = np.zeros((len(self), most + MAX_TREE_NODES), np.int32)
-            for row, sequence in zip(rows, self.sequences, strict=True):
-                row[: len(sequence.tokens)] = sequence.tokens
-            lengths = [len(s.tokens) for s in self.sequences]
+            for row, request in zip(rows, self.requests, strict=True):
+                row[: len(request.tokens)] = request.tokens
+            lengths = [len(r.tokens) for r in self.requests]
             self._history = (
                 upload(rows, np.int32, self.device),
                 upload(lengths, np.int32, self.device),
             )
         return self._history
 
-    def advance(self, tokens: torch.Tensor, kept: torch.Tensor) -> None:
-        """Moves on by a step's result, on the device.
-
-        Args:
-            tokens: [B, N] int32, the walk of each sequence, bonus token last.
-            kept: [B] int32, how many of them count; at least one.
-        """
-        last = (kept - 1).to(torch.int64)[:, None]
-        self.roots = tokens.gather(1, last)[:, 0]
-        self.seq_lens += kept
+    def advance(self, walk: Walk) -> None:
+        """Moves on by what a step kept, on the device."""
+        last = (walk.kept - 1).to(torch.int64)[:, None]
+        self.roots = walk.tokens.gather(1, last)[:, 0]
+        self.seq_lens = self.seq_lens + walk.kept
         if self._history is not None:
             history, lengths = self._history
-            ahead = torch.arange(tokens.shape[1], device=self.device)
-            history.scatter_(1, lengths.to(torch.int64)[:, None] + ahead, tokens)
-            lengths += kept
+            ahead = torch.arange(walk.tokens.shape[1], device=self.device)
+            history.scatter_(1, lengths.to(torch.int64)[:, None] + ahead, walk.tokens)
+            lengths += walk.kept
 
     def refresh(self) -> None:
         """Takes over what the host alone decides: whether end tokens are still forbidden."""
-        missing = [max(s.params.min_tokens - s.num_output, 0) for s in self.sequences]
+        missing = [max(r.params.min_tokens - r.num_output, 0) for r in self.requests]
         suppressed = [m > 0 for m in missing]
         self.limits = None
         limits = [
-            min(m or NO_LIMIT, self._room(s)) for m, s in zip(missing, self.sequences, strict=True)
+            min(m or NO_LIMIT, self._room(r)) for m, r in zip(missing, self.requests, strict=True)
         ]
         if min(limits) < NO_LIMIT:
             self.limits = upload(limits, np.int32, self.device)
@@ -135,14 +131,14 @@ class Batch:
             self._suppressed = suppressed
             self.sampling = self._sampling_tensors(suppressed)
 
-    def _room(self, sequence: Sequence) -> int:
+    def _room(self, request: Request) -> int:
         """How many tokens can be kept before the target reads the text anew."""
-        if self._reread_length is None or sequence.num_cached >= self._reread_length:
+        if self._reread_length is None or request.num_cached >= self._reread_length:
             return NO_LIMIT
-        return self._reread_length - sequence.num_cached
+        return self._reread_length - request.num_cached
 
     def _sampling_tensors(self, suppressed: list[bool]) -> SamplingTensors:
-        params = [s.params for s in self.sequences]
+        params = [r.params for r in self.requests]
 
         def column(name: str, dtype: type) -> torch.Tensor:
             return upload([getattr(p, name) for p in params], dtype, self.device)
@@ -153,9 +149,9 @@ class Batch:
                 extra[name] = column(name, np.float32)
             extra["context_tokens"] = self.history
             extra["context_lens"] = self.lengths
-            prompts = [len(s.prompt) for s in self.sequences]
+            prompts = [len(r.prompt) for r in self.requests]
             extra["prompt_lens"] = upload(prompts, np.int32, self.device)
-        biases = [self._bias(s, b) for s, b in zip(self.sequences, suppressed, strict=True)]
+        biases = [self._bias(r, b) for r, b in zip(self.requests, suppressed, strict=True)]
         most = max(len(b) for b in biases)
         if most:
             tokens = np.full((len(params), most), -1, dtype=np.int32)
@@ -175,10 +171,10 @@ class Batch:
             **extra,
         )
 
-    def _bias(self, sequence: Sequence, suppressed: bool) -> dict[int, float]:
+    def _bias(self, request: Request, suppressed: bool) -> dict[int, float]:
         """Logit bias of a sequence; end tokens are forbidden before ``min_tokens``."""
-        bias = dict(sequence.params.logit_bias or {})
+        bias = dict(request.params.logit_bias or {})
         if suppressed:
-            for token in (*self._end_token_ids, *sequence.params.stop_token_ids):
+            for token in (*self._end_token_ids, *request.params.stop_token_ids):
                 bias[token] = float("-inf")
         return bias

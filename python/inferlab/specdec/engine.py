@@ -1,57 +1,38 @@
-"""The engine: schedule -> step -> emit, until every request is done."""
+"""The engine: plan -> read -> step -> emit, until every request is done."""
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from itertools import count
-from typing import Any
 
-import numpy as np
 import torch
 
-from inferlab import kernels
-from inferlab.models import (
-    ForwardBatch,
-    ForwardOutput,
-    KVCache,
-    TargetModel,
-    use_threads_that_exist,
-)
-from inferlab.models.transfer import upload
-from inferlab.scheduler import (
-    NewText,
-    PageAllocator,
-    Scheduler,
-    Sequence,
-    StopStrings,
-    special_tokens,
-    text_decoder,
-)
+from inferlab.errors import Interrupted
+from inferlab.models import KVCache, TargetModel
+from inferlab.scheduler import Chunk, PageAllocator, Request, Scheduler
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import Controller, StepObservation
 from inferlab.specdec.drafters import Drafter
+from inferlab.specdec.emission import Emission
 from inferlab.specdec.policies import Policy
+from inferlab.specdec.reading import Reading
+from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_decoder
 from inferlab.specdec.tree import NO_DRAFT, Budget
+from inferlab.specdec.turns import Turns
 from inferlab.types import GenerationResult, SamplingParams
-
-PREFILL_CHUNK = 512
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a generation. ``results`` holds what every request had produced by then."""
-
-    def __init__(self, results: list[Any]) -> None:
-        super().__init__("generation interrupted")
-        self.results = results
 
 
 class Engine:
     """Decodes requests in a batch, with or without speculation: plain decoding is a tree of N = 1.
+
+    Every token comes out of a step. A text is read up to its last token, which is the root of the
+    first step; so a new prompt, and a text that lost its pages and is read anew, are one case.
+
+    ``add``, ``step`` and ``abort`` are for one thread; ``run`` and ``generate`` may be called from
+    several, whose requests then run in one batch.
 
     Args:
         target: the model that decides.
@@ -59,7 +40,7 @@ class Engine:
         policy: which draft tokens are kept.
         controller: how much is drafted per step.
         drafter: who drafts; None decodes plainly.
-        max_batch: sequences that run together at most.
+        max_batch: requests that run together at most.
     """
 
     def __init__(
@@ -84,20 +65,20 @@ class Engine:
             PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
         )
         self._ids = count()
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._generating: int | None = None  # the thread that holds the lock
+        self._turns = Turns(self)
         self._batch: Batch | None = None
+        self._stops: dict[int, StopStrings] = {}
         self._special_tokens: dict[int, str] | None = None
         self._clock_at_start: dict[int, dict[str, float]] = {}
 
-    def submit(self, prompt: SequenceOf[int], params: SamplingParams) -> Sequence:
-        """Queues a request.
+    def check(self, request: Request) -> None:
+        """Whether a request could run.
 
         Raises:
             ValueError: empty prompt, token ids outside the vocabulary, stop strings without a
                 tokenizer, more tokens than the model's context or the K/V cache can hold.
         """
+        prompt, params = request.prompt, request.params
         if not prompt:
             raise ValueError("prompt is empty; it must have at least one token")
         for name, ids in (
@@ -124,188 +105,145 @@ class Engine:
                 f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the "
                 f"context of {self.target.name} ({limit} tokens); shorten the prompt{remedy}"
             )
-        sequence = Sequence(next(self._ids), prompt, params, time.perf_counter())
-        sequence.stop_strings = self._stop_strings(prompt, params)
-        self.scheduler.add(sequence)
-        return sequence
+        self.scheduler.check(request)
+
+    def add(self, request: Request) -> Request:
+        """Queues a request and gives it its number. Raises ValueError as `check` does."""
+        self.check(request)
+        request.request_id = next(self._ids)
+        request.arrived_at = time.perf_counter()
+        if request.params.stop:
+            self._stops[request.request_id] = self._stop_strings(request)
+        self.scheduler.add(request)
+        return request
 
     @torch.inference_mode()
-    def step(self) -> list[Sequence]:
-        """Admits, decodes one step, emits. Returns the sequences that finished in it."""
-        admitted = self.scheduler.admit()
+    def step(self) -> list[Emission]:
+        """Reads on, decodes one step, and says which requests have new tokens or have ended."""
+        self._restart_outgrown()
+        plan = self.scheduler.plan()
         self.clock.start()
-        for sequence in admitted:
-            self._clock_at_start[sequence.request_id] = dict(self.clock.totals)
-            self._prefill(sequence)
-        if admitted:
-            self._batch = None
-        done = self._retire()
-        if self.scheduler.running:
-            self._reread()
-            self._decode()
-            done += self._retire()
-        return done
+        for request in plan.preempted:
+            self._forget(request)
+        for request in plan.admitted:
+            self._clock_at_start.setdefault(request.request_id, dict(self.clock.totals))
+        if plan.admitted:
+            self.target.notice_changes()
+        if plan.chunks:
+            self._read(plan.chunks)
+        if plan.decode:
+            self._decode(plan.decode)
+        emissions = {r.request_id: Emission.of(r) for r in plan.decode}
+        for request in self._retire():
+            emissions.setdefault(request.request_id, Emission.of(request))
+        return list(emissions.values())
+
+    def abort(self, request_id: int, reason: str = "aborted") -> Emission | None:
+        """Ends a request, waiting or running, and frees its pages; None if there is no such."""
+        for request in (*self.scheduler.running, *self.scheduler.waiting):
+            if request.request_id == request_id:
+                request.finish_reason = request.finish_reason or reason
+                self._retire()
+                return Emission.of(request)
+        return None
+
+    def recover(self) -> None:
+        """After a step that did not come to its end: what runs is read anew from its tokens."""
+        self._batch = None
+        for request in reversed(list(self.scheduler.running)):
+            self.scheduler.preempt(request)
+
+    def run(self, requests: Sequence[Request]) -> Generator[Emission]:
+        """Runs requests and yields what they get, as it comes; closing the iterator aborts the
+        rest. Raises as `generate` does."""
+        return self._turns.run(requests)
 
     def generate(
         self,
-        requests: Iterable[tuple[SequenceOf[int], SamplingParams]],
+        requests: Iterable[Request | tuple[Sequence[int], SamplingParams]],
         on_finish: Callable[[int, GenerationResult], None] | None = None,
     ) -> list[GenerationResult]:
         """Runs requests to their end; results in the order of the requests.
 
-        One call at a time: from several threads each waits for the one before it.
-
         Args:
-            requests: prompt token ids and parameters of each.
+            requests: new requests, or prompt token ids and parameters of each.
             on_finish: called with index and result as requests finish.
 
         Raises:
+            ValueError: one of the requests can not run (see `check`); none has run then.
             Interrupted: on Ctrl-C, with the partial results.
-            RuntimeError: called from ``on_finish``; or in a child of `fork` that cannot go on with
-                what it was given: a model on a GPU, or an engine in the middle of another call.
+            RuntimeError: in a child of `fork` that cannot go on with what it was given: a model on
+                a GPU, or an engine in the middle of a step.
         """
-        self._enter_process()
-        if self._generating == threading.get_ident():
-            raise RuntimeError(
-                "generate was called from within its own callback; collect what is to be done and "
-                "call it when the first call has returned"
-            )
-        with self._lock:
-            self._generating = threading.get_ident()
-            try:
-                return self._generate(requests, on_finish)
-            finally:
-                self._generating = None
-
-    def _enter_process(self) -> None:
-        """Makes the engine usable in a child of `fork`, or says that it is not."""
-        use_threads_that_exist()
-        if self._process == os.getpid():
-            return
-        if self.target.device.type != "cpu" or self._generating is not None:
-            what = (
-                "is in the middle of another call"
-                if self.target.device.type == "cpu"
-                else f"has its model on {self.target.device}"
-            )
-            raise RuntimeError(
-                f"this process was forked from one whose engine {what}, and cannot use it; load "
-                f"the model in the child, or start it with multiprocessing's 'spawn'"
-            )
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-
-    def _generate(
-        self,
-        requests: Iterable[tuple[SequenceOf[int], SamplingParams]],
-        on_finish: Callable[[int, GenerationResult], None] | None,
-    ) -> list[GenerationResult]:
-        sequences: list[Sequence] = []
-        results: dict[int, GenerationResult] = {}
+        made = [r if isinstance(r, Request) else Request(*r) for r in requests]
+        index_of = {request: i for i, request in enumerate(made)}
+        results: dict[Request, GenerationResult] = {}
         try:
-            for prompt, params in requests:
-                sequences.append(self.submit(prompt, params))
-            index_of = {s.request_id: i for i, s in enumerate(sequences)}
-            while self.scheduler.has_work:
-                for sequence in self.step():
-                    index = index_of[sequence.request_id]
-                    results[index] = self._result(sequence)
-                    if on_finish is not None:
-                        on_finish(index, results[index])
+            with closing(self.run(made)) as emissions:
+                for emission in emissions:
+                    request = emission.request
+                    if emission.finished:
+                        results[request] = self.result(request)
+                        if on_finish is not None:
+                            on_finish(index_of[request], results[request])
         except KeyboardInterrupt as interrupt:
-            self.abort("interrupted")
-            for i, sequence in enumerate(sequences):
-                results.setdefault(i, self._result(sequence))
-            raise Interrupted([results[i] for i in range(len(sequences))]) from interrupt
-        except BaseException:
-            self.abort("error")
-            raise
-        return [results[i] for i in range(len(sequences))]
+            for request in made:
+                if request not in results:
+                    results[request] = self.result(request)
+                    results[request].finish_reason = "interrupted"
+            raise Interrupted([results[request] for request in made]) from interrupt
+        return [results[request] for request in made]
 
-    def abort(self, reason: str) -> None:
-        """Ends everything that waits or runs and frees its pages."""
-        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
-            sequence.finish_reason = sequence.finish_reason or reason
-        self.scheduler.waiting.clear()
-        self._retire()
-        self._batch = None
-
-    def _prefill(self, sequence: Sequence) -> None:
-        """The prompt, in chunks; the last chunk's logits give the first token."""
-        batch = Batch.of([sequence], self.target)
-        output = self._read(batch, sequence.prompt, len(sequence.prompt), self._after_chunk)
-        position = batch.seq_lens[:, None].to(torch.int64)
-        drawn = kernels.sample(
-            output.logits, position, batch.sampling, allowed_vocab=batch.allowed_vocab
+    def result(self, request: Request) -> GenerationResult:
+        """What a request has come to, also before its end."""
+        timings = dict(request.timings_ms)
+        latency = timings.pop("total", (time.perf_counter() - request.arrived_at) * 1e3)
+        first = request.first_token_at
+        return GenerationResult(
+            token_ids=request.output,
+            finish_reason=request.finish_reason or "interrupted",
+            stats=request.stats,
+            latency_ms=latency,
+            first_token_ms=(first - request.arrived_at) * 1e3 if first is not None else latency,
+            timings_ms=timings,
+            text=self._text(request),
+            error=request.error,
         )
-        token = int(drawn[0, 0, 0])
-        self._emit(sequence, [token])
-        self.clock.lap("prefill")
 
-    def _after_chunk(self, batch: Batch, start: int, output: ForwardOutput) -> None:
-        """Counts a chunk of a prompt and shows it to the drafter."""
-        (sequence,) = batch.sequences
-        sequence.num_cached = min(start + PREFILL_CHUNK, len(sequence.prompt))
-        if self.drafter is not None:
-            self.drafter.prefill(batch, start, output)
-
-    def _read(
-        self,
-        batch: Batch,
-        tokens: SequenceOf[int],
-        length: int,
-        then: Callable[[Batch, int, ForwardOutput], None] | None = None,
-    ) -> ForwardOutput:
-        """Forwards a text from its start, in chunks; logits of its last token, [1, 1, V].
-
-        Args:
-            batch: of the one sequence, with no token cached.
-            tokens: the text.
-            length: of what `generate` reads in the forward that these tokens belong to.
-            then: called after each chunk with the chunk's start.
-        """
-        (sequence,) = batch.sequences
-        whole = torch.full_like(batch.seq_lens, length)
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            positions = torch.arange(start, start + len(chunk), device=batch.device)
-            output = self.target.forward_with_features(
-                ForwardBatch(
-                    tokens=upload([chunk], np.int64, batch.device),
-                    positions=positions[None],
-                    seq_lens=batch.seq_lens,
-                    block_table=batch.block_table,
-                    last_only=True,
-                    prompt_lens=whole,
-                ),
-                self.cache,
-                self._feature_layers,
-            )
-            batch.seq_lens += len(chunk)
-            sequence.stats.prefill_forwards += 1
-            if then is not None:
-                then(batch, start, output)
-        return output
-
-    def _reread(self) -> None:
-        """Reads texts anew that have just reached the target's ``reread_length``, as `generate`
+    def _restart_outgrown(self) -> None:
+        """Has texts read anew that have just reached the target's ``reread_length``, as `generate`
         does in the forward for the token behind it."""
         length = self.target.reread_length
         if length is None:
             return
-        for sequence in self.scheduler.running:
-            if sequence.num_cached == length:
-                sequence.num_cached = 0
-                batch = Batch.of([sequence], self.target)
-                self._read(batch, sequence.tokens[:length], length + 1)
-                sequence.num_cached = length
-                self.clock.lap("prefill")
+        for request in self.scheduler.running:
+            if request.num_cached == length >= request.read_length and request.unread == 0:
+                request.num_cached = 0
+                request.read_length = length + 1
+                self._forget(request)
 
-    def _decode(self) -> None:
-        """One step for the running batch."""
+    def _forget(self, request: Request) -> None:
+        """Lets go of what is known of a request but its tokens."""
+        self._batch = None
+        if self.drafter is not None:
+            self.drafter.release(request)
+
+    def _read(self, chunks: list[Chunk]) -> None:
+        """K/V of parts of texts, in one forward, which the drafter hears of."""
+        reading = Reading(chunks, self.target.device)
+        output = self.target.forward(reading.batch, self.cache, self._feature_layers)
+        for chunk in chunks:
+            chunk.request.num_cached = chunk.stop
+            chunk.request.stats.prefill_forwards += 1
+        if self.drafter is not None:
+            self.drafter.prefill(reading, output)
+        self.clock.lap("prefill")
+
+    def _decode(self, requests: list[Request]) -> None:
+        """One step for requests that are read up to their roots."""
         batch = self._batch
-        if batch is None:
-            batch = self._batch = Batch.of(list(self.scheduler.running), self.target)
+        if batch is None or batch.requests != requests:
+            batch = self._batch = Batch.of(requests, self.target)
         budget = self._choose_budget(batch)
         drafting = budget != NO_DRAFT
         lagging = drafting and self.drafter is not None and self.drafter.is_lagging(batch)
@@ -314,20 +252,19 @@ class Engine:
         spent += self.clock.lap("draft")
         output = step.forward(self.target, self.cache, batch, tree, self._feature_layers)
         spent += self.clock.lap("verify")
-        walk = step.verify(self.policy, output.logits, tree, batch)
+        walk = step.verify(self.policy, output, tree, batch)
         spent += self.clock.lap("accept")
-        step.commit(self.cache, self.drafter, batch, tree, walk, output)
+        step.commit(self.cache, self.drafter, batch, walk)
         spent += self.clock.lap("commit")
-        outcomes = step.read(walk)
+        outcomes = walk.read()
         spent += self.clock.lap("accept")
-        for i, (sequence, outcome) in enumerate(zip(batch.sequences, outcomes, strict=True)):
-            emitted = self._emit(sequence, outcome.tokens)
+        for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+            emitted = self._emit(request, outcome.tokens)
             accepted = min(outcome.accepted, emitted)
-            sequence.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
-            if self.drafter is not None:
-                self.drafter.settle(sequence, tree, emitted)
-            sequence.num_cached = len(sequence.tokens) - 1
-        if not any(s.finished for s in batch.sequences):
+            request.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
+            request.num_drafted += accepted
+            request.num_cached = len(request.tokens) - 1
+        if not any(r.finished for r in requests):
             batch.refresh()
         spent += self.clock.lap("commit")
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
@@ -338,85 +275,74 @@ class Engine:
     def _choose_budget(self, batch: Batch) -> Budget:
         if self.drafter is None:
             return NO_DRAFT
+        if self._feature_layers and any(r.num_cached == 0 for r in batch.requests):
+            return NO_DRAFT  # the only token of a text has no hidden state yet
         levels, nodes = self.controller.choose(len(batch), self._ladder)
         if levels == 0:
             return NO_DRAFT
-        useful = max(s.remaining for s in batch.sequences) - 1
+        useful = max(r.remaining for r in batch.requests) - 1
         levels = min(levels, self.drafter.max_depth, useful)
         return Budget(levels, nodes) if min(levels, nodes) > 0 else NO_DRAFT
 
-    def _emit(self, sequence: Sequence, tokens: list[int]) -> int:
-        """Appends tokens until one ends the sequence; returns how many were kept."""
-        params = sequence.params
-        if sequence.first_token_at is None:
-            sequence.first_token_at = time.perf_counter()
+    def _emit(self, request: Request, tokens: list[int]) -> int:
+        """Appends tokens until one ends the request; returns how many were kept."""
+        params = request.params
+        stops = self._stops.get(request.request_id)
+        if request.first_token_at is None:
+            request.first_token_at = time.perf_counter()
         for emitted, token in enumerate(tokens):
             if token < 0:
-                sequence.finish_reason = "error"
-                sequence.error = (
-                    f"the logits of {self.target.name} at position {len(sequence.tokens)} are NaN "
+                request.finish_reason = "error"
+                request.error = (
+                    f"the logits of {self.target.name} at position {len(request.tokens)} are NaN "
                     f"or all -inf; no token can be chosen from them"
                 )
                 return emitted
-            sequence.tokens.append(token)
-            stopped = sequence.stop_strings is not None and sequence.stop_strings.add(token)
-            if sequence.num_output > params.min_tokens or params.min_tokens == 0:
+            request.tokens.append(token)
+            stopped = stops is not None and stops.add(token)
+            if request.num_output > params.min_tokens or params.min_tokens == 0:
                 if token in params.stop_token_ids or (
                     not params.ignore_eos and token in self.target.eos_token_ids
                 ):
-                    sequence.finish_reason = "stop"
+                    request.finish_reason = "stop"
                 elif stopped:
-                    sequence.finish_reason = "stop_string"
-            if sequence.finish_reason is None and sequence.remaining == 0:
-                sequence.finish_reason = "length"
-            if sequence.finished:
+                    request.finish_reason = "stop_string"
+            if request.finish_reason is None and request.remaining == 0:
+                request.finish_reason = "length"
+            if request.finished:
                 return emitted + 1
         return len(tokens)
 
-    def _retire(self) -> list[Sequence]:
+    def _retire(self) -> list[Request]:
         done = self.scheduler.retire()
-        if done:
-            self._batch = None
-            now = time.perf_counter()
-            for sequence in done:
-                if self.drafter is not None:
-                    self.drafter.release(sequence)
-                before = self._clock_at_start.pop(sequence.request_id, self.clock.totals)
-                spent = {p: t - before[p] for p, t in self.clock.totals.items()}
-                total = (now - sequence.arrived_at) * 1e3
-                spent["rest"] = max(total - sum(spent.values()), 0.0)
-                sequence.timings_ms = spent
-                sequence.timings_ms["total"] = total
+        now = time.perf_counter()
+        for request in done:
+            self._forget(request)
+            before = self._clock_at_start.pop(request.request_id, self.clock.totals)
+            spent = {p: t - before[p] for p, t in self.clock.totals.items()}
+            total = (now - request.arrived_at) * 1e3
+            spent["rest"] = max(total - sum(spent.values()), 0.0)
+            request.timings_ms = spent
+            request.timings_ms["total"] = total
+            request.text = self._text(request)
+            self._stops.pop(request.request_id, None)
         return done
 
-    def _result(self, sequence: Sequence) -> GenerationResult:
-        timings = dict(sequence.timings_ms)
-        latency = timings.pop("total", (time.perf_counter() - sequence.arrived_at) * 1e3)
-        first = sequence.first_token_at
-        return GenerationResult(
-            token_ids=sequence.output,
-            finish_reason=sequence.finish_reason or "interrupted",
-            stats=sequence.stats,
-            latency_ms=latency,
-            first_token_ms=(first - sequence.arrived_at) * 1e3 if first is not None else latency,
-            timings_ms=timings,
-            text=self._text(sequence),
-            error=sequence.error,
-        )
-
-    def _text(self, sequence: Sequence) -> str:
+    def _text(self, request: Request) -> str:
         """What the new tokens add to the prompt's text, cut before the stop string."""
+        if request.text is not None:
+            return request.text
         if self.target.tokenizer is None:
             return ""
-        text = NewText(text_decoder(self.target.tokenizer), sequence.prompt).of(sequence.output)
-        if sequence.finish_reason == "stop_string" and sequence.stop_strings is not None:
-            return sequence.stop_strings.cut(text)
+        text = NewText(text_decoder(self.target.tokenizer), request.prompt).of(request.output)
+        stops = self._stops.get(request.request_id)
+        if request.finish_reason == "stop_string" and stops is not None:
+            return stops.cut(text)
         return text
 
-    def _stop_strings(self, prompt: SequenceOf[int], params: SamplingParams) -> StopStrings | None:
-        if not params.stop:
-            return None
+    def _stop_strings(self, request: Request) -> StopStrings:
         if self._special_tokens is None:
             self._special_tokens = special_tokens(self.target.tokenizer)
-        text = NewText(text_decoder(self.target.tokenizer), prompt)
+        text = NewText(text_decoder(self.target.tokenizer), request.prompt)
+        params = request.params
         return StopStrings(params.stop, text, self._special_tokens, params.min_tokens)

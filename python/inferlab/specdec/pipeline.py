@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
 from inferlab.config import SpecdecConfig, load_config
-from inferlab.models import FakeLM, HFModel, TargetModel
+from inferlab.draft_modes import DRAFT_MODES
+from inferlab.errors import Interrupted
+from inferlab.models import FakeLM, TargetModel
 from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
-from inferlab.specdec.assembly import load_model, plan_drafter
+from inferlab.records import Speculation
+from inferlab.scheduler import Request
+from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
-from inferlab.specdec.drafters import ModelDrafter
-from inferlab.specdec.engine import Engine, Interrupted
+from inferlab.specdec.drafters.plan import load_model
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.pieces import Piece, run_pieces
 from inferlab.specdec.policies import Policy, make_policy
-from inferlab.specdec.results import result_mapping
+from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import GenerationResult, SamplingParams, check_text
+from inferlab.types import SamplingParams, check_text
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
 
 DEFAULT_KV_MEMORY_MB = 2048
 
@@ -28,7 +36,7 @@ DEFAULT_KV_MEMORY_MB = 2048
 class GenerationError(RuntimeError):
     """A request failed while it ran. ``results`` holds all requests' results, the good ones too."""
 
-    def __init__(self, message: str, results: list[dict[str, Any]]) -> None:
+    def __init__(self, message: str, results: list[SpecdecResult]) -> None:
         super().__init__(message)
         self.results = results
 
@@ -105,7 +113,7 @@ class SpeculativePipeline:
             device=device,
             dtype=dtype,
             seed=seed,
-            k=agree_k,
+            agree_k=agree_k,
         )
         if k is not None:
             overrides["max_draft"] = k
@@ -124,9 +132,11 @@ class SpeculativePipeline:
         )
         self.target = target if target is not None else self._load_target()
         self._token_bias: dict[int, float] = {}
-        if isinstance(self.target, HFModel) and not config.ignore_generation_config:
-            self._token_bias = token_bias(self.target.model)
-            warn_of_not_followed(self.target.model, self.target.name)
+        plain = self.target.plain()
+        if plain is not None and not config.ignore_generation_config:
+            with plain as model:
+                self._token_bias = token_bias(model)
+                warn_of_not_followed(model, self.target.name)
         self._plan = plan_drafter(
             config, self.target, self.policy, self._max_levels(), draft, shape
         )
@@ -150,8 +160,7 @@ class SpeculativePipeline:
     @property
     def draft_model(self) -> TargetModel | None:
         """The loaded draft model of ``draft_mode="vanilla"``."""
-        drafter = self.engine.drafter
-        return drafter.model if isinstance(drafter, ModelDrafter) else None
+        return getattr(self.engine.drafter, "model", None)
 
     def describe_drafter(self) -> dict[str, Any]:
         """Who drafts, and how."""
@@ -160,23 +169,25 @@ class SpeculativePipeline:
 
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Sequence[Prompt] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         *,
+        messages: Sequence[Message] | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | Sequence[int] | None = None,
         do_sample: bool | None = None,
         stop: str | Sequence[str] | None = None,
-        on_result: Callable[[int, dict[str, Any]], None] | None = None,
+        on_token: Callable[[Piece], None] | None = None,
+        on_result: Callable[[int, SpecdecResult], None] | None = None,
         **params: Any,
     ) -> Any:
         """Generates for one prompt or for a list of them, as one batch.
 
-        May be called from several threads: a call waits for the one before it, as do the forwards
-        of pipelines that share a model. Prompts that are to run together belong in one list.
+        May be called from several threads, also from ``on_result``: the requests of all of them run
+        in one batch. Forwards of pipelines that share a model wait for each other.
 
         Args:
             prompt: text or token ids, or a list of such.
@@ -186,6 +197,9 @@ class SpeculativePipeline:
             seed: one for all prompts, or a list with one per prompt. A prompt's tokens depend on
                 its own seed only, so equal prompts with equal seeds give equal texts.
             stop: strings that end the text (and are cut off).
+            messages: a conversation, ``{"role": ..., "content": ...}`` each, in place of a prompt;
+                the tokenizer's chat template makes the prompt of it.
+            on_token: called with the text as it comes, a `Piece` for each step (see `stream`).
             on_result: called with index and result as prompts finish.
             params: any other field of SamplingParams (``min_tokens``, ``logit_bias``, ...).
 
@@ -204,68 +218,176 @@ class SpeculativePipeline:
               ``accepted``, ``steps``, ``target_forwards`` (steps and prompt chunks);
             * ``verification_time_ms``, ``generation_time_ms`` (drafting), ``mem_rss_mb``;
             * ``policy``, ``controller``, ``lossless``, ``impl``, ``device``, ``dtype``,
-              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``.
+              ``base_model``, ``draft_model``, ``draft_mode``, ``seed``;
+            * ``record``: what all of these are read off, as JSON types; :func:`inferlab.record_of`
+              makes a :class:`inferlab.RequestRecord` of it.
 
         Raises:
             ValueError: a parameter out of range, or a prompt that is empty, cannot be encoded or is
                 too long; no prompt has run then.
             GenerationError: a request failed while running (e.g. NaN logits).
             Interrupted: Ctrl-C; ``results`` holds what there was.
-            RuntimeError: called from ``on_result``.
+            RuntimeError: in a child of `fork` that cannot go on with what it was given: a model on
+                a GPU, or a pipeline in the middle of a step.
         """
-        unknown = sorted(params.keys() - _PARAMETERS)
+        single, prompts, requests = self._requests(
+            prompt,
+            params
+            | {
+                "messages": messages,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "seed": seed,
+                "do_sample": do_sample,
+                "stop": stop,
+            },
+        )
+        results: dict[int, SpecdecResult] = {}
+        with closing(self._run(prompts, requests, on_token is not None)) as pieces:
+            for piece in pieces:
+                try:
+                    if on_token is not None:
+                        on_token(piece)
+                    if piece.result is not None:
+                        results[piece.index] = piece.result
+                        if on_result is not None:
+                            on_result(piece.index, piece.result)
+                except KeyboardInterrupt as interrupt:
+                    pieces.throw(interrupt)
+        ordered = [results[index] for index in range(len(requests))]
+        return ordered[0] if single else ordered
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **params: Any,
+    ) -> Generator[Piece]:
+        """Generates as `generate` does, and yields the text as it comes.
+
+        What is still open is kept back: a character that lacks bytes, an end that may be the
+        beginning of a stop string. So no text is ever taken back, and a prompt's pieces together
+        are the ``text`` of its result, which comes with its last piece. Closing the iterator (as
+        leaving a ``for`` loop does, once nothing refers to it) ends the generation.
+
+        Args:
+            prompt, max_tokens, temperature, params: see `generate`.
+
+        Raises:
+            TypeError, ValueError: as `generate` does, at once.
+            GenerationError: a request failed while running, once all have ended.
+        """
+        given = params | {"max_tokens": max_tokens, "temperature": temperature}
+        _, prompts, requests = self._requests(prompt, given)
+        return self._run(prompts, requests)
+
+    async def astream(
+        self,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        **params: Any,
+    ) -> AsyncGenerator[Piece]:
+        """`stream` for asyncio: the steps are made in a thread, and several streams share them."""
+        pieces = self.stream(prompt, max_tokens, temperature, **params)
+        step: asyncio.Future[Piece | None] | None = None
+        try:
+            while True:
+                step = asyncio.get_running_loop().run_in_executor(None, next, pieces, None)
+                piece = await asyncio.shield(step)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            if step is not None and not step.done():  # cancelled in the middle of a step
+                await asyncio.wait([step])
+            pieces.close()
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as a prompt of token ids, up to where the assistant's answer begins.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or it refuses these messages.
+        """
+        tokenizer = self.target.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"{self.target.name} has no chat template; add chat_template.jinja to the model's "
+                f"directory, or give the conversation as a text"
+            )
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:
+            raise ValueError(
+                f"messages do not suit the chat template of {self.target.name}: {error}"
+            ) from error
+        return ids
+
+    def _run(
+        self, prompts: list[Prompt], requests: list[Request], with_text: bool = True
+    ) -> Generator[Piece]:
+        results: list[SpecdecResult | None] = [None] * len(requests)
+
+        def result_of(index: int) -> SpecdecResult:
+            result = self._mapping(prompts[index], requests[index])
+            results[index] = result
+            return result
+
+        try:
+            yield from run_pieces(self.engine, requests, result_of, with_text)
+        except KeyboardInterrupt as interrupt:
+            for request in requests:
+                if request.finish_reason in (None, "aborted"):
+                    request.finish_reason = "interrupted"
+            partial = [result or result_of(i) for i, result in enumerate(results)]
+            raise Interrupted(partial) from interrupt
+        for index, request in enumerate(requests):
+            if request.error is not None:
+                raise GenerationError(
+                    f"prompt {index}: {request.error}", list(filter(None, results))
+                )
+
+    def _requests(
+        self, prompt: Prompt | Sequence[Prompt] | None, given: Mapping[str, Any]
+    ) -> tuple[bool, list[Prompt], list[Request]]:
+        """Whether there is one prompt, the prompts, and the request of each, with what was given
+        and, for the rest, what the configuration says."""
+        unknown = sorted(given.keys() - _PARAMETERS)
         if unknown:
             raise TypeError(
                 f"generate() knows no {', '.join(unknown)}; beside its own arguments it takes "
-                f"{', '.join(sorted(_PARAMETERS))}"
+                f"{', '.join(sorted(_PARAMETERS - {'do_sample', 'messages'}))}"
             )
-        single, prompts = _as_list(prompt)
-        seeds = self._seeds(seed, len(prompts))
-        if do_sample is False:
-            temperature = 0.0
-        given = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "stop": (stop,) if isinstance(stop, str) else tuple(stop) if stop is not None else None,
-        }
-        values = self._defaults()
-        values.update({name: value for name, value in given.items() if value is not None})
-        values.update(params)
+        given = {name: value for name, value in given.items() if value is not None}
+        messages = given.pop("messages", None)
+        if messages is not None and prompt is not None:
+            raise ValueError("prompt and messages are both given; give one of them")
+        single, prompts = _as_list(prompt if messages is None else self.chat_prompt(messages))
+        seeds = self._seeds(given.pop("seed", None), len(prompts))
+        if given.pop("do_sample", None) is False:
+            given["temperature"] = 0.0
+        stop = given.pop("stop", None)
+        if stop is not None:
+            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        values = self._defaults() | given
         if self._token_bias:
             bias = dict(values.get("logit_bias") or {})
             for token, value in self._token_bias.items():
                 bias[token] = bias.get(token, 0.0) + value
             values["logit_bias"] = bias
-        if max_tokens is not None and "min_tokens" not in params:
-            values["min_tokens"] = min(values["min_tokens"], max_tokens)
+        if "max_tokens" in given and "min_tokens" not in given:
+            values["min_tokens"] = min(values["min_tokens"], given["max_tokens"])
         requests = [
-            (self._encode(p), SamplingParams(**values, seed=s))
+            Request(self._encode(p), SamplingParams(**values, seed=s))
             for p, s in zip(prompts, seeds, strict=True)
         ]
-        finished: dict[int, dict[str, Any]] = {}
-
-        def finish(index: int, result: GenerationResult) -> None:
-            finished[index] = self._mapping(result, seeds[index])
-            if on_result is not None:
-                on_result(index, finished[index])
-
-        try:
-            results = self.engine.generate(requests, finish)
-        except Interrupted as interrupt:
-            partial = [
-                finished.get(i) or self._mapping(r, seeds[i])
-                for i, r in enumerate(interrupt.results)
-            ]
-            raise Interrupted(partial) from interrupt
-        mappings = [finished[i] for i in range(len(results))]
-        failed = [(i, r.error) for i, r in enumerate(results) if r.error is not None]
-        if failed:
-            index, error = failed[0]
-            raise GenerationError(f"prompt {index}: {error}", mappings)
-        return mappings[0] if single else mappings
+        return single, prompts, requests
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
@@ -305,23 +427,32 @@ class SpeculativePipeline:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
 
-    def _mapping(self, result: GenerationResult, seed: int) -> dict[str, Any]:
-        return result_mapping(result) | {
-            "policy": self.policy.describe(),
-            "controller": self.controller.describe(),
-            "lossless": self.policy.lossless,
-            "impl": self.config.implementation,
-            "device": self.device,
-            "dtype": str(self.target.dtype).removeprefix("torch."),
-            "base_model": self.target.name,
-            "draft_model": self.draft_name,
-            "draft_mode": self.config.draft_mode,
-            "seed": seed,
-        }
+    def _mapping(self, prompt: Prompt, request: Request) -> SpecdecResult:
+        result = self.engine.result(request)
+        speculation = Speculation(
+            impl=self.config.implementation,
+            draft_mode=self.config.draft_mode,
+            draft_model=self.draft_name,
+            policy=self.policy.describe(),
+            controller=self.controller.describe(),
+            lossless=self.policy.lossless,
+            stats=result.stats,
+        )
+        record = request_record(
+            result,
+            request.params,
+            speculation,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_tokens=len(request.prompt),
+            model=self.target.name,
+            device=self.device,
+            dtype=str(self.target.dtype).removeprefix("torch."),
+        )
+        return result_mapping(record)
 
     def _make_policy(self) -> Policy:
         c = self.config
-        return make_policy(c.policy, tau=c.tau, k=c.k, p=c.p)
+        return make_policy(c.policy, tau=c.tau, k=c.agree_k, p=c.p)
 
     def _make_controller(self) -> Controller:
         c = self.config
@@ -339,8 +470,7 @@ class SpeculativePipeline:
     def _max_levels(self) -> int:
         """Levels of the largest tree: of chains as many as the controller may ask for."""
         c = self.config
-        drafts_chains = c.draft_mode in ("vanilla", "ngram", "self")
-        is_chain = c.tree == "chain" or (c.tree is None and drafts_chains)
+        is_chain = (c.tree or DRAFT_MODES[c.draft_mode].tree) == "chain"
         return self.controller.max_k if is_chain else min(c.levels, self.controller.max_k)
 
     def _load_target(self) -> TargetModel:
@@ -380,7 +510,7 @@ class SpeculativePipeline:
         return pages
 
 
-_PARAMETERS = {field.name for field in fields(SamplingParams)}
+_PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample", "messages"}
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:

@@ -1,14 +1,13 @@
-"""One decoding step of a batch: propose -> forward -> verify -> commit -> read.
+"""One decoding step of a batch: propose -> forward -> verify -> commit -> `Walk.read`.
 
-Everything up to `read` is queued on the device without asking it; `read` is the one place where the
-host waits for it.
+Everything up to `Walk.read` is queued on the device without asking it; that is the one place where
+the host waits for it.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import Budget, DraftTree
+from inferlab.specdec.walk import Walk
 
 PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
@@ -69,7 +69,7 @@ def forward(
         # Nodes that a sequence near its end can not keep anyway, and padding (depth -1).
         positions = positions.clamp(0, limit - 1)
     num_nodes = upload(tree.node_counts, np.int32, batch.device) if tree.is_ragged else None
-    return target.forward_with_features(
+    return target.forward(
         ForwardBatch(
             tokens=tree.tokens.to(torch.int64),
             positions=positions.to(torch.int64),
@@ -83,66 +83,26 @@ def forward(
     )
 
 
-class Walk(NamedTuple):
-    """What verification accepted, on the device: walks from the roots, entries behind them -1.
-
-    Attributes:
-        nodes: [B, S] int32, the nodes visited.
-        tokens: [B, S] int32, the token emitted at each, the bonus token last; -1 marks logits that
-            were NaN or all -inf.
-        accepted: [B] int32, entries of each walk.
-        kept: [B] int32, how many of them are committed: all, but for `Batch.limits`.
-    """
-
-    nodes: torch.Tensor
-    tokens: torch.Tensor
-    accepted: torch.Tensor
-    kept: torch.Tensor
-
-
-def verify(policy: Policy, logits: torch.Tensor, tree: DraftTree, batch: Batch) -> Walk:
+def verify(policy: Policy, output: ForwardOutput, tree: DraftTree, batch: Batch) -> Walk:
     """Walks the trees of a batch."""
-    result = policy.verify(logits, tree, batch)
-    accepted = result.num_accepted
-    kept = accepted if batch.limits is None else torch.minimum(accepted, batch.limits)
-    return Walk(result.accepted_nodes, result.accepted_tokens, accepted, kept)
+    result = policy.verify(output.logits, tree, batch)
+    entries = result.num_accepted
+    return Walk(
+        tree=tree,
+        output=output,
+        starts=[request.num_cached for request in batch.requests],
+        seq_lens=batch.seq_lens,
+        nodes=result.accepted_nodes,
+        tokens=result.accepted_tokens,
+        entries=entries,
+        kept=entries if batch.limits is None else torch.minimum(entries, batch.limits),
+    )
 
 
-def commit(
-    cache: KVCache,
-    drafter: Drafter | None,
-    batch: Batch,
-    tree: DraftTree,
-    walk: Walk,
-    output: ForwardOutput,
-) -> None:
+def commit(cache: KVCache, drafter: Drafter | None, batch: Batch, walk: Walk) -> None:
     """Moves the K/V of the kept nodes to the front, in both caches, and the batch behind them."""
-    if not tree.is_chain:
-        cache.compact(batch.block_table, batch.seq_lens, walk.nodes, walk.kept)
+    if not walk.tree.is_chain:
+        cache.compact(batch.block_table, walk.seq_lens, walk.nodes, walk.kept)
     if drafter is not None:
-        drafter.commit(batch, tree, walk.nodes, walk.kept, output)
-    batch.advance(walk.tokens, walk.kept)
-
-
-class Outcome(NamedTuple):
-    """A sequence's part of a step, on the host.
-
-    Attributes:
-        accepted: draft tokens accepted.
-        nodes: the nodes visited, the root first.
-        tokens: the tokens kept, the bonus token last.
-    """
-
-    accepted: int
-    nodes: list[int]
-    tokens: list[int]
-
-
-def read(walk: Walk) -> list[Outcome]:
-    """Waits for the step."""
-    parts = (walk.accepted[:, None], walk.kept[:, None], walk.nodes, walk.tokens)
-    length = walk.nodes.shape[1]
-    return [
-        Outcome(accepted - 1, rest[:accepted], rest[length : length + kept])
-        for accepted, kept, *rest in torch.cat(parts, dim=1).tolist()
-    ]
+        drafter.commit(batch, walk)
+    batch.advance(walk)

@@ -1,8 +1,10 @@
 """Trains targets, drafts and draft heads; makes the bundled models.
 
-`train` and `train_student` are the commands. A target: `tokenizer`, `pretrain`, `loop`. A student
-of a target, be it a draft model, Medusa heads or an EAGLE head: `sources` (what is read, and what
-is held out), `material` (what the target writes), `features` (what it thinks, on disk), `students`
-and `losses` (who learns what), `trainer` and `teach` (how a run proceeds), `heldout` and
-`dynamic_tree` (what is accepted), `report` and `curve`.
+The rooms, each using only those before it:
+
+* `material`: what is read and what is held out, what the target writes, its hidden states on disk.
+* `target`: a target from scratch: its shape, tokenizer, optimizer, loop, folder.
+* `measure`: what is accepted, and how a run went.
+* `heads`: the students of a target, draft models, Medusa heads and EAGLE heads: what each is taught
+  and how a run proceeds.
 """

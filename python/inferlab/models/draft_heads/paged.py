@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from inferlab.kernels import rms_norm
-from inferlab.models.attention_hook import LayerSpec, Step
-from inferlab.models.batch import ForwardBatch
+from inferlab.models.attention_hook import LayerSpec, Pass
 from inferlab.models.draft_heads.eagle import EagleHead
+from inferlab.models.forward import ForwardBatch
 from inferlab.models.fused import DecoderLayer, product
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.rotary import LengthRotary, context_length
@@ -63,8 +63,10 @@ class PagedEagle:
         embeds = self.head.embed(batch.tokens).view(size * nodes, -1)
         x, hidden = self._enter(embeds, features.reshape(size * nodes, -1))
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-        step = Step.of(batch, cache, self._specs)
-        return self._layer.attend(x, hidden, size, nodes, cos, sin, step, 0).view(size, nodes, -1)
+        ongoing = Pass.of(batch, cache, self._specs)
+        return self._layer.attend(x, hidden, size, nodes, cos, sin, ongoing, 0).view(
+            size, nodes, -1
+        )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, N, H] -> [B, N, V] over the target's vocabulary."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from inferlab.models import ForwardOutput
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree
+from inferlab.specdec.walk import Walk
 
 
 class Drafter(ABC):
@@ -23,11 +23,10 @@ class Drafter(ABC):
             so many slots are reserved behind each sequence.
         max_depth: levels of its largest tree.
         feature_layers: hidden states of the target that it needs (see
-            ``ForwardBatch.feature_layers``).
+            `FINAL_HIDDEN`).
         keeps_nodes: keeps state, such as K/V, of the nodes of its own tree. In an ensemble
-            ``commit`` and ``settle`` then get that tree, a walk in its numbers and how much of it
-            was in that tree, while ``output`` belongs to the merged tree; others get the merged
-            tree and its whole walk.
+            ``commit`` then gets a walk of that tree, as far as the step's walk stayed in it, while
+            ``output`` belongs to the merged tree; others get the walk of the merged tree.
     """
 
     name: str
@@ -38,50 +37,34 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
-        """A tree within the budget (at least one level and node) for each sequence of the batch."""
+        """A tree within the budget (at least one level and node) for each request of the batch."""
 
-    def ladder(self) -> SequenceOf[Budget]:
+    def ladder(self) -> Sequence[Budget]:
         """Budgets of growing size that are worth telling apart. By default: levels of a chain."""
         return [Budget(k, k) for k in range(1, self.max_depth + 1)]
 
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
-        """Hears of a chunk of a prompt, the only sequence of ``batch``, that the target has read.
+    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
+        """Hears what the target has read: chunks of texts, in order for each of them.
 
         Args:
-            start: position of its first token; ``batch.seq_lens`` is behind the chunk.
-            output: features of all its tokens, logits of the last one.
+            output: features of all rows.
         """
         return
 
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
-        """Keeps its own state in step, on the device, before the batch moves on.
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        """Keeps its own state in step, on the device.
 
-        Called after every step, also where it drafted nothing.
-
-        Args:
-            nodes: [B, S] int32, the walk from the root.
-            kept: [B] int32, how many entries of the walk are committed.
-            output: of the target, for all nodes of the tree.
+        Called after every step, also where it drafted nothing. What the host knows of the step
+        (``walk.kept_on_host``) is there when ``propose`` or ``is_lagging`` is called next.
         """
-        return
-
-    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
-        """Hears on the host how many tokens of a step a sequence kept, before its length moves."""
         return
 
     def is_lagging(self, batch: Batch) -> bool:
         """Whether ``propose`` must first process tokens of steps it took no part in."""
         return False
 
-    def release(self, sequence: Sequence) -> None:
-        """Forgets a sequence that has left the batch."""
+    def release(self, request: Request) -> None:
+        """Forgets a request: it has left the batch, or its text will be read anew."""
         return
 
     @abstractmethod

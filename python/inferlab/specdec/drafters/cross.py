@@ -16,6 +16,7 @@ Which of them gets more tokens accepted is measured while they are used.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,19 +24,25 @@ import torch
 
 from inferlab.config import MAX_DRAFT
 from inferlab.kernels import SamplingTensors, build_tree
-from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel, VocabularyMap
+from inferlab.models import ForwardBatch, KVCache, TargetModel, VocabularyMap
 from inferlab.models.transfer import upload
-from inferlab.scheduler import PageAllocator, Sequence
+from inferlab.scheduler import PageAllocator, Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.draft_text import DraftText
-from inferlab.specdec.drafters.model import CATCH_UP_CHUNK, Ground, ModelDrafter
+from inferlab.specdec.drafters.static import describe_shape
+from inferlab.specdec.drafters.writer import Ground, TreeWriter
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
+from inferlab.specdec.walk import Walk
 from inferlab.types import check
 
 WAYS = ("auto", "tokens", "text")
 
+CATCH_UP_CHUNK = 256
+"""Tokens of one text that are read in one forward."""
 
-class CrossVocabularyDrafter(ModelDrafter):
+
+class CrossVocabularyDrafter(Drafter):
     """A draft model that shares only part of the target's vocabulary, or none of it.
 
     It reads the text in its own tokens (see `DraftText`), which may be more than the target's, so
@@ -47,12 +54,15 @@ class CrossVocabularyDrafter(ModelDrafter):
             long.
         shape: the largest tree; text is drafted in chains as deep.
         vocabulary: of target and draft.
-        coupled, keep_logits: as of `ModelDrafter`; with ``keep_logits`` no text can be drafted.
+        coupled, keep_logits: see `TreeWriter`; with ``keep_logits`` no text can be drafted.
         way: "tokens", "text", or "auto": whichever serves better.
 
     Raises:
         ValueError: only shared tokens may be drafted and there are none; an unknown way.
     """
+
+    name = "vanilla"
+    keeps_nodes = True
 
     def __init__(
         self,
@@ -65,7 +75,12 @@ class CrossVocabularyDrafter(ModelDrafter):
         keep_logits: bool = False,
         way: str = "auto",
     ) -> None:
-        super().__init__(model, cache, shape, coupled=coupled, keep_logits=keep_logits)
+        self.model = model
+        self.cache = cache
+        self.shape = shape
+        self.max_nodes = shape.num_nodes
+        self.max_depth = shape.depth
+        self._writer = TreeWriter(model, cache, coupled=coupled, keep_logits=keep_logits)
         check("way", way, way in WAYS, f"one of {', '.join(WAYS)}")
         if keep_logits and way == "text":
             raise ValueError(
@@ -91,17 +106,21 @@ class CrossVocabularyDrafter(ModelDrafter):
         spelt = {id_ for id_, piece in enumerate(draft.pieces) if piece or id_ in draft.special}
         alone = torch.tensor(sorted(spelt - set(drafts.tolist())), dtype=torch.int64)
         self._all = _Columns(vocabulary, targets, drafts, model.device, alone)
-        self._columns = self._shared
         self._pages = PageAllocator(cache.num_pages, cache.page_size)
         self._texts: dict[int, DraftText] = {}
         self._tree: tuple[Ground, torch.Tensor | None, TreeShape] | None = None
+        self._walked: tuple[Batch, Walk] | None = None  # a step that the texts do not know of yet
         # In text a draft's tokens may be shorter than the target's: up to twice as many.
         self._longest = min(2 * shape.depth, MAX_DRAFT)
 
+    def ladder(self) -> Sequence[Budget]:
+        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
+
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+        self._take_walked()
         self._tree = None
         way = self._choose_way(batch)
-        texts = [self._text_of(sequence, way) for sequence in batch.sequences]
+        texts = [self._text_of(request, way) for request in batch.requests]
         rows = [row for row, text in enumerate(texts) if self._has_room(text)]
         if not rows:
             return DraftTree.root_only(batch.roots)
@@ -117,7 +136,7 @@ class CrossVocabularyDrafter(ModelDrafter):
         if self.way != "auto":
             return self.way
         if self._choice.way is None:
-            tokens = [token for sequence in batch.sequences for token in sequence.tokens]
+            tokens = [token for request in batch.requests for token in request.tokens]
             known = sum(self.vocabulary.to_draft[token] >= 0 for token in tokens)
             self._choice.way = "tokens" if 2 * known >= len(tokens) else "text"
         return self._choice.next()
@@ -133,8 +152,7 @@ class CrossVocabularyDrafter(ModelDrafter):
         logits: torch.Tensor,
     ) -> DraftTree:
         shape = self.shape.within(budget)
-        self._columns = self._shared
-        tokens, draft_logits = self._grow(ground, shape, logits)
+        tokens, draft_logits = self._writer.write(ground, shape, logits, self._shared)
         self._tree = ground, index, shape
         for text in texts:
             text.drafted = shape.depth
@@ -170,12 +188,11 @@ class CrossVocabularyDrafter(ModelDrafter):
         logits: torch.Tensor,
     ) -> DraftTree:
         most = min(budget.levels, budget.nodes, self.max_depth)
-        self._columns = self._all
         ratio = max(len(text.ids) / text.length for text in texts)
         levels = min(math.ceil(most * ratio), self._longest)
-        tokens, _ = self._grow(ground, TreeShape.chain(levels), logits)
-        drafted = self._inputs(tokens[:, 1:]).tolist()
-        chains: list[list[int]] = [[] for _ in batch.sequences]
+        tokens, _ = self._writer.write(ground, TreeShape.chain(levels), logits, self._all)
+        drafted = self._all.inputs(tokens[:, 1:]).tolist()
+        chains: list[list[int]] = [[] for _ in batch.requests]
         for row, text, ids in zip(rows, texts, drafted, strict=True):
             text.cached += ids[:-1]
             chains[row] = text.continued(ids, most)
@@ -228,19 +245,13 @@ class CrossVocabularyDrafter(ModelDrafter):
                 last_only=True,
             ),
             self.cache,
-        )
+        ).logits
 
-    def _scores(self, logits: torch.Tensor, ground: Ground) -> torch.Tensor:
-        return self._columns.gather(logits)
-
-    def _inputs(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self._columns.draft_ids(tokens)
-
-    def _text_of(self, sequence: Sequence, way: str) -> DraftText:
-        text = self._texts.get(sequence.request_id)
+    def _text_of(self, request: Request, way: str) -> DraftText:
+        text = self._texts.get(request.request_id)
         if text is None:
-            text = self._texts[sequence.request_id] = DraftText(self.vocabulary)
-        text.update(sequence.tokens, spelt=way == "text")
+            text = self._texts[request.request_id] = DraftText(self.vocabulary)
+        text.update(request.tokens, spelt=way == "text")
         text.reuse()
         text.asleep = False
         text.drafted = 0
@@ -258,49 +269,61 @@ class CrossVocabularyDrafter(ModelDrafter):
         text.pages += self._pages.allocate(max(missing, 0))
         return True
 
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
-        if self._tree is not None:
-            ground, index, shape = self._tree
-            self._tree = None
-            if not shape.is_chain:
-                if index is not None:
-                    nodes, kept = nodes[index], kept[index]
-                # The deepest level was drafted but not forwarded, so its K/V is missing.
-                count = kept.clamp_max(shape.depth)
-                self.cache.compact(ground.block_table, ground.seq_lens, nodes, count)
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        self._take_walked()
+        self._walked = batch, walk
+        if self._tree is None:
+            return
+        ground, index, shape = self._tree
+        self._tree = None
+        if not shape.is_chain:
+            nodes, kept = walk.nodes, walk.kept
+            if index is not None:
+                nodes, kept = nodes[index], kept[index]
+            # The deepest level was drafted but not forwarded, so its K/V is missing.
+            count = kept.clamp_max(shape.depth)
+            self.cache.compact(ground.block_table, ground.seq_lens, nodes, count)
 
-    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
-        text = self._texts.get(sequence.request_id)
-        if text is not None:
-            if tree.num_nodes > 1:
+    def _take_walked(self) -> None:
+        """Tells the texts what the last step kept, which the host has read by now."""
+        if self._walked is None:
+            return
+        batch, walk = self._walked
+        self._walked = None
+        drafted = walk.tree.num_nodes > 1
+        for request, start, kept in zip(
+            batch.requests, walk.starts, walk.kept_on_host, strict=True
+        ):
+            text = self._texts.get(request.request_id)
+            if text is None:
+                continue
+            if drafted:
                 self._choice.learn(kept)
             # The root is among the kept, the newest token is not: it is the next root. The kept may
             # be fewer than the new tokens, where others drafted too.
-            new = sequence.num_cached + 1
+            new = start + 1
             count = min(kept, text.drafted) - 1
-            text.accepted(sequence.tokens[new : new + count] if count > 0 else ())
-            text.asleep = text.drafted == 0 and tree.num_nodes == 1
+            text.accepted(request.tokens[new : new + count] if count > 0 else ())
+            text.asleep = text.drafted == 0 and not drafted
             text.drafted = 0
 
     def is_lagging(self, batch: Batch) -> bool:
-        texts = [self._texts.get(s.request_id) for s in batch.sequences]
+        self._take_walked()
+        texts = [self._texts.get(r.request_id) for r in batch.requests]
         return any(text is None or text.asleep for text in texts)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, request: Request) -> None:
         self._tree = None  # of the batch that it leaves
-        text = self._texts.pop(sequence.request_id, None)
+        text = self._texts.pop(request.request_id, None)
         if text is not None:
             self._pages.release(text.pages)
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {
+        return {
+            "drafter": self.name,
+            "model": self.model.name,
+            "tree": describe_shape(self.shape),
+            "coupled_noise": self._writer.coupled,
             "vocabulary_shared": round(self.vocabulary.coverage, 4),
             "way": self.way,
             "kept_per_step": {way: round(kept, 3) for way, kept in self._choice.kept.items()},
@@ -368,11 +391,11 @@ class _Columns:
         self._columns = columns.to(device)
         self._missing = missing.to(device)
 
-    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """[R, M, draft's] to [R, M, target's (and the rest)]."""
         return logits.index_select(-1, self._columns).masked_fill_(self._missing, -torch.inf)
 
-    def draft_ids(self, tokens: torch.Tensor) -> torch.Tensor:
+    def inputs(self, tokens: torch.Tensor) -> torch.Tensor:
         """Drawn columns as int64 draft ids."""
         return self._columns[tokens.to(torch.int64)]
 
@@ -384,8 +407,8 @@ def _chains(batch: Batch, chains: list[list[int]]) -> DraftTree:
         return DraftTree.root_only(batch.roots)
     tokens = np.zeros((len(chains), width), dtype=np.int32)
     parents = np.full((len(chains), width), -2, dtype=np.int32)
-    for row, (sequence, chain) in enumerate(zip(batch.sequences, chains, strict=True)):
-        tokens[row, : 1 + len(chain)] = [sequence.tokens[-1], *chain]
+    for row, (request, chain) in enumerate(zip(batch.requests, chains, strict=True)):
+        tokens[row, : 1 + len(chain)] = [request.tokens[-1], *chain]
         parents[row, : 1 + len(chain)] = range(-1, len(chain))
     return DraftTree(
         upload(tokens, np.int32, batch.device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 
 from inferlab.models import VocabularyMap
 from inferlab.models.spelling import ends_inside_character
@@ -40,7 +40,7 @@ class DraftText:
         self._chunk_start = 0  # where it begins in ids
         self._unchanged = 0  # ids before this are as they were when they were compared last
 
-    def update(self, tokens: SequenceOf[int], *, spelt: bool = False) -> None:
+    def update(self, tokens: Sequence[int], *, spelt: bool = False) -> None:
         """Takes in what was added to the target's tokens.
 
         Args:
@@ -77,11 +77,11 @@ class DraftText:
         del self.cached[min(count, most) :]
         self._unchanged = self._chunk_start
 
-    def accepted(self, tokens: SequenceOf[int]) -> None:
+    def accepted(self, tokens: Sequence[int]) -> None:
         """Target tokens of a drafted tree that were accepted and whose K/V is kept."""
         self.cached += [self._vocabulary.to_draft[token] for token in tokens]
 
-    def continued(self, drafted: SequenceOf[int], most: int) -> list[int]:
+    def continued(self, drafted: Sequence[int], most: int) -> list[int]:
         """Target tokens of a text that the draft has written on.
 
         The last chunk and the new text are encoded together by the target's tokenizer; what comes

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from inferlab import kernels
 from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
-from inferlab.models.draft_heads import PagedEagle
-from inferlab.models.transfer import upload
-from inferlab.scheduler import Sequence
+from inferlab.models.draft_heads import PagedEagle, load_eagle
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import PendingFeatures
 from inferlab.specdec.drafters.growth import Growth
+from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
+from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
+from inferlab.specdec.walk import Walk
 
 MOST_PENDING = 256
 """Positions that may wait for the head while nothing is drafted; then it processes them."""
@@ -69,14 +70,14 @@ class EagleDrafter(Drafter):
         self.max_depth = self.depth
         self._pending = PendingFeatures()
 
-    def ladder(self) -> SequenceOf[Budget]:
+    def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
             return ladder(self.nodes, self.depth)
         return super().ladder() if self.shape.is_chain else self.shape.ladder(self.depth)
 
     @torch.inference_mode()
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
-        longest = max(len(s.tokens) for s in batch.sequences)
+        longest = max(len(r.tokens) for r in batch.requests)
         levels = min(budget.levels, self.head.context_length - longest)
         if levels < 1:
             return DraftTree.root_only(batch.roots)
@@ -206,53 +207,36 @@ class EagleDrafter(Drafter):
         return hidden.gather(1, last.expand(-1, 1, hidden.shape[-1]))
 
     @torch.inference_mode()
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
-        (sequence,) = batch.sequences
+    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
         assert output.features is not None
-        features = output.features
-        before = self._pending.loose(sequence)
-        first = start
-        if before is not None:
-            # The last hidden state of the chunk before waited for this chunk's first token.
-            features, first = torch.cat((before[None], features), dim=1), start - 1
-        count = features.shape[1] - 1
-        if count > 0 and start + count <= self.head.context_length:
-            tokens = sequence.prompt[first + 1 : first + 1 + count]
-            positions = torch.arange(first, first + count, device=batch.device)
-            self.head.forward(
-                ForwardBatch(
-                    tokens=upload([tokens], np.int64, batch.device),
-                    positions=positions[None],
-                    seq_lens=upload([first], np.int32, batch.device),
-                    block_table=batch.block_table,
-                ),
-                features[:, :count].contiguous(),
-                self.cache,
-            )
-        self._pending.start(sequence, features[0, count:], first + count)
+        self.head.forward(
+            ForwardBatch(
+                tokens=reading.following,
+                positions=reading.positions.clamp_max(self.head.context_length - 1),
+                seq_lens=reading.seq_lens,
+                block_table=reading.block_table,
+                num_nodes=reading.num_nodes,
+            ),
+            output.features,
+            self.cache,
+        )
+        # The pair of the root is processed once more when drafting begins: from it the tree grows.
+        for chunk, features in zip(reading.chunks, reading.by_chunk(output.features), strict=True):
+            self._pending.start(chunk.request, features[-1:], chunk.stop - 1)
 
     @torch.inference_mode()
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
-        assert output.features is not None
-        self._pending.enter(batch)
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        self._pending.enter(batch, walk.output.features)
         if max(self._pending.counts(batch)) >= MOST_PENDING:
             self._catch_up(batch)
-        walked = nodes[:, : max(tree.depths) + 1].clamp_min(0).to(torch.int64)
-        self._pending.append(batch, output.features, walked)
+        self._pending.append(batch, walk)
 
     def is_lagging(self, batch: Batch) -> bool:
         self._pending.enter(batch)
         return max(self._pending.counts(batch)) > self.max_depth + 1
 
-    def release(self, sequence: Sequence) -> None:
-        self._pending.release(sequence)
+    def release(self, request: Request) -> None:
+        self._pending.release(request)
 
     def describe(self) -> dict[str, Any]:
         grown = {"grown": True, "depth": self.depth, "width": self.width, "nodes": self.nodes}
@@ -272,3 +256,26 @@ def _level_parents(shape: TreeShape, device: torch.device) -> list[torch.Tensor]
         torch.tensor([shape.parents[n] - start for n in level], device=device)
         for start, level in zip(starts, shape.levels, strict=False)
     ]
+
+
+def plan(request: DraftRequest) -> DrafterPlan:
+    """A trained EAGLE head."""
+    config = request.config
+    name = config.eagle.model
+    with request.plain_target() as model:
+        head = load_eagle(name, model, allow_pickle=config.allow_pickle)
+    paged = PagedEagle(head)
+    shape = None if request.grows else request.shape("grown", request.max_levels, name)
+
+    def build(pages: int) -> Drafter:
+        return EagleDrafter(
+            paged,
+            paged.new_cache(pages, config.page_size),
+            shape,
+            depth=request.max_levels,
+            width=config.tree_width,
+            nodes=config.nodes,
+            coupled=config.coupled_noise,
+        )
+
+    return DrafterPlan(build, paged.new_cache(1, config.page_size).bytes_per_token, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,10 +14,13 @@ from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.models import ForwardOutput
 from inferlab.models.transfer import upload
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest, make_plan
+from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, ladder
+from inferlab.specdec.walk import Walk
 from inferlab.types import check
 
 
@@ -34,7 +38,7 @@ class EnsembleDrafter(Drafter):
 
     name = "ensemble"
 
-    def __init__(self, drafters: SequenceOf[Drafter], max_nodes: int | None = None) -> None:
+    def __init__(self, drafters: Sequence[Drafter], max_nodes: int | None = None) -> None:
         check("ensemble drafters", drafters, len(drafters) >= 1, "at least one drafter")
         most = 1 + sum(d.max_nodes - 1 for d in drafters)
         if max_nodes is not None:
@@ -56,7 +60,7 @@ class EnsembleDrafter(Drafter):
         self.feature_layers = tuple(layer for d in drafters for layer in d.feature_layers)
         self._drafted: _Drafted | None = None
 
-    def ladder(self) -> SequenceOf[Budget]:
+    def ladder(self) -> Sequence[Budget]:
         return ladder(self._tree_nodes - 1, self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
@@ -67,8 +71,7 @@ class EnsembleDrafter(Drafter):
             for d, share in zip(self.drafters, self._shares(budget.nodes), strict=True)
         ]
         tree, maps = merge(trees)
-        rows = {s.request_id: row for row, s in enumerate(batch.sequences)}
-        self._drafted = _Drafted(tree, trees, maps, rows)
+        self._drafted = _Drafted(tree, trees, maps)
         return tree
 
     def _shares(self, nodes: int) -> list[int]:
@@ -86,48 +89,37 @@ class EnsembleDrafter(Drafter):
                 left -= given
         return shares
 
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
+    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
         for drafter, part in zip(self.drafters, self._parts(output), strict=True):
-            drafter.prefill(batch, start, part)
+            drafter.prefill(reading, part)
 
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
+    def commit(self, batch: Batch, walk: Walk) -> None:
         drafted = self._drafted
-        if drafted is None or drafted.tree is not tree:
+        if drafted is None or drafted.tree is not walk.tree:
             self._drafted = drafted = None  # nothing was drafted: a root, the same for all
-        walks: list[torch.Tensor] = []
-        for i, (drafter, part) in enumerate(zip(self.drafters, self._parts(output), strict=True)):
-            if drafted is None or not drafter.keeps_nodes:
-                drafter.commit(batch, tree, nodes, kept, part)
-                continue
-            own_nodes, own_kept = drafted.maps[i].walk(nodes, kept)
-            drafter.commit(batch, drafted.trees[i], own_nodes, own_kept, part)
-            walks.append(own_kept)
-        if drafted is not None and walks:
-            # Read in `settle`: by then the host has waited for the step, this copy included.
-            drafted.kept = _to_host(torch.stack(walks))
-
-    def settle(self, sequence: Sequence, tree: DraftTree, kept: int) -> None:
-        drafted = self._drafted
-        walks = iter(drafted.kept_of(sequence) if drafted is not None else ())
+        walks = [replace(walk, output=part, part_of=walk) for part in self._parts(walk.output)]
+        own = []
         for i, drafter in enumerate(self.drafters):
-            if drafted is None or not drafter.keeps_nodes:
-                drafter.settle(sequence, tree, kept)
-            else:
-                drafter.settle(sequence, drafted.trees[i], min(next(walks), kept))
+            if drafted is not None and drafter.keeps_nodes:
+                nodes, kept = drafted.maps[i].walk(walk.nodes, walk.kept)
+                walks[i] = replace(
+                    walks[i], tree=drafted.trees[i], nodes=nodes, entries=kept, kept=kept
+                )
+                own.append(walks[i])
+        if own:
+            # Queued before the host waits for the step, and there when it has.
+            counts = _to_host(torch.stack([each.kept for each in own]))
+            for each, on_host in zip(own, counts, strict=True):
+                each.on_host = on_host
+        for drafter, each in zip(self.drafters, walks, strict=True):
+            drafter.commit(batch, each)
 
     def is_lagging(self, batch: Batch) -> bool:
         return any(d.is_lagging(batch) for d in self.drafters)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, request: Request) -> None:
         for drafter in self.drafters:
-            drafter.release(sequence)
+            drafter.release(request)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -169,33 +161,16 @@ class NodeMap(NamedTuple):
         return own.to(torch.int32), inside.sum(1, dtype=torch.int32)
 
 
-class _Drafted:
-    """What the last `propose` made, and how far the walk stayed in each tree of `keeps_nodes`."""
+class _Drafted(NamedTuple):
+    """What the last `propose` made."""
 
-    def __init__(
-        self,
-        tree: DraftTree,
-        trees: list[DraftTree],
-        maps: list[NodeMap],
-        rows: dict[int, int],
-    ) -> None:
-        self.tree = tree
-        self.trees = trees
-        self.maps = maps
-        self.kept: torch.Tensor | None = None  # [members of keeps_nodes, B] int32, on the host
-        self._rows = rows
-        self._columns: list[list[int]] | None = None
-
-    def kept_of(self, sequence: Sequence) -> list[int]:
-        if self.kept is None:
-            return []
-        if self._columns is None:
-            self._columns = self.kept.t().tolist()
-        return self._columns[self._rows[sequence.request_id]]
+    tree: DraftTree
+    trees: list[DraftTree]
+    maps: list[NodeMap]
 
 
 def merge(
-    trees: SequenceOf[DraftTree], on_host: bool | None = None
+    trees: Sequence[DraftTree], on_host: bool | None = None
 ) -> tuple[DraftTree, list[NodeMap]]:
     """One tree of several with the same roots; nodes of equal paths become one.
 
@@ -209,7 +184,7 @@ def merge(
     return _merge_on_host(trees) if on_host else _merge_on_device(trees)
 
 
-def _merge_on_host(trees: SequenceOf[DraftTree]) -> tuple[DraftTree, list[NodeMap]]:
+def _merge_on_host(trees: Sequence[DraftTree]) -> tuple[DraftTree, list[NodeMap]]:
     size = len(trees[0].tokens)
     ranks = [_ranks(t) for t in trees]
     by_worth = sorted(
@@ -249,7 +224,7 @@ def _merge_on_host(trees: SequenceOf[DraftTree]) -> tuple[DraftTree, list[NodeMa
     return merged, [NodeMap(torch.from_numpy(of_tree[:, :width].copy())) for of_tree in own]
 
 
-def _merge_on_device(trees: SequenceOf[DraftTree]) -> tuple[DraftTree, list[NodeMap]]:
+def _merge_on_device(trees: Sequence[DraftTree]) -> tuple[DraftTree, list[NodeMap]]:
     """A path has a hash, the sum over its nodes of a random word for (token, depth): nodes are
     equal if their hashes are, and a node's parent is the one with the hash that lacks the node's
     own word. Hashes of different paths that agree, once in 2^64, would cost a branch, not a token.
@@ -302,11 +277,11 @@ def _merge_on_device(trees: SequenceOf[DraftTree]) -> tuple[DraftTree, list[Node
     return merged, maps
 
 
-def _depths(trees: SequenceOf[DraftTree]) -> list[int]:
+def _depths(trees: Sequence[DraftTree]) -> list[int]:
     return [max(of_row) for of_row in zip(*(t.depths for t in trees), strict=True)]
 
 
-def _ranks(tree: DraftTree) -> SequenceOf[int]:
+def _ranks(tree: DraftTree) -> Sequence[int]:
     return tree.ranks if tree.ranks is not None else range(tree.num_nodes)
 
 
@@ -361,3 +336,19 @@ def _to_host(values: torch.Tensor) -> torch.Tensor:
     pinned = values.device.type == "cuda"
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
     return host.copy_(values, non_blocking=True)
+
+
+def plan(request: DraftRequest) -> DrafterPlan:
+    """Several drafters, planned each as if it were alone."""
+    config = request.config
+    plans = []
+    for mode in config.ensemble.drafters:
+        own = config.model_copy(update={"draft_mode": mode})
+        member = DraftRequest(own, request.target, request.policy, own.levels, request.draft)
+        plans.append(make_plan(member))
+
+    def build(pages: int) -> Drafter:
+        return EnsembleDrafter([plan.build(pages) for plan in plans], 1 + config.nodes)
+
+    models = [plan.model for plan in plans if plan.model is not None]
+    return DrafterPlan(build, sum(p.bytes_per_token for p in plans), ", ".join(models) or None)

@@ -15,12 +15,15 @@ import torch
 
 from inferlab import kernels
 from inferlab.config import MAX_DRAFT
-from inferlab.models import FINAL_HIDDEN, ForwardOutput, HFModel, TargetModel
-from inferlab.scheduler import Sequence
+from inferlab.models import FINAL_HIDDEN, ForwardOutput, TargetModel
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
+from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
+from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
+from inferlab.specdec.walk import Walk
 from inferlab.types import check
 
 HEAD_INITS = ("tie", "copy", "random")
@@ -32,12 +35,12 @@ class _LiteDrafter(Drafter):
     feature_layers = (FINAL_HIDDEN,)
 
     def __init__(self, target: TargetModel, depth: int, states: int) -> None:
-        if not isinstance(target, HFModel):
+        if target.head is None:
             raise ValueError(
                 f"{target.name} has no hidden states, which {self.name} drafts from; it needs a "
                 "real model (implementation='hf')"
             )
-        self.head = target.model.get_output_embeddings()
+        self.head: Any = target.head
         self.max_depth = depth
         self.max_nodes = 1 + depth
         self._features = LastFeatures(states)
@@ -61,23 +64,15 @@ class _LiteDrafter(Drafter):
     def _sampling(self, batch: Batch) -> kernels.SamplingTensors:
         return batch.sampling
 
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
+    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
         assert output.features is not None
-        self._features.start(batch.sequences[0], output.features[0])
+        self._features.start(reading, output.features)
 
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
-        assert output.features is not None
-        self._features.advance(batch, output.features, nodes, kept)
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        self._features.advance(batch, walk)
 
-    def release(self, sequence: Sequence) -> None:
-        self._features.release(sequence)
+    def release(self, request: Request) -> None:
+        self._features.release(request)
 
 
 class MedusaLiteDrafter(_LiteDrafter):
@@ -177,3 +172,24 @@ class EagleLiteDrafter(_LiteDrafter):
 
     def describe(self) -> dict[str, Any]:
         return {"drafter": self.name, "alpha": self.alpha, "max_draft": self.max_depth}
+
+
+def plan_medusa(request: DraftRequest) -> DrafterPlan:
+    """Untrained heads."""
+    lite = request.config.medusa
+    drafter = MedusaLiteDrafter(
+        request.target,
+        lite.num_heads,
+        lite.head_init,
+        lite.temperature,
+        lite.top_p,
+        seed=request.config.seed,
+    )
+    return DrafterPlan(lambda _: drafter)
+
+
+def plan_eagle(request: DraftRequest) -> DrafterPlan:
+    """Hidden states on a straight line."""
+    lite = request.config.eagle
+    drafter = EagleLiteDrafter(request.target, lite.alpha, max(lite.max_draft, 1))
+    return DrafterPlan(lambda _: drafter)

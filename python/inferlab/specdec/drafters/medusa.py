@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,17 @@ import torch
 from inferlab import kernels
 from inferlab.kernels.reference.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import FINAL_HIDDEN, ForwardOutput
-from inferlab.models.draft_heads import MedusaHeads
-from inferlab.scheduler import Sequence
+from inferlab.models.draft_heads import MedusaHeads, load_medusa
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
 from inferlab.specdec.drafters.growth import grown_tree
+from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
+from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
+from inferlab.specdec.walk import Walk
 
 
 class MedusaDrafter(Drafter):
@@ -63,7 +66,7 @@ class MedusaDrafter(Drafter):
         self.max_depth = levels
         self._features = LastFeatures()
 
-    def ladder(self) -> SequenceOf[Budget]:
+    def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
             return ladder(self.nodes, self.max_depth)
         return self.shape.ladder(self.max_depth)
@@ -104,23 +107,15 @@ class MedusaDrafter(Drafter):
             scores=scores,
         )
 
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
+    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
         assert output.features is not None
-        self._features.start(batch.sequences[0], output.features[0])
+        self._features.start(reading, output.features)
 
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
-        assert output.features is not None
-        self._features.advance(batch, output.features, nodes, kept)
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        self._features.advance(batch, walk)
 
-    def release(self, sequence: Sequence) -> None:
-        self._features.release(sequence)
+    def release(self, request: Request) -> None:
+        self._features.release(request)
 
     def describe(self) -> dict[str, Any]:
         grown = {"grown": True, "depth": self.max_depth, "nodes": self.nodes}
@@ -130,3 +125,17 @@ class MedusaDrafter(Drafter):
             "tree": grown if self.shape is None else describe_shape(self.shape),
             "coupled_noise": self.coupled,
         }
+
+
+def plan(request: DraftRequest) -> DrafterPlan:
+    """Trained Medusa heads."""
+    config = request.config
+    name = config.medusa.model
+    with request.plain_target() as model:
+        heads = load_medusa(name, model, allow_pickle=config.allow_pickle)
+    depth = min(request.max_levels, heads.num_heads)
+    shape = None if request.grows else request.shape("grown", depth, name)
+    drafter = MedusaDrafter(
+        heads, shape, nodes=config.nodes, depth=depth, coupled=config.coupled_noise
+    )
+    return DrafterPlan(lambda _: drafter, model=name)

@@ -6,7 +6,7 @@ long it is (SAM-Decoding, Hu et al., 2024).
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ from inferlab import _C
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.models.transfer import upload
-from inferlab.scheduler import Sequence
+from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.corpus import load_corpus
+from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 from inferlab.types import check
 
@@ -66,13 +68,13 @@ class NgramDrafter(Drafter):
         self.max_nodes = min(1 + max_depth * branches, MAX_TREE_NODES)
         self._texts: dict[int, _Text] = {}
 
-    def ladder(self) -> SequenceOf[Budget]:
+    def ladder(self) -> Sequence[Budget]:
         if self.branches == 1:
             return super().ladder()
         return ladder(self.max_nodes - 1, self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
-        tries = [self._trie(s, budget) for s in batch.sequences]
+        tries = [self._trie(r, budget) for r in batch.requests]
         width = max(len(tokens) for tokens, _, _ in tries)
         if width == 1:
             return DraftTree.root_only(batch.roots)
@@ -90,12 +92,12 @@ class NgramDrafter(Drafter):
             links = build_tree(upload(parents, np.int32, batch.device))
         return DraftTree(upload(tokens, np.int32, batch.device), links, is_chain, depths, counts)
 
-    def _trie(self, sequence: Sequence, budget: Budget) -> tuple[list[int], list[int], int]:
+    def _trie(self, request: Request, budget: Budget) -> tuple[list[int], list[int], int]:
         """Tokens and parents of one sequence's tree, numbered by worth, and its depth."""
-        text = self._texts.get(sequence.request_id)
+        text = self._texts.get(request.request_id)
         if text is None:
-            text = self._texts[sequence.request_id] = _Text(self.corpus)
-        text.read(sequence.tokens)
+            text = self._texts[request.request_id] = _Text(self.corpus)
+        text.read(request.tokens)
         trie: tuple[list[int], list[int], int] = _C.draft_trie(
             text.automaton,
             self.corpus,
@@ -109,8 +111,8 @@ class NgramDrafter(Drafter):
         )
         return trie
 
-    def release(self, sequence: Sequence) -> None:
-        self._texts.pop(sequence.request_id, None)
+    def release(self, request: Request) -> None:
+        self._texts.pop(request.request_id, None)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -136,3 +138,18 @@ class _Text:
         self.automaton.extend(new)
         if self._corpus is not None:
             self.cursor = self._corpus.follow(self.cursor, new)
+
+
+def plan(request: DraftRequest) -> DrafterPlan:
+    """Drafts from the text itself and, if there is one, a corpus."""
+    config, target = request.config, request.target
+    widths = config.tree if isinstance(config.tree, tuple) else None
+    path = config.ngram.corpus
+    drafter = NgramDrafter(
+        max_depth=len(widths) if widths is not None else request.max_levels,
+        branches=max(widths) if widths is not None else 1,
+        min_match=config.ngram.min_match,
+        max_match=config.ngram.max_match,
+        corpus=None if path is None else load_corpus(path, target.tokenizer, target.vocab_size),
+    )
+    return DrafterPlan(lambda _: drafter)

@@ -8,19 +8,20 @@ successors of successors. One table serves all sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from inferlab import kernels
-from inferlab.config import DRAFT_NODES
-from inferlab.models import ForwardOutput
+from inferlab.draft_modes import DRAFT_MODES
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
+from inferlab.specdec.walk import Walk
 from inferlab.types import check
 
 SUCCESSORS = 8
@@ -28,7 +29,7 @@ SUCCESSORS = 8
 # P(a token's r-th successor in the table is the target's choice), of the bundled target at
 # temperature 0: what `python benchmarks/recycling_acceptance.py` prints, rounded.
 ACCEPTANCE = (0.73, 0.08, 0.035, 0.018, 0.015, 0.009, 0.007, 0.005)
-TREE_NODES = DRAFT_NODES["recycling"]  # below the root, as in the paper
+TREE_NODES = DRAFT_MODES["recycling"].nodes
 TREE_DEPTH = 8
 
 
@@ -73,7 +74,7 @@ class RecyclingDrafter(Drafter):
         self._written = torch.full((vocab_size + 1,), -1, dtype=torch.int64, device=device)
         self._nodes_seen = 0
 
-    def ladder(self) -> SequenceOf[Budget]:
+    def ladder(self) -> Sequence[Budget]:
         return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
@@ -86,22 +87,10 @@ class RecyclingDrafter(Drafter):
             levels.append(successors.take(above * self.successors + ranks))
         return DraftTree.of_shape(shape, torch.cat(levels, dim=1).to(torch.int32))
 
-    def prefill(self, batch: Batch, start: int, output: ForwardOutput) -> None:
-        (sequence,) = batch.sequences
-        last = batch.roots.new_full((1, 1), sequence.prompt[sequence.num_cached - 1])
-        self._learn(last, output.logits, batch.allowed_vocab)
-
-    def commit(
-        self,
-        batch: Batch,
-        tree: DraftTree,
-        nodes: torch.Tensor,
-        kept: torch.Tensor,
-        output: ForwardOutput,
-    ) -> None:
-        padding = tree.links.depth < 0
-        tokens = tree.tokens.masked_fill(padding, self.table.shape[0] - 1)
-        self._learn(tokens, output.logits, batch.allowed_vocab)
+    def commit(self, batch: Batch, walk: Walk) -> None:
+        padding = walk.tree.links.depth < 0
+        tokens = walk.tree.tokens.masked_fill(padding, self.table.shape[0] - 1)
+        self._learn(tokens, walk.output.logits, batch.allowed_vocab)
 
     def _learn(self, tokens: torch.Tensor, logits: torch.Tensor, allowed_vocab: int | None) -> None:
         """Takes the best tokens behind each node. ``tokens``: [B, N] int32, ``logits``: [B, N, V].
@@ -153,3 +142,15 @@ def _greedy(size: int, device: torch.device) -> kernels.SamplingTensors:
 @lru_cache(maxsize=64)
 def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64, device=device)
+
+
+def plan(request: DraftRequest) -> DrafterPlan:
+    """Drafts from the target's runners-up."""
+    config, target = request.config, request.target
+    if request.given_shape is None and config.tree in (None, "optimal"):
+        # The table's own rates, not those of a draft: there is one tree that is best.
+        depth = TREE_DEPTH if config.max_draft is None else request.max_levels
+        shape = TreeShape.best([ACCEPTANCE], config.nodes, depth)
+    else:
+        shape = request.shape("optimal", request.max_levels, "")
+    return DrafterPlan(lambda _: RecyclingDrafter(target.vocab_size, target.device, shape))

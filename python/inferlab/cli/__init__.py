@@ -1,0 +1,77 @@
+"""The `inferlab` command: one name for all commands of the package, one file for each of them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from inferlab import __version__
+from inferlab.cli.completion import SHELLS, PrintCompletion
+from inferlab.cli.parser import Parser, call
+from inferlab.cli.terminal import setup_logging
+
+COMMANDS = {
+    "specdec": "decode speculatively, on real models or fake ones",
+    "baseline": "decode plainly, by Hugging Face generate",
+    "chat": "talk to a model at the terminal, decoded speculatively",
+    "bench": "measure local, speculative or HTTP decoding",
+    "ping": "try an OpenAI-compatible server",
+    "train": "train draft models, Medusa and EAGLE heads",
+    "calibrate": "measure acceptance, for optimal trees",
+    "schema": "the JSON schema of what a command prints with --json",
+    "doctor": "what is built in, what this machine offers, what is missing",
+}
+"""Command -> summary; the module of that name has its ``add_arguments`` and its ``run``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``inferlab <command> ...``; returns the exit code.
+
+    Only the command asked for is imported: torch takes seconds, ``--help`` must not.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    return call(lambda args: _run(words), argparse.Namespace(verbose="--verbose" in words))
+
+
+def run_command(name: str, argv: Sequence[str] | None = None) -> int:
+    """Runs one command, whose own words are ``argv`` (None: the process's); returns the exit code.
+
+    This is what modules that can be run themselves call, such as `inferlab.specdec.run_specdec`.
+    """
+    return main([name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def make_parser(only: str | None = None) -> Parser:
+    """The parser of all commands; the flags of ``only`` one of them, or (None) of each."""
+    parser = Parser(
+        prog="inferlab",
+        description="Speculative decoding: faster than plain decoding, and exactly as good.",
+        epilog="`inferlab <command> --help` lists the flags of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"inferlab {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        action=PrintCompletion,
+        make_parser=make_parser,
+        help="print a script by which the shell completes commands and flags",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
+    for name, summary in COMMANDS.items():
+        description = summary[0].upper() + summary[1:] + "."
+        command = commands.add_parser(
+            name, prog=f"inferlab {name}", help=summary, description=description
+        )
+        if only in (name, None):
+            module = importlib.import_module(f"inferlab.cli.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _run(words: list[str]) -> int:
+    args = make_parser(only=words[0] if words else "").parse_args(words)
+    setup_logging(args.log_level or "INFO", args.verbose)
+    return int(args.run(args))

@@ -1,0 +1,230 @@
+"""`inferlab bench`: measure local, HTTP or speculative decoding, and compare speculation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from inferlab.benchmarks.benchmark import (
+    MODES,
+    BenchmarkInterrupted,
+    BenchmarkRunner,
+    Config,
+    load_mode_config,
+)
+from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
+from inferlab.benchmarks.modes_table import print_modes
+from inferlab.benchmarks.outputs import BenchmarkStats, ModesStats
+from inferlab.benchmarks.tables import print_summary, write_outputs
+from inferlab.cli import baseline, ping, specdec_flags
+from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
+from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
+from inferlab.cli.prompts import add_workload_arguments, gather_workload
+from inferlab.cli.terminal import clean_stdout, progress, setup_logging
+from inferlab.config import SpecdecConfig
+from inferlab.errors import UsageError
+from inferlab.output import check_output, print_json, write_json
+from inferlab.prompts import Prompt
+
+Output = BenchmarkStats | ModesStats
+
+_COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
+_HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
+FLAGS = {
+    "local": {**baseline.FLAGS, **_COUNT_FLAGS},
+    "http": {**ping.FLAGS, **_HTTP_SAMPLING, **_COUNT_FLAGS},
+    "specdec": {**specdec_flags.FLAGS, **_COUNT_FLAGS},
+}
+"""Flag -> key of the mode's configuration."""
+
+SWITCHES = {
+    "--compare-baseline": ("specdec",),
+    "--eval-perplexity": ("local", "specdec"),
+    "--adaptive-K": ("specdec",),
+    "--stream": ("http",),
+}
+"""Flags that are no keys, and the modes that know them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inferlab bench``."""
+    add_workload_arguments(parser)
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="local",
+        help="Hugging Face generate, an OpenAI-compatible server, or the engine (local)",
+    )
+    parser.add_argument("--iterations", type=int, metavar="N", help="runs of each prompt (5)")
+    parser.add_argument("--warmup", type=int, metavar="N", help="runs before, not counted (1)")
+    parser.add_argument(
+        "--compare-baseline",
+        action="store_true",
+        help="specdec: also run plain decoding and Hugging Face generate, in turn; compare tokens",
+    )
+    parser.add_argument(
+        "--eval-perplexity", action="store_true", help="perplexity of the output under the target"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="http: stream, and measure TTFT and TPOT"
+    )
+    parser.add_argument(
+        "--modes",
+        type=_names,
+        metavar="all|MODE,...",
+        help="compare draft modes (all, or some) with plain decoding and Hugging Face's ways; "
+        "by default on --heldout 20, 128 tokens, the cost controller, 3 iterations",
+    )
+    parser.add_argument(
+        "--batch", type=_sizes, metavar="N,...", help="of --modes: prompts decoded together (1)"
+    )
+    add_config_argument(parser, "configs/specdec.yaml")
+    ping.add_server_arguments(parser)
+    specdec_flags.add_model_arguments(parser)
+    specdec_flags.add_speculation_arguments(parser)
+    specdec_flags.add_sampling_arguments(parser)
+    add_output_arguments(parser, output=None)
+    parser.add_argument(
+        "--output", metavar="PREFIX", help="write PREFIX.json (all) and PREFIX.csv (a row per run)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``inferlab bench``; returns the exit code.
+
+    1: a run failed, or token ids differ that must not; 130: interrupted, with partial results.
+    """
+    if args.modes is not None:
+        return _run_modes(args)
+    _refuse_misplaced(args)
+    if args.batch is not None:
+        raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
+    overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
+    config = load_mode_config(args.mode, args.config, overrides, names)
+    check_output(args.output)
+    prompts = gather_workload(args)
+    setup_logging(config.log_level, args.verbose)
+    with clean_stdout(args.json) as out:
+        stats, interrupted = _measure(args, config, [prompt.text for prompt in prompts])
+        _name_places(stats["failures"], prompts)
+        try:
+            if args.output:
+                write_outputs(args.output, stats)
+        finally:  # what cannot be written is not lost
+            if args.json:
+                print_json(stats, out)
+            else:
+                print_summary(stats)
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURE if _failed(stats) else EXIT_OK
+
+
+MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
+"""Of ``--modes``, where neither flag nor file says otherwise."""
+
+
+def _run_modes(args: argparse.Namespace) -> int:
+    """``--modes``: the table of all draft modes."""
+    for flag in ("--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode"):
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise UsageError(f"{flag}: has no meaning with --modes, which compares all of them")
+    if args.heads is not None:
+        raise UsageError(
+            "--heads: belongs to one draft mode; with --modes name heads in the --config file: "
+            f"medusa: {{model: {args.heads}}}, or eagle: {{model: {args.heads}}}"
+        )
+    args.mode = "specdec"
+    _refuse_misplaced(args)
+    if (args.prompt, args.prompts, args.heldout) == (None, None, None):
+        args.heldout = 20
+    overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
+    defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
+    config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
+    assert isinstance(config, SpecdecConfig)
+    check_output(args.output)
+    prompts = gather_workload(args)
+    setup_logging(config.log_level, args.verbose)
+    modes = DRAFT_MODES if args.modes == ["all"] else args.modes
+    with clean_stdout(args.json) as out:
+        benchmark = ModesBenchmark(config, modes, args.batch or (1,))
+        show_bar = not (args.no_progress or args.json)
+        with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
+            result = benchmark.run([prompt.text for prompt in prompts], advance)
+        _name_places(result.failures, prompts)
+        try:
+            if args.output:
+                write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
+        finally:
+            if args.json:
+                print_json(result.as_dict(), out)
+            else:
+                print_modes(result)
+    if result.interrupted:
+        return EXIT_INTERRUPTED
+    different = any(found["verdict"] == "different" for found in result.token_ids.values())
+    return EXIT_FAILURE if result.failures or different else EXIT_OK
+
+
+def _name_places(failures: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
+    """Adds ``where``, the prompt's line in its file, to failures; of a batch all of its lines."""
+    for failure in failures:
+        size = failure.get("batch_size", 1)
+        first = failure["prompt_index"] * size
+        lines = [prompt.where for prompt in prompts[first : first + size] if prompt.where]
+        if lines:
+            failure["where"] = ", ".join(lines)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: 1,4,16") from None
+
+
+def _measure(
+    args: argparse.Namespace, config: Config, prompts: list[str]
+) -> tuple[dict[str, Any], bool]:
+    """(statistics, whether Ctrl-C ended it)."""
+    show_bar = not (args.no_progress or args.json)
+    with BenchmarkRunner(
+        mode=args.mode,
+        compare_baseline=args.compare_baseline,
+        eval_perplexity=args.eval_perplexity,
+        stream=args.stream,
+        config=config,
+    ) as benchmark:
+        try:
+            with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
+                return benchmark.run_all(prompts, on_run=advance), False
+        except BenchmarkInterrupted as interrupt:
+            return interrupt.stats, True
+
+
+def _failed(stats: dict[str, Any]) -> bool:
+    if "error" in stats:
+        print(f"error: {stats['error']}", file=sys.stderr)
+        return True
+    verdict = stats.get("baseline_comparison", {}).get("token_ids", {}).get("verdict")
+    return bool(stats["failures"]) or verdict == "different"
+
+
+def _refuse_misplaced(args: argparse.Namespace) -> None:
+    """A flag that the mode would ignore is an error."""
+    places: dict[str, list[str]] = {flag: list(modes) for flag, modes in SWITCHES.items()}
+    for mode, flags in FLAGS.items():
+        for flag in flags:
+            places.setdefault(flag, []).append(mode)
+    for flag, modes in places.items():
+        given, _ = given_values(args, {flag: flag})
+        if given and args.mode not in modes:
+            raise UsageError(
+                f"{flag}: has no meaning in --mode {args.mode}, only in {' and '.join(modes)}"
+            )

@@ -1,0 +1,90 @@
+"""`inferlab calibrate`: measures which draft tokens are accepted, for `--tree optimal`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from inferlab.cli import specdec_flags
+from inferlab.cli.flags import add_config_argument, add_log_arguments
+from inferlab.cli.parser import EXIT_OK
+from inferlab.cli.terminal import setup_logging
+from inferlab.config import SpecdecConfig, load_config
+from inferlab.errors import UsageError
+from inferlab.prompts import read_prompts
+from inferlab.specdec.calibration import write_acceptance
+from inferlab.training.material.corpus import Corpus, training_prompts
+from inferlab.training.measure.rates import acceptance_rates
+
+MEANINGLESS = (
+    "--tree",
+    "--tree-nodes",
+    "--tree-width",
+    "--controller",
+    "--adaptive-K",
+    "--min-k",
+    "--max-k",
+    "--target-acceptance",
+)
+"""Flags of `inferlab specdec` that say how much to draft."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``inferlab calibrate``."""
+    parser.add_argument(
+        "--prompts", metavar="FILE.jsonl", help="(files of the standard library, not held out)"
+    )
+    parser.add_argument("--num-prompts", type=int, default=60, metavar="N", help="(60)")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of the draft's weights"
+    )
+    add_log_arguments(parser)
+    add_config_argument(parser, "configs/specdec.yaml")
+    specdec_flags.add_model_arguments(parser)
+    specdec_flags.add_speculation_arguments(parser)
+    specdec_flags.add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``inferlab calibrate``; returns the exit code."""
+    for flag in MEANINGLESS:
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise UsageError(
+                f"{flag}: has no meaning here; every step drafts the largest tree of --K levels"
+            )
+    overrides, names = specdec_flags.given_overrides(args)
+    config = load_config(SpecdecConfig, args.config, overrides, names=names)
+    folder = Path(args.output)
+    if not folder.is_dir():
+        raise UsageError(f"--output: {folder} is no folder; name the one that holds the weights")
+    if args.num_prompts < 1:
+        raise UsageError(f"--num-prompts: {args.num_prompts} is not allowed; must be at least 1")
+    if args.prompts is not None:
+        given = read_prompts(args.prompts)[: args.num_prompts]
+        for prompt in given:
+            try:
+                prompt.check()
+            except ValueError as error:
+                raise UsageError(f"{prompt.where}: {error}") from None
+        prompts = [prompt.text for prompt in given]
+    else:
+        prompts = training_prompts(Corpus.of(), args.num_prompts)
+    setup_logging(config.log_level, args.verbose)
+    rates = acceptance_rates(config, prompts)
+    if not rates:
+        raise UsageError(
+            f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "
+            "to measure any rate; give more, or more --max-tokens"
+        )
+    about: dict[str, Any] = {
+        "base_model": config.base_model,
+        "draft_mode": config.draft_mode,
+        "temperature": config.effective_temperature,
+        "prompts": len(prompts),
+        "new_tokens": config.max_new_tokens,
+    }
+    write_acceptance(folder, rates, about)
+    for depth, row in enumerate(rates, start=1):
+        print(f"level {depth}: " + " ".join(f"{rate:.3f}" for rate in row))
+    return EXIT_OK

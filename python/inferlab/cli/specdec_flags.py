@@ -1,0 +1,183 @@
+"""The flags of speculative decoding, which `specdec`, `bench` and `calibrate` share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from inferlab.cli.flags import (
+    add_generation_config_argument,
+    add_safety_arguments,
+    given_values,
+)
+from inferlab.config import TREES, SpecdecConfig, choices
+from inferlab.errors import UsageError
+
+FLAGS = {
+    "--max-tokens": "max_new_tokens",
+    "--min-tokens": "min_new_tokens",
+    "--impl": "implementation",
+    "--base-model": "base_model",
+    "--draft-model": "draft_model",
+    "--draft-mode": "draft_mode",
+    "--max-draft": "max_draft",
+    "--K": "K",
+    "--tree": "tree",
+    "--tree-nodes": "tree_nodes",
+    "--tree-width": "tree_width",
+    "--policy": "policy",
+    "--tau": "tau",
+    "--k": "agree_k",
+    "--p": "p",
+    "--controller": "controller",
+    "--min-k": "min_k",
+    "--max-k": "max_k",
+    "--target-acceptance": "target_acceptance",
+    "--temperature": "temperature",
+    "--top-k": "top_k",
+    "--top-p": "top_p",
+    "--min-p": "min_p",
+    "--repetition-penalty": "repetition_penalty",
+    "--presence-penalty": "presence_penalty",
+    "--frequency-penalty": "frequency_penalty",
+    "--stop": "stop",
+    "--seed": "seed",
+    "--device": "device",
+    "--force-device": "force_device",
+    "--dtype": "dtype",
+    "--max-memory-mb": "max_memory_mb",
+    "--batch-size": "max_batch",
+    "--ignore-generation-config": "ignore_generation_config",
+    "--trust-remote-code": "trust_remote_code",
+    "--allow-pickle": "allow_pickle",
+    "--log-level": "log_level",
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for the models and where they run."""
+    group = parser.add_argument_group("models")
+
+    def one_of(key: str) -> tuple[str, ...]:
+        return choices(SpecdecConfig, key)
+
+    group.add_argument(
+        "--impl", choices=one_of("implementation"), help="real models, or fake ones: instant (hf)"
+    )
+    group.add_argument("--base-model", metavar="NAME", help="the target (inferlab/tiny)")
+    group.add_argument("--draft-model", metavar="NAME", help="who proposes (inferlab/tiny-draft)")
+    group.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
+    group.add_argument("--force-device", choices=one_of("force_device"), help="beats --device")
+    group.add_argument("--dtype", choices=one_of("dtype"), help="(auto)")
+    add_safety_arguments(group)
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for drafter, acceptance policy and controller."""
+    group = parser.add_argument_group("speculation")
+
+    def one_of(key: str) -> tuple[str, ...]:
+        return choices(SpecdecConfig, key)
+
+    group.add_argument(
+        "--draft-mode",
+        choices=one_of("draft_mode"),
+        help="who drafts; none: plain decoding (vanilla: a draft model)",
+    )
+    group.add_argument(
+        "--heads", metavar="MODEL", help="trained heads for --draft-mode medusa or eagle"
+    )
+    group.add_argument(
+        "--K",
+        type=int,
+        metavar="N",
+        help="levels drafted per step (by mode: 4; eagle, ensemble, medusa, recycling 6; ngram 8)",
+    )
+    group.add_argument("--max-draft", type=int, metavar="N", help="another name of --K")
+    group.add_argument(
+        "--tree",
+        type=_tree,
+        metavar="SHAPE",
+        help="chain, optimal, grown (eagle, medusa), or children per node by depth: 4,2,1",
+    )
+    group.add_argument(
+        "--tree-nodes",
+        type=int,
+        metavar="N",
+        help="draft nodes of optimal, grown and merged trees (31; recycling 80)",
+    )
+    group.add_argument(
+        "--tree-width",
+        type=int,
+        metavar="N",
+        help="nodes that eagle expands per level of grown trees (4)",
+    )
+    group.add_argument("--policy", choices=one_of("policy"), help="(longest_prefix)")
+    group.add_argument("--tau", type=float, help="threshold of conf_threshold (0.5)")
+    group.add_argument("--k", type=int, help="of topk_agree (5)")
+    group.add_argument("--p", type=float, help="mass of typical (0.9)")
+    group.add_argument("--controller", choices=one_of("controller"), help="(fixed)")
+    group.add_argument("--adaptive-K", action="store_true", help="same as --controller adaptive")
+    group.add_argument("--min-k", type=int, metavar="N", help="of the adaptive controller (1)")
+    group.add_argument(
+        "--max-k", type=int, metavar="N", help="of the adaptive and cost controllers (8)"
+    )
+    group.add_argument(
+        "--target-acceptance", type=float, metavar="RATE", help="of the adaptive controller (0.7)"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for how tokens are chosen, and how many."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (64)")
+    group.add_argument("--min-tokens", type=int, metavar="N", help="new tokens at least (0)")
+    group.add_argument("--temperature", type=float, help="0 is greedy (0)")
+    group.add_argument("--top-k", type=int, metavar="N", help="keep the N likeliest; 0 is off (0)")
+    group.add_argument("--top-p", type=float, metavar="P", help="nucleus; 1 is off (1)")
+    group.add_argument("--min-p", type=float, metavar="P", help="relative to the likeliest (0)")
+    group.add_argument("--repetition-penalty", type=float, help="1 is off (1)")
+    group.add_argument("--presence-penalty", type=float, help="0 is off (0)")
+    group.add_argument("--frequency-penalty", type=float, help="0 is off (0)")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the text; may be given repeatedly"
+    )
+    add_generation_config_argument(group)
+    group.add_argument("--seed", type=int, help="the same seed gives the same tokens (1234)")
+
+
+def _tree(text: str) -> str | list[int]:
+    if text in TREES:
+        return text
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither one of {', '.join(TREES)} nor a list of widths by depth, such as "
+            f"4,2,1"
+        ) from None
+
+
+def given_overrides(
+    args: argparse.Namespace, flags: Mapping[str, str] = FLAGS
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the flags of the groups above override, and their names (see ``given_values``).
+
+    Raises:
+        UsageError: flags that contradict each other.
+    """
+    overrides, names = given_values(args, flags)
+    if args.adaptive_K:
+        for flag, value in (("--K", args.K), ("--controller", args.controller)):
+            if value is not None and value != "adaptive":
+                raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
+        overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    if args.heads is not None:
+        if args.draft_mode not in ("medusa", "eagle"):
+            raise UsageError("--heads: names the heads of --draft-mode medusa or eagle; give both")
+        overrides[args.draft_mode], names[args.draft_mode] = {"model": args.heads}, "--heads"
+    for flag, value in (("--K", args.K), ("--max-draft", args.max_draft)):
+        if value is not None and isinstance(args.tree, list):
+            raise UsageError(f"{flag} {value} contradicts --tree, whose depth is the K; give one")
+    return overrides, names

@@ -1,0 +1,1 @@
+"""HTTP: asking OpenAI-compatible servers, and reading what they answer."""

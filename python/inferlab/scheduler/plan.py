@@ -1,0 +1,33 @@
+"""What the next step is to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inferlab.scheduler.request import Request
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, stop) of a request, to be read in one forward."""
+
+    request: Request
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step: some texts are read on, then all that are read to their roots decode.
+
+    Attributes:
+        preempted: requests that lost their pages since the plan before.
+        admitted: requests that were given pages, new ones and such as were preempted.
+        chunks: what is to be read.
+        decode: who decodes, those included whose text the chunks complete.
+    """
+
+    preempted: list[Request] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    decode: list[Request] = field(default_factory=list)

@@ -1,0 +1,72 @@
+"""One request on its way through the engine: its tokens, its pages, its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from inferlab.types import SamplingParams, SpeculationStats
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to go on from, and the state of its decoding.
+
+    ``tokens`` are prompt and output. The newest one is the root of the next step: it is committed,
+    but its K/V is not in the cache. All before it are to be read first: of a new request the
+    prompt's, of one that was preempted its output as well.
+
+    Attributes:
+        num_cached: tokens whose K/V is in the pages; ``len(tokens) - 1`` between two steps once all
+            is read.
+        read_length: tokens of the text that `generate` reads in one forward: the prompt, or more
+            where a model reads the text anew (``TargetModel.reread_length``).
+        finish_reason: why it ended: "length", "stop" (an end token), "stop_string", "error" (see
+            ``error``), "interrupted", "aborted"; None before.
+        text: what the new tokens add to the prompt's text, once it has ended.
+        num_told: new tokens that were handed out.
+        num_drafted: of those that were not, how many were drafted.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    request_id: int = -1
+    arrived_at: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    read_length: int = 0
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    first_token_at: float | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    text: str | None = None
+    num_told: int = 0
+    num_drafted: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.read_length = len(self.tokens)
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def unread(self) -> int:
+        """Tokens before the root whose K/V is missing."""
+        return len(self.tokens) - 1 - self.num_cached
+
+    @property
+    def remaining(self) -> int:
+        """New tokens it may still produce."""
+        return self.params.max_tokens - self.num_output
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None

@@ -1,0 +1,101 @@
+"""What a drafter is made of: what was asked for, and how it is built from that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from inferlab.config import SpecdecConfig
+from inferlab.draft_modes import DRAFT_MODES
+from inferlab.models import HFModel, TargetModel, plain_model
+from inferlab.specdec.calibration import measured_acceptance
+from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.policies import Policy
+from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
+
+
+@dataclass(frozen=True)
+class DrafterPlan:
+    """A drafter but for its K/V pages, whose number follows from what they weigh.
+
+    Attributes:
+        build: from the number of pages to the drafter.
+        bytes_per_token: K/V of the draft, per token.
+        model: what drafts, for results; None without weights of its own.
+    """
+
+    build: Callable[[int], Drafter]
+    bytes_per_token: int = 0
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """What a drafter is asked for.
+
+    Attributes:
+        max_levels: of a chain: the most that the controller may ask for.
+        draft: a loaded draft model in place of ``config.draft_model``.
+        given_shape: a static tree in place of ``config.tree``.
+    """
+
+    config: SpecdecConfig
+    target: TargetModel
+    policy: Policy
+    max_levels: int
+    draft: TargetModel | None = None
+    given_shape: TreeShape | None = None
+
+    def shape(self, default: str, depth: int, drafts: str) -> TreeShape:
+        """The static tree asked for, at most ``depth`` levels. ``drafts``: what is accepted."""
+        config = self.config
+        if self.given_shape is not None:
+            return self.given_shape
+        tree = config.tree if config.tree is not None else default
+        if isinstance(tree, tuple):
+            return TreeShape.regular(tree)
+        if tree == "chain":
+            return TreeShape.chain(depth)
+        acceptance = measured_acceptance(drafts) or [list(ASSUMED_ACCEPTANCE)]
+        return TreeShape.best(acceptance, config.nodes, depth)
+
+    @property
+    def grows(self) -> bool:
+        """Whether trees are grown, by a drafter that can, and does unless told otherwise."""
+        return self.config.tree in (None, "grown") and self.given_shape is None
+
+    def plain_target(self) -> AbstractContextManager[Any]:
+        """The Hugging Face model of the target, which must have hidden states."""
+        return plain_model(self.target, f"draft_mode {self.config.draft_mode!r}")
+
+
+def make_plan(request: DraftRequest) -> DrafterPlan:
+    """By the function that the table names.
+
+    Raises:
+        ValueError: a mode that reads hidden states, for a target without any.
+    """
+    name = request.config.draft_mode
+    mode = DRAFT_MODES[name]
+    if mode.reads_hidden:
+        plain_model(request.target, f"draft_mode {name!r}")
+    module, function = mode.plan.split(":")
+    make = getattr(import_module(f"inferlab.specdec.drafters.{module}"), function)
+    plan: DrafterPlan = make(request)
+    return plan
+
+
+def load_model(config: SpecdecConfig, name: str) -> HFModel:
+    """A model on the device, in the dtype and under the conditions of the configuration."""
+    return HFModel.load(
+        name,
+        device=config.requested_device,
+        dtype=config.dtype,
+        device_priority=config.device_priority,
+        max_memory_mb=config.max_memory_mb,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+    )

@@ -1,0 +1,33 @@
+"""What a step gave to a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inferlab.scheduler import Request
+
+
+@dataclass(frozen=True)
+class Emission:
+    """New tokens of a request, or its end, or both.
+
+    Attributes:
+        request: whose they are.
+        tokens: the new tokens, possibly none.
+        drafted: how many of them were drafted and accepted; the others are the target's own.
+        finished: whether these are the last; ``request.finish_reason`` says why.
+    """
+
+    request: Request
+    tokens: list[int]
+    drafted: int
+    finished: bool
+
+    @classmethod
+    def of(cls, request: Request) -> Emission:
+        """All that a request has and was not told of."""
+        tokens = request.tokens[len(request.prompt) + request.num_told :]
+        drafted = request.num_drafted
+        request.num_told += len(tokens)
+        request.num_drafted = 0
+        return cls(request, tokens, drafted, request.finished)

@@ -1,0 +1,85 @@
+"""Texts on their way into the K/V cache: parts of several, laid out for one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from inferlab.models import ForwardBatch
+from inferlab.models.transfer import upload
+from inferlab.scheduler import Chunk
+
+PIECE = 16
+"""Tokens of a row where texts of different lengths are read together."""
+
+
+class Reading:
+    """Chunks of texts as the rows of one forward.
+
+    Chunks of one length are a row each. Others are cut into pieces, a row each, so that little of
+    the forward is padding: a forward writes the K/V of all its rows before any of them attends, so
+    a piece sees the one before it.
+
+    Attributes:
+        chunks: what is read.
+        tokens, following: [R, W] int64, the tokens of each row, and the ones behind each of them.
+        positions: [R, W] int64.
+        seq_lens: [R] int32, where the rows begin.
+        num_nodes: [R] int32, tokens of each row; None: all W.
+        block_table: [R, max_pages] int32.
+        prompt_lens: [R] int32, see `ForwardBatch`.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
+        self.chunks = list(chunks)
+        self.device = device
+        counts = [chunk.stop - chunk.start for chunk in chunks]
+        width = counts[0] if min(counts) == max(counts) else min(PIECE, max(counts))
+        self._rows_of: list[range] = []
+        starts: list[int] = []
+        lengths: list[int] = []
+        of: list[Chunk] = []
+        for chunk in chunks:
+            pieces = range(chunk.start, chunk.stop, width)
+            self._rows_of.append(range(len(starts), len(starts) + len(pieces)))
+            starts += pieces
+            lengths += [min(width, chunk.stop - start) for start in pieces]
+            of += [chunk] * len(pieces)
+        texts = np.zeros((len(starts), width + 1), dtype=np.int64)
+        for row, chunk, start, length in zip(texts, of, starts, lengths, strict=True):
+            row[: length + 1] = chunk.request.tokens[start : start + length + 1]
+        texts_there = upload(texts, np.int64, device)
+        self.tokens, self.following = texts_there[:, :-1], texts_there[:, 1:]
+        inside = np.minimum(np.arange(width), np.array(lengths)[:, None] - 1)
+        self.positions = upload(np.array(starts)[:, None] + inside, np.int64, device)
+        self.seq_lens = upload(starts, np.int32, device)
+        even = min(lengths) == width
+        self.num_nodes = None if even else upload(lengths, np.int32, device)
+        table = np.full((len(of), max(len(c.request.pages) for c in chunks)), -1, dtype=np.int32)
+        for pages, chunk in zip(table, of, strict=True):
+            pages[: len(chunk.request.pages)] = chunk.request.pages
+        self.block_table = upload(table, np.int32, device)
+        self.prompt_lens = upload([c.request.read_length for c in of], np.int32, device)
+
+    @cached_property
+    def batch(self) -> ForwardBatch:
+        """For the target, and for a draft model with pages of the same numbers."""
+        return ForwardBatch(
+            tokens=self.tokens,
+            positions=self.positions,
+            seq_lens=self.seq_lens,
+            block_table=self.block_table,
+            num_nodes=self.num_nodes,
+            prompt_lens=self.prompt_lens,
+            scored=False,
+        )
+
+    def by_chunk(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Values [R, W, F] of the rows' tokens as [tokens, F] of each chunk."""
+        return [
+            rows[of.start : of.stop].flatten(0, 1)[: chunk.stop - chunk.start]
+            for of, chunk in zip(self._rows_of, self.chunks, strict=True)
+        ]

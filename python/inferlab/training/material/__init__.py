@@ -1,0 +1,1 @@
+"""What students learn from: texts, what the target writes, and its hidden states."""

@@ -1,0 +1,1 @@
+"""What is accepted of a draft, and how a run went."""

@@ -1,0 +1,1 @@
+"""A target from scratch: shape, tokenizer, optimizer, loop and finished folder."""

@@ -1,0 +1,112 @@
+"""Texts that lose their pages and are read anew, chunks beside decoding: the same tokens."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.compare import assert_same_tokens
+from inferlab import SpeculativePipeline
+from inferlab.models import FakeLM, HFModel
+from inferlab.scheduler import Request
+from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import Policy
+from inferlab.specdec.tree import TreeShape
+from inferlab.types import SamplingParams
+
+MODES = ("none", "vanilla", "ngram", "recycling", "self", "medusa", "eagle", "ensemble")
+TEXTS = [
+    "import os\n\n\ndef main(",
+    "x",
+    "class Stack:\n    def push(self, item):\n" * 8,
+    "for i in",
+]
+PARAMS = [
+    SamplingParams(max_tokens=40, ignore_eos=True),
+    SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=3),
+    SamplingParams(max_tokens=25, temperature=0.7, repetition_penalty=1.2, seed=9, min_tokens=20),
+    SamplingParams(max_tokens=35, temperature=1.0, frequency_penalty=0.3, seed=4),
+]
+
+
+def run(engine: Engine, requests: list[Request], rng: random.Random, chance: float) -> None:
+    """To the end, with random requests preempted between random steps."""
+    for request in requests:
+        engine.add(request)
+    while engine.scheduler.has_work:
+        for request in list(engine.scheduler.running):
+            if rng.random() < chance:
+                engine.scheduler.preempt(request)
+        engine.scheduler.read_tokens = rng.choice((1, 3, 16, 40, 512))
+        engine.step()
+
+
+@cache
+def target() -> HFModel:
+    return HFModel.load("inferlab/tiny", device="cpu")
+
+
+@cache
+def expected() -> list[list[int]]:
+    pipeline = SpeculativePipeline(target=target(), draft_mode="none", max_batch=1)
+    prompts = [target().tokenizer.encode(text) for text in TEXTS]
+    return [r.token_ids for r in pipeline.engine.generate(zip(prompts, PARAMS, strict=True))]
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["own tree", "branches"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_text_that_is_read_anew_goes_on_as_it_would_have(mode, tree):
+    branches = {"vanilla": (2, 2, 1), "ngram": (2, 1, 1), "self": (2, 2), "eagle": (2, 2, 1)}
+    if tree and mode not in branches:
+        pytest.skip("has one kind of tree")
+    rng = random.Random(f"{mode} {tree}")
+    pipeline = SpeculativePipeline(
+        target=target(), draft_mode=mode, tree=branches[mode] if tree else None, max_batch=3
+    )
+    engine = pipeline.engine
+    for _ in range(2):
+        prompts = [target().tokenizer.encode(text) for text in TEXTS]
+        requests = [Request(p, params) for p, params in zip(prompts, PARAMS, strict=True)]
+        run(engine, requests, rng, 0.2)
+        for request, tokens in zip(requests, expected(), strict=True):
+            assert_same_tokens(
+                target(), list(request.prompt), tokens, request.output, request.params, mode
+            )
+        assert engine.scheduler.allocator.num_free == engine.cache.num_pages
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32),
+    chance=st.sampled_from((0.0, 0.1, 0.5)),
+    drafter=st.sampled_from(("none", "chain", "tree", "ngram")),
+    page_size=st.sampled_from((1, 4, 16)),
+    max_batch=st.integers(1, 5),
+)
+def test_any_order_of_reading_and_preempting(lengths, seed, chance, drafter, page_size, max_batch):
+    rng = random.Random(seed)
+    model = FakeLM(seed=7)
+    pages = 512 // page_size
+    draft = FakeLM(seed=7, agreement=0.6)
+    shape = TreeShape.regular((2, 2, 1)) if drafter == "tree" else TreeShape.chain(3)
+    made = {
+        "none": None,
+        "ngram": NgramDrafter(4, branches=2),
+    }.get(drafter, ModelDrafter(draft, draft.new_cache(pages, page_size), shape))
+    prompts = [[rng.randrange(260, 512) for _ in range(length)] for length in lengths]
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=seed)
+    plain = Engine(model, model.new_cache(128), Policy(), FixedController(0), max_batch=1)
+    expected = [r.token_ids for r in plain.generate([(p, params) for p in prompts])]
+    cache = model.new_cache(pages, page_size)
+    engine = Engine(model, cache, Policy(), FixedController(3), made, max_batch)
+    requests = [Request(p, params) for p in prompts]
+    run(engine, requests, rng, chance)
+    assert [r.output for r in requests] == expected
+    assert engine.scheduler.allocator.num_free == pages
