@@ -23,12 +23,13 @@ def row_bytes(s: Shape) -> int:
     return s["Hkv"] * s["D"] * DTYPES[s["dtype"]].itemsize
 
 
-def pools(device: Any, s: Shape, num_pages: int) -> list[torch.Tensor]:
+def pools(device: Any, s: Shape, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V pages: [pages, ...], or [layers, pages, ...] where the shape has layers."""
-    size = (num_pages, PAGE_SIZE, s["Hkv"], s["D"])
+    size = [num_pages, PAGE_SIZE, s["Hkv"], s["D"]]
     if "layers" in s:
-        size = (s["layers"], *size)
-    return [torch.ones(size, dtype=DTYPES[s["dtype"]], device=device.torch) for _ in range(2)]
+        size = [s["layers"], *size]
+    k = torch.ones(size, dtype=DTYPES[s["dtype"]], device=device.torch)
+    return k, torch.ones_like(k)
 
 
 @pytest.mark.parametrize(

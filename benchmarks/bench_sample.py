@@ -12,7 +12,7 @@ from inferlab.kernels import SamplingTensors, sample
 from inputs import language_logits
 from shapes import DTYPES, grid, shapes
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "plain": {"temperature": 0.8},
     "top-k": {"temperature": 0.8, "top_k": 50},

@@ -17,6 +17,7 @@ import torch_sampling
 from bench_sample import SETTINGS
 from inferlab.kernels import (
     SamplingTensors,
+    TreeLinks,
     VerifyResult,
     build_tree,
     sample,
@@ -77,7 +78,7 @@ class Setup:
         self.cases = device.cases(make, case_bytes)
 
     @property
-    def walk(self) -> tuple[Any, ...]:
+    def walk(self) -> tuple[TreeLinks, torch.Tensor, SamplingTensors]:
         return self.links, self.lens, self.sampling
 
     def rows(self, results: list[VerifyResult], of_draft: bool = False) -> float:

@@ -52,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        name = getattr(item, "callspec", None) and item.callspec.params.get("_device")
+        callspec = getattr(item, "callspec", None)
+        name = callspec and callspec.params.get("_device")
         if name:
             item.add_marker(pytest.mark.benchmark(timer=measure.CLOCKS[name]))
     if not config.option.markexpr:

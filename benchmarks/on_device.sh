@@ -95,7 +95,7 @@ if [[ $mode == rehearse ]]; then
   tests=(-k "$backend and (page_sizes or large_trees or copy_pages or silu_mul or chain_that_guesses)")
 else
   device=cuda row_seconds=0.25 smoke=() decode=()
-  tests=(-m gpu -n 8)
+  tests=(-m "gpu and (full or not full)" -n 8)  # matrices whole: rows cost little there
   must_hold="bench_decode and B32-N or bench_match and B1-N64 and V151936 or bench_compact and layers32"
   rows="not ($must_hold)"
 fi

@@ -127,7 +127,7 @@ def _paging(table: torch.Tensor, slots: Sequence[int], page_size: int) -> tuple[
         starts.append(starts[-1] + count)
     indices = torch.cat([row[:count] for row, count in zip(table, used, strict=True)])
     last = [n - (count - 1) * page_size for n, count in zip(slots, used, strict=True)]
-    as_i32 = {"dtype": torch.int32, "device": table.device}
+    as_i32: dict[str, Any] = {"dtype": torch.int32, "device": table.device}
     return torch.tensor(starts, **as_i32), indices, torch.tensor(last, **as_i32)
 
 

@@ -4,7 +4,7 @@ parameters: the ones that always run, and the ones of the sweep (`pytest -m swee
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from table import Shape, label
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def grid(**axes: Sequence[Any]) -> list[Shape]:
+def grid(**axes: Iterable[Any]) -> list[Shape]:
     """All combinations: grid(B=[1, 8], V=[4096]) is [{"B": 1, "V": 4096}, {"B": 8, "V": 4096}]."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 

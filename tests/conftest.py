@@ -1,15 +1,22 @@
 """Settings of all tests: no downloads, no busy waiting. Makes ``helpers`` importable from tests."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Idle OpenMP threads sleep: spinning ones starve each other when tests share cores with anything.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# --hypothesis-profile: `ci` gives the same examples in every run. `first-failure` is for tests that
+# are to fail.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+settings.register_profile("first-failure", derandomize=True, phases=[Phase.generate])
 
 
 def pytest_addoption(parser):
@@ -25,6 +32,33 @@ def pytest_addoption(parser):
         choices=("plain", "asan", "tsan"),
         help="the sanitizer that Metal kernels are compiled with for the CPU",
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not re.search(r"\bfull\b", config.getoption("-m")):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("full")]
+    if hasattr(config, "workerinput"):
+        # What takes long is not to be left for one worker at the end.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadgroup: a group's tests stay together, and those of a file that are in none."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroupOrFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            _, at, group = nodeid[nodeid.rfind("]") + 1 :].rpartition("@")
+            return group if at else nodeid.split("::", 1)[0]
+
+    config.option.loadscopereorder = False  # the order of the tests is the right one
+    return ByGroupOrFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,7 @@ class Bench:
         self.target._run(batch, cache, ())
 
     def _forward_batch(self, nodes: int) -> ForwardBatch:
-        i32 = {"dtype": torch.int32, "device": self.device}
+        i32: dict[str, Any] = {"dtype": torch.int32, "device": self.device}
         length = PROMPT_TOKENS + 64
         parents = torch.tensor([[-1] + [(n - 1) // 2 for n in range(1, nodes)]], dtype=torch.int32)
         links = build_tree(parents.to(self.device))

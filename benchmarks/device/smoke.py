@@ -25,9 +25,15 @@ from inferlab import kernels
 from inferlab.kernels import SamplingTensors, _registry, build_tree
 
 Tensors = dict[str, torch.Tensor]
+Op = Callable[[Tensors, SamplingTensors], Sequence[torch.Tensor]]
 
 BATCH, NODES, VOCAB, HEADS, KV_HEADS, DIM, PAGE, PAGES = 3, 21, 32_003, 8, 2, 128, 16, 40
-SAMPLING = {"temperature": [0.0, 0.8, 1.0], "top_k": [0, 50, 0], "top_p": 0.9, "seed": 3}
+SAMPLING: dict[str, Any] = {
+    "temperature": [0.0, 0.8, 1.0],
+    "top_k": [0, 50, 0],
+    "top_p": 0.9,
+    "seed": 3,
+}
 EXACT, BF16 = 0.0, 2e-2
 SLEEP_CYCLES = 20_000_000  # some 10 ms: whoever does not wait for them reads old inputs
 
@@ -81,14 +87,17 @@ def links_of(x: Tensors) -> kernels.TreeLinks:
     return kernels.TreeLinks(*(x[name] for name in kernels.TreeLinks._fields))
 
 
-def attention(x: Tensors, nodes: int, dtype: torch.dtype, tree: bool) -> list[torch.Tensor]:
-    q, k, v = (x[name].to(dtype) for name in ("q", "k_cache", "v_cache"))
-    ancestors = x["ancestors"][:, :nodes].contiguous() if tree else None
-    return [
-        kernels.paged_tree_attention(
-            q[:, :nodes], k[0], v[0], x["table"], x["seq_lens"], ancestors, scale=DIM**-0.5
-        )
-    ]
+def attention(nodes: int, dtype: torch.dtype, tree: bool) -> Op:
+    def op(x: Tensors, _: SamplingTensors) -> list[torch.Tensor]:
+        q, k, v = (x[name].to(dtype) for name in ("q", "k_cache", "v_cache"))
+        ancestors = x["ancestors"][:, :nodes].contiguous() if tree else None
+        return [
+            kernels.paged_tree_attention(
+                q[:, :nodes], k[0], v[0], x["table"], x["seq_lens"], ancestors, scale=DIM**-0.5
+            )
+        ]
+
+    return op
 
 
 def append(x: Tensors) -> list[torch.Tensor]:
@@ -114,7 +123,6 @@ def rope(x: Tensors) -> list[torch.Tensor]:
     return [q, *pages]
 
 
-Op = Callable[[Tensors, SamplingTensors], Sequence[torch.Tensor]]
 OPS: dict[str, tuple[float, Op]] = {
     "build_tree": (EXACT, lambda x, _: build_tree(x["parents"])),
     "kv_append": (EXACT, lambda x, _: append(x)),
@@ -127,7 +135,7 @@ OPS: dict[str, tuple[float, Op]] = {
     **{
         f"attention {name}, {nodes} nodes": (
             tolerance,
-            lambda x, _, n=nodes, d=dtype, t=tree: attention(x, n, d, t),
+            attention(nodes, dtype, tree),
         )
         for name, dtype, tolerance in (
             ("bf16", torch.bfloat16, BF16),

@@ -22,7 +22,8 @@ def run(command: str) -> dict[str, object]:
             words = shlex.split(command) if command.startswith("python -m ") else []
             if words:
                 sys.argv = words[2:]
-                sys.modules.pop(words[2], None)
+                if not hasattr(sys.modules.get(words[2]), "__path__"):  # a package's parts stay
+                    sys.modules.pop(words[2], None)
                 runpy.run_module(words[2], run_name="__main__", alter_sys=True)
             else:
                 exec(compile(command, "<example>", "exec"), {"__name__": "__main__"})

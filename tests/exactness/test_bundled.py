@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 
-from exactness.compare import assert_same_tokens
+from helpers.bundled import GREEDY, NEW_TOKENS, PROMPTS, SAMPLED, plain, plain_tokens
+from helpers.compare import assert_same_tokens
+from helpers.pairwise import pairwise
 from inferlab import SpeculativePipeline
 from inferlab.types import SamplingParams
-
-PROMPTS = [
-    "class Stack:\n    def __init__(self):\n",
-    "import os\n",
-    "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    parser.add_argument(",
-    "#",
-    'raise ValueError("',
-]
-NEW_TOKENS = 48
-GREEDY = {"temperature": 0.0}
-SAMPLED = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "seed": 11}
-
-
-@cache
-def plain(dtype: str) -> SpeculativePipeline:
-    return SpeculativePipeline(draft_mode="none", dtype=dtype, max_batch=1)
-
-
-@cache
-def plain_tokens(dtype: str, sampled: bool) -> list[list[int]]:
-    sampling = SAMPLED if sampled else GREEDY
-    return [
-        plain(dtype).generate(p, max_tokens=NEW_TOKENS, **sampling)["token_ids"] for p in PROMPTS
-    ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -53,10 +29,12 @@ def test_plain_decoding_is_generate(dtype):
         assert_same_tokens(target, ids, expected, tokens, params, f"generate, {dtype}")
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("tree", [None, [3, 2, 1]], ids=["chain", "tree"])
-@pytest.mark.parametrize("draft_mode", ["vanilla", "ngram"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pairwise(
+    dtype=["float32", "bfloat16"],
+    draft_mode=["vanilla", "ngram"],
+    tree={"chain": None, "tree": [3, 2, 1]},
+    sampled={"greedy": False, "sampled": True},
+)
 def test_speculation_changes_no_token(dtype, draft_mode, tree, sampled):
     sampling = SAMPLED if sampled else GREEDY
     pipeline = SpeculativePipeline(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from exactness.compare import assert_same_tokens, generated
+from helpers.compare import assert_same_tokens, generated
 from helpers.tiny_models import tiny_model
 from inferlab.models import HFModel, UnsupportedArchitectureError
 from inferlab.models.early_exit import EarlyExit

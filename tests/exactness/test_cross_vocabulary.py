@@ -9,9 +9,10 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from exactness.compare import assert_same_tokens
-from exactness.test_rejection_engine import next_probabilities
+from helpers.compare import assert_same_tokens
+from helpers.fake_probabilities import next_probabilities
 from helpers.paged import PagedRunner
+from helpers.pairwise import pairwise
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from helpers.vocabularies import KINDS, permuted, reheaded, trained_tokenizer
 from inferlab.models import FakeLM, ForwardBatch, ForwardOutput, HFModel, VocabularyMap
@@ -123,9 +124,11 @@ def check(decoding: Engine, params: SamplingParams, what: str) -> tuple[int, int
     return sum(s.accepted for s in stats), sum(s.proposed for s in stats)
 
 
-@PARAMS
-@SHAPES
-@pytest.mark.parametrize("max_batch", [1, 4])
+@pairwise(
+    max_batch=[1, 4],
+    shape={"chain": CHAIN, "tree": TREE},
+    params={"greedy": GREEDY, "sampled": SAMPLED, "penalised": PENALISED},
+)
 def test_shuffled_ids_are_drafted_as_well_as_before(max_batch, shape, params):
     what = f"permuted, {shape.num_nodes} nodes, batch {max_batch}"
     same = check(engine(drafter_of("same", shape), max_batch), params, "one vocabulary")
@@ -386,10 +389,11 @@ def test_rejection_over_shared_tokens_keeps_the_distribution():
         for seed in range(draws)
     ]
     # The first token is the target's own, drawn when it reads the prompt; the second is drafted.
-    first = next_probabilities(model, prompt)
+    params = SamplingParams(max_tokens=3, temperature=temperature)
+    first = next_probabilities(model, prompt, params)
     expected = np.zeros(340)
     for token in np.nonzero(first > 1e-4)[0]:
-        expected += first[token] * next_probabilities(model, [*prompt, int(token)])
+        expected += first[token] * next_probabilities(model, [*prompt, int(token)], params)
     expected *= draws / expected.sum()
     counts = np.zeros(340)
     for result in decoding.generate(requests):

@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
-from exactness.compare import assert_same_tokens
-from exactness.test_families import (
+from helpers.backends import Backend
+from helpers.compare import assert_same_tokens
+from helpers.decoding import (
     GREEDY,
     PAGES,
     PROMPTS,
     SAMPLED,
+    Reads,
     draft_of,
     engine,
     needs_gpu,
     plain_tokens,
     target_of,
 )
-from helpers.backends import Backend
+from helpers.pairwise import pairwise
 from inferlab.models import fused
 from inferlab.scheduler import Request
 from inferlab.specdec.controllers import FixedController
@@ -34,24 +35,6 @@ from inferlab.types import SamplingParams
 PENALISED = SamplingParams(
     max_tokens=24, temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=3
 )
-
-
-WAITS = {
-    getattr(torch.Tensor, name)
-    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__")
-}
-
-
-class Reads(TorchFunctionMode):
-    """Counts what would make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in WAITS
-        return func(*args, **(kwargs or {}))
 
 
 def make_engine(family: str, drafter: str, widths: tuple[int, ...], policy: str) -> Engine:
@@ -109,11 +92,13 @@ def test_cuda_is_waited_for_once_a_step(drafter, tree):
     assert sum("synchroniz" in str(w.message) for w in caught) == 3
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "top-p", "penalty"])
-@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-@pytest.mark.parametrize("drafter", ["none", "vanilla", "ngram"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-@pytest.mark.parametrize("kernels", ["cuda_shim", "metal_ops"])
+@pairwise(
+    kernels=["cuda_shim", "metal_ops"],
+    family=["gpt2", "llama", "gemma2"],
+    drafter=["none", "vanilla", "ngram"],
+    tree={"chain": False, "tree": True},
+    params={"greedy": GREEDY, "top-p": SAMPLED, "penalty": PENALISED},
+)
 def test_an_accelerators_kernels_decode_the_cpus_tokens(
     request, monkeypatch, kernels, family, drafter, tree, params
 ):

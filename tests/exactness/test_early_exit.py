@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from exactness.compare import assert_same_tokens
-from exactness.test_families import GREEDY, PAGES, PROMPTS, SAMPLED, plain_tokens, target_of
+from helpers.compare import assert_same_tokens
+from helpers.decoding import GREEDY, PAGES, PROMPTS, SAMPLED, plain_tokens, target_of
 from helpers.paged import PagedRunner
+from helpers.pairwise import pairwise
 from helpers.tiny_models import FAMILIES, tiny_model
 from inferlab.models import EarlyExit, FakeLM, HFModel
 from inferlab.specdec.controllers import FixedController
@@ -66,9 +67,11 @@ def test_the_weights_are_the_targets(family):
     assert layer is target._decoder_layers()[0]
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pairwise(
+    family=FAMILIES,
+    tree={"chain": False, "tree": True},
+    params={"greedy": GREEDY, "sampled": SAMPLED},
+)
 def test_drafting_with_it_changes_no_token(family, tree, params):
     target = target_of(family)
     shape = TreeShape.regular((3, 2, 1)) if tree else TreeShape.chain(3)

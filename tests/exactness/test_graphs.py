@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exactness.compare import assert_same_tokens
-from exactness.test_families import (
+from helpers.compare import assert_same_tokens
+from helpers.decoding import (
     GREEDY,
     PAGES,
     PROMPTS,
@@ -21,39 +21,19 @@ from exactness.test_families import (
     plain_tokens,
     target_of,
 )
+from helpers.pairwise import pairwise
+from helpers.repeat_graphs import graphs_of
 from inferlab.models import ForwardBatch, ForwardOutput
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.graphs import MAX_GRAPHS, USES_BEFORE_CAPTURE, Captured, ForwardGraphs
 
 
-class Repeat:
-    """Stands in for CUDA's capture."""
-
-    def __init__(self) -> None:
-        self.captures = self.replays = 0
-
-    def __call__(self, call):
-        self.captures += 1
-        output = call()
-
-        def replay():
-            self.replays += 1
-            for held, new in zip(output, call(), strict=True):
-                if held is not None:
-                    held.copy_(new)
-
-        return output, replay
-
-
-def graphs_of(model):
-    repeat = Repeat()
-    return ForwardGraphs(model._run, repeat), repeat
-
-
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
-@pytest.mark.parametrize("drafter", ["none", "vanilla", "ngram"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pairwise(
+    family=["llama", "qwen3", "gpt2"],
+    drafter=["none", "vanilla", "ngram"],
+    tree={"chain": False, "tree": True},
+    params={"greedy": GREEDY, "sampled": SAMPLED},
+)
 def test_replayed_forwards_decode_the_same_tokens(monkeypatch, family, drafter, tree, params):
     target, expected = target_of(family, "cpu"), plain_tokens(family, params)
     seen = []

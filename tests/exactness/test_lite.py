@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from exactness.compare import assert_same_tokens
-from exactness.test_draft_heads import Sleepy
-from exactness.test_families import GREEDY, PAGES, PROMPTS, SAMPLED, plain_tokens, target_of
+from helpers.compare import assert_same_tokens
+from helpers.decoding import GREEDY, PAGES, PROMPTS, SAMPLED, Sleepy, plain_tokens, target_of
+from helpers.pairwise import pairwise
 from inferlab.models import FakeLM
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import Drafter, EagleLiteDrafter, MedusaLiteDrafter
@@ -31,10 +31,12 @@ def engine(drafter: Drafter, family: str, max_batch: int, controller=None) -> En
     return Engine(target, target.new_cache(PAGES), Policy(), controller, drafter, max_batch)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("sleepy", [False, True], ids=["each step", "some steps"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pairwise(
+    family=["gpt2", "llama", "gemma2"],
+    kind=KINDS,
+    sleepy={"each step": False, "some steps": True},
+    params={"greedy": GREEDY, "sampled": SAMPLED},
+)
 def test_no_token_changes(family, kind, sleepy, params):
     target = target_of(family)
     for max_batch in (1, 4):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.isas import ISAS
+from helpers.pairwise import pairwise
 from helpers.tiny_models import VOCAB, tiny_model
 from inferlab import _C
 from inferlab.models import ForwardBatch, HFModel
@@ -28,10 +29,10 @@ def target_of(family: str, dtype: torch.dtype) -> HFModel:
     return HFModel(tiny_model(family).to(dtype))
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _C.force_isa(request.param)
-    yield request.param
+@pytest.fixture
+def forced_isa(isa):
+    _C.force_isa(isa)
+    yield isa
     _C.force_isa("auto")
 
 
@@ -51,10 +52,14 @@ def read(target, tokens, chunk):
     return torch.cat(parts, dim=1), cache_
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("size", "length"), [(1, 49), (2, 65), (8, 32), (16, 64)])
-def test_logits_and_kv_are_the_same_bits_in_any_company(isa, family, size, length, dtype):
+@pairwise(
+    isa=ISAS,
+    family=FAMILIES,
+    shape={"1x49": (1, 49), "2x65": (2, 65), "8x32": (8, 32), "16x64": (16, 64)},
+    dtype=DTYPES,
+)
+def test_logits_and_kv_are_the_same_bits_in_any_company(forced_isa, family, shape, dtype):
+    size, length = shape
     target = target_of(family, dtype)
     generator = torch.Generator().manual_seed(size)
     tokens = torch.randint(3, VOCAB, (size, length), generator=generator)

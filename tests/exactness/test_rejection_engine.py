@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import chi2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.fake_probabilities import next_probabilities
 from inferlab.kernels import SamplingTensors
-from inferlab.models import FakeLM, ForwardBatch, VocabularyMap
+from inferlab.models import FakeLM, VocabularyMap
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import CrossVocabularyDrafter, Drafter, ModelDrafter
 from inferlab.specdec.engine import Engine
@@ -50,45 +48,6 @@ CHANGED = {
 }
 CHAIN, TREE = (1, 1), (3, 2)
 WIDTHS = pytest.mark.parametrize("widths", [CHAIN, TREE], ids=["chain", "tree"])
-
-
-def next_logits(model: FakeLM, tokens: list[int]) -> np.ndarray:
-    """The model's logits after ``tokens``, [V]."""
-    cache = model.new_cache(4)
-    logits = model.forward(
-        ForwardBatch(
-            tokens=torch.tensor([tokens]),
-            positions=torch.arange(len(tokens))[None],
-            seq_lens=torch.zeros(1, dtype=torch.int32),
-            block_table=torch.arange(4, dtype=torch.int32)[None],
-            last_only=True,
-        ),
-        cache,
-    ).logits
-    return logits[0, 0].double().numpy()
-
-
-def next_probabilities(
-    model: FakeLM, prompt: list[int], params: SamplingParams = PLAIN, output: tuple[int, ...] = ()
-) -> np.ndarray:
-    """The distribution of the token after ``prompt`` and ``output``, [V].
-
-    Of the filters it knows temperature and top-k.
-    """
-    logits = next_logits(model, [*prompt, *output])
-    for token in {*prompt, *output}:
-        scale = params.repetition_penalty
-        logits[token] = logits[token] / scale if logits[token] > 0 else logits[token] * scale
-    for token, count in Counter(output).items():
-        logits[token] -= params.frequency_penalty * count + params.presence_penalty
-    for token, value in (params.logit_bias or {}).items():
-        logits[token] += value
-    if len(output) < params.min_tokens:
-        logits[list(params.stop_token_ids)] = -math.inf
-    if params.top_k:
-        logits[np.argsort(-logits, kind="stable")[params.top_k :]] = -math.inf
-    weights = np.exp((logits - logits.max()) / params.temperature)
-    return weights / weights.sum()
 
 
 def expected_triples(model: FakeLM, params: SamplingParams = PLAIN) -> np.ndarray:

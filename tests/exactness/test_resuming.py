@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactness.compare import assert_same_tokens
+from helpers.compare import assert_same_tokens
 from inferlab import SpeculativePipeline
 from inferlab.models import FakeLM, HFModel
 from inferlab.scheduler import Request

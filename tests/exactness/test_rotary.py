@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from exactness.compare import generated
-from exactness.test_graphs import graphs_of
+from helpers.compare import generated
+from helpers.repeat_graphs import graphs_of
 from helpers.tiny_models import VOCAB, random_model
 from inferlab.models import HFModel
 from inferlab.models.draft_heads.eagle import EagleHead, eagle_config

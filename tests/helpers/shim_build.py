@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,8 +69,13 @@ class Job:
     system: tuple[str, ...] = ()  # include paths whose files do not count as ours
 
 
-def build(variant: str = "plain", cuda_dir: Path = CUDA) -> Path:
-    """The module's path. `cuda_dir` may be a changed copy of csrc/cuda.
+def build(variant: str = "plain", cuda_dir: Path = CUDA, units: Sequence[str] = ()) -> Path:
+    """The module's path.
+
+    Arguments:
+    cuda_dir: may be a changed copy of csrc/cuda.
+    units: the sources that are taken from it, if not all. They are linked first, so that of inline
+        functions theirs stay.
 
     Raises:
         RuntimeError: something does not compile; holds the compiler's words.
@@ -82,10 +87,13 @@ def build(variant: str = "plain", cuda_dir: Path = CUDA) -> Path:
     bindings = [
         Job(source, [*BASE, "-g0", *DEFINES], include, python)
         # The CPU's ops are resolved when they are called, which nobody does. A class cannot wait.
-        for source in (*sorted((CSRC / "bindings").glob("*.cpp")), *CLASSES)
+        for source in (_bindings(), *CLASSES)
     ]
-    kernels = [_kernel(source, variant, cuda_dir) for source in sorted(cuda_dir.glob("*.cu"))]
-    objects = _compile_all([*bindings, *kernels, _runtime(variant)])
+    names = sorted(path.name for path in cuda_dir.glob("*.cu"))
+    changed = [name for name in names if name in (units or names)]
+    kernels = [_kernel(cuda_dir / name, variant, cuda_dir) for name in changed]
+    kernels += [_kernel(CUDA / name, variant, CUDA) for name in names if name not in changed]
+    objects = _compile_all([*kernels, *bindings, _runtime(variant)])
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     return _link(objects, ["-shared", "-Wl,-z,lazy", *VARIANTS[variant][0]], f"{variant}-", name)
 
@@ -129,6 +137,19 @@ def runtime_libraries(variant: str) -> list[Path]:
     names = (SANITIZER_LIBRARIES[variant], "libstdc++.so.6")
     found = [Path(_run([COMPILER, f"-print-file-name={name}"]).strip()) for name in names]
     return [path.resolve() for path in found] if found[0].is_absolute() else []
+
+
+def _bindings() -> Path:
+    """A source that includes all of csrc/bindings: pybind11's headers are most of the work."""
+    sources = sorted((CSRC / "bindings").glob("*.cpp"))
+    text = "".join(f'#include "{path.name}"\n' for path in sources)
+    target = CACHE / f"bindings-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}")
+        part.write_text(text)
+        part.replace(target)
+    return target
 
 
 def _kernel(source: Path, variant: str, cuda_dir: Path) -> Job:

@@ -26,6 +26,7 @@ class Mutant:
     why: what is wrong with it.
     test: the device test that must fail, as pytest names it below tests/kernels/device.
     variant: how it is compiled for that (shim_build.VARIANTS).
+    unit: the source that is compiled with the change, if `file` is not it; default: the op's.
     shows: what the failing test's output must hold.
     """
 
@@ -38,6 +39,11 @@ class Mutant:
     test: str
     variant: str = "plain"
     shows: str = WRONG_RESULT
+    unit: str | None = None
+
+    @property
+    def source(self) -> str:
+        return self.unit or (self.file if self.file.endswith(".cu") else f"{self.op}.cu")
 
     @property
     def name(self) -> str:
@@ -89,6 +95,7 @@ KV = [
     ),
     Mutant(
         op="kv_pages",
+        unit="kv_compact.cu",
         flaw="page skipped at an edge",
         file="pages.cuh",
         old="const int64_t index = slot >> page_shift;",
@@ -111,6 +118,7 @@ KV = [
     ),
     Mutant(
         op="kv_pages",
+        unit="kv_compact.cu",
         flaw="table's end not checked",
         file="pages.cuh",
         old="if (slot < 0 || index >= max_pages) return -1;",
@@ -228,6 +236,7 @@ ATTENTION = [
     ),
     Mutant(
         op="attention",
+        unit="paged_tree_attention.cu",
         flaw="split merged without rescaling",
         file="attention_rows.cuh",
         old="const MergeScales scales{exp2f(state.maximum - base), exp2f(more.maximum - base)};",
@@ -246,6 +255,7 @@ ATTENTION = [
     ),
     Mutant(
         op="attention",
+        unit="paged_tree_attention.cu",
         flaw="window off by one",
         file="attention_rows.cuh",
         old="clamp_int(position + 1 - p.a.window, 0, p.slots)",
@@ -264,6 +274,7 @@ ATTENTION = [
     ),
     Mutant(
         op="attention",
+        unit="paged_tree_attention.cu",
         flaw="ancestor bits dropped",
         file="attention_rows.cuh",
         old="if (shift != 0) path |= word_or_zero(row.ancestors, words, word + 1) << (64 - shift);",
@@ -273,6 +284,7 @@ ATTENTION = [
     ),
     Mutant(
         op="attention",
+        unit="paged_tree_attention.cu",
         flaw="padding node sees the prefix",
         file="attention_rows.cuh",
         old="if (path == 0) return;  // a padding node",
@@ -283,6 +295,7 @@ ATTENTION = [
     ),
     Mutant(
         op="attention",
+        unit="paged_tree_attention.cu",
         flaw="barrier removed",
         file="attention_block.cuh",
         old="    copies.template wait<kStages - 2>();\n    __syncthreads();\n",
@@ -294,6 +307,7 @@ ATTENTION = [
     ),
     Mutant(
         op="attention",
+        unit="paged_tree_attention.cu",
         flaw="32-bit offsets",
         file="attention_block.cuh",
         old="int64_t{row} * p.row_bytes;",

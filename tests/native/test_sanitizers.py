@@ -1,35 +1,65 @@
 """All device tests again, on kernels compiled with AddressSanitizer and UBSan, and with TSan."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from __future__ import annotations
 
 import pytest
 
 from helpers import shim_build, shim_run
+from helpers.ahead import Ahead
 
+# What takes long apart, so that it spreads over workers.
+PARTS = {
+    "attention": ["test_device_attention.py"],
+    "rows": sorted(
+        path.name
+        for op in ("sample", "verify*")
+        for path in shim_run.FOLDER.glob(f"test_*_{op}.py")
+    ),
+}
+PARTS["rest"] = sorted(
+    {path.name for path in shim_run.FOLDER.glob("test_*.py")}.difference(*PARTS.values())
+)
 # The slowest first: two of them run at a time.
-RUNS = [(b, v) for v in ("tsan", "asan") for b in ("cuda-shim", "metal-shim")]
-assert {v for _, v in RUNS} == set(shim_build.SANITIZER_LIBRARIES)
+RUNS = [
+    pytest.param(
+        backend,
+        variant,
+        part,
+        marks=pytest.mark.xdist_group(
+            f"{variant}-{backend}-{'rows' if part == 'rows' else 'rest'}"
+        ),
+    )
+    for variant in ("tsan", "asan")
+    for backend in ("cuda-shim", "metal-shim")
+    for part in PARTS
+]
+assert {run.values[1] for run in RUNS} == set(shim_build.SANITIZER_LIBRARIES)
 
 
 @pytest.fixture(scope="module")
-def results(request) -> dict[tuple[str, str], Future]:
-    chosen = {
-        (item.callspec.params["backend"], item.callspec.params["variant"])
+def results(request):
+    def run(job):
+        backend, variant, part = job
+        return shim_run.device_tests(variant, PARTS[part], backend=backend)
+
+    chosen = [
+        tuple(item.callspec.params[name] for name in ("backend", "variant", "part"))
         for item in request.session.items
-        if item.module is request.module
-    }
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            run: pool.submit(shim_run.device_tests, run[1], backend=run[0])
-            for run in RUNS
-            if run in chosen
-        }
+        if item.module is request.module and hasattr(item, "callspec")
+    ]
+    with Ahead(run, chosen, 2) as ahead:
+        yield ahead
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "variant"), RUNS)
-def test_device_tests_are_clean(backend, variant, results):
+@pytest.mark.parametrize(("backend", "variant", "part"), RUNS)
+def test_device_tests_are_clean(backend, variant, part, results):
     shim_run.need_compiler(variant)
-    result = results[backend, variant].result()
+    result = results[backend, variant, part]
     print(result.stdout[-20000:])
     assert result.returncode == 0
+
+
+def test_every_device_test_is_in_one_part():
+    files = [name for names in PARTS.values() for name in names]
+    assert sorted(files) == sorted(path.name for path in shim_run.FOLDER.glob("test_*.py"))

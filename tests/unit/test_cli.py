@@ -282,12 +282,17 @@ def test_prompt_files_without_prompts(tmp_path):
         read_prompts(tmp_path)
 
 
-SPEC_BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "spec_bench.jsonl"
-
-
-@pytest.mark.skipif(not SPEC_BENCH.is_file(), reason="../shared/data is not there")
-def test_spec_bench_itself():
-    prompts = read_prompts(SPEC_BENCH)
+def test_a_prompt_set_of_many_categories(tmp_path):
+    """480 questions, numbered from 81, of one turn or several, as Spec-Bench has them."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(
+        "".join(
+            json.dumps({"question_id": 81 + i, "category": f"c{i % 6}", "turns": turns}) + "\n"
+            for i in range(480)
+            for turns in [[f"Question {i}: caf\u00e9?", "And then?"][: 1 + i % 2]]
+        )
+    )
+    prompts = read_prompts(questions)
     assert len(prompts) == 480
     assert prompts[0].id == 81
 

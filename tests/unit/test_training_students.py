@@ -204,11 +204,17 @@ def test_missing_data_is_named(tmp_path, tokenizer):
         sources.file_source(tmp_path / "nowhere.txt", tokenizer, heldout_prompts=1)
 
 
-@pytest.mark.parametrize("name", ["spec_bench.jsonl", "humaneval.jsonl"])
-def test_prompt_sets_are_read(name, tokenizer):
-    path = Path(__file__).resolve().parents[3] / "shared" / "data" / name
-    if not path.is_file():
-        pytest.skip(f"{name} is not beside this checkout")
+@pytest.mark.parametrize("category", ["writing", "code"])
+def test_prompt_sets_are_read(tmp_path, tokenizer, category):
+    """As Spec-Bench and its HumanEval part have them."""
+    body = 'def f(l: list, t: int):\n    """True."""\n' if category == "code" else "A letter.\n"
+    lines = [
+        json.dumps(
+            {"question_id": i, "category": category, "turns": [f"{i}: {body * 9}", "Again."]}
+        )
+        for i in range(164)
+    ]
+    path = file_of(tmp_path, "questions.jsonl", "\n".join(lines))
     source = sources.file_source(path, tokenizer, heldout_prompts=5)
     assert len(source.prompts) > 50
     assert 1 < len(source.heldout) <= 5

@@ -9,11 +9,17 @@ from hypothesis import strategies as st
 
 from helpers.backends import random_examples
 from helpers.kv_cases import ancestor_words, attention_case, random_parents
+from helpers.pairwise import pairwise
 from inferlab.kernels import attention_workspace, paged_tree_attention, reference
 
 # fp32 sums some hundred terms; 16-bit weights and results are rounded, to 8 or 11 bits.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 BF16 = {"dtype": torch.bfloat16}
+# For sanitizers one type is enough where the tests against the reference run the others' kernels.
+ALIKE = [
+    pytest.param(dtype, marks=() if dtype == torch.bfloat16 else pytest.mark.numbers)
+    for dtype in TOLERANCE
+]
 SPLIT, SPAN = 256, 1024  # slots that the CUDA kernel takes at a time: their edges are tested
 
 
@@ -56,9 +62,11 @@ def test_matches_the_reference(backend, seed, lens, nodes, **shape):
     check(backend, attention_case(seed, lens, nodes, **shape))
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("dim", [8, 40, 64, 72, 80, 96, 128, 136, 256])
-@pytest.mark.parametrize("nodes", [3, 9])  # 16 rows and fewer, and more
+@pairwise(
+    dim=[8, 40, 64, 72, 80, 96, 128, 136, 256],
+    nodes=[3, 9],  # 16 rows and fewer, and more
+    dtype=list(TOLERANCE),
+)
 def test_head_dims(backend, dim, nodes, dtype):
     check(backend, attention_case(1, [37, 70], nodes, dim=dim, kv_heads=1, dtype=dtype))
 
@@ -74,9 +82,11 @@ def test_page_sizes(backend, page_size, dtype):
     check(backend, attention_case(3, [150, 64], 4, page_size=page_size, dtype=dtype))
 
 
-@pytest.mark.parametrize("edge", [SPLIT, 2 * SPLIT, SPAN])
-@pytest.mark.parametrize("past", [-5, -4, -3, -1, 0, 1, 31])
-@pytest.mark.parametrize("heads", [1, 6])  # few blocks: parts are splits; many: parts are spans
+@pairwise(
+    edge=[SPLIT, 2 * SPLIT, SPAN],
+    past=[-5, -4, -3, -1, 0, 1, 31],
+    heads=[1, 6],  # few blocks: parts are splits; many: parts are spans
+)
 def test_lengths_about_the_edges_of_splits(backend, edge, past, heads):
     """The committed slots or the nodes end before, at and behind an edge."""
     check(backend, attention_case(4, [edge + past], 4, kv_heads=heads, group=1, **BF16))
@@ -134,7 +144,7 @@ def row_alone(case, b, n):
     ).with_options(node_offset=n)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", ALIKE)
 @pytest.mark.parametrize("options", [{}, {"tree": False}, {"window": 300, "softcap": 3.0}])
 def test_a_row_is_the_same_alone_and_in_a_batch(backend, options, dtype):
     """Alone it is one of few rows of few blocks, in the batch one of many rows of many blocks."""
@@ -144,7 +154,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(backend, options, dtype):
         assert torch.equal(run(backend, row_alone(case, b, n))[0, 0], together[b, n])
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", ALIKE)
 @pytest.mark.parametrize("options", [{}, {"window": 900}])
 def test_splits_merge_alike_in_blocks_and_in_workspace(backend, options, dtype):
     case = attention_case(9, [2100], 2, kv_heads=6, group=1, dtype=dtype, **options)

@@ -122,7 +122,7 @@ def test_peaked_drafts_keep_their_tail(backend, with_replacement):
     assert (ours.accepted_nodes[:, 1] > 1).any()  # siblings behind the first are entered
 
 
-@pytest.mark.distribution
+@pytest.mark.numbers
 def test_vllms_bias_is_not_here(backend):
     """vLLM #47386, #54282: draft and recovery draws shared their noise; wanted 10/60/30 %, got
     10.2/63.0/26.8 %."""
@@ -133,7 +133,7 @@ def test_vllms_bias_is_not_here(backend):
         assert_follows(counts, np.array([0.102, 0.63, 0.268]))
 
 
-@pytest.mark.distribution
+@pytest.mark.numbers
 @pytest.mark.parametrize("with_replacement", [True, False])
 def test_the_residual_is_updated_between_siblings(backend, with_replacement):
     """SpecInfer's counterexample: not updated, two iid siblings give (.35, .39, .26)."""
@@ -145,7 +145,7 @@ def test_the_residual_is_updated_between_siblings(backend, with_replacement):
         assert_follows(counts, np.array([0.35, 0.39, 0.26]))
 
 
-@pytest.mark.distribution
+@pytest.mark.numbers
 @pytest.mark.parametrize("siblings", [[3, 2], [3, 3, 2], [2, 2, 2]])
 @pytest.mark.parametrize("with_replacement", [True, False])
 def test_outcomes_for_given_siblings(backend, siblings, with_replacement):
@@ -156,14 +156,14 @@ def test_outcomes_for_given_siblings(backend, siblings, with_replacement):
     assert_follows(counts, np.array([float(v) for v in expected]))
 
 
-@pytest.mark.distribution
+@pytest.mark.numbers
 def test_a_deterministic_drafter_gives_the_target(backend):
     p = [0.15, 0.5, 0.25, 0.1]
     tokens = torch.tensor([[1, 3]] * DRAWS, dtype=torch.int32)
     assert_follows(np.bincount(verify(backend, p, None, tokens), minlength=4), np.array(p))
 
 
-@pytest.mark.distribution
+@pytest.mark.numbers
 def test_zero_probability_is_never_accepted(backend):
     p = [0.0, 0.7, 0.3]
     tokens = torch.zeros(DRAWS, 1, dtype=torch.int32)
