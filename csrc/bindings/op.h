@@ -97,14 +97,14 @@ struct Size {
 // A tensor argument: contiguous and given, unless it says otherwise.
 class Arg : public Tensor {
  public:
-  Arg& rows() { return layout_ = kLastDim, *this; }    // contiguous in the last dimension
-  Arg& strided() { return layout_ = kAny_, *this; }    // any strides
-  Arg& optional() { return optional_ = true, *this; }  // may be None
-  Arg& decides() { return decides_ = true, *this; }    // the others are held to it, not it to them
+  Arg& rows() { return layout_ = kLastDim, *this; }        // contiguous in the last dimension
+  Arg& strided() { return layout_ = kAnyStrides, *this; }  // any strides
+  Arg& optional() { return optional_ = true, *this; }      // may be None
+  Arg& decides() { return decides_ = true, *this; }  // the others are held to it, not it to them
 
  private:
   friend class Call;
-  enum Layout { kDense, kLastDim, kAny_ };
+  enum Layout { kDense, kLastDim, kAnyStrides };
   explicit Arg(Type type) : type_(type) {}
 
   PyObject* object_ = nullptr;  // borrowed
