@@ -274,6 +274,11 @@ class SpeculativePipeline:
         _raise_errors(requests, mappings)
         return mappings[0] if single else mappings
 
+    def check(self, prompt: Prompt | Sequence[Prompt]) -> None:
+        """Raises the ValueError with which `generate` would refuse a prompt, before it runs."""
+        for request in self._requests(prompt, {})[2]:
+            self.engine.check(request)
+
     def stream(
         self,
         prompt: Prompt | Sequence[Prompt],
