@@ -92,7 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     specdec_flags.add_sampling_arguments(parser)
     add_output_arguments(parser, output=None)
     parser.add_argument(
-        "--output", metavar="PREFIX", help="write PREFIX.json (all) and PREFIX.csv (a row per run)"
+        "--output",
+        metavar="PREFIX",
+        help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes); until then "
+        "the runs are in PREFIX.json.part, a JSON line each",
     )
 
 
