@@ -7,10 +7,13 @@ import json
 import pytest
 
 from helpers.vocabularies import permuted
+from inferlab.benchmarks.measure import MeasurementError
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.run_bench import main
+from inferlab.benchmarks.runners import SpecdecRunner
 from inferlab.config import SpecdecConfig
+from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
 
 FAKE = SpecdecConfig(implementation="fake", max_new_tokens=24, iterations=2, warmup_iterations=1)
 PROMPTS = ["Hello, world!", "one two three one two", "a b a b a"]
@@ -59,6 +62,76 @@ def test_the_number_of_runs_is_told_beforehand():
     made = []
     benchmark.run(PROMPTS, made.append)
     assert sum(made) == benchmark.num_runs(len(PROMPTS))
+
+
+BAD = [*PROMPTS[:1], "", "x \ud83d", PROMPTS[1], "word " * 5000, PROMPTS[2]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_bad_prompt_takes_none_of_its_batch_with_it(caplog, size):
+    benchmark = ModesBenchmark(FAKE, ["vanilla", "ngram"], [size])
+    made, kept = [], []
+    names = [f"f:{line}" for line in range(1, 7)]
+    found = benchmark.run(BAD, made.append, names=names, keep=kept.append)
+    assert sum(made) == benchmark.num_runs(len(BAD))
+    assert found.token_ids[size]["prompts"] == 3
+    assert found.token_ids[size]["verdict"] == "identical"
+    modes = ["vanilla", "ngram", "plain"]
+    assert list(found.batches[size]) == modes
+    assert [(row["prompt_index"], row["mode"]) for row in found.failures] == [
+        (index, mode) for index in (1, 2, 4) for mode in modes
+    ]
+    told = [message for message in caplog.messages if "is left out" in message]
+    assert [message.split()[0] for message in told] == ["f:2", "f:3", "f:5"]
+    batches = {1: [[0], [3], [5]], 2: [[0, 3], [5]], 3: [[0, 3, 5]]}[size]
+    first = [run["prompt_indices"] for run in kept[: len(kept) // 2]]
+    assert first == [batch for batch in batches for _ in modes]
+    assert all(run["result"]["num_tokens"] for run in kept)
+
+
+def test_a_request_that_fails_while_it_runs_leaves_the_others_their_results(monkeypatch, caplog):
+    """As with NaN logits: the engine ends that request, with an error, and goes on."""
+    decode = SpeculativePipeline.generate
+
+    def generate(self, prompts):
+        results = decode(self, prompts)
+        bad = [i for i, prompt in enumerate(prompts) if prompt in (PROMPTS[0], "bad")]
+        for i in bad:
+            results[i]["error"] = f"NaN in {prompts[i]}"
+        if bad:
+            raise GenerationError(f"prompt {bad[0]}: NaN", results)
+        return results
+
+    monkeypatch.setattr(SpeculativePipeline, "generate", generate)
+    config = FAKE.model_copy(update={"iterations": 1, "warmup_iterations": 0})
+    names = [f"f:{line}" for line in range(1, 6)]
+    benchmark = ModesBenchmark(config, ["ngram"], [2])
+    found = benchmark.run([*PROMPTS, "one more", "bad"], names=names)
+    assert found.token_ids[2]["prompts"] == 3
+    assert found.batches[2]["plain"]["accepted_length"] == 1.0
+    assert sorted((row["prompt_index"], row["error"]) for row in found.failures) == [
+        (0, f"NaN in {PROMPTS[0]}"), (0, f"NaN in {PROMPTS[0]}"),
+        (4, "NaN in bad"), (4, "NaN in bad"),
+    ]  # fmt: skip
+    assert {message.split(",")[0] for message in caplog.messages} == {"f:1", "f:5"}
+
+
+def test_a_speculative_run_that_fails_tells_its_reason_without_a_number(monkeypatch):
+    def generate(self, prompt):
+        raise GenerationError("prompt 0: NaN", [{"error": "NaN"}])
+
+    monkeypatch.setattr(SpeculativePipeline, "generate", generate)
+    runner = SpecdecRunner(SpeculativePipeline(config=FAKE))
+    with pytest.raises(MeasurementError, match=r"^NaN$"):
+        runner.run("x")
+
+
+def test_prompts_that_are_all_bad(capsys):
+    found = ModesBenchmark(FAKE, ["ngram"], [2]).run(["", ""])
+    assert found.batches == {2: {}}
+    assert len(found.failures) == 4
+    print_modes(found)
+    assert "failed: ngram: prompt is empty" in capsys.readouterr().out
 
 
 def test_unknown_modes_and_sizes_are_named():

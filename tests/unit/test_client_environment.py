@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from importlib.util import find_spec
@@ -170,8 +171,9 @@ def test_a_folder_of_certificates_that_is_none(monkeypatch, capsys, tmp_path, th
 
 
 def test_a_folder_of_certificates(monkeypatch, tmp_path):
-    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    VLLMPingClient(base_url="https://model.invalid").close()
+    for folders in (f"{tmp_path}", f"{tmp_path / 'none'}{os.pathsep}{tmp_path}"):
+        monkeypatch.setenv("SSL_CERT_DIR", folders)
+        VLLMPingClient(base_url="https://model.invalid").close()
 
 
 def test_certificates_do_not_matter_without_tls(server, monkeypatch):

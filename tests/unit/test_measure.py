@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from helpers.tiny_models import tiny_model, tiny_tokenizer
-from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, speedup
-from inferlab.benchmarks.measure import Measurements, Run, measure
+from inferlab.benchmarks.comparison import (
+    by_prompt,
+    compare_modes,
+    figures_of,
+    phases_of,
+    speedup,
+)
+from inferlab.benchmarks.measure import MeasurementError, Measurements, Run, measure
 from inferlab.benchmarks.perplexity import log_probabilities, perplexity
 from inferlab.benchmarks.token_ids import compare_token_ids, judge_tie
 from inferlab.config import SpecdecConfig
@@ -74,13 +80,64 @@ def test_a_failed_run_is_kept_as_a_failure_and_others_go_on():
     }  # fmt: skip
 
 
-def test_a_run_without_tokens_is_a_failure():
-    class Silent(Scripted):
-        def run(self, prompt):
-            return {"latency_ms": 1.0, "num_tokens": 0}
+class Silent(Scripted):
+    def run(self, prompt):
+        return {**super().run(prompt), "num_tokens": 0, "token_ids": []}
 
-    measured = measure({"a": Silent("a", [])}, ["p"], iterations=1, warmup=0)
-    assert measured.runs[0].error == "no token was generated"
+
+def test_a_run_without_tokens_is_a_result():
+    """The model had nothing to say; nobody else's figures suffer from that."""
+    runners = {"a": Silent("a", []), "b": Scripted("b", [])}
+    measured = measure(runners, ["p"], iterations=2, warmup=0)
+    assert measured.failures() == []
+    row = measured.of("a")[0].row()
+    assert (row["num_tokens"], row["tokens_per_second"]) == (0, 0.0)
+    assert "ms_per_token" not in row
+    assert "ms_per_token" not in figures_of(measured, "a")
+    assert by_prompt(measured, "a", 1) == [
+        {"prompt_index": 0, "iterations": 2, "latency_ms": 10.0, "tokens_per_second": 0.0}
+    ]
+    assert speedup(measured, "a", "b", 1) is None
+    assert speedup(measured, "b", "a", 1) is None
+    timed = Run("c", 0, 0, 0, {"latency_ms": 1.0, "num_tokens": 0, "timings_ms": {"draft": 1.0}})
+    assert phases_of(Measurements([timed]), "c") == {}
+
+
+def test_a_run_that_took_no_time_is_a_failure():
+    measured = measure({"a": Scripted("a", [], [0.0])}, ["p"], iterations=1, warmup=0)
+    assert measured.runs[0].error == "the clock stood still"
+
+
+def test_messages_name_the_prompt(caplog):
+    class Batched(Scripted):
+        def run(self, prompt):
+            result = super().run(prompt)
+            return {**result, "errors": {1: "NaN"}} if prompt == ("q", "r") else result
+
+    errors = [MeasurementError("x", {0: "x", 1: "y"}), None, RuntimeError("broken"), 1.0]
+    runners = {"a": Batched("a", [], [e or 1.0 for e in errors])}
+    names = [["f:1", "f:2"], ["f:3", "f:5"]]
+    measured = measure(runners, [("o", "p"), ("q", "r")], iterations=1, warmup=2, names=names)
+    assert caplog.messages == [
+        "f:1, a, warm-up 0: x",
+        "f:2, a, warm-up 0: y",
+        "f:1, f:2, a, iteration 0: broken",
+        "f:5, a, iteration 0: NaN",
+    ]
+    assert [run.error for run in measured.runs] == ["broken", None]
+    assert [run.errors for run in measured.runs] == [{}, {1: "NaN"}]
+
+
+def test_each_run_is_kept_as_it_is_made():
+    kept = []
+    runners = {"a": Scripted("a", [], [1.0, RuntimeError("no"), KeyboardInterrupt()])}
+    measured = measure(runners, ["p"], iterations=9, warmup=0, keep=kept.append)
+    assert kept == measured.runs
+    assert len(kept) == 2
+
+
+def test_nothing_to_measure_is_no_error():
+    assert measure({"a": Scripted("a", [])}, [], iterations=2, warmup=1).runs == []
 
 
 def test_ctrl_c_keeps_what_there_is():

@@ -298,6 +298,8 @@ def test_a_corpus_is_read_in_every_format(tmp_path):
         ("a.json", b"[1, 160]", r"token id 160; the target's ids are in \[0, 160\)"),
         ("a.json", b"[1, -3]", "token id -3"),
         ("a.jsonl", b"[1]\n[2,]\n", "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b"[1]\n" + b"[" * 100_000, "a.jsonl, line 2 is not JSON"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "a.json is not JSON"),
         ("a.jsonl", b"[1]\n7\n", "line 2 holds '7'"),
         ("a.npy", b"no array", "is not a .npy array"),
     ],

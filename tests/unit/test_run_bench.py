@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delta
 from inferlab import _C
-from inferlab.benchmarks import runners
+from inferlab.benchmarks import runners, tables
 from inferlab.benchmarks.run_bench import BenchmarkInterrupted, BenchmarkRunner, main
+from inferlab.cli import bench
+from inferlab.errors import UsageError
 from inferlab.models.assets import BUNDLED
 
 PROMPT = "def read_lines(path):"
@@ -316,7 +318,8 @@ def test_one_answer_that_cannot_be_encoded_loses_nothing(server, capsys, tmp_pat
 
 
 @pytest.mark.parametrize("more", [["--json"], []])
-def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, more):
+def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(bench, "check_output", lambda path: None)
     server.answers = [Respond.json(chat())]
     (tmp_path / "r.json").mkdir()
     command = ["--mode", "http", "--base-url", server.url, "--prompt", "Hi", "--iterations", "1"]
@@ -324,7 +327,7 @@ def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, more):
     out, err = capsys.readouterr()
     assert "first" in out
     assert "r.json cannot be written" in err
-    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.json", "r.json.part"]
 
 
 def test_http_server_that_is_not_there(capsys):
@@ -398,7 +401,7 @@ def test_command_tells_why_all_runs_failed(capsys):
     assert "error: all 5 runs failed" in err
 
 
-@pytest.mark.parametrize("more", [[], ["--modes", "ngram"]])
+@pytest.mark.parametrize("more", [[], ["--modes", "ngram"], ["--modes", "ngram", "--batch", "3"]])
 def test_prompts_that_cannot_be_run_fail_alone(tmp_path, capsys, more):
     file = tmp_path / "p.jsonl"
     texts = ["one", "x \ud83d y", "", "two", "word " * 5000]
@@ -412,9 +415,68 @@ def test_prompts_that_cannot_be_run_fail_alone(tmp_path, capsys, more):
     assert "half of a surrogate pair" in errors[f"{file}:2"]
     if not more:
         assert [run["prompt_index"] for run in stats["raw_results"]] == [0, 3]
+    else:
+        assert [found["prompts"] for found in stats["token_ids"].values()] == [2]
     assert json.loads((tmp_path / "r.json").read_text()) == stats
+    assert not (tmp_path / "r.json.part").exists()
     assert main(command) == 1
-    assert f"{file}:2" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    for line in (2, 3, 5):
+        assert f"{file}:{line}" in captured.out
+        assert f"{file}:{line}" in captured.err, "the log names the line"
+    assert "prompt 1" not in captured.err
+
+
+@pytest.mark.parametrize("more", [[], ["--modes", "ngram", "--batch", "2"]])
+def test_runs_are_in_the_journal_until_the_file_is_written(tmp_path, monkeypatch, capsys, more):
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("one", "", "two")))
+
+    def full(path, payload):
+        raise UsageError("--output: the disk is full")
+
+    for module in (tables, bench):
+        monkeypatch.setattr(module, "write_json", full)
+    fake = FAKE[2:] if more else FAKE
+    words = [*fake, *more, "--prompts", str(file), "--iterations", "2"]
+    assert main([*words, "--output", str(tmp_path / "r")]) == 2
+    journal = tmp_path / "r.json.part"
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(rows) == (4 if more else 6)
+    assert [row["iteration"] for row in rows] == sorted(row["iteration"] for row in rows)
+    assert all(row["result"]["num_tokens"] for row in rows if "error" not in row)
+    captured = capsys.readouterr()
+    assert f"what was finished is in {journal}" in captured.err
+    assert captured.err.splitlines()[-1] == "error: --output: the disk is full"
+    assert "one" in captured.out or "plain" in captured.out, "and is printed all the same"
+
+
+def test_empty_answers_of_a_server_are_results(capsys, monkeypatch):
+    """As `inferlab ping` counts them: success, zero tokens."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with FaultyServer() as server:
+        nothing = chat("", usage={"completion_tokens": 0})
+        server.answers = [Respond.json(nothing), Respond.json(chat())]
+        words = ["--mode", "http", "--host", "127.0.0.1", "--port", str(server.port)]
+        words += ["--prompt", "Hi", "--iterations", "2", "--warmup", "0"]
+        assert main([*words, "--json"]) == 0
+        stats = json.loads(capsys.readouterr().out)
+        server.answers = [Respond.events(delta(finish_reason="stop"), "data: [DONE]\n\n")]
+        assert main([*words, "--stream"]) == 0
+    assert stats["failures"] == []
+    assert stats["num_tokens"]["raw"] == [0.0, 7.0]
+    assert len(stats["ms_per_token"]["raw"]) == 1
+    assert "tokens per second" in capsys.readouterr().out
+
+
+def test_a_prefix_that_is_no_file(tmp_path, capsys):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "r.csv").mkdir()
+    assert main([*FAKE, "--prompt", "x", "--output", str(fifo)]) == 2
+    assert "is no file; PREFIX.json and PREFIX.csv are written" in capsys.readouterr().err
+    assert main([*FAKE, "--prompt", "x", "--output", str(tmp_path / "r")]) == 2
+    assert "r.csv is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

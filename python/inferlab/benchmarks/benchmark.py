@@ -179,8 +179,16 @@ class BenchmarkRunner:
         prompts: list[str],
         iterations: int | None = None,
         on_run: Callable[[int], None] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """As :meth:`run_benchmark`, but an empty prompt fails alone, like all others that fail."""
+        """As :meth:`run_benchmark`, but an empty prompt fails alone, like all others that fail.
+
+        Args:
+            names: how messages call the prompts, such as ``FILE:LINE``.
+            keep: called with each run as soon as it is made: its row, and the runner's ``result``.
+        """
         iterations = self.config.iterations if iterations is None else iterations
         if iterations < 1:
             raise ValueError(f"iterations is {iterations}; it must be at least 1")
@@ -200,7 +208,13 @@ class BenchmarkRunner:
             empty: dict[str, Any] = {"failures": [], "interrupted": False, "runs": []}
             return {**stats, **self.runner.describe(), **empty, "error": error}
         measured = measure(
-            self.runners, prompts, iterations=iterations, warmup=warmup, on_run=on_run
+            self.runners,
+            prompts,
+            iterations=iterations,
+            warmup=warmup,
+            names=None if names is None else [[name] for name in names],
+            on_run=on_run,
+            keep=None if keep is None else lambda run: keep({**run.row(), "result": run.result}),
         )
         stats.update(self.runner.describe())
         stats.update(self._evaluate(measured, prompts))
@@ -227,8 +241,9 @@ class BenchmarkRunner:
                 else "interrupted before the first run was done"
             )
         else:
-            if self.eval_perplexity:
-                part["perplexity"] = add_perplexity(good, prompts, self._model)
+            judged = [run for run in good if (run.result or {})["num_tokens"]]
+            if self.eval_perplexity and judged:
+                part["perplexity"] = add_perplexity(judged, prompts, self._model)
             part.update(figures_of(measured, self.main_mode))
             if phases := phases_of(measured, self.main_mode):
                 part["phases_ms_per_token"] = phases

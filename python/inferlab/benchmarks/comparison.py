@@ -32,6 +32,8 @@ def phases_of(measurements: Measurements, mode: str) -> dict[str, float]:
     results = [result for result in results if "timings_ms" in result]
     tokens = sum(result["num_tokens"] for result in results)
     phases = dict.fromkeys(phase for result in results for phase in result["timings_ms"])
+    if not tokens:
+        return {}
     return {
         phase: sum(result["timings_ms"].get(phase, 0.0) for result in results) / tokens
         for phase in phases
@@ -46,7 +48,8 @@ def by_prompt(measurements: Measurements, mode: str, num_prompts: int) -> list[d
         if rows:
             entry: dict[str, Any] = {"prompt_index": index, "iterations": len(rows)}
             for key in ("latency_ms", "tokens_per_second", "ms_per_token"):
-                entry[key] = summarize([row[key] for row in rows])["median"]
+                if values := [row[key] for row in rows if key in row]:
+                    entry[key] = summarize(values)["median"]
             entries.append(entry)
     return entries
 
@@ -58,15 +61,17 @@ def speedup(
 
     Returns:
         :func:`~inferlab.benchmarks.statistics.ratio_of_medians` over prompts; None where no prompt
-        has an iteration in which both succeeded.
+        has an iteration in which both made tokens.
     """
     above: list[list[float]] = []
     below: list[list[float]] = []
     for index in range(num_prompts):
         rates = {}
         for name in (mode, baseline):
-            runs = measurements.of(name, index)
-            rates[name] = {run.iteration: run.row()["tokens_per_second"] for run in runs}
+            rows = [run.row() for run in measurements.of(name, index)]
+            rates[name] = {
+                row["iteration"]: row["tokens_per_second"] for row in rows if row["num_tokens"]
+            }
         shared = sorted(rates[mode].keys() & rates[baseline].keys())
         if shared:
             above.append([rates[mode][iteration] for iteration in shared])

@@ -19,7 +19,12 @@ FIGURES = (
 
 
 class MeasurementError(RuntimeError):
-    """One measurement failed; the text says why."""
+    """One measurement failed; the text says why. Of a batch ``errors`` says it of each prompt, by
+    its place in the batch."""
+
+    def __init__(self, message: str, errors: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.errors = dict(errors or {})
 
 
 class Runner(Protocol):
@@ -28,7 +33,8 @@ class Runner(Protocol):
     name: str
 
     def run(self, prompt: str) -> dict[str, Any]:
-        """Decodes; the mapping has at least ``latency_ms`` and ``num_tokens``.
+        """Decodes; the mapping has at least ``latency_ms`` and ``num_tokens``. Of a batch some of
+        whose prompts failed, ``errors`` says why, by their place in the batch.
 
         Raises:
             ValueError, RuntimeError: it failed; what came of it does not count.
@@ -45,6 +51,8 @@ class Run:
     """One measurement: ``result`` of the runner ``mode``, or the ``error`` that came instead.
 
     ``order`` is the place (0 first) that it had among the modes of its prompt and iteration.
+    ``errors``: of a batch, why prompts of it failed, by their place in it. An answer that is empty
+    but finished is a result: no tokens, and no time per token.
     """
 
     mode: str
@@ -53,6 +61,7 @@ class Run:
     order: int
     result: dict[str, Any] | None = None
     error: str | None = None
+    errors: dict[int, str] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """The figures of the run, flat."""
@@ -69,8 +78,9 @@ class Run:
             latency_ms=latency_ms,
             num_tokens=tokens,
             tokens_per_second=tokens / latency_ms * 1e3,
-            ms_per_token=latency_ms / tokens,
         )
+        if tokens:
+            row["ms_per_token"] = latency_ms / tokens
         row.update(
             {
                 key: self.result[key]
@@ -105,11 +115,13 @@ class Measurements:
 
 def measure(
     runners: Mapping[str, Runner],
-    prompts: Sequence[str],
+    prompts: Sequence[Any],
     *,
     iterations: int,
     warmup: int,
+    names: Sequence[Sequence[str]] | None = None,
     on_run: Callable[[int], None] | None = None,
+    keep: Callable[[Run], None] | None = None,
 ) -> Measurements:
     """Runs every mode on every prompt, ``iterations`` times.
 
@@ -120,14 +132,23 @@ def measure(
     is not kept.
 
     Args:
+        prompts: what the runners take: texts, or batches of them.
+        names: how messages call the prompts: for a text one name, for a batch one for each of its
+            texts. Without them it is "prompt 0" and so on.
         on_run: called with 1 after each run, warm-up included.
+        keep: called with each run that is kept.
     """
     modes = list(runners)
+    names = names or [[f"prompt {index}"] for index in range(len(prompts))]
     kept = Measurements()
     try:
-        for index in range(warmup):
+        for number in range(warmup if prompts else 0):
             for mode in modes:
-                _run_once(runners[mode], mode, prompts[index % len(prompts)], 0, 0, 0)
+                index = number % len(prompts)
+                try:
+                    _result(runners[mode], prompts[index])
+                except Exception as error:
+                    _tell(error, names[index], mode, f"warm-up {number}")
                 if on_run is not None:
                     on_run(1)
         for iteration in range(iterations):
@@ -135,8 +156,12 @@ def measure(
                 first = (iteration + index) % len(modes)
                 for order in range(len(modes)):
                     mode = modes[(first + order) % len(modes)]
-                    run = _run_once(runners[mode], mode, prompt, index, iteration, order)
+                    run = _run_once(
+                        runners[mode], mode, prompt, names[index], index, iteration, order
+                    )
                     kept.runs.append(run)
+                    if keep is not None:
+                        keep(run)
                     if on_run is not None:
                         on_run(1)
     except KeyboardInterrupt:
@@ -145,19 +170,44 @@ def measure(
 
 
 def _run_once(
-    runner: Runner, mode: str, prompt: str, index: int, iteration: int, order: int
+    runner: Runner,
+    mode: str,
+    prompt: Any,
+    names: Sequence[str],
+    index: int,
+    iteration: int,
+    order: int,
 ) -> Run:
+    when = f"iteration {iteration}"
     try:
-        result = runner.run(prompt)
-        if not result["num_tokens"] or not result["latency_ms"] > 0:
-            raise MeasurementError("no token was generated")
+        result = _result(runner, prompt)
     except Exception as error:
-        text = describe_error(error)
-        logger.warning("%s, prompt %d, iteration %d: %s", mode, index, iteration, text)
-        logger.debug("the traceback", exc_info=error)
-        return Run(mode, index, iteration, order, error=text)
+        text = _tell(error, names, mode, when)
+        errors = getattr(error, "errors", {})
+        return Run(mode, index, iteration, order, error=text, errors=errors)
+    errors = result.get("errors", {})
+    for place, text in errors.items():
+        logger.warning("%s, %s, %s: %s", names[place], mode, when, text)
     logger.debug(
-        "%s, prompt %d, iteration %d: %d tokens in %.2f ms",
-        mode, index, iteration, result["num_tokens"], result["latency_ms"],
+        "%s, %s, %s: %d tokens in %.2f ms",
+        ", ".join(names), mode, when, result["num_tokens"], result["latency_ms"],
     )  # fmt: skip
-    return Run(mode, index, iteration, order, result=result)
+    return Run(mode, index, iteration, order, result=result, errors=errors)
+
+
+def _result(runner: Runner, prompt: Any) -> dict[str, Any]:
+    result = runner.run(prompt)
+    if not result["latency_ms"] > 0:
+        raise MeasurementError("the clock stood still")
+    return result
+
+
+def _tell(error: Exception, names: Sequence[str], mode: str, when: str) -> str:
+    """Logs why a run failed, of a batch for each prompt by its name; returns it."""
+    text = describe_error(error)
+    whys = getattr(error, "errors", {})
+    told = [(names[place], why) for place, why in whys.items()] or [(", ".join(names), text)]
+    for name, why in told:
+        logger.warning("%s, %s, %s: %s", name, mode, when, why)
+    logger.debug("the traceback", exc_info=error)
+    return text

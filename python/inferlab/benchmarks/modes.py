@@ -6,21 +6,26 @@ every draft mode take turns on each prompt, so that a drift of the machine hits 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from inferlab.benchmarks.comparison import phases_of, speedup
 from inferlab.benchmarks.environment import describe_environment
-from inferlab.benchmarks.measure import Measurements, Runner, measure
+from inferlab.benchmarks.measure import Measurements, Run, Runner, measure
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
 from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
 from inferlab.draft_modes import tree_misfit
+from inferlab.errors import describe_error
 from inferlab.records import record_of, total_stats
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
+
+logger = logging.getLogger(__name__)
 
 DRAFT_MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "none")
 """What ``--modes all`` measures."""
@@ -41,7 +46,7 @@ class ModesResult:
             ``acceptance_by_position``, ``target_forwards``, ``phases_ms_per_token``, ``x_plain``
             and ``x_hf`` (``ratio`` and ``ci95``).
         token_ids: batch size -> what comparing the modes' tokens found.
-        failures: rows of runs that failed.
+        failures: rows of runs that failed, each of one prompt; of prompts that were left out, too.
         interrupted: Ctrl-C ended it.
     """
 
@@ -97,21 +102,40 @@ class ModesBenchmark:
 
     def num_runs(self, num_prompts: int) -> int:
         """How many runs `run` makes, warm-up included."""
+        warmup = self.config.warmup_iterations if num_prompts else 0
         per_mode = sum(
-            len(_groups([""] * num_prompts, size)) * self.config.iterations
-            + self.config.warmup_iterations
+            len(_groups(range(num_prompts), size)) * self.config.iterations + warmup
             for size in self.batch_sizes
         )
         alone = 1 in self.batch_sizes
-        extra = len(self._generators()) * (
-            num_prompts * self.config.iterations + self.config.warmup_iterations
-        )
+        extra = len(self._generators()) * (num_prompts * self.config.iterations + warmup)
         return per_mode * len(self._pipelines) + (extra if alone else 0)
 
     def run(
-        self, prompts: Sequence[str], on_run: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[str],
+        on_run: Callable[[int], None] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> ModesResult:
-        """Measures ``config.iterations`` rounds over the prompts, per batch size."""
+        """Measures ``config.iterations`` rounds over the prompts, per batch size.
+
+        A prompt that a mode refuses (it is empty, cannot be encoded, is too long) is left out of
+        all modes, before batches are formed: modes are compared on the same batches, and no other
+        prompt suffers.
+
+        Args:
+            on_run: called with the number of runs made since it was called last.
+            names: how messages call the prompts, such as ``FILE:LINE``.
+            keep: called with each run as soon as it is made: its row, ``batch_size``, the indices
+                of its prompts, ``prompt_indices``, and the runner's ``result``.
+        """
+        names = names or [f"prompt {index}" for index in range(len(prompts))]
+        refused = self._refusals(prompts, names)
+        good = [index for index in range(len(prompts)) if index not in refused]
+        if refused and on_run is not None:
+            on_run(self.num_runs(len(prompts)) - self.num_runs(len(good)))
         batches: dict[int, dict[str, dict[str, Any]]] = {}
         token_ids: dict[int, dict[str, Any]] = {}
         failures: list[dict[str, Any]] = []
@@ -122,21 +146,27 @@ class ModesBenchmark:
             }
             if size == 1:
                 runners.update(self._generators())
-            groups = _groups(prompts, size)
+            groups = _groups(good, size)
             measured = measure(
                 runners,
-                groups,
+                [_together([prompts[index] for index in group]) for group in groups],
                 iterations=self.config.iterations,
                 warmup=self.config.warmup_iterations,
+                names=[[names[index] for index in group] for group in groups],
                 on_run=on_run,
+                keep=None if keep is None else functools.partial(_keep, keep, groups, size),
             )
             batches[size] = {
                 mode: _figures(measured, mode, len(groups)) for mode in runners if measured.of(mode)
             }
-            failures += [{"batch_size": size, **run.row()} for run in measured.failures()]
-            token_ids[size] = compare_token_ids(
-                _by_prompt(measured, size), list(prompts), self.config, self.target
-            )
+            single = _by_prompt(measured, groups)
+            failed = [
+                Run(mode, index, 0, 0, error=error)
+                for index, errors in refused.items()
+                for mode, error in errors.items()
+            ] + single.failures()
+            failures += [{"batch_size": size, **run.row()} for run in failed]
+            token_ids[size] = compare_token_ids(single, list(prompts), self.config, self.target)
             if measured.interrupted:
                 interrupted = True
                 break
@@ -144,6 +174,21 @@ class ModesBenchmark:
             describe_environment(), self._settings(len(prompts)), batches, token_ids, failures,
             interrupted,
         )  # fmt: skip
+
+    def _refusals(self, prompts: Sequence[str], names: Sequence[str]) -> dict[int, dict[str, str]]:
+        """Prompts that a mode refuses: index -> mode -> why."""
+        refused: dict[int, dict[str, str]] = {}
+        for index, prompt in enumerate(prompts):
+            for mode, pipeline in self._pipelines.items():
+                try:
+                    pipeline.check(prompt)
+                except Exception as error:
+                    why = describe_error(error)
+                    if index not in refused:
+                        logger.warning("%s is left out: %s: %s", names[index], mode, why)
+                        logger.debug("the traceback", exc_info=error)
+                    refused.setdefault(index, {})[mode] = why
+        return refused
 
     def _generators(self) -> dict[str, Runner]:
         """Hugging Face: plain, with the draft model as its assistant, and with prompt lookup.
@@ -185,11 +230,22 @@ def _with_mode(config: SpecdecConfig, mode: str) -> SpecdecConfig:
     return config.model_copy(update={"draft_mode": mode, "tree": tree})
 
 
-def _groups(prompts: Sequence[str], size: int) -> list[Any]:
-    """Prompts that are decoded together; alone they stay texts."""
-    if size == 1:
-        return list(prompts)
-    return [tuple(prompts[i : i + size]) for i in range(0, len(prompts), size)]
+def _groups(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Prompts that are decoded together."""
+    return [indices[first : first + size] for first in range(0, len(indices), size)]
+
+
+def _together(prompts: list[str]) -> str | list[str]:
+    """What runners take; alone a prompt stays a text."""
+    return prompts[0] if len(prompts) == 1 else prompts
+
+
+def _keep(
+    keep: Callable[[dict[str, Any]], None], groups: Sequence[Sequence[int]], size: int, run: Run
+) -> None:
+    indices = list(groups[run.prompt_index])
+    row = {"batch_size": size, **run.row(), "prompt_indices": indices, "result": run.result}
+    keep({key: value for key, value in row.items() if key != "prompt_index"})
 
 
 def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, Any]:
@@ -203,7 +259,8 @@ def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, An
         forwards = sum(result["target_forwards"] for result in results)
         figures["target_forwards"] = forwards / len(results)
     if "results" in results[0]:
-        stats = total_stats(record_of(one) for result in results for one in result["results"])
+        good = [one for result in results for one in result["results"] if "error" not in one]
+        stats = total_stats(record_of(one) for one in good)
         figures["accepted_length"] = stats.mean_accepted_length if stats.steps else None
         figures["acceptance_by_position"] = stats.acceptance_by_position
         figures["phases_ms_per_token"] = phases_of(measured, mode)
@@ -213,12 +270,13 @@ def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, An
     return figures
 
 
-def _by_prompt(measured: Measurements, size: int) -> Measurements:
-    """The runs of groups as runs of their prompts."""
+def _by_prompt(measured: Measurements, groups: Sequence[Sequence[int]]) -> Measurements:
+    """The runs of groups as runs of their prompts, each with its own result or error."""
     runs = []
     for run in measured.runs:
         results = (run.result or {}).get("results", [run.result])
-        for offset, result in enumerate(results):
-            index = run.prompt_index * size + offset
-            runs.append(replace(run, prompt_index=index, result=result))
+        for place, index in enumerate(groups[run.prompt_index]):
+            error = run.errors.get(place, run.error)
+            result = None if error is not None else results[place]
+            runs.append(replace(run, prompt_index=index, result=result, error=error))
     return Measurements(runs)

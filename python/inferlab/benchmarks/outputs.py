@@ -72,7 +72,7 @@ class Figures(TypedDict, total=False):
 
 
 class RunRow(TypedDict):
-    """One run; with ``error`` it has no figures."""
+    """One run; with ``error`` it has no figures. ``where``: the prompt's line in its file."""
 
     mode: str
     prompt_index: int
@@ -122,7 +122,7 @@ class OfPrompt(TypedDict):
     iterations: int
     latency_ms: float
     tokens_per_second: float
-    ms_per_token: float
+    ms_per_token: NotRequired[float]
 
 
 class Perplexity(TypedDict):
@@ -138,6 +138,7 @@ class Difference(TypedDict):
     """The first difference of a prompt's token ids, and whether it is a tie."""
 
     prompt_index: int
+    where: NotRequired[str]
     modes: list[str]
     position: int
     token_ids: list[int | None]

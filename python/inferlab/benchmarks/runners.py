@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from inferlab.config import SpecdecConfig
 from inferlab.models import TargetModel, allowed_vocab, plain_model
 from inferlab.models.generation_defaults import same_rule
 from inferlab.records import RequestRecord
-from inferlab.specdec.pipeline import SpeculativePipeline
+from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
 from inferlab.specdec.text import NewText, text_decoder
 from inferlab.types import check_text
 
@@ -85,7 +85,10 @@ class SpecdecRunner:
         self.pipeline = pipeline
 
     def run(self, prompt: str) -> dict[str, Any]:
-        result: dict[str, Any] = self.pipeline.generate(prompt)
+        try:
+            result: dict[str, Any] = self.pipeline.generate(prompt)
+        except GenerationError as error:  # its own text counts prompts, and here is one
+            raise MeasurementError(_errors(error.results)[0]) from error
         return result
 
     def describe(self) -> dict[str, Any]:
@@ -117,28 +120,47 @@ class BatchRunner:
         self.pipeline = pipeline
 
     def run(self, prompt: str | Sequence[str]) -> dict[str, Any]:
-        """As `Runner.run`; ``results`` are those of the prompts, in order."""
+        """As `Runner.run`; ``results`` are those of the prompts, in order. Those that failed while
+        they ran are in ``errors``; the figures are those of the others.
+
+        Raises:
+            MeasurementError: all of them failed.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         clock = self.pipeline.engine.clock.totals
         before = dict(clock)
         begin = time.perf_counter()
-        results: list[dict[str, Any]] = self.pipeline.generate(prompts)
+        results: Sequence[Mapping[str, Any]]
+        try:
+            results = self.pipeline.generate(prompts)
+        except GenerationError as error:
+            results = error.results
         latency_ms = (time.perf_counter() - begin) * 1e3
+        errors = _errors(results)
+        good = [result for result in results if "error" not in result]
+        if not good:
+            raise MeasurementError(errors[0], errors)
         phases = {phase: ms - before[phase] for phase, ms in clock.items()}
         phases["rest"] = max(latency_ms - sum(phases.values()), 0.0)
-        tokens = sum(result["num_tokens"] for result in results)
+        tokens = sum(result["num_tokens"] for result in good)
         return {
             "latency_ms": latency_ms,
             "num_tokens": tokens,
             "tokens_per_second": tokens / latency_ms * 1e3,
             "timings_ms": phases,
-            "steps": sum(result["steps"] for result in results),
-            "target_forwards": max(result["target_forwards"] for result in results),
+            "steps": sum(result["steps"] for result in good),
+            "target_forwards": max(result["target_forwards"] for result in good),
             "results": results,
+            "errors": errors,
         }
 
     def describe(self) -> dict[str, Any]:
         return SpecdecRunner(self.pipeline).describe()
+
+
+def _errors(results: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Why requests of a batch failed, by their place in it."""
+    return {place: str(one["error"]) for place, one in enumerate(results) if "error" in one}
 
 
 class GenerateRunner:

@@ -38,18 +38,21 @@ LINES = (
 )  # fmt: skip
 
 
+def output_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """``PREFIX.json`` and ``PREFIX.csv``; either ending may stand at the prefix already."""
+    stem = Path(prefix)
+    if stem.suffix in (".json", ".csv"):
+        stem = stem.with_suffix("")
+    return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
+
+
 def write_outputs(prefix: str | Path, stats: Mapping[str, Any]) -> list[Path]:
     """Writes ``PREFIX.json`` (all of it) and ``PREFIX.csv`` (a row per run); returns both paths.
-
-    A ``.json`` or ``.csv`` at the end of the prefix is taken off first.
 
     Raises:
         UsageError: a file cannot be written.
     """
-    stem = Path(prefix)
-    if stem.suffix in (".json", ".csv"):
-        stem = stem.with_suffix("")
-    as_json, as_csv = (stem.with_name(stem.name + suffix) for suffix in (".json", ".csv"))
+    as_json, as_csv = output_paths(prefix)
     write_json(as_json, stats)
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, CSV_COLUMNS)
@@ -162,8 +165,9 @@ def id_lines(token_ids: Mapping[str, Any]) -> list[str]:
     elif token_ids["verdict"] == "different":
         lines.append(f"token ids ({modes}): DIFFERENT, and not by ties within rounding")
     for entry in token_ids["differences"]:
+        name = entry.get("where", f"prompt {entry['prompt_index']}")
         text = (
-            f"  prompt {entry['prompt_index']}, {' and '.join(entry['modes'])}: first at new token "
+            f"  {name}, {' and '.join(entry['modes'])}: first at new token "
             f"{entry['position']}, {entry['token_ids'][0]} against {entry['token_ids'][1]}"
         )
         if "gap" in entry:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from inferlab.benchmarks.benchmark import (
@@ -17,7 +20,7 @@ from inferlab.benchmarks.benchmark import (
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.outputs import BenchmarkStats, ModesStats
-from inferlab.benchmarks.tables import print_summary, write_outputs
+from inferlab.benchmarks.tables import output_paths, print_summary, write_outputs
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
@@ -25,8 +28,10 @@ from inferlab.cli.prompts import add_workload_arguments, gather_workload
 from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
-from inferlab.output import check_output, print_json, write_json
+from inferlab.output import Journal, check_output, is_special, print_json, write_json
 from inferlab.prompts import Prompt
+
+logger = logging.getLogger(__name__)
 
 Output = BenchmarkStats | ModesStats
 
@@ -87,7 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     specdec_flags.add_sampling_arguments(parser)
     add_output_arguments(parser, output=None)
     parser.add_argument(
-        "--output", metavar="PREFIX", help="write PREFIX.json (all) and PREFIX.csv (a row per run)"
+        "--output",
+        metavar="PREFIX",
+        help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes); until then "
+        "the runs are in PREFIX.json.part, a JSON line each",
     )
 
 
@@ -103,15 +111,18 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
-    check_output(args.output)
+    paths = _check_prefix(args.output) if args.output else ()
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
-    with clean_stdout(args.json) as out:
-        stats, interrupted = _measure(args, config, [prompt.text for prompt in prompts])
+    with clean_stdout(args.json) as out, _journal(*paths[:1]) as journal:
+        stats, interrupted = _measure(args, config, prompts, journal)
         _name_places(stats["failures"], prompts)
+        if "baseline_comparison" in stats:
+            _name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
         try:
             if args.output:
                 write_outputs(args.output, stats)
+                journal.close(written=True)
         finally:  # what cannot be written is not lost
             if args.json:
                 print_json(stats, out)
@@ -144,19 +155,23 @@ def _run_modes(args: argparse.Namespace) -> int:
     defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    check_output(args.output)
+    paths = _check_prefix(args.output)[:1] if args.output else ()
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
-    with clean_stdout(args.json) as out:
+    with clean_stdout(args.json) as out, _journal(*paths) as journal:
         benchmark = ModesBenchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-            result = benchmark.run([prompt.text for prompt in prompts], advance)
+            texts = [prompt.text for prompt in prompts]
+            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=journal.add)
         _name_places(result.failures, prompts)
+        for found in result.token_ids.values():
+            _name_places(found["differences"], prompts)
         try:
-            if args.output:
-                write_json(f"{args.output.removesuffix('.json')}.json", result.as_dict())
+            for path in paths:
+                write_json(path, result.as_dict())
+            journal.close(written=True)
         finally:
             if args.json:
                 print_json(result.as_dict(), out)
@@ -168,14 +183,37 @@ def _run_modes(args: argparse.Namespace) -> int:
     return EXIT_FAILURE if result.failures or different else EXIT_OK
 
 
-def _name_places(failures: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
-    """Adds ``where``, the prompt's line in its file, to failures; of a batch all of its lines."""
-    for failure in failures:
-        size = failure.get("batch_size", 1)
-        first = failure["prompt_index"] * size
-        lines = [prompt.where for prompt in prompts[first : first + size] if prompt.where]
-        if lines:
-            failure["where"] = ", ".join(lines)
+def _check_prefix(prefix: str) -> tuple[Path, Path]:
+    """The files that ``--output`` means; refused where they cannot be written."""
+    if is_special(prefix):
+        raise UsageError(f"--output: {prefix} is no file; PREFIX.json and PREFIX.csv are written")
+    paths = output_paths(prefix)
+    for path in (prefix, *paths):
+        check_output(path)
+    return paths
+
+
+@contextlib.contextmanager
+def _journal(path: Path | None = None) -> Iterator[Journal]:
+    """The runs as they are made; it stays where an error comes before the file is written."""
+    journal = Journal(path)
+    if journal.path is not None:
+        logger.info("runs are in %s while it measures", journal.path)
+    try:
+        yield journal
+    finally:
+        journal.close(written=False)
+
+
+def _names_of(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.where or f"prompt {index}" for index, prompt in enumerate(prompts)]
+
+
+def _name_places(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
+    """Adds ``where``, the prompt's line in its file, to rows that have its index."""
+    for row in rows:
+        if (where := prompts[row["prompt_index"]].where) is not None:
+            row["where"] = where
 
 
 def _names(text: str) -> list[str]:
@@ -190,7 +228,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _measure(
-    args: argparse.Namespace, config: Config, prompts: list[str]
+    args: argparse.Namespace, config: Config, prompts: Sequence[Prompt], journal: Journal
 ) -> tuple[dict[str, Any], bool]:
     """(statistics, whether Ctrl-C ended it)."""
     show_bar = not (args.no_progress or args.json)
@@ -203,7 +241,9 @@ def _measure(
     ) as benchmark:
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-                return benchmark.run_all(prompts, on_run=advance), False
+                texts, names = [prompt.text for prompt in prompts], _names_of(prompts)
+                stats = benchmark.run_all(texts, on_run=advance, names=names, keep=journal.add)
+                return stats, False
         except BenchmarkInterrupted as interrupt:
             return interrupt.stats, True
 

@@ -16,7 +16,10 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, output: str | None 
     )
     if output:
         parser.add_argument(
-            "--output", metavar="FILE", help=f"write the result to FILE as {output}"
+            "--output",
+            metavar="FILE",
+            help=f"write the result to FILE as {output}; until then what is finished is in "
+            "FILE.part, a JSON line each",
         )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     add_log_arguments(parser)

@@ -173,7 +173,10 @@ def _certificates() -> ssl.SSLContext:
     name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
     try:
         if name == "SSL_CERT_DIR" and os.environ.get(name):
-            next(Path(os.environ[name]).iterdir(), None)  # OpenSSL ignores one that is not there
+            # A list. OpenSSL passes over folders that are not there, be it all of them.
+            folders = os.environ[name].split(os.pathsep)
+            if not any(Path(folder).is_dir() for folder in folders):
+                os.listdir(folders[0])
         return httpx.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one
         raise ValueError(

@@ -260,6 +260,11 @@ class SpeculativePipeline:
         ordered = [results[index] for index in range(len(requests))]
         return ordered[0] if single else ordered
 
+    def check(self, prompt: Prompt | Sequence[Prompt]) -> None:
+        """Raises the ValueError with which `generate` would refuse a prompt, before it runs."""
+        for request in self._requests(prompt, {})[2]:
+            self.engine.check(request)
+
     def stream(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,

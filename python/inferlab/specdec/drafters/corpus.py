@@ -95,7 +95,7 @@ def _read_jsonl(file: Path, tokenizer: Any) -> list[int]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, huge numbers, endless brackets
         raise ValueError(f"ngram corpus {where} is not JSON: {error}") from error
 
 
