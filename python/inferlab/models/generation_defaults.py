@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
-from inferlab.models.architecture import head_weight
-
 logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Any] = WeakSet()  # models, each of which is worth one warning
@@ -59,12 +57,11 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 
 
-def token_bias(model: Any) -> dict[int, float]:
+def token_bias(model: Any, vocab_size: int) -> dict[int, float]:
     """What a model's generation config adds to the logits of single tokens; {} without one."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return {}
-    vocab_size = head_weight(model).shape[0]
     bias: dict[int, float] = {}
     for name in _BIASES:
         for token, value in (_single_tokens(config, name) or {}).items():

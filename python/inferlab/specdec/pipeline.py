@@ -149,7 +149,7 @@ class SpeculativePipeline:
         self.target = target if target is not None else self._load_target()
         self._token_bias: dict[int, float] = {}
         if isinstance(self.target, HFModel) and not config.ignore_generation_config:
-            self._token_bias = token_bias(self.target.model)
+            self._token_bias = token_bias(self.target.model, self.target.vocab_size)
             warn_of_not_followed(self.target.model, self.target.name)
         self._plan = plan_drafter(
             config, self.target, self.policy, self._max_levels(), draft, shape

@@ -224,8 +224,19 @@ def _layer_prefix(version: int) -> str:
 
 
 def _target_shape(target: Any) -> tuple[int, int]:
-    """Hidden size and vocabulary size, the latter as the LM head has it."""
-    vocab_size, hidden_size = target.get_output_embeddings().weight.shape
+    """Hidden size and vocabulary size, the latter as the LM head has it.
+
+    Raises:
+        ModelLoadError: the LM head is not one linear layer, whose weight draft heads share.
+    """
+    head = target.get_output_embeddings()
+    shape: tuple[int, ...] = getattr(getattr(head, "weight", None), "shape", ())
+    if len(shape) != 2:
+        raise ModelLoadError(
+            f"the target's output head is a {type(head).__name__}; draft heads read what a linear "
+            "layer makes logits of. Use another drafter, e.g. ngram, recycling or a draft model"
+        )
+    vocab_size, hidden_size = shape
     return hidden_size, vocab_size
 
 
