@@ -99,7 +99,8 @@ class LocalBaselineRunner:
 
     Args:
         config_path: a ``baseline`` YAML file; ``configs/NAME.yaml`` is found from anywhere.
-        model_name: hub id, local directory or bundled name; beats the file's ``model``.
+        model_name: hub id, local directory or bundled name; beats the file's ``model``. ``model``
+            is another name of it.
         overrides: any other key of BaselineConfig (``torch_dtype``, ``device``, ``seed``, ...).
         config: a configuration made elsewhere, in place of all of the above.
 
@@ -117,7 +118,13 @@ class LocalBaselineRunner:
         **overrides: Any,
     ) -> None:
         if config is None:
-            config = load_config(BaselineConfig, config_path, {**overrides, "model": model_name})
+            model = overrides.setdefault("model", model_name)
+            if model_name not in (None, model):
+                raise ValueError(
+                    f"model_name is {model_name!r} and model is {model!r}, which are two names of "
+                    "one thing; give one"
+                )
+            config = load_config(BaselineConfig, config_path, overrides)
         self.config = config
         self.model_name = config.model
         loaded = loading.load(
