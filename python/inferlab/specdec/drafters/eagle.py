@@ -262,7 +262,13 @@ def plan(request: DraftRequest) -> DrafterPlan:
     """A trained EAGLE head."""
     config = request.config
     name = config.eagle.model
-    head = load_eagle(name, request.real_target().model, allow_pickle=config.allow_pickle)
+    target = request.real_target()
+    head = load_eagle(
+        name,
+        target.model,
+        allow_pickle=config.allow_pickle,
+        known_ids=target.tokenizer_vocab_size,
+    )
     paged = PagedEagle(head)
     shape = None if request.grows else request.shape("grown", request.max_levels, name)
 

@@ -131,7 +131,13 @@ def plan(request: DraftRequest) -> DrafterPlan:
     """Trained Medusa heads."""
     config = request.config
     name = config.medusa.model
-    heads = load_medusa(name, request.real_target().model, allow_pickle=config.allow_pickle)
+    target = request.real_target()
+    heads = load_medusa(
+        name,
+        target.model,
+        allow_pickle=config.allow_pickle,
+        known_ids=target.tokenizer_vocab_size,
+    )
     depth = min(request.max_levels, heads.num_heads)
     shape = None if request.grows else request.shape("grown", depth, name)
     drafter = MedusaDrafter(
