@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from inferlab.config import BaselineConfig, load_config
 from inferlab.errors import Interrupted
 from inferlab.models import loading
-from inferlab.models.architecture import head_weight
+from inferlab.models.architecture import logits_width
 from inferlab.models.base import known_ids
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
@@ -142,7 +142,7 @@ class LocalBaselineRunner:
         self.tokenizer: Any = loaded.tokenizer
         self._processors = LogitsProcessorList([_RefuseNan(config.model)])
         known = known_ids(self.tokenizer)
-        if known < head_weight(self.model).shape[0]:
+        if known < logits_width(self.model):
             self._processors.insert(0, ForbidPadding(known))
         if not config.ignore_generation_config:
             warn_of_not_followed(self.model, self.model_name)

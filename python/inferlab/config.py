@@ -194,7 +194,8 @@ class SpecdecConfig(Sampled):
     ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is sure of
     itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per node by depth.
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
-    comparison, they agree less often. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
+    comparison, they agree less often. ``repetition_penalty`` and ``min_new_tokens`` left out are
+    the checkpoint's own, else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
     smaller one wins; without both it is sized for the batch.
     """
 

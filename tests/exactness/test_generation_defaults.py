@@ -14,6 +14,7 @@ from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks.runners import GenerateRunner
 from inferlab.models import HFModel
 from inferlab.models.generation_defaults import not_followed
+from inferlab.models.loading import ModelLoadError
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 PROMPT = "the draft model"
@@ -25,6 +26,7 @@ def plain(**entries) -> list[int]:
     model = tiny_model("llama")
     ids = torch.tensor([tiny_tokenizer().encode(PROMPT)])
     options = {"max_new_tokens": COUNT, "do_sample": False, "pad_token_id": 0, **entries}
+    options.setdefault("eos_token_id", 1)
     with torch.inference_mode():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return output[0, ids.shape[1] :].tolist()
@@ -39,15 +41,17 @@ FOLLOWED = {
     "suppress_tokens": lambda: [first(), 3, 10**6],
     "bad_words_ids": lambda: [[first()], [1]],  # 1 ends a text, which is not forbidden
     "sequence_bias": lambda: [[[first()], -100.0], [[9], 2.0]],
+    "repetition_penalty": lambda: 1.9,
+    "min_new_tokens": lambda: 20,
+    "min_length": lambda: 20,
 }
 NOT_FOLLOWED = {
-    "bad_words_ids": lambda: [[first()], plain()[:2]],
+    "bad_words_ids": lambda: [plain()[:2]],
     "sequence_bias": lambda: [[plain()[:2], -100.0]],
     "num_beams": lambda: 3,
     "forced_eos_token_id": lambda: 1,
     "exponential_decay_length_penalty": lambda: (1, 9.0),
     "encoder_repetition_penalty": lambda: 30.0,
-    "repetition_penalty": lambda: 1.9,
     "no_repeat_ngram_size": lambda: 1,
     "begin_suppress_tokens": lambda: [first()],
 }
@@ -86,14 +90,133 @@ def both_sides(folder: str, **options) -> list[list[int]]:
     return [run["token_ids"] for run in runs]
 
 
+def ends() -> list[int]:
+    """End-of-text ids that a text of these models comes to soon, so that least lengths show."""
+    return [1, plain()[2]]
+
+
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_biases_on_single_tokens_are_followed(folder, name, caplog):
-    value = FOLLOWED[name]()
-    expected = plain(**{name: value})
-    assert expected != plain()
+def test_what_a_sampler_can_do_is_followed(folder, name, caplog):
+    entries = {name: FOLLOWED[name](), "eos_token_id": ends() if "min" in name else 1}
+    expected = plain(**entries)
+    assert expected != plain(eos_token_id=entries["eos_token_id"])
     with caplog.at_level(logging.WARNING, "inferlab"):
-        assert both_sides(folder(**{name: value})) == [expected] * 4
+        assert both_sides(folder(**entries)) == [expected] * 4
     assert "generation_config" not in caplog.text
+
+
+def test_all_that_is_followed_is_followed_together(folder):
+    value = plain(suppress_tokens=[first()])
+    entries = {
+        "suppress_tokens": [first()],
+        "bad_words_ids": [[value[0]]],
+        "repetition_penalty": 1.4,
+        "eos_token_id": ends(),
+        "min_length": 30,
+        "min_new_tokens": 9,  # transformers lets it win
+    }
+    assert both_sides(folder(**entries)) == [plain(**entries)] * 4
+
+
+def test_the_part_that_can_be_followed_is(folder, caplog):
+    single, pair = [first()], plain(suppress_tokens=[first()])[:2]
+    expected = plain(bad_words_ids=[single])
+    assert plain(bad_words_ids=[single, pair]) != expected != plain()
+    with caplog.at_level(logging.WARNING, "inferlab"):
+        assert both_sides(folder(bad_words_ids=[single, pair])) == [expected] * 4
+    assert "sets the longer words of bad_words_ids, which neither" in caplog.text
+
+
+def test_a_bias_beside_a_penalty_is_not_followed_but_named(folder, caplog):
+    entries = {"sequence_bias": [[[first()], -3.0]], "repetition_penalty": 1.4}
+    with caplog.at_level(logging.WARNING, "inferlab"):
+        assert both_sides(folder(**entries)) == [plain(repetition_penalty=1.4)] * 4
+    assert "sets sequence_bias, which neither" in caplog.text
+
+
+def test_values_that_are_given_win(folder):
+    path = folder(repetition_penalty=1.9, min_new_tokens=20, eos_token_id=ends())
+
+    def tokens(arguments, **options):
+        pipeline = SpeculativePipeline(base_model=path, draft_mode="none", device="cpu", **options)
+        return pipeline.generate(PROMPT, COUNT, **arguments)["token_ids"]
+
+    by_penalty = plain(repetition_penalty=1.2, min_new_tokens=20, eos_token_id=ends())
+    assert tokens({"repetition_penalty": 1.2}) == by_penalty == tokens({}, repetition_penalty=1.2)
+    soon = plain(repetition_penalty=1.9, eos_token_id=ends())
+    assert tokens({"min_tokens": 0}) == soon == tokens({}, min_new_tokens=0)
+    assert tokens({"repetition_penalty": 1.0, "min_tokens": 0}) == plain(eos_token_id=ends())
+
+
+NOTHING: tuple[dict, ...] = (
+    {"suppress_tokens": []},
+    {"bad_words_ids": []},
+    {"bad_words_ids": [[]]},
+    {"bad_words_ids": [[1]]},
+    {"sequence_bias": []},
+    {"max_length": 20},
+    {"max_length": 4096},
+    {"min_length": 0},
+    {"is_assistant": True},
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    {"output_attentions": True, "output_hidden_states": True, "return_dict_in_generate": True},
+)
+
+
+@pytest.mark.parametrize("entries", NOTHING, ids=str)
+def test_what_changes_no_token_changes_nothing_and_is_not_named(folder, entries, caplog):
+    path = folder(**entries)
+    with caplog.at_level(logging.WARNING, "inferlab"):
+        assert both_sides(path) == [plain()] * 4
+    assert "generation_config" not in caplog.text
+
+
+@pytest.mark.parametrize("entry", [("max_length", 30), ("max_new_tokens", 5)])
+def test_lengths_are_the_callers_and_named(folder, entry, caplog):
+    path = folder(**dict([entry]))
+    with caplog.at_level(logging.WARNING, "inferlab"):
+        assert both_sides(path) == [plain()] * 4
+    assert f"sets {entry[0]}, which neither" in caplog.text
+
+
+WRONG: tuple[tuple[dict, str], ...] = (
+    ({"eos_token_id": "1"}, "eos_token_id is '1'; it must be a token id or a list of token ids"),
+    ({"eos_token_id": [1, "2"]}, "eos_token_id is"),
+    ({"suppress_tokens": 5}, "suppress_tokens is 5; it must be a list of token ids"),
+    ({"suppress_tokens": "5"}, "suppress_tokens is '5'"),
+    ({"suppress_tokens": ["5"]}, "suppress_tokens is"),
+    ({"bad_words_ids": [5, 6]}, "bad_words_ids is [5, 6]; it must be a list of words"),
+    ({"bad_words_ids": [["a"]]}, "bad_words_ids is"),
+    ({"sequence_bias": 3}, "sequence_bias is 3"),
+    ({"sequence_bias": [[5, 2.0]]}, "sequence_bias is"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be a number above 0"),
+    ({"repetition_penalty": "1.2"}, "repetition_penalty is '1.2'"),
+    ({"min_length": -1}, "min_length is -1"),
+    ({"num_return_sequences": 2}, "num_return_sequences"),
+)
+
+
+@pytest.mark.parametrize(("entries", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_read_is_named_before_any_work(folder, entries, message):
+    path = folder(**entries)
+    for make in (
+        lambda: SpeculativePipeline(base_model=path, draft_mode="none", device="cpu"),
+        lambda: LocalBaselineRunner(model_name=path, device="cpu"),
+    ):
+        with pytest.raises(ModelLoadError) as caught:
+            make()
+        assert "generation_config.json: " in str(caught.value)
+        assert message in str(caught.value)
+        assert path in str(caught.value)
+
+
+def test_a_file_that_is_no_object_is_refused(folder, tmp_path):
+    path = folder()
+    (tmp_path / "generation_config.json").write_text("[1]")
+    with pytest.raises(ModelLoadError, match=r"generation_config\.json holds a list"):
+        LocalBaselineRunner(model_name=path, device="cpu")
 
 
 @pytest.mark.parametrize("name", NOT_FOLLOWED)

@@ -135,3 +135,22 @@ def test_end_ids_outside_the_vocabulary_are_ignored_with_one_warning(caplog):
         want = plain.generate(ids, pad_token_id=0, **options)[0, 2:].tolist()
     pipeline = SpeculativePipeline(target=target, draft_mode="none", kv_memory_mb=32)
     assert pipeline.generate([5, 6], 10, min_tokens=5)["token_ids"] == want
+
+
+@pytest.mark.parametrize("mode", ["eagle", "medusa"])
+def test_trained_heads_draft_for_a_padded_target(mode):
+    loaded = HFModel.load("inferlab/tiny", device="cpu", dtype="float32")
+    with loaded.plain() as plain:
+        model = copy.deepcopy(plain)
+    model.resize_token_embeddings(model.config.vocab_size + 64, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[-64:] = 1.0
+    padded = HFModel(model.eval(), loaded.tokenizer)
+    results = [
+        SpeculativePipeline(target=target, draft_mode=mode, kv_memory_mb=32).generate(
+            "import os", 24
+        )
+        for target in (loaded, padded)
+    ]
+    assert results[0]["token_ids"] == results[1]["token_ids"]
+    assert results[1]["mean_accepted_length"] == results[0]["mean_accepted_length"] > 2

@@ -487,3 +487,147 @@ def test_damaged_files(tmp_path, target):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelLoadError, match=r"config\.json"):
         load_eagle(tmp_path, target)
+
+
+def same_weights(head, expected):
+    own, wanted = head.state_dict(), expected.state_dict()
+    return own.keys() == wanted.keys() and all(torch.equal(own[key], wanted[key]) for key in own)
+
+
+PREFIXES = ("module.", "model.", "_orig_mod.", "module._orig_mod.", "eagle.", "a.draft_model.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("version", [1, 3])
+def test_what_wrappers_put_in_front_of_eagles_keys(tmp_path, target, version, prefix):
+    weights = eagle_weights(version, reduced=version == 3)
+    expected = load_eagle(write_eagle(tmp_path, weights), target)
+    plain = ("d2t", "t2d")  # which are no weights of a module
+    wrapped = {key if key in plain else prefix + key: value for key, value in weights.items()}
+    assert same_weights(load_eagle(write_eagle(tmp_path, wrapped), target), expected)
+
+
+def test_compiled_parts_of_a_head(tmp_path, target):
+    weights = eagle_weights(3)
+    expected = load_eagle(write_eagle(tmp_path, weights), target)
+    inner = {key.replace("midlayer.", "midlayer._orig_mod."): each for key, each in weights.items()}
+    assert same_weights(load_eagle(write_eagle(tmp_path, inner), target), expected)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "base_model.medusa_head.", "module._orig_mod.medusa_head."]
+)
+def test_what_wrappers_put_in_front_of_medusas_keys(tmp_path, target, prefix):
+    weights = medusa_weights(2, 1)
+    file = tmp_path / "medusa_lm_head.safetensors"
+    save_file(weights, file)
+    expected = load_medusa(tmp_path, target)
+    save_file({prefix + key: value for key, value in weights.items()}, file)
+    assert same_weights(load_medusa(tmp_path, target), expected)
+
+
+def shard(folder, weights):
+    """As transformers saves models that are large."""
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    listed = {}
+    for number, part in enumerate((names[:4], names[4:]), 1):
+        name = f"model-0000{number}-of-00002.safetensors"
+        save_file({key: weights[key] for key in part}, folder / name)
+        listed |= dict.fromkeys(part, name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return index
+
+
+def test_sharded_heads(tmp_path, target):
+    weights = eagle_weights(3)
+    expected = load_eagle(write_eagle(tmp_path, weights), target)
+    index = shard(tmp_path, weights)
+    assert same_weights(load_eagle(tmp_path, target), expected)
+    good = index.read_text()
+    for text, complaint in (
+        (good.replace("00002-of", "00009-of"), "lists model-00009-of-00002.safetensors, which is"),
+        (good.replace("model-00002", "../model-00002"), "files of other folders"),
+        (good.replace("norm.weight", "norms.weight"), "which no shard holds"),
+        ("[]", "not a valid shard index"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ModelLoadError, match=complaint):
+            load_eagle(tmp_path, target)
+
+
+def test_pickles_that_hold_a_state_dict(tmp_path, target):
+    write_eagle(tmp_path, {"state_dict": eagle_weights(3)}, "pytorch_model.bin")
+    assert load_eagle(tmp_path, target, allow_pickle=True).version == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"eagle_config": "x"}, "eagle_config is 'x'; it must be an object"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ["a", 1, 2]}},
+            "numbered from 0 to 7",
+        ),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 99, 2]}},
+            "numbered from 0 to 7",
+        ),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": 3}}, "numbered from 0 to 7"),
+        ({"vocab_size": "x"}, "not the configuration of an EAGLE head"),
+        ({"transformer_layer_config": {}}, "library speculators, whose layout is not read"),
+    ],
+)
+def test_wrong_eagle_configurations(tmp_path, target, changes, complaint):
+    with pytest.raises(ModelLoadError, match=complaint) as caught:
+        load_eagle(write_eagle(tmp_path, eagle_weights(3), **changes), target)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_attention_heads"])
+def test_sizes_are_not_made_up(tmp_path, target, key):
+    write_eagle(tmp_path, eagle_weights(3))
+    fields = {name: value for name, value in EAGLE_CONFIG.items() if name != key}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelLoadError, match=f"config.json.*has no '{key}'"):
+        load_eagle(tmp_path, target)
+
+
+def test_a_folder_of_something_else(tmp_path, target):
+    write_eagle(tmp_path, {"embed.weight": linear(3, 3)})
+    with pytest.raises(ModelLoadError, match=r"no 'fc\.weight' .*'embed\.weight'"):
+        load_eagle(tmp_path, target)
+
+
+@pytest.mark.parametrize("rows", [VOCAB - 20, VOCAB + 20])
+def test_heads_that_are_padded_otherwise_than_their_target(tmp_path, target, rows):
+    known = VOCAB - 25
+    weights = eagle_weights(3)
+    weights["embed_tokens.weight"] = linear(VOCAB, WIDTH)
+    expected = load_eagle(write_eagle(tmp_path, weights), target)
+    for key in ("embed_tokens.weight", "lm_head.weight"):
+        more = torch.cat([weights[key], linear(20, WIDTH)])
+        weights[key] = more[:rows].contiguous()
+    folder = write_eagle(tmp_path, weights, vocab_size=rows)
+    head = load_eagle(folder, target, known_ids=known)
+    hidden, tokens = torch.randn(3, WIDTH).bfloat16(), torch.arange(known)
+    assert head.logits(hidden).shape == (3, VOCAB)
+    assert torch.equal(head.logits(hidden)[:, :known], expected.logits(hidden)[:, :known])
+    assert torch.equal(head.embed(tokens), expected.embed(tokens))
+    for ids in (None, VOCAB + 21):
+        with pytest.raises(ModelLoadError, match=f"vocab_size is {rows}, its target has {VOCAB}"):
+            load_eagle(folder, target, known_ids=ids)
+
+
+def test_medusa_heads_that_are_padded_otherwise_than_their_target(tmp_path, target):
+    weights = medusa_weights(2, 1)
+    file = tmp_path / "medusa_lm_head.safetensors"
+    save_file(weights, file)
+    expected = load_medusa(tmp_path, target)
+    save_file({k: v[:-20].clone() if v.shape[0] == VOCAB else v for k, v in weights.items()}, file)
+    heads = load_medusa(tmp_path, target, known_ids=VOCAB - 25)
+    for head, own in zip(heads, expected, strict=True):
+        assert torch.equal(head[-1].weight[:-20], own[-1].weight[:-20])
+    with pytest.raises(ModelLoadError, match="has the shape"):
+        load_medusa(tmp_path, target)

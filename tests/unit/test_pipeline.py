@@ -128,6 +128,8 @@ def test_a_stream_is_refused_at_once_and_stops_when_it_is_left(pipeline):
         pipeline.stream("a", max_tokens=0)
     with pytest.raises(TypeError, match="knows no foo"):
         pipeline.stream("a", foo=1)
+    with pytest.raises(ValueError, match="exceed the context of fake"):
+        pipeline.stream("a", max_tokens=5000)
     for piece in pipeline.stream("a b", max_tokens=200):
         assert piece.token_ids
         break

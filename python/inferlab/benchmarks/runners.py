@@ -251,14 +251,16 @@ class GenerateRunner:
         config = self.config
         options: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
-            "min_new_tokens": config.min_new_tokens or None,
-            "repetition_penalty": config.repetition_penalty,
             "pad_token_id": self._pad_token_id(),
             "do_sample": config.effective_temperature > 0,
             "temperature": None,
             "top_k": None,
             "top_p": None,
         }
+        # Left out, they are the checkpoint's, see `same_rule`.
+        for name in ("min_new_tokens", "repetition_penalty"):
+            if name in config.model_fields_set:
+                options[name] = getattr(config, name)
         known = allowed_vocab(self.target)
         if known < self.target.vocab_size:
             options["logits_processor"] = LogitsProcessorList([ForbidPadding(known)])

@@ -77,11 +77,13 @@ class ForwardPlan:
         decoder: the model below the output head, if logits are nothing but ``head(hidden)``;
             None where the model does something after its head (soft-cap, scaling).
         decoder_forward: the decoder's forward without transformers' decorators.
+        vocab_size: columns of the logits.
     """
 
     layers: tuple[LayerSpec, ...]
     decoder: torch.nn.Module | None
     decoder_forward: Callable[..., Any] | None
+    vocab_size: int
 
 
 def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> ForwardPlan:
@@ -105,18 +107,18 @@ def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> For
     with torch.inference_mode():
         with trial_pass(name, config.model_type):
             logits = model(**inputs, **{PASS_KEYWORD: trace}).logits
-        layers = trace.layers()
+        layers, width = trace.layers(), logits.shape[-1]
         decoder = model.get_decoder()
         bare = inspect.unwrap(type(decoder).forward)
         if not (is_untouched(model) and is_untouched(decoder)):
-            return ForwardPlan(layers, None, None)
+            return ForwardPlan(layers, None, None, width)
         try:
             out = bare(decoder, **inputs, **{PASS_KEYWORD: Trace(config, name)})
             same = torch.equal(model.get_output_embeddings()(out.last_hidden_state), logits)
         except (TypeError, AttributeError, RuntimeError, UnsupportedArchitectureError):
             # A decoder that cannot be called like this; its model can.
             same = False
-    return ForwardPlan(layers, decoder if same else None, bare if same else None)
+    return ForwardPlan(layers, decoder if same else None, bare if same else None, width)
 
 
 def unwrapped(model: Any, name: str) -> PreTrainedModel:
@@ -137,14 +139,33 @@ def unwrapped(model: Any, name: str) -> PreTrainedModel:
     return model
 
 
-def head_weight(model: Any) -> torch.Tensor:
-    """[V, H] of the output head; torch's quantised linears have a method for it."""
-    weight = model.get_output_embeddings().weight
-    found: torch.Tensor = weight() if callable(weight) else weight
-    return found
+def logits_width(model: Any) -> int:
+    """Columns of a model's logits; what the output head does not say, one short pass shows.
+
+    Raises:
+        UnsupportedArchitectureError: the pass fails.
+    """
+    width = getattr(model.get_output_embeddings(), "out_features", None)
+    if not isinstance(width, int):
+        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+        with trial_pass(name, model.config.model_type), torch.inference_mode():
+            width = model(input_ids=one, use_cache=False).logits.shape[-1]
+    return width
 
 
-def execution_device(model: PreTrainedModel, weight: torch.Tensor, name: str) -> torch.device:
+def _head_tensor(model: PreTrainedModel) -> torch.Tensor:
+    """Some weight of the output head; torch's quantised linears have a method for it."""
+    head: Any = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if callable(weight):
+        weight = weight()
+    if not isinstance(weight, torch.Tensor):
+        weight = next(head.parameters(), next(model.parameters()))
+    return weight
+
+
+def execution_device(model: PreTrainedModel, name: str) -> torch.device:
     """Where a model computes: where its weights are, or where accelerate brings them.
 
     Raises:
@@ -156,6 +177,7 @@ def execution_device(model: PreTrainedModel, weight: torch.Tensor, name: str) ->
         raise UnsupportedArchitectureError(
             f"{name} is spread over {', '.join(gpus)} by its device_map; load it on one device"
         )
+    weight = _head_tensor(model)
     if weight.device.type != "meta":
         return weight.device
     hook = getattr(model.get_output_embeddings(), "_hf_hook", None)

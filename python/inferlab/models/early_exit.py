@@ -61,6 +61,8 @@ class EarlyExit(HFModel):
             self._plan = replace(self._plan, decoder=self._model.get_decoder())
         self._fused = target._fused.first(self._count) if target._fused is not None else None
         self._graphs = self._new_graphs()
+        self._head, self._rotary = target._head, target._rotary
+        self.context_length = target.context_length
         self._facts = target._facts
 
     def notice_changes(self) -> None:

@@ -25,7 +25,7 @@ from transformers.activations import SiLUActivation
 from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
 from inferlab.models.attention_hook import LayerSpec, Pass
 from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
-from inferlab.models.untouched import has_weights, is_untouched
+from inferlab.models.untouched import HELPERS, has_weights, is_own_function, is_untouched
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
 MAX_CUDA_ROWS = 16
@@ -233,6 +233,10 @@ def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
         return False
     # Quantised, adapted, wrapped or watched modules need their own forward to run.
     known = {getattr(written_in, family + part) for part in _PARTS}
+    if any(kind.__module__ != written_in.__name__ for kind in known):
+        return False  # others were put in their places there, and so in what their forwards call
+    if not all(is_own_function(getattr(written_in, n), written_in.__name__) for n in HELPERS):
+        return False
     known |= {nn.Embedding, nn.Linear, nn.ModuleList, nn.SiLU, SiLUActivation}
     if not all(type(module) in known and is_untouched(module) for module in model.modules()):
         return False

@@ -19,7 +19,6 @@ from inferlab.models.architecture import (
     check_model,
     decoder_layers,
     execution_device,
-    head_weight,
     plan_forward,
     trial_pass,
     unwrapped,
@@ -31,7 +30,7 @@ from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.rotary import context_length, length_rotary, reread_length
-from inferlab.models.stable import StableProducts
+from inferlab.models.stable import StableProducts, turn
 from inferlab.models.untouched import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -78,21 +77,12 @@ class HFModel:
         self.tokenizer: Any = tokenizer
         # Forwards hook modules, replay graphs and may change rotary tables: one at a time.
         self._lock = threading.RLock()
-        self._head = model.get_output_embeddings()
-        weight = head_weight(model)
-        self.vocab_size: int = weight.shape[0]
+        self.device: torch.device = execution_device(model, self.name)
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
-        self.context_length: int | None = context_length(self.config)
         self.reread_length: int | None = reread_length(self.config)
-        self._rotary = length_rotary(model)
-        self.device: torch.device = execution_device(model, weight, self.name)
         self.dtype: torch.dtype = model.dtype
-        self.eos_token_ids: tuple[int, ...] = self._choosable(_eos_token_ids(model, tokenizer))
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
-        if self._rotary is not None and not self._rotary.is_true():
-            # Its own module is right for texts that no scaling touches.
-            self.context_length, self._rotary = self._rotary.switch, None
         model.set_attn_implementation(ATTENTION_NAME)
         try:
             self._build()
@@ -101,6 +91,7 @@ class HFModel:
         except Exception:
             model.set_attn_implementation(self._plain_attention)
             raise
+        self.eos_token_ids: tuple[int, ...] = self._choosable(_eos_token_ids(model, tokenizer))
 
     def _choosable(self, end_ids: tuple[int, ...]) -> tuple[int, ...]:
         """End-of-text ids without those that can never be chosen, as `generate` ignores them."""
@@ -227,7 +218,15 @@ class HFModel:
 
     def _build(self) -> None:
         """Finds out how the model is to be run, as it is now."""
+        self._head = self._model.get_output_embeddings()
+        self._rotary = length_rotary(self._model)
+        self.context_length: int | None = context_length(self.config)
+        if self._rotary is not None and not self._rotary.is_right:
+            # Its own module is right for texts that no scaling touches.
+            self.context_length, self._rotary = self._rotary.switch, None
+        turn(self._model)
         self._plan = plan_forward(self._model, self.device, self.name)
+        self.vocab_size: int = self._plan.vocab_size
         self._fused = FusedDecoder.of(self._model, self.layers)
         self._graphs = self._new_graphs()
         self._stable: AbstractContextManager[Any] = (
@@ -236,12 +235,34 @@ class HFModel:
         self._facts = fingerprint(self._model)
 
     def notice_changes(self) -> None:
-        """Where modules or weights were exchanged, hooked or given another forward since it was
-        called last, what was built on them is built anew."""
-        with self._lock:
-            if fingerprint(self._model) != self._facts:
-                logger.info("%s was changed: what runs it is built anew", self.name)
-                self._build()
+        """Where modules, weights or settings were exchanged, hooked or given another forward since
+        it was called last, what was built on them is built anew.
+
+        Raises:
+            UnsupportedArchitectureError: the model cannot be served any longer.
+            ValueError: it has another dtype, device, vocabulary or attention heads of another size:
+                caches do not fit.
+        """
+        with self._lock, torch.inference_mode(False):
+            if fingerprint(self._model) == self._facts:
+                return
+            logger.info("%s was changed: what runs it is built anew", self.name)
+            vocab_size, shapes = self.vocab_size, [spec[:2] for spec in self.layers]
+            model = self._model
+            if model.config._attn_implementation != ATTENTION_NAME:  # by who shares the config
+                model.set_attn_implementation(ATTENTION_NAME)
+            self._build()
+            same_place = (model.dtype, execution_device(model, self.name)) == (
+                self.dtype,
+                self.device,
+            )
+            now = [spec[:2] for spec in self.layers]
+            if not same_place or self.vocab_size != vocab_size or now != shapes[: len(now)]:
+                self._facts = []
+                raise ValueError(
+                    f"{self.name} has another dtype, device, vocabulary, or other attention heads "
+                    "than when it was wrapped, and caches do not fit; wrap it in a new HFModel"
+                )
 
     def _new_graphs(self) -> ForwardGraphs | None:
         """Graphs of this model's forward, where it can be captured."""

@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from inferlab.models.architecture import check_config
 from inferlab.models.assets import resolve_model_path
 from inferlab.models.forked import use_threads_that_exist
+from inferlab.models.generation_defaults import check_file
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def load(
             for file in _cached_safetensors(name, source):
                 _check_safetensors(name, file)
 
+        _check_generation_config(name, source)
         tokenizer = _load_tokenizer(name, source, **common)
         model = _load_weights(name, source, chosen, allow_pickle, **common).to(target_device)
 
@@ -273,6 +275,23 @@ def _cached_safetensors(name: str, repo: str) -> list[Path]:
     if not isinstance(config, str):
         return []
     return [file for file in _safetensors_files(name, Path(config).parent) if file.is_file()]
+
+
+def _check_generation_config(name: str, source: Path | str) -> None:
+    """Says what transformers would stumble over, and when: while it loads, or while it decodes."""
+    file = (
+        source / "generation_config.json"
+        if isinstance(source, Path)
+        else try_to_load_from_cache(source, "generation_config.json")
+    )
+    if not isinstance(file, (str, Path)) or not Path(file).is_file():
+        return
+    try:
+        check_file(Path(file))
+    except ValueError as error:
+        raise ModelLoadError(
+            f"{name}: {error}. Correct the entry in {file}, or take it out"
+        ) from error
 
 
 def _load_weights(

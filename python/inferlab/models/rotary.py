@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from inferlab.models.untouched import is_untouched
+
 # Families whose `prepare_inputs_for_generation` drops the cache at the switch.
 _REREADING = ("phi3", "phimoe")
 _STRETCHING = ("linear", "dynamic", "yarn", "proportional")
@@ -52,9 +54,14 @@ class LengthRotary:
 
     @classmethod
     def of(cls, module: nn.Module) -> LengthRotary | None:
-        """None where lengths do not matter to this module."""
+        """None where lengths do not matter to this module, or are not seen to by transformers."""
         decides = any(_decides(kind) for kind in _kinds(module).values())
         return cls(module) if decides and hasattr(type(module).forward, "__wrapped__") else None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it may stand in: for a forward that nobody changed, and gives the same as."""
+        return is_untouched(self._module) and self.is_true()
 
     def __call__(
         self,

@@ -2,7 +2,10 @@
 
 BLAS sums in another order for every number of rows, so that a token could depend on what is
 verified or batched beside it. `kernels.linear` does not; inside `StableProducts` torch's linear
-layers, and GPT-2's transposed ones, go there.
+layers, and GPT-2's transposed ones, go there. It reads weights as [out, in]; GPT-2 keeps [in, out].
+No copy could follow what is written to a weight behind torch's back (through ``.data``, by NumPy,
+by PEFT when it merges an adapter), so there is none: `turn` lays the weight itself out the other
+way round, and a parameter with a layout of its own is turned anew for each product.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
+from transformers.pytorch_utils import Conv1D
 
 from inferlab.kernels import linear
 
@@ -26,10 +30,6 @@ class StableProducts(TorchFunctionMode):
     function than the others where a row is not a multiple of 64.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._turned = WeakIdKeyDictionary()  # weight [in, out] -> (version, weight [out, in])
-
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -37,21 +37,28 @@ class StableProducts(TorchFunctionMode):
         if func is torch.nn.functional.linear:
             out = _linear(*args, **(kwargs or {}))
         elif func is torch.addmm and len(args) == 3 and not kwargs:
-            out = self._addmm(*args)
+            out = _addmm(*args)
         return func(*args, **(kwargs or {})) if out is None else out
 
-    def _addmm(
-        self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor | None:
-        """GPT-2's Conv1D: ``bias + x @ weight``; the weight is turned once, and kept."""
-        if bias.dim() != 1 or not isinstance(weight, torch.nn.Parameter):
-            return None
-        now = 0 if weight.is_inference() else weight._version
-        version, turned = self._turned.get(weight, (None, None))
-        if version != now:
-            turned = weight.detach().t().contiguous()
-            self._turned[weight] = now, turned
-        return _linear(x, turned, bias)
+
+@torch.inference_mode(False)
+def turn(model: nn.Module) -> None:
+    """Lays the weights [in, out] of a model's `Conv1D` out as [out, in] in memory.
+
+    Shape, values and the parameter stay what they are; only the strides change.
+    """
+    for module in model.modules():
+        if not isinstance(module, Conv1D) or not isinstance(module.weight, nn.Parameter):
+            continue
+        weight = module.weight
+        ours = weight.is_cpu and weight.dtype in _DTYPES
+        if ours and not weight.t().is_contiguous():
+            weight.data = weight.detach().t().contiguous().t()
+
+
+def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """GPT-2's Conv1D: ``bias + x @ weight``."""
+    return _linear(x, weight.t().contiguous(), bias) if bias.dim() == 1 else None
 
 
 def _linear(

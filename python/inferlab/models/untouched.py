@@ -1,38 +1,65 @@
-"""Whether a module still does what its class was written to do.
+"""Whether a module still does what its class was written to do, and whether it changed since.
 
-A path that knows a forward may stand in for modules only while they have exactly that forward: no
-hooks (accelerate's offloading, steering vectors), no replaced `forward`, neither on the module nor
-on its class, and weights that can be read.
+A path that knows a forward may stand in for modules only while they have exactly that forward, as
+the module in which their class stands wrote it, all the way down: no hooks (on the module or on all
+modules of the process), no replaced `forward` or call, neither on the module nor on its class, and
+weights that can be read. What such a path took from the modules when it was built (sizes, scales,
+epsilons, windows, addresses) is in `fingerprint`, which is compared before each new text.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+import sys
+import weakref
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedConfig
+
+_CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+_LIBRARIES = ("torch", "transformers")  # whose wrappers around a forward leave its results alone
+_TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device})
+
+# Functions beside the classes of a family, which their forwards call.
+HELPERS = ("apply_rotary_pos_emb", "rotate_half")
 
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling this module, not those below it, runs the forward of its class and nothing
     else."""
-    return _runs_its_class(module) and _is_own_forward(type(module))
+    return not _all_are_watched() and _runs_its_class(module) and is_as_written(type(module))
 
 
-def _runs_its_class(module: nn.Module) -> bool:
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return not watched and "forward" not in vars(module)
+def is_as_written(kind: type) -> bool:
+    """Whether the forward of a class, and how it is called, are those of its own source.
 
-
-def _is_own_forward(kind: type) -> bool:
-    """Whether a class's forward is from the module in which the class that has it was written."""
-    for base in kind.__mro__:
-        forward = vars(base).get("forward")
-        if forward is not None:
-            return getattr(inspect.unwrap(forward), "__module__", None) == base.__module__
+    Wrappers count as changes, `functools.wraps` or not, but for torch's and transformers' own.
+    """
+    for name in _CALLS:
+        base = next((base for base in kind.__mro__ if name in vars(base)), None)
+        if base is None or not is_own_function(vars(base)[name], base.__module__):
+            return False
+        qualified = f"{base.__qualname__}.forward"
+        if name == "forward" and base is not nn.Module and _name(vars(base)[name]) != qualified:
+            return False
     return True
+
+
+def is_own_function(function: Any, module: str) -> bool:
+    """Whether the code of a function, inside the wrappers of libraries, was written in ``module``.
+
+    What `functools.wraps` copies (``__module__``, ``__qualname__``) says nothing; the globals of
+    the code do.
+    """
+    while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+        if _written_in(function).partition(".")[0] not in _LIBRARIES:
+            return False
+        function = function.__wrapped__
+    return isinstance(function, FunctionType) and _written_in(function) == module
 
 
 def has_weights(model: nn.Module) -> bool:
@@ -41,22 +68,91 @@ def has_weights(model: nn.Module) -> bool:
     return len(kinds) == 1 and next(iter(kinds))[0].type != "meta"
 
 
-def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when a module of the model is exchanged, hooked or given another forward, or when a
-    weight moves; not when a weight's values change."""
-    return tuple(_facts(model))
-
-
-def _facts(model: nn.Module) -> Iterator[Any]:
+def fingerprint(model: nn.Module) -> list[Any]:
+    """Changes when a module of the model is exchanged, hooked or given another forward, when one of
+    its attributes or of its configuration's is set to something else, or when a weight moves; not
+    when a weight's values change."""
     modules = list(model.modules())
-    for kind in dict.fromkeys(map(type, modules)):  # layers repeat, and this is asked per prompt
-        yield kind, _is_own_forward(kind)
+    facts: list[Any] = [_all_are_watched()]
+    for kind in dict.fromkeys(map(type, modules)):  # layers repeat, and this is asked per text
+        facts += [kind, is_as_written(kind), *(_Same(getattr(kind, name)) for name in _CALLS)]
+        written_in = vars(sys.modules.get(kind.__module__, object))
+        facts += [_Same(written_in.get(name)) for name in HELPERS]
+    configs: dict[int, PreTrainedConfig] = {}
     for module in modules:
-        yield id(module), type(module), _runs_its_class(module)
-        for parameter in module._parameters.values():
-            yield None if parameter is None else _place(parameter)
+        facts += (weakref.ref(module), type(module), _runs_its_class(module))
+        own = vars(module)
+        for tensors in (own["_parameters"], own["_buffers"]):
+            if tensors:
+                facts += [None if tensor is None else _place(tensor) for tensor in tensors.values()]
+        for name, value in own.items():
+            if name in _TORCHS_OWN:
+                continue
+            if type(value) in _PLAIN:
+                facts += (name, value)
+            elif isinstance(value, PreTrainedConfig):
+                configs[id(value)] = value
+            else:
+                facts += (name, _frozen(value))
+    for config in configs.values():
+        facts += [(name, _frozen(value)) for name, value in vars(config).items()]
+    return facts
 
 
-def _place(parameter: torch.Tensor) -> tuple[Any, ...]:
-    address = None if parameter.is_meta else parameter.data_ptr()
-    return address, parameter.dtype, parameter.device
+def _all_are_watched() -> bool:
+    """Whether hooks are set on all modules of the process."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def _runs_its_class(module: nn.Module) -> bool:
+    own = vars(module)
+    replaced = not own.keys().isdisjoint(_CALLS) or module._compiled_call_impl is not None
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or replaced)
+
+
+def _written_in(function: FunctionType) -> str:
+    return str(function.__globals__.get("__name__"))
+
+
+def _name(function: Any) -> str:
+    """The qualified name with which the innermost function was written."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    code = function.__code__
+    return str(getattr(code, "co_qualname", function.__qualname__))  # Python 3.10 has no such name
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    try:
+        address: Any = None if tensor.is_meta else tensor.data_ptr()
+    except RuntimeError:  # a tensor without a storage of its own
+        address = _Same(tensor)
+    return address, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _frozen(value: Any) -> Any:
+    """What tells a value from another one later on, even where the value is changed in place."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, torch.Tensor):
+        return _place(value)
+    if isinstance(value, dict):
+        return tuple((str(key), _frozen(each)) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return _Same(value)
+
+
+class _Same:
+    """Equal to itself and to no copy; keeps the object, so that no other takes its address."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)

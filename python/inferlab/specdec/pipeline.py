@@ -14,7 +14,7 @@ from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import Interrupted
 from inferlab.models import FakeLM, TargetModel
-from inferlab.models.generation_defaults import token_bias, warn_of_not_followed
+from inferlab.models.generation_defaults import Followed, followed, warn_of_not_followed
 from inferlab.records import Speculation
 from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
@@ -131,11 +131,11 @@ class SpeculativePipeline:
             controller if isinstance(controller, Controller) else self._make_controller()
         )
         self.target = target if target is not None else self._load_target()
-        self._token_bias: dict[int, float] = {}
+        self._checkpoint = Followed()  # what the target's own generation_config asks for
         plain = self.target.plain()
         if plain is not None and not config.ignore_generation_config:
             with plain as model:
-                self._token_bias = token_bias(model)
+                self._checkpoint = followed(model, self.target.vocab_size)
                 warn_of_not_followed(model, self.target.name)
         self._plan = plan_drafter(
             config, self.target, self.policy, self._max_levels(), draft, shape
@@ -288,6 +288,8 @@ class SpeculativePipeline:
         """
         given = params | {"max_tokens": max_tokens, "temperature": temperature}
         _, prompts, requests = self._requests(prompt, given)
+        for request in requests:
+            self.engine.check(request)
         return self._run(prompts, requests)
 
     async def astream(
@@ -381,17 +383,20 @@ class SpeculativePipeline:
         if stop is not None:
             given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         values = self._defaults() | given
-        if self._token_bias:
+        if self._checkpoint.bias:
             bias = dict(values.get("logit_bias") or {})
-            for token, value in self._token_bias.items():
+            for token, value in self._checkpoint.bias.items():
                 bias[token] = bias.get(token, 0.0) + value
             values["logit_bias"] = bias
         if "max_tokens" in given and "min_tokens" not in given:
             values["min_tokens"] = min(values["min_tokens"], given["max_tokens"])
-        requests = [
-            Request(self._encode(p), SamplingParams(**values, seed=s))
-            for p, s in zip(prompts, seeds, strict=True)
-        ]
+        follows = "min_tokens" not in given and "min_new_tokens" not in self.config.model_fields_set
+        requests = []
+        for ids, own_seed in zip(map(self._encode, prompts), seeds, strict=True):
+            if follows:
+                least = self._checkpoint.least_new_tokens(len(ids))
+                values["min_tokens"] = min(least, values["max_tokens"])
+            requests.append(Request(ids, SamplingParams(**values, seed=own_seed)))
         return single, prompts, requests
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
@@ -405,6 +410,7 @@ class SpeculativePipeline:
 
     def _defaults(self) -> dict[str, Any]:
         c = self.config
+        own = "repetition_penalty" in c.model_fields_set
         return {
             "max_tokens": c.max_new_tokens,
             "min_tokens": c.min_new_tokens,
@@ -412,7 +418,7 @@ class SpeculativePipeline:
             "top_k": c.top_k,
             "top_p": c.top_p,
             "min_p": c.min_p,
-            "repetition_penalty": c.repetition_penalty,
+            "repetition_penalty": (c if own else self._checkpoint).repetition_penalty,
             "presence_penalty": c.presence_penalty,
             "frequency_penalty": c.frequency_penalty,
             "stop": tuple(c.stop),

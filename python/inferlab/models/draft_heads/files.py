@@ -3,9 +3,13 @@
 Medusa (github FasterDecoding/Medusa): `config.json` and `medusa_lm_head.safetensors` or `.pt`.
 EAGLE (github SafeAILab/EAGLE): `config.json` and `model.safetensors` or `pytorch_model.bin`.
 
-Published files differ in what lies around the weights, which changes nothing: `module.` or `model.`
-in front of every key, the buffers of a rotary embedding, a copy of the target's LM head in EAGLE-1,
-`layers.0` for EAGLE-3's `midlayer`. A weight that is neither these nor the head's own is an error.
+Published files differ in what lies around the weights, which changes nothing: shards, what a
+wrapper put in front of the keys (`module.`, `model.`, torch.compile's `_orig_mod.`, ...), the
+buffers of a rotary embedding, a copy of the target's LM head in EAGLE-1, `layers.0` for EAGLE-3's
+`midlayer`. A weight that is neither these nor the head's own is an error.
+
+A vocabulary may be padded to another width than the target's: what lies behind the ids that the
+tokenizer knows is never drafted, so such tables are cut or filled up to the target's width.
 """
 
 from __future__ import annotations
@@ -17,28 +21,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from inferlab.models.assets import resolve_model_path
 from inferlab.models.draft_heads.eagle import EagleHead
 from inferlab.models.draft_heads.medusa import MedusaHeads
+from inferlab.models.draft_heads.weight_files import INDEX, find, read
 from inferlab.models.loading import ModelLoadError
 
 MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
-EAGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+EAGLE_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin")
 
-_WRAPPERS = ("module.", "model.")
+_COMPILED = "_orig_mod."  # torch.compile's, in front of any module
 _ROTARY_BUFFER = re.compile(r"(?:.*\.)?rotary_emb\.(?:\w*inv_freq|\w+_cached)")
-_MEDUSA_KEY = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
+_MEDUSA_WRAPPERS = r"(?:(?:module|model|base_model|medusa_heads?)\.)*"
+_MEDUSA_KEY = re.compile(_MEDUSA_WRAPPERS + r"(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)")
+_MEDUSA_ROOT = re.compile(_MEDUSA_WRAPPERS + "root_projection")
+# What LlamaConfig would make up.
+_NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
 def load_medusa(
-    name_or_path: str | PathLike[str], target: Any, *, allow_pickle: bool = False
+    name_or_path: str | PathLike[str],
+    target: Any,
+    *,
+    allow_pickle: bool = False,
+    known_ids: int | None = None,
 ) -> MedusaHeads:
     """Loads Medusa heads for a target, in its dtype and on its device.
 
@@ -49,29 +58,35 @@ def load_medusa(
         name_or_path: directory, bundled name or hub id, in this order.
         target: the Hugging Face causal LM that the heads were trained on.
         allow_pickle: read `.pt` files, whose unpickling can run code.
+        known_ids: how many ids the tokenizer knows, where heads and target may be padded to
+            different widths; None: the widths must be the same.
 
     Raises:
         FileNotFoundError: a directory that does not exist.
         ModelLoadError: no weights, damaged or incomplete ones, or those of another target.
     """
-    source, weights = _read(name_or_path, MEDUSA_FILES, allow_pickle)
+    source, weights = read(name_or_path, MEDUSA_FILES, allow_pickle)
+    hidden_size, vocab_size = _target_shape(target)
     renamed: dict[str, Tensor] = {}
-    if "root_projection" in weights:
-        renamed["root_projection"] = weights.pop("root_projection")
     indices = []
     for key, tensor in weights.items():
-        match = _MEDUSA_KEY.fullmatch(key)
+        bare = key.replace(_COMPILED, "")
+        if _MEDUSA_ROOT.fullmatch(bare):
+            renamed["root_projection"] = tensor
+            continue
+        match = _MEDUSA_KEY.fullmatch(bare)
         if match is None:
             raise ModelLoadError(
                 f"{source}: {key!r} is no weight of Medusa heads, which are named "
                 "'{head}.{layer}.linear.weight', '.bias' and '{head}.{layers}.weight'"
             )
         indices.append((int(match[1]), int(match[2]), match[3]))
+        if match[3] == "weight":
+            tensor = _as_wide(tensor, vocab_size, known_ids)
         renamed[f"{match[1]}.{match[2]}.{match[3]}"] = tensor
     blocks = [(head, layer) for head, layer, what in indices if what == "linear.weight"]
     if not blocks:
         raise ModelLoadError(f"{source}: no residual block, e.g. '0.0.linear.weight', in it")
-    hidden_size, vocab_size = _target_shape(target)
     heads = MedusaHeads(
         1 + max(head for head, _ in blocks),
         1 + max(layer for _, layer in blocks),
@@ -102,33 +117,35 @@ def save_medusa(folder: Path, heads: MedusaHeads, *, base_model: str) -> None:
 
 
 def load_eagle(
-    name_or_path: str | PathLike[str], target: Any, *, allow_pickle: bool = False
+    name_or_path: str | PathLike[str],
+    target: Any,
+    *,
+    allow_pickle: bool = False,
+    known_ids: int | None = None,
 ) -> EagleHead:
     """Loads an EAGLE-1, -2 or -3 head for a target, in its dtype and on its device.
 
     Arguments and errors are those of `load_medusa`. A head without an embedding uses the target's,
     an EAGLE-3 head without an LM head the target's: of all tokens, or of those that `d2t` lists.
     """
-    source, weights = _read(name_or_path, EAGLE_FILES, allow_pickle)
+    hidden_size, vocab_size = _target_shape(target)
+    source, weights = read(name_or_path, EAGLE_FILES, allow_pickle)
+    weights = _bare(weights, source)
     weights = {k: v for k, v in weights.items() if not _ROTARY_BUFFER.fullmatch(k)}
     if "layers.0.hidden_norm.weight" in weights:  # EAGLE-1 has no such norm
         weights = {re.sub(r"^layers\.0\.", "midlayer.", k): v for k, v in weights.items()}
-    config_file = _find(name_or_path, ("config.json",))
-    try:
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"it holds a {type(fields).__name__}")
-        config = LlamaConfig(**{k: v for k, v in fields.items() if k != "transformers_version"})
-    except Exception as error:
-        raise ModelLoadError(
-            f"{config_file}: not the configuration of an EAGLE head: {error}"
-        ) from error
-    hidden_size, vocab_size = _target_shape(target)
+    config_file = find(name_or_path, ("config.json",))
+    config, layers = _eagle_config(config_file, target)
     if config.vocab_size != vocab_size:
-        raise ModelLoadError(
-            f"{config_file}: the head's vocab_size is {config.vocab_size}, its target has "
-            f"{vocab_size} tokens; name the head that was trained on this target"
-        )
+        if known_ids is None or min(config.vocab_size, vocab_size) < known_ids:
+            raise ModelLoadError(
+                f"{config_file}: the head's vocab_size is {config.vocab_size}, its target has "
+                f"{vocab_size} tokens; name the head that was trained on this target"
+            )
+        for key in ("embed_tokens.weight", "lm_head.weight"):
+            if key in weights and (key == "embed_tokens.weight" or "d2t" not in weights):
+                weights[key] = _as_wide(weights[key], vocab_size, known_ids)
+        config.vocab_size = vocab_size
     version = 3 if any(key.startswith("midlayer.") for key in weights) else 1
     own_embedding = "embed_tokens.weight" in weights
     config.bias = "fc.bias" in weights
@@ -153,13 +170,12 @@ def load_eagle(
         config.draft_vocab_size, own_lm_head = len(ids), True
     elif version == 3:
         config.draft_vocab_size = vocab_size
-    layers = (fields.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     try:
         head = EagleHead(
             config,
             version,
             target,
-            feature_layers=None if layers is None else tuple(layers),
+            feature_layers=layers,
             own_embedding=own_embedding,
             own_lm_head=own_lm_head,
         )
@@ -200,6 +216,76 @@ def save_eagle(folder: Path, head: EagleHead) -> None:
     _write(folder, EAGLE_FILES[0], weights, config)
 
 
+def _bare(weights: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Keys without what wrappers put in front of them: that is what stands before `fc.weight`,
+    which every EAGLE head has."""
+    weights = {key.replace(_COMPILED, ""): tensor for key, tensor in weights.items()}
+    prefixes = [
+        key.removesuffix("fc.weight")
+        for key in weights
+        if key == "fc.weight" or key.endswith(".fc.weight")
+    ]
+    if not prefixes:
+        raise ModelLoadError(
+            f"{source}: no 'fc.weight' among its {len(weights)} weights ("
+            f"{', '.join(map(repr, sorted(weights)[:2]))}, ...), which every EAGLE head has; is it "
+            "a folder of an EAGLE head?"
+        )
+    prefix = min(prefixes, key=len)
+    return {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
+
+
+def _eagle_config(file: Path, target: Any) -> tuple[LlamaConfig, tuple[int, ...] | None]:
+    """The configuration of a head, and which hidden states of the target it reads, if it says."""
+    wrong = f"{file}: not the configuration of an EAGLE head: "
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelLoadError(f"{wrong}{error}") from error
+    if not isinstance(fields, dict):
+        raise ModelLoadError(f"{wrong}it holds a {type(fields).__name__}")
+    if "speculators_model_type" in fields or "transformer_layer_config" in fields:
+        raise ModelLoadError(
+            f"{file}: a configuration of the library speculators, whose layout is not read; "
+            "convert the head to the layout of github SafeAILab/EAGLE"
+        )
+    missing = [key for key in _NEEDED if key not in fields]
+    if missing:
+        raise ModelLoadError(f"{wrong}it has no {missing[0]!r}")
+    try:
+        config = LlamaConfig(**{k: v for k, v in fields.items() if k != "transformers_version"})
+    except Exception as error:
+        raise ModelLoadError(f"{wrong}{error}") from error
+    own = fields.get("eagle_config")
+    if own is not None and not isinstance(own, dict):
+        raise ModelLoadError(f"{file}: eagle_config is {own!r}; it must be an object")
+    name = "eagle_aux_hidden_state_layer_ids"
+    layers = (own or {}).get(name)
+    if layers is None:
+        return config, None
+    count = target.config.get_text_config(decoder=True).num_hidden_layers
+    valid = isinstance(layers, list) and all(
+        isinstance(each, int) and not isinstance(each, bool) and -1 <= each < count
+        for each in layers
+    )
+    if not valid or not layers:
+        raise ModelLoadError(
+            f"{file}: {name} is {layers!r}; it must be a list of layers of the target, which are "
+            f"numbered from 0 to {count - 1}, and -1 for what its output head sees"
+        )
+    return config, tuple(layers)
+
+
+def _as_wide(table: Tensor, width: int, known_ids: int | None) -> Tensor:
+    """A table with a row for each token, cut or filled up with zeros to the target's width."""
+    rows = table.shape[0]
+    if rows == width or known_ids is None or min(rows, width) < known_ids:
+        return table  # of this target, or of none like it
+    wide = table.new_zeros((width, *table.shape[1:]))
+    wide[: min(rows, width)] = table[:width]
+    return wide
+
+
 def _draft_ids(offsets: Tensor, vocab_size: int, source: Path) -> Tensor:
     """Target ids of a draft vocabulary, from how far each is behind its draft id."""
     ids = offsets.long().flatten() + torch.arange(offsets.numel())
@@ -224,83 +310,25 @@ def _layer_prefix(version: int) -> str:
 
 
 def _target_shape(target: Any) -> tuple[int, int]:
-    """Hidden size and vocabulary size, the latter as the LM head has it."""
-    vocab_size, hidden_size = target.get_output_embeddings().weight.shape
+    """Hidden size and vocabulary size, the latter as the LM head has it.
+
+    Raises:
+        ModelLoadError: the LM head is not one linear layer, whose weight draft heads share.
+    """
+    head = target.get_output_embeddings()
+    shape: tuple[int, ...] = getattr(getattr(head, "weight", None), "shape", ())
+    if len(shape) != 2:
+        raise ModelLoadError(
+            f"the target's output head is a {type(head).__name__}; draft heads read what a linear "
+            "layer makes logits of. Use another drafter, e.g. ngram, recycling or a draft model"
+        )
+    vocab_size, hidden_size = shape
     return hidden_size, vocab_size
 
 
 def _like_target(module: Any, target: Any) -> Any:
     like = target.get_output_embeddings().weight
     return module.to(device=like.device, dtype=like.dtype).eval().requires_grad_(False)
-
-
-def _find(name_or_path: str | PathLike[str], names: tuple[str, ...]) -> Path:
-    """The first of these files that the model has, in a directory, the hub's cache or the hub."""
-    name = str(name_or_path)
-    source = resolve_model_path(name_or_path)
-    if isinstance(source, Path):
-        for file in names:
-            if (source / file).is_file():
-                return source / file
-        raise ModelLoadError(
-            f"{name}: none of {', '.join(names)} is in {source}; is it a folder of draft heads?"
-        )
-    reason: Exception | None = None
-    for file in names:
-        try:
-            return Path(hf_hub_download(source, file))
-        except EntryNotFoundError as error:
-            reason = reason or error
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            reason = error
-    if isinstance(reason, EntryNotFoundError) and not isinstance(reason, LocalEntryNotFoundError):
-        raise ModelLoadError(
-            f"{name}: the hub has none of {', '.join(names)} there; is it a repository of draft "
-            "heads?"
-        ) from reason
-    what = str(reason).strip().splitlines()[0]
-    raise ModelLoadError(
-        f"{name}: there is no directory of this name, {names[0]} is not in the local hub cache, "
-        f"and the hub did not serve it ({what}). With network access run 'hf download {source}', "
-        "or use the bundled 'inferlab/tiny-medusa' or 'inferlab/tiny-eagle'"
-    ) from reason
-
-
-def _read(
-    name_or_path: str | PathLike[str], names: tuple[str, ...], allow_pickle: bool
-) -> tuple[Path, dict[str, Tensor]]:
-    """The weight file and its tensors by their bare names; safetensors are preferred."""
-    try:
-        file = _find(name_or_path, names[:1])
-    except ModelLoadError:
-        file = _find(name_or_path, names)
-    if file.suffix == ".safetensors":
-        try:
-            return file, _unwrapped(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(
-                f"{file}: damaged or no safetensors file ({error}); get it again"
-            ) from error
-    if not allow_pickle:
-        raise ModelLoadError(
-            f"{file}: a pickle, whose loading can run code. Convert it to {names[0]}, or pass "
-            "allow_pickle=True if you trust it"
-        )
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ModelLoadError(f"{file}: damaged or no weight file ({error})") from error
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ModelLoadError(f"{file}: it holds no dictionary of tensors")
-    return file, _unwrapped(weights)
-
-
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what training wrappers put in front of all keys."""
-    for wrapper in _WRAPPERS:
-        if weights and any(key.startswith(wrapper) for key in weights):
-            weights = {key.removeprefix(wrapper): tensor for key, tensor in weights.items()}
-    return weights
 
 
 def _fill(

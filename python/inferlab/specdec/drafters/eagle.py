@@ -263,7 +263,12 @@ def plan(request: DraftRequest) -> DrafterPlan:
     config = request.config
     name = config.eagle.model
     with request.plain_target() as model:
-        head = load_eagle(name, model, allow_pickle=config.allow_pickle)
+        head = load_eagle(
+            name,
+            model,
+            allow_pickle=config.allow_pickle,
+            known_ids=request.target.tokenizer_vocab_size,
+        )
     paged = PagedEagle(head)
     shape = None if request.grows else request.shape("grown", request.max_levels, name)
 

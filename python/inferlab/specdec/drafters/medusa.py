@@ -132,7 +132,12 @@ def plan(request: DraftRequest) -> DrafterPlan:
     config = request.config
     name = config.medusa.model
     with request.plain_target() as model:
-        heads = load_medusa(name, model, allow_pickle=config.allow_pickle)
+        heads = load_medusa(
+            name,
+            model,
+            allow_pickle=config.allow_pickle,
+            known_ids=request.target.tokenizer_vocab_size,
+        )
     depth = min(request.max_levels, heads.num_heads)
     shape = None if request.grows else request.shape("grown", depth, name)
     drafter = MedusaDrafter(
