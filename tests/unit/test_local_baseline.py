@@ -118,10 +118,3 @@ def test_ctrl_c_keeps_the_tokens_so_far(runner, monkeypatch):
     assert result["token_ids"] == whole[:5]
     assert result["finish_reason"] == "interrupted"
     assert result["text"].startswith(PROMPT)
-
-
-def test_model_is_another_name_of_model_name():
-    with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        LocalBaselineRunner(config_path=None, model="./no-such-folder")
-    with pytest.raises(ValueError, match="two names of one thing"):
-        LocalBaselineRunner(model_name="inferlab/tiny", model="inferlab/tiny-draft")
