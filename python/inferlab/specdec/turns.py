@@ -72,8 +72,9 @@ class Turns:
             if inbox:
                 return _emptied(inbox)
             self._stepping = True
-            self._take_in()
         try:
+            with self._changed:
+                self._take_in()
             emissions = self._engine.step()
         except BaseException:
             self._engine.recover()
@@ -83,14 +84,15 @@ class Turns:
             with self._changed:
                 self._deliver(emissions)
                 self._stepping = False
-                self._take_in()
                 self._changed.notify_all()
+                self._take_in()
         return _emptied(inbox)
 
     def _leave(self, requests: Sequence[Request], reason: str) -> None:
         """Aborts what has not ended."""
         with self._changed:
-            self._new = [r for r in self._new if r not in requests]
+            gone = set(requests)
+            self._new = [r for r in self._new if r not in gone]
             self._ended += [(r, reason) for r in requests if not r.finished]
             for request in requests:
                 self._inboxes.pop(request, None)
@@ -99,13 +101,12 @@ class Turns:
 
     def _take_in(self) -> None:
         """What came while nobody could touch the engine."""
-        for request in self._new:
-            self._engine.add(request)
-        self._new.clear()
-        for request, reason in self._ended:
+        while self._new:
+            self._engine.add(self._new.pop(0))
+        while self._ended:
+            request, reason = self._ended.pop(0)
             self._engine.abort(request.request_id, reason)
             request.finish_reason = request.finish_reason or reason  # was never added
-        self._ended.clear()
 
     def _deliver(self, emissions: list[Emission]) -> None:
         for emission in emissions:
