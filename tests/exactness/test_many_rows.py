@@ -7,12 +7,14 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import GPT2Config, MixtralConfig, Phi3Config, Qwen2MoeConfig, Qwen3MoeConfig
 
 from helpers.isas import ISAS
 from helpers.pairwise import pairwise
-from helpers.tiny_models import VOCAB, tiny_model
+from helpers.tiny_models import VOCAB, random_model, tiny_model
 from inferlab import _C
 from inferlab.models import ForwardBatch, HFModel
+from inferlab.models.stable import StableProducts
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -74,6 +76,54 @@ def test_logits_and_kv_are_the_same_bits_in_any_company(forced_isa, family, shap
             assert torch.equal(v_all[b * pages : (b + 1) * pages], v)
     in_chunks, _ = read(target, tokens, 19)
     assert torch.equal(in_chunks, together)
+
+
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 104,  # no multiple of 64: torch's activations end in another function
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 1}
+ODD = {
+    "mixtral": lambda: MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": lambda: Qwen2MoeConfig(**_SHAPE, **_EXPERTS, num_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_SHAPE, **_EXPERTS, num_experts=4, head_dim=16),
+    "phi3": lambda: Phi3Config(**_SHAPE, pad_token_id=None),
+    "gpt2": lambda: GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_inner=104),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ODD)
+def test_experts_and_odd_widths_are_the_same_bits_in_any_company(family, dtype, threads):
+    """Also where more threads than two share an activation at places that are no vector's end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        target = HFModel(random_model(ODD[family](), seed=2).to(dtype))
+        tokens = torch.randint(3, VOCAB, (9, 41), generator=torch.Generator().manual_seed(9))
+        together, _ = read(target, tokens, 41)
+        for b in (0, 8):
+            assert torch.equal(together[b], read(target, tokens[b : b + 1], 1)[0][0])
+        assert torch.equal(read(target, tokens, 19)[0], together)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_activations_in_shares_of_whole_vectors():
+    x = torch.randn(700, 104)
+    for activate in (torch.tanh, torch.nn.functional.gelu, torch.nn.functional.silu, torch.sigmoid):
+        with StableProducts():
+            together = activate(x)
+            alone = torch.stack([activate(row[None])[0] for row in x])
+        assert torch.equal(together, alone)
+        torch.testing.assert_close(together, activate(x))
 
 
 @pytest.mark.parametrize(

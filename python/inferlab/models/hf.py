@@ -30,7 +30,7 @@ from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.rotary import context_length, length_rotary, reread_length
-from inferlab.models.stable import StableProducts, turn
+from inferlab.models.stable import StableProducts, experts_implementation, turn
 from inferlab.models.untouched import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -83,15 +83,28 @@ class HFModel:
         self.dtype: torch.dtype = model.dtype
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self.load_notes: tuple[str, ...] = ()
-        model.set_attn_implementation(ATTENTION_NAME)
+        self._plain_experts = experts_implementation(model) if self.device.type == "cpu" else None
+        self._take_over()
         try:
             self._build()
             if model.config.model_type not in TESTED:
                 self._check_against_plain()
         except Exception:
-            model.set_attn_implementation(self._plain_attention)
+            self._hand_back()
             raise
         self.eos_token_ids: tuple[int, ...] = self._choosable(_eos_token_ids(model, tokenizer))
+
+    def _take_over(self) -> None:
+        """Lets the model's modules use our attention and, on a CPU, our products of experts."""
+        self._model.set_attn_implementation(ATTENTION_NAME)
+        if self._plain_experts is not None:
+            self._model.set_experts_implementation("eager")
+
+    def _hand_back(self) -> None:
+        """The model as Hugging Face made it."""
+        self._model.set_attn_implementation(self._plain_attention)
+        if self._plain_experts is not None:
+            self._model.set_experts_implementation(self._plain_experts)
 
     def _choosable(self, end_ids: tuple[int, ...]) -> tuple[int, ...]:
         """End-of-text ids without those that can never be chosen, as `generate` ignores them."""
@@ -296,18 +309,23 @@ class HFModel:
         """The model as Hugging Face made it (for ``generate``); `forward` fails meanwhile, and in
         other threads waits."""
         with self._lock:
-            self._model.set_attn_implementation(self._plain_attention)
+            self._hand_back()
             try:
                 yield self._model
             finally:
-                self._model.set_attn_implementation(ATTENTION_NAME)
+                self._take_over()
 
     def _check_against_plain(self) -> None:
         """For families that no test covers: one short text, both ways."""
         length = min(12, self.context_length or 12)
         ids = (torch.arange(length, device=self.device) * 7919 % self.vocab_size).unsqueeze(0)
-        with self.plain() as model, torch.inference_mode():
-            plain = model(input_ids=ids, use_cache=False).logits
+        # The products are ours both times: rounding could send a token to other experts.
+        self._model.set_attn_implementation(self._plain_attention)
+        try:
+            with self._stable, torch.inference_mode():
+                plain = self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            self._model.set_attn_implementation(ATTENTION_NAME)
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         positions = torch.arange(length, device=self.device).unsqueeze(0)
         batch = ForwardBatch(ids, positions, none, none.view(1, 1))

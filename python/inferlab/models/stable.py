@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from inferlab.kernels import linear
@@ -22,12 +23,22 @@ from inferlab.kernels import linear
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# Torch computes these a vector at a time, and what is left over at the end of a thread's share by
+# another function, whose last bit may differ.
+_F = torch.nn.functional
+_BY_VECTORS = {_F.gelu, _F.silu, _F.mish, _F.softplus}
+_BY_VECTORS |= {
+    getattr(o, f) for o in (torch, torch.Tensor) for f in ("tanh", "sigmoid", "erf", "exp")
+}
+_VECTOR = 64  # elements, at least as many as any instruction set's vectors hold
+_SHARE = 32768 - _VECTOR  # elements that torch leaves to one thread
+
+
 class StableProducts(TorchFunctionMode):
     """A context for forwards of one model.
 
     What it cannot do the same way stays torch's: weights that are quantised or not in one piece,
-    batched products of experts; and activations, whose last elements torch computes by another
-    function than the others where a row is not a multiple of 64.
+    and products of all experts at once (see `experts_implementation`).
     """
 
     def __torch_function__(
@@ -38,6 +49,8 @@ class StableProducts(TorchFunctionMode):
             out = _linear(*args, **(kwargs or {}))
         elif func is torch.addmm and len(args) == 3 and not kwargs:
             out = _addmm(*args)
+        elif func in _BY_VECTORS and len(args) == 1:
+            out = _by_whole_vectors(func, args[0], kwargs or {})
         return func(*args, **(kwargs or {})) if out is None else out
 
 
@@ -54,6 +67,30 @@ def turn(model: nn.Module) -> None:
         ours = weight.is_cpu and weight.dtype in _DTYPES
         if ours and not weight.t().is_contiguous():
             weight.data = weight.detach().t().contiguous().t()
+
+
+def experts_implementation(model: PreTrainedModel) -> Any:
+    """How transformers computes the experts of a model, for ``set_experts_implementation``; None
+    where there are none.
+
+    "eager" goes from expert to expert by linear layers that `StableProducts` takes; the others
+    multiply all of them at once.
+    """
+    can_set = getattr(model, "_can_set_experts_implementation", lambda: False)
+    return model.get_experts_implementation() if can_set() else None
+
+
+def _by_whole_vectors(func: Any, x: Any, options: dict[str, Any]) -> torch.Tensor | None:
+    """An activation in shares of whole vectors, or None where torch does it so by itself."""
+    if not isinstance(x, torch.Tensor) or not x.is_cpu or x.dtype not in _DTYPES or x.numel() == 0:
+        return None
+    if options.get("inplace") or (x.shape[-1] % _VECTOR == 0 and x.numel() <= _SHARE):
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    missing = -rows.shape[1] % _VECTOR
+    flat = torch.nn.functional.pad(rows, (0, missing)).view(-1) if missing else rows.reshape(-1)
+    out = torch.cat([func(share, **options) for share in flat.split(_SHARE)])
+    return out.view(len(rows), -1)[:, : rows.shape[1]].reshape(x.shape)
 
 
 def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
