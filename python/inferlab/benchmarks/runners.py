@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.config import SpecdecConfig
-from inferlab.models import HFModel, allowed_vocab
+from inferlab.models import HFModel, unknown_ids
 from inferlab.models.generation_defaults import same_rule
 from inferlab.server.local_baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.server.ping_vllm import VLLMPingClient
@@ -217,9 +217,9 @@ class GenerateRunner:
         for name in ("min_new_tokens", "repetition_penalty"):
             if name in config.model_fields_set:
                 options[name] = getattr(config, name)
-        known = allowed_vocab(self.target)
-        if known < self.target.vocab_size:
-            options["logits_processor"] = LogitsProcessorList([ForbidPadding(known)])
+        unknown = unknown_ids(self.target.tokenizer, self.target.vocab_size)
+        if unknown:
+            options["logits_processor"] = LogitsProcessorList([ForbidPadding(unknown)])
         if self.lookup is not None:
             options["prompt_lookup_num_tokens"] = self.lookup
         if config.stop:

@@ -2,7 +2,7 @@
 
 from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
-from inferlab.models.base import TargetModel, allowed_vocab
+from inferlab.models.base import TargetModel, allowed_vocab, unknown_ids
 from inferlab.models.batch import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
@@ -30,5 +30,6 @@ __all__ = [
     "allowed_vocab",
     "resolve_model_path",
     "tokenizer_difference",
+    "unknown_ids",
     "use_threads_that_exist",
 ]
