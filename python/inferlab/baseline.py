@@ -14,7 +14,7 @@ from inferlab.config import BaselineConfig, load_config
 from inferlab.errors import Interrupted
 from inferlab.models import loading
 from inferlab.models.architecture import logits_width
-from inferlab.models.base import known_ids
+from inferlab.models.base import unknown_ids
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
@@ -85,14 +85,18 @@ class _RefuseNan(LogitsProcessor):
 
 
 class ForbidPadding(LogitsProcessor):
-    """Columns beyond the tokenizer's ids are never chosen, as in the engine (`allowed_vocab`)."""
+    """Ids that the tokenizer lacks are never chosen, as in the engine.
 
-    def __init__(self, known_ids: int) -> None:
-        self._known_ids = known_ids
+    Args:
+        ids: from `unknown_ids`.
+    """
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = torch.tensor(ids)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        padding = torch.arange(scores.shape[-1], device=scores.device) >= self._known_ids
-        return scores.masked_fill(padding, -torch.inf)
+        self._ids = self._ids.to(scores.device)
+        return scores.index_fill(-1, self._ids, -torch.inf)
 
 
 class LocalBaselineRunner:
@@ -141,9 +145,9 @@ class LocalBaselineRunner:
         self.model: Any = loaded.model.eval()
         self.tokenizer: Any = loaded.tokenizer
         self._processors = LogitsProcessorList([_RefuseNan(config.model)])
-        known = known_ids(self.tokenizer)
-        if known < logits_width(self.model):
-            self._processors.insert(0, ForbidPadding(known))
+        unknown = unknown_ids(self.tokenizer, logits_width(self.model))
+        if unknown:
+            self._processors.insert(0, ForbidPadding(unknown))
         if not config.ignore_generation_config:
             warn_of_not_followed(self.model, self.model_name)
 

@@ -101,6 +101,24 @@ def test_a_weight_that_was_rebuilt_between_texts_can_be_written_to():
     assert not attention.k_proj.weight.is_inference()
 
 
+def test_weights_made_in_inference_mode_are_turned():
+    with torch.inference_mode():
+        model = tiny_model("gpt2")
+        target = HFModel(model)
+    assert conv(model).stride() == (1, 64)
+
+    def exchange(model):
+        with torch.inference_mode():
+            model.transformer.h[1].mlp.c_fc.weight = nn.Parameter(-conv(model).contiguous())
+
+    decoded(target)
+    exchange(model)
+    with target.plain() as plain:
+        expected = generated(plain, PROMPT, NEW_TOKENS)
+    assert decoded(target) == expected
+    assert conv(model).stride() == (1, 64)
+
+
 def test_turned_weights_are_saved_as_they_were(tmp_path):
     model = tiny_model("gpt2")
     expected = {name: value.clone() for name, value in model.state_dict().items()}

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny_models import VOCAB, random_model, tiny_config, tiny_tokenizer
 from inferlab import HFModel, SpeculativePipeline
-from inferlab.baseline import LocalBaselineRunner
+from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.models import allowed_vocab
-from inferlab.models.base import known_ids
+from inferlab.models.base import known_ids, unknown_ids
 
 PROMPT = "the draft model guesses the draft model "
 PADDING = 24
@@ -135,6 +135,35 @@ def test_end_ids_outside_the_vocabulary_are_ignored_with_one_warning(caplog):
         want = plain.generate(ids, pad_token_id=0, **options)[0, 2:].tolist()
     pipeline = SpeculativePipeline(target=target, draft_mode="none", kv_memory_mb=32)
     assert pipeline.generate([5, 6], 10, min_tokens=5)["token_ids"] == want
+
+
+@pytest.mark.parametrize("mode", ["none", "ngram", "recycling", "self"])
+def test_ids_in_gaps_are_not_chosen(mode):
+    plain = plain_model(0)
+    (free, *_) = tokens_of(HFModel(copy.deepcopy(plain)), None, [5, 9, 33], draft_mode="none")
+    gap = free[2]
+    words = {f"w{i}": i for i in range(VOCAB) if i != gap} | {"</s>": 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "w0")), eos_token="</s>"
+    )
+    target = HFModel(plain, tokenizer)
+    pipeline = SpeculativePipeline(target=target, draft_mode=mode, kv_memory_mb=32)
+    tokens = pipeline.generate([5, 9, 33], 30, ignore_eos=True)["token_ids"]
+    with target.plain() as model:
+        want = model.generate(
+            torch.tensor([[5, 9, 33]]),
+            max_new_tokens=30,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+            suppress_tokens=[gap],
+        )
+    assert tokens == want[0, 3:].tolist()
+    assert tokens[:2] == free[:2]
+    assert gap not in tokens
+    processor = ForbidPadding(unknown_ids(tokenizer, VOCAB + 2))
+    scores = processor(torch.tensor([[5]]), torch.zeros(1, VOCAB + 2))
+    assert scores[0].isinf().nonzero().flatten().tolist() == [gap, VOCAB, VOCAB + 1]
 
 
 @pytest.mark.parametrize("mode", ["eagle", "medusa"])

@@ -50,8 +50,9 @@ def test_pipelines_in_threads_share_a_target(mode, family):
     assert run_in_threads(jobs) == want
 
 
-def test_generate_from_its_own_callback_is_refused():
+def test_generate_from_its_own_callback_joins_the_batch():
     pipeline = SpeculativePipeline(implementation="fake", max_new_tokens=4)
-    with pytest.raises(RuntimeError, match="from within its own callback"):
-        pipeline.generate("a", on_result=lambda *_: pipeline.generate("b"))
-    assert pipeline.generate("a")["num_tokens"] == 4
+    inner = []
+    outer = pipeline.generate("a", on_result=lambda *_: inner.append(pipeline.generate("b")))
+    assert outer["token_ids"] == pipeline.generate("a")["token_ids"]
+    assert inner[0]["token_ids"] == pipeline.generate("b")["token_ids"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from helpers.hub_cache import write_hub_cache
 from helpers.paged import PagedRunner
@@ -24,6 +24,7 @@ from inferlab.models import (
     UnsupportedArchitectureError,
     resolve_model_path,
 )
+from inferlab.models.architecture import trial_pass
 from inferlab.models.loading import choose_device, choose_dtype, parse_dtype
 
 
@@ -243,6 +244,24 @@ def test_architectures_refused_by_name(tmp_path: Path, kind: str) -> None:
         HFModel.load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "hy_v4"])
+def test_sparse_attention_is_refused_before_weights_are_read(tmp_path: Path, kind: str) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedArchitectureError, match=rf"'{kind}' lets an index choose"):
+        HFModel.load(tmp_path)
+
+
+def test_errors_from_below_are_put_into_words() -> None:
+    mask = None
+    with (
+        pytest.raises(UnsupportedArchitectureError, match="'odd' works on an attention mask or"),
+        trial_pass("model", "odd"),
+    ):
+        mask[:, 0]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("kind", ["gptj", "codegen"])
 def test_architectures_that_came_to_the_attention_interface_later(kind: str) -> None:
     """transformers 5.24 took them there: they are compared with their own attention when loaded."""
@@ -290,7 +309,11 @@ def _tiny(kind: str, **values: object) -> object:
         ("bert", {}, "is not causal"),
         ("gpt_oss", {"num_local_experts": 2, "head_dim": 32}, "needs s_aux"),
         ("nemotron", {}, "does not hand the arguments of its call on"),
-        ("xmod", {"is_decoder": True}, "cannot run over the paged cache: ValueError: Input lang"),
+        (
+            "xmod",
+            {"is_decoder": True},
+            r"fails in a short pass .*\(ValueError: Input lang.*in modeling_",
+        ),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "only 1 go through"),
         (
             "deepseek_v3",

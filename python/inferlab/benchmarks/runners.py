@@ -14,7 +14,7 @@ from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.client.ping import VLLMPingClient
 from inferlab.config import SpecdecConfig
-from inferlab.models import TargetModel, allowed_vocab, plain_model
+from inferlab.models import TargetModel, plain_model, unknown_ids
 from inferlab.models.generation_defaults import same_rule
 from inferlab.records import RequestRecord
 from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
@@ -261,9 +261,9 @@ class GenerateRunner:
         for name in ("min_new_tokens", "repetition_penalty"):
             if name in config.model_fields_set:
                 options[name] = getattr(config, name)
-        known = allowed_vocab(self.target)
-        if known < self.target.vocab_size:
-            options["logits_processor"] = LogitsProcessorList([ForbidPadding(known)])
+        unknown = unknown_ids(self.target.tokenizer, self.target.vocab_size)
+        if unknown:
+            options["logits_processor"] = LogitsProcessorList([ForbidPadding(unknown)])
         if self.lookup is not None:
             options["prompt_lookup_num_tokens"] = self.lookup
         if config.stop:

@@ -2,7 +2,7 @@
 
 from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
-from inferlab.models.base import TargetModel, allowed_vocab, plain_model
+from inferlab.models.base import TargetModel, allowed_vocab, plain_model, unknown_ids
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
 from inferlab.models.forked import use_threads_that_exist
@@ -31,5 +31,6 @@ __all__ = [
     "plain_model",
     "resolve_model_path",
     "tokenizer_difference",
+    "unknown_ids",
     "use_threads_that_exist",
 ]

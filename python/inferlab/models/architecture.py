@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -55,6 +57,8 @@ def check_config(config: Any, name: str, model_class: type | None) -> None:
         _refuse(name, kind, "is multimodal; load a text-only checkpoint of the family")
     if model_class is None:
         _refuse(name, kind, "is not a causal language model")
+    if getattr(config, "index_topk", None):
+        _refuse(name, kind, "lets an index choose which keys each token sees (sparse attention)")
     if getattr(model_class, "_is_stateful", False):
         _refuse(name, kind, "keeps a recurrent state, which cannot be rolled back along a tree")
     if not getattr(model_class, "_supports_attention_backend", False):
@@ -204,8 +208,20 @@ def trial_pass(name: str, kind: str) -> Iterator[None]:
     except MissingStepError as error:
         _refuse(name, kind, "does not hand the arguments of its call on to its attention", error)
     except Exception as error:
-        why = f"cannot run over the paged cache: {type(error).__name__}: {error}"
-        _refuse(name, kind, why, error)
+        if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error):
+            why = "works on an attention mask or a cache of its own, and there are none"
+        else:
+            why = f"fails in a short pass over the paged cache ({type(error).__name__}: {error})"
+        _refuse(name, kind, f"{why}{_place_of(error)}", error)
+
+
+def _place_of(error: Exception) -> str:
+    """Where in a model's own code an exception came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if "modeling_" in frame.filename:
+            return f", in {Path(frame.filename).name}, line {frame.lineno}"
+    return ""
 
 
 def decoder_layers(model: PreTrainedModel, count: int, name: str) -> torch.nn.ModuleList:

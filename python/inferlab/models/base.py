@@ -107,5 +107,14 @@ def allowed_vocab(model: TargetModel) -> int:
 
 
 def known_ids(tokenizer: Any) -> int:
-    """Ids up to the tokenizer's last one: ``len(tokenizer)``, and the gaps where it leaves any."""
+    """Ids up to the tokenizer's last one: ``len(tokenizer)``, and the gaps where it leaves any.
+
+    Gaps are forbidden by a bias where there is a tokenizer, see `unknown_ids`.
+    """
     return 1 + max(tokenizer.get_vocab().values(), default=len(tokenizer) - 1)
+
+
+def unknown_ids(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Columns of the logits that no token has: padding behind the last id, and gaps before it."""
+    known = set(tokenizer.get_vocab().values())
+    return [id_ for id_ in range(vocab_size) if id_ not in known] if known else []

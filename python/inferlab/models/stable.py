@@ -65,8 +65,13 @@ def turn(model: nn.Module) -> None:
             continue
         weight = module.weight
         ours = weight.is_cpu and weight.dtype in _DTYPES
-        if ours and not weight.t().is_contiguous():
-            weight.data = weight.detach().t().contiguous().t()
+        if not ours or weight.data.t().is_contiguous():
+            continue
+        turned = weight.data.t().contiguous().t()
+        if weight.is_inference():  # which cannot be given other data
+            module.weight = nn.Parameter(turned, requires_grad=False)
+        else:
+            weight.data = turned
 
 
 def experts_implementation(model: PreTrainedModel) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import Interrupted
-from inferlab.models import FakeLM, TargetModel
+from inferlab.models import FakeLM, TargetModel, allowed_vocab, unknown_ids
 from inferlab.models.generation_defaults import Followed, followed, warn_of_not_followed
 from inferlab.records import Speculation
 from inferlab.scheduler import Request
@@ -137,6 +137,10 @@ class SpeculativePipeline:
             with plain as model:
                 self._checkpoint = followed(model, self.target.vocab_size)
                 warn_of_not_followed(model, self.target.name)
+        self._bias = dict(self._checkpoint.bias)
+        if self.target.tokenizer is not None and plain is not None:
+            gaps = unknown_ids(self.target.tokenizer, allowed_vocab(self.target))
+            self._bias |= dict.fromkeys(gaps, float("-inf"))
         self._plan = plan_drafter(
             config, self.target, self.policy, self._max_levels(), draft, shape
         )
@@ -383,9 +387,9 @@ class SpeculativePipeline:
         if stop is not None:
             given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
         values = self._defaults() | given
-        if self._checkpoint.bias:
+        if self._bias:
             bias = dict(values.get("logit_bias") or {})
-            for token, value in self._checkpoint.bias.items():
+            for token, value in self._bias.items():
                 bias[token] = bias.get(token, 0.0) + value
             values["logit_bias"] = bias
         if "max_tokens" in given and "min_tokens" not in given:
