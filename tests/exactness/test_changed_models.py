@@ -96,6 +96,15 @@ def wrapped_layer(model):
     model.model.layers[1] = Wrapped(layer_of(model))
 
 
+class LeftOut(nn.Module):
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
+
+
+def left_out_layer(model):
+    model.model.layers[1] = LeftOut()
+
+
 def patched_top(model):
     old = model.model.forward
 
@@ -144,6 +153,7 @@ CHANGES: tuple[Callable[[nn.Module], None], ...] = (
     exchanged_norm,
     exchanged_activation,
     wrapped_layer,
+    left_out_layer,
     patched_top,
     lora_by_hand,
     mixed_dtypes,

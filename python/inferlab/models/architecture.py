@@ -111,7 +111,7 @@ def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> For
     with torch.inference_mode():
         with trial_pass(name, config.model_type):
             logits = model(**inputs, **{PASS_KEYWORD: trace}).logits
-        layers, width = trace.layers(), logits.shape[-1]
+        layers, width = trace.layers(_empty_layers(model)), logits.shape[-1]
         decoder = model.get_decoder()
         bare = inspect.unwrap(type(decoder).forward)
         if not (is_untouched(model) and is_untouched(decoder)):
@@ -257,3 +257,12 @@ def _refuse(name: str, kind: str, why: str, cause: Exception | None = None) -> N
         f"{name}: architecture {kind!r} {why}. Tested families: {_TESTED_NAMES}; other decoders "
         "whose attention goes through transformers' AttentionInterface are taken too"
     ) from cause
+
+
+def _empty_layers(model: PreTrainedModel) -> list[int]:
+    """Layers of the decoder without weights, such as what was put there to leave a layer out."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for stack in model.get_decoder().modules():
+        if isinstance(stack, torch.nn.ModuleList) and len(stack) == count:
+            return [i for i, layer in enumerate(stack) if not any(True for _ in layer.parameters())]
+    return []

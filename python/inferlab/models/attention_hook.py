@@ -9,7 +9,7 @@ wrong keys; it raises instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -206,9 +206,16 @@ class Trace:
         )
         return query.transpose(1, 2).contiguous()
 
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """The specs by layer index, once the pass is over."""
+    def layers(self, empty: Collection[int] = ()) -> tuple[LayerSpec, ...]:
+        """The specs by layer index, once the pass is over.
+
+        Args:
+            empty: layers that were replaced by modules without weights, such as an identity: their
+                pages are never used.
+        """
         expected = self._config.num_hidden_layers
+        for layer in set(empty) - self.specs.keys():
+            self.specs[layer] = next(iter(self.specs.values()), LayerSpec(1, 1, 1.0, 0, 0.0))
         if sorted(self.specs) != list(range(expected)):
             self._refuse(
                 f"of its {expected} layers only {len(self.specs)} go through the attention hook "
