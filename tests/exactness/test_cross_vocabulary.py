@@ -275,7 +275,7 @@ def test_text_is_drafted_no_deeper_than_asked(kind):
 def test_a_tree_that_is_given_up_is_forgotten():
     """A step that fails behind `propose` leaves no tree for the next one's commit."""
     drafter = drafter_of("permuted", TREE, way="tokens")
-    request = Request(prompts()[0], GREEDY, 0, pages=[0])
+    request = Request(prompts()[0], GREEDY, request_id=0, pages=[0])
     batch = Batch([request], target().device, ())
     drafter.propose(batch, Budget(3, 99))
     assert drafter._tree is not None

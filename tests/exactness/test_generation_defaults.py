@@ -44,12 +44,13 @@ FOLLOWED = {
     "repetition_penalty": lambda: 1.9,
     "min_new_tokens": lambda: 20,
     "min_length": lambda: 20,
+    "forced_eos_token_id": lambda: 7 if plain()[-1] != 7 else 8,
 }
 NOT_FOLLOWED = {
     "bad_words_ids": lambda: [plain()[:2]],
     "sequence_bias": lambda: [[plain()[:2], -100.0]],
     "num_beams": lambda: 3,
-    "forced_eos_token_id": lambda: 1,
+    "forced_eos_token_id": lambda: [1, 2],
     "exponential_decay_length_penalty": lambda: (1, 9.0),
     "encoder_repetition_penalty": lambda: 30.0,
     "no_repeat_ngram_size": lambda: 1,
@@ -103,6 +104,27 @@ def test_what_a_sampler_can_do_is_followed(folder, name, caplog):
     with caplog.at_level(logging.WARNING, "inferlab"):
         assert both_sides(folder(**entries)) == [expected] * 4
     assert "generation_config" not in caplog.text
+
+
+def test_the_first_token_behind_a_prompt_of_one_may_be_forced(folder):
+    path = folder(forced_bos_token_id=11)
+    pipeline = SpeculativePipeline(base_model=path, draft_mode="recycling", device="cpu")
+    ids = torch.tensor([[5]])
+    expected = tiny_model("llama").generate(
+        ids, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=1,
+        forced_bos_token_id=11,
+    )[0, 1:].tolist()  # fmt: skip
+    assert expected[0] == 11
+    for batch in ([[5]], [[5], [5, 6]]):
+        found = pipeline.generate(batch, max_tokens=9)
+        assert found[0]["token_ids"] == expected
+    assert pipeline.generate([5], max_tokens=1)["token_ids"] == [11]
+    assert joined(pipeline.stream([5], max_tokens=9)) == expected
+    assert not pipeline.engine.scheduler.has_work
+
+
+def joined(pieces) -> list[int]:
+    return [token for piece in pieces for token in piece.token_ids]
 
 
 def test_all_that_is_followed_is_followed_together(folder):

@@ -158,7 +158,7 @@ class Recorder(Drafter):
 
 def batch_of(*prompts: list[int]) -> Batch:
     params = SamplingParams(max_tokens=8)
-    requests = [Request(p, params, i, pages=[0]) for i, p in enumerate(prompts)]
+    requests = [Request(p, params, request_id=i, pages=[0]) for i, p in enumerate(prompts)]
     return Batch(requests, torch.device("cpu"), ())
 
 

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused():
 
 def batch_of(*prompts):
     params = SamplingParams(max_tokens=8)
-    requests = [Request(p, params, i, pages=[0]) for i, p in enumerate(prompts)]
+    requests = [Request(p, params, request_id=i, pages=[0]) for i, p in enumerate(prompts)]
     return Batch(requests, torch.device("cpu"), ())
 
 

@@ -24,7 +24,7 @@ SHAPE = TreeShape.regular((3, 2, 1))
 
 def batch_of(*prompts):
     params = SamplingParams(max_tokens=8)
-    requests = [Request(p, params, i, pages=[0]) for i, p in enumerate(prompts)]
+    requests = [Request(p, params, request_id=i, pages=[0]) for i, p in enumerate(prompts)]
     return Batch(requests, CPU, ())
 
 

@@ -7,7 +7,7 @@ from inferlab.types import SamplingParams
 
 
 def request_of(request_id: int, prompt: int, max_tokens: int) -> Request:
-    return Request([1] * prompt, SamplingParams(max_tokens=max_tokens), request_id)
+    return Request([1] * prompt, SamplingParams(max_tokens=max_tokens), request_id=request_id)
 
 
 def test_pages_are_handed_out_once_and_reused():

@@ -6,11 +6,12 @@ token by token, by the same formulas:
 * a bias on single tokens: ``suppress_tokens``, and the words of ``bad_words_ids`` and
   ``sequence_bias`` that are one token (an end of text is never a bad word, as in transformers);
 * ``repetition_penalty``, over prompt and output;
-* ``min_new_tokens``, or without it ``min_length``, which counts the prompt.
+* ``min_new_tokens``, or without it ``min_length``, which counts the prompt;
+* ``forced_eos_token_id``, the last token of a text that is as long as it may be, and
+  ``forced_bos_token_id``, the first behind a prompt of one token; each a single id.
 
 Everything else that changes tokens is followed on neither side and named once in a warning: words
-of several tokens, beams, ``forced_bos_token_id`` and ``forced_eos_token_id`` (what a certain
-position must be), ``begin_suppress_tokens``, decays, n-grams, contrast, ... So is a finite
+of several tokens, beams, ``begin_suppress_tokens``, decays, n-grams, contrast, ... So is a finite
 ``sequence_bias`` beside a repetition penalty: transformers adds it first, the engine behind.
 Lengths, temperature, top-k and top-p are the caller's to give; end-of-text ids are always followed.
 What changes how `generate` works or what it returns, but no tokens, is left out of the comparison.
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _WARNED: WeakSet[Any] = WeakSet()  # models, each of which is worth one warning
 _WORDS = ("bad_words_ids", "sequence_bias")
+_ENDS = ("forced_bos_token_id", "forced_eos_token_id")
 
 # Entries that change tokens and cannot be followed, and the values that change nothing.
 _OFF: dict[str, tuple[Any, ...]] = {
@@ -53,8 +55,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (1,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "remove_invalid_values": (False,),
     "exponential_decay_length_penalty": (),
     "begin_suppress_tokens": ([],),
@@ -85,6 +85,8 @@ class Followed:
         repetition_penalty: 1 is off.
         min_new_tokens: None where the checkpoint does not say.
         min_length: of prompt and output, where ``min_new_tokens`` is None.
+        first_token: the first new token behind a prompt of one; None: it is chosen.
+        last_token: the last one of as many as there may be; None: it is chosen.
         dropped: entries, or parts of them, that are not followed.
     """
 
@@ -92,6 +94,8 @@ class Followed:
     repetition_penalty: float = 1.0
     min_new_tokens: int | None = None
     min_length: int = 0
+    first_token: int | None = None
+    last_token: int | None = None
     dropped: tuple[str, ...] = ()
 
     def least_new_tokens(self, prompt_length: int) -> int:
@@ -99,6 +103,15 @@ class Followed:
         if self.min_new_tokens is not None:
             return self.min_new_tokens
         return max(0, self.min_length - prompt_length)
+
+    def forced(self, prompt_length: int, max_tokens: int) -> dict[int, int]:
+        """New tokens that are not chosen, by their place among the new ones."""
+        forced = {}
+        if self.last_token is not None:
+            forced[max_tokens - 1] = self.last_token
+        if self.first_token is not None and prompt_length == 1:
+            forced.setdefault(0, self.first_token)
+        return forced
 
 
 def followed(model: Any, vocab_size: int | None = None) -> Followed:
@@ -131,11 +144,20 @@ def followed(model: Any, vocab_size: int | None = None) -> Followed:
             dropped.append(f"the longer words of {name}" if single else name)
         for token, value in single.items():
             bias[token] = bias.get(token, 0.0) + value
+    ends = {}
+    for name in _ENDS:
+        ids = _ids(name, getattr(config, name, None), one=True)
+        known = [id_ for id_ in ids if id_ >= 0 and (vocab_size is None or id_ < vocab_size)]
+        ends[name] = known[0] if len(known) == len(ids) == 1 else None
+        if ids and ends[name] is None:
+            dropped.append(name)
     return Followed(
         {t: v for t, v in bias.items() if t >= 0 and (vocab_size is None or t < vocab_size)},
         penalty,
         _count(config, "min_new_tokens"),
         _count(config, "min_length") or 0,
+        ends["forced_bos_token_id"],
+        ends["forced_eos_token_id"],
         tuple(dropped),
     )
 
@@ -211,6 +233,7 @@ def same_rule(model: Any, *, ignore: bool = False) -> Iterator[None]:
         config.min_new_tokens = rule.min_new_tokens
     elif rule.min_length:
         config.min_length = rule.min_length
+    config.forced_bos_token_id, config.forced_eos_token_id = rule.first_token, rule.last_token
     if ignore:
         config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0
     model.generation_config = config

@@ -115,11 +115,14 @@ class Engine:
         if request.params.stop:
             self._stops[request.request_id] = self._stop_strings(request)
         self.scheduler.add(request)
+        if 0 in request.forced:
+            self._emit(request, [request.forced[0]])
         return request
 
     @torch.inference_mode()
     def step(self) -> list[Emission]:
         """Reads on, decodes one step, and says which requests have new tokens or have ended."""
+        done = self._retire()  # of those that ended before their first step
         self._restart_outgrown()
         plan = self.scheduler.plan()
         self.clock.start()
@@ -134,7 +137,7 @@ class Engine:
         if plan.decode:
             self._decode(plan.decode)
         emissions = {r.request_id: Emission.of(r) for r in plan.decode}
-        for request in self._retire():
+        for request in (*done, *self._retire()):
             emissions.setdefault(request.request_id, Emission.of(request))
         return list(emissions.values())
 
@@ -298,6 +301,7 @@ class Engine:
                     f"or all -inf; no token can be chosen from them"
                 )
                 return emitted
+            token = request.forced.get(request.num_output, token)
             request.tokens.append(token)
             stopped = stops is not None and stops.add(token)
             if request.num_output > params.min_tokens or params.min_tokens == 0:

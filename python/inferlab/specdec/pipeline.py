@@ -400,7 +400,9 @@ class SpeculativePipeline:
             if follows:
                 least = self._checkpoint.least_new_tokens(len(ids))
                 values["min_tokens"] = min(least, values["max_tokens"])
-            requests.append(Request(ids, SamplingParams(**values, seed=own_seed)))
+            params = SamplingParams(**values, seed=own_seed)
+            forced = self._checkpoint.forced(len(ids), params.max_tokens)
+            requests.append(Request(ids, params, forced))
         return single, prompts, requests
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
