@@ -80,5 +80,5 @@ def test_the_rejection_policy_names_the_modes_it_lacks():
 
 
 def test_fake_models_have_no_hidden_states():
-    with pytest.raises(ValueError, match="reads the target's hidden"):
+    with pytest.raises(ValueError, match="needs a model with weights and hidden states"):
         SpeculativePipeline(draft_mode="eagle", implementation="fake")

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.fake_probabilities import next_probabilities
 from inferlab.kernels import SamplingTensors
 from inferlab.models import FakeLM, VocabularyMap
+from inferlab.scheduler import Request
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import CrossVocabularyDrafter, Drafter, ModelDrafter
 from inferlab.specdec.engine import Engine
@@ -24,8 +25,9 @@ VOCAB = 5
 PROMPT = [1, 3, 2]
 TEMPERATURE = 1.3
 DRAWS = 3000
-# The first token is the target's, drawn when it reads the prompt; two are drafted behind it, as a
-# fourth, not counted, is still to come.
+# Requests begin with an output of one token, each token as often, so that penalties count from the
+# first draft on; two are drafted behind it, as a fourth, not counted, is still to come. Or they are
+# fresh, and the first two are drafted.
 PLAIN = SamplingParams(max_tokens=4, temperature=TEMPERATURE)
 CHANGED = {
     "bias": replace(PLAIN, logit_bias={4: 2.0, 0: -1.5}),
@@ -50,10 +52,12 @@ CHAIN, TREE = (1, 1), (3, 2)
 WIDTHS = pytest.mark.parametrize("widths", [CHAIN, TREE], ids=["chain", "tree"])
 
 
-def expected_triples(model: FakeLM, params: SamplingParams = PLAIN) -> np.ndarray:
+def expected_triples(model: FakeLM, params: SamplingParams, fresh: bool) -> np.ndarray:
     """P(first, second, third new token), [V, V, V]."""
     table = np.zeros((VOCAB,) * 3)
-    first = next_probabilities(model, PROMPT, params)
+    first = np.full(VOCAB, 1 / VOCAB)
+    if fresh:
+        first = next_probabilities(model, PROMPT, params)
     for a in range(VOCAB):
         second = next_probabilities(model, PROMPT, params, (a,))
         for b in range(VOCAB):
@@ -75,22 +79,28 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(chi2.sf(statistic, (mean > 0).sum() - 1))
 
 
-def p_values(engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS) -> list[float]:
+def p_values(
+    engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS, fresh: bool = False
+) -> list[float]:
     """One for each kind of request. Requests of all kinds take turns, so they share batches."""
-    requests = [(PROMPT, replace(kinds[i % len(kinds)], seed=i)) for i in range(draws * len(kinds))]
+    requests = []
+    for i in range(draws * len(kinds)):
+        requests.append(Request(PROMPT, replace(kinds[i % len(kinds)], seed=i)))
+        if not fresh:
+            requests[-1].tokens.append(i // len(kinds) % VOCAB)
     counts = np.zeros((len(kinds), VOCAB, VOCAB, VOCAB))
     for i, result in enumerate(engine.generate(requests)):
         counts[(i % len(kinds), *result.token_ids[:3])] += 1
     model = engine.target
     assert isinstance(model, FakeLM)
     return [
-        chi_square(seen, expected_triples(model, kind))
+        chi_square(seen, expected_triples(model, kind, fresh))
         for seen, kind in zip(counts, kinds, strict=True)
     ]
 
 
-def p_value(engine: Engine, params: SamplingParams = PLAIN) -> float:
-    return p_values(engine, [params])[0]
+def p_value(engine: Engine, params: SamplingParams = PLAIN, fresh: bool = False) -> float:
+    return p_values(engine, [params], fresh=fresh)[0]
 
 
 def engine_of(drafter: Drafter | None, depth: int = 2, policy: str = "rejection") -> Engine:
@@ -138,8 +148,9 @@ def cross_engine(widths: tuple[int, ...], pages: int = 512) -> Engine:
 
 
 @WIDTHS
-def test_the_distribution_is_the_targets(widths):
-    assert p_value(rejection_engine(widths)) > 1e-3
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_distribution_is_the_targets(widths, fresh):
+    assert p_value(rejection_engine(widths), fresh=fresh) > 1e-3
 
 
 class Misaligned(ModelDrafter):
@@ -162,9 +173,10 @@ def test_what_is_expected_is_what_plain_decoding_does():
 
 
 @WIDTHS
+@pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("kind", CHANGED)
-def test_changed_logits_keep_the_distribution(kind, widths):
-    assert p_value(rejection_engine(widths), CHANGED[kind]) > 1e-3
+def test_changed_logits_keep_the_distribution(kind, fresh, widths):
+    assert p_value(rejection_engine(widths), CHANGED[kind], fresh) > 1e-3
 
 
 @WIDTHS
