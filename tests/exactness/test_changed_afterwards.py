@@ -18,7 +18,7 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from exactness.compare import generated
+from helpers.compare import generated
 from helpers.tiny_models import tiny_config, tiny_model, tiny_tokenizer
 from inferlab.models import HFModel
 from inferlab.models.untouched import fingerprint, is_as_written, is_untouched

@@ -12,6 +12,7 @@ from helpers.pairwise import pairwise
 from helpers.tiny_models import VOCAB
 from inferlab import _C
 from inferlab.models import FakeLM, TargetModel
+from inferlab.scheduler import Request
 from inferlab.specdec.controllers import make_controller
 from inferlab.specdec.drafters import (
     Drafter,
@@ -218,7 +219,7 @@ def test_rejection_decodes_to_the_end(drafter, params):
 def test_the_host_reads_once_a_step(drafter, tree):
     decoding = engine(drafter, "llama", tree, "fixed", 4)
     for prompt in prompts("llama")[:3]:
-        decoding.submit(prompt, PARAMS["greedy"])
+        decoding.add(Request(prompt, PARAMS["greedy"]))
     decoding.step()
     decoding.step()
     with Reads() as reads:
