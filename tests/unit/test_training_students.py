@@ -403,17 +403,18 @@ def test_a_model_is_its_own_best_draft(world, temperature):
     target = HFModel.load(world / "target", device="cpu", dtype="float32")
     prompts = [[5, 6, number] for number in range(6)]
     trial = Trial(
-        target, "vanilla", world / "target", prompts, new_tokens=20, temperature=temperature
+        target, "vanilla", world / "target", prompts, new_tokens=21, temperature=temperature
     )
     found = trial.chains(4)
     assert found.by_position == (1.0,) * 4
-    assert found.length == trial.static(levels=4, nodes=8) == 5.0
+    # The first step drafts nothing, four steps keep all they draft.
+    assert found.length == trial.static(levels=4, nodes=8) == 21 / 5
 
 
 def test_a_trial_keeps_within_the_context(world):
     target = HFModel.load(world / "target", device="cpu", dtype="float32")
     trial = Trial(target, "vanilla", world / "target", [[5] * 250, [6]], new_tokens=999)
-    assert trial.chains(2).length == pytest.approx(3.0, abs=0.5)
+    assert trial.chains(2).length == pytest.approx(2.3, abs=0.5)
 
 
 def test_an_untrained_head_is_tried(target, tmp_path):

@@ -278,6 +278,8 @@ class Engine:
     def _choose_budget(self, batch: Batch) -> Budget:
         if self.drafter is None:
             return NO_DRAFT
+        if any(r.num_output == 0 for r in batch.requests):
+            return NO_DRAFT  # first tokens do not wait for drafts
         if self._feature_layers and any(r.num_cached == 0 for r in batch.requests):
             return NO_DRAFT  # the only token of a text has no hidden state yet
         levels, nodes = self.controller.choose(len(batch), self._ladder)
