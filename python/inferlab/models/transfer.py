@@ -20,3 +20,11 @@ def upload(values: Sequence[Any] | np.ndarray, dtype: Any, device: torch.device)
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
+
+
+def upload_pages(pages: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Page ids of each row as a block table, [rows, max_pages] int32, -1 behind a row's own."""
+    table = np.full((len(pages), max(map(len, pages))), -1, dtype=np.int32)
+    for row, own in zip(table, pages, strict=True):
+        row[: len(own)] = own
+    return upload(table, np.int32, device)

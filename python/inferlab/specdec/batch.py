@@ -8,7 +8,7 @@ import torch
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import SamplingTensors
 from inferlab.models import TargetModel, allowed_vocab
-from inferlab.models.transfer import upload
+from inferlab.models.transfer import upload, upload_pages
 from inferlab.scheduler import Request
 from inferlab.specdec.walk import Walk
 
@@ -54,11 +54,7 @@ class Batch:
         self.device = device
         self._end_token_ids = end_token_ids
         self._reread_length = reread_length
-        size = len(requests)
-        table = np.full((size, max(len(r.pages) for r in requests)), -1, dtype=np.int32)
-        for row, request in zip(table, requests, strict=True):
-            row[: len(request.pages)] = request.pages
-        self.block_table = upload(table, np.int32, device)
+        self.block_table = upload_pages([r.pages for r in requests], device)
         self.seq_lens = upload([r.num_cached for r in requests], np.int32, device)
         self.roots = upload([r.tokens[-1] for r in requests], np.int32, device)
         self._history: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from inferlab.models import ForwardBatch
-from inferlab.models.transfer import upload
+from inferlab.models.transfer import upload, upload_pages
 from inferlab.scheduler import Chunk
 
 PIECE = 16
@@ -58,10 +58,7 @@ class Reading:
         self.seq_lens = upload(starts, np.int32, device)
         even = min(lengths) == width
         self.num_nodes = None if even else upload(lengths, np.int32, device)
-        table = np.full((len(of), max(len(c.request.pages) for c in chunks)), -1, dtype=np.int32)
-        for pages, chunk in zip(table, of, strict=True):
-            pages[: len(chunk.request.pages)] = chunk.request.pages
-        self.block_table = upload(table, np.int32, device)
+        self.block_table = upload_pages([c.request.pages for c in of], device)
         self.prompt_lens = upload([c.request.read_length for c in of], np.int32, device)
 
     @cached_property

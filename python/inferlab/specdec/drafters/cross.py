@@ -25,7 +25,7 @@ import torch
 from inferlab.config import MAX_DRAFT
 from inferlab.kernels import SamplingTensors, build_tree
 from inferlab.models import ForwardBatch, KVCache, TargetModel, VocabularyMap
-from inferlab.models.transfer import upload
+from inferlab.models.transfer import upload, upload_pages
 from inferlab.scheduler import PageAllocator, Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
@@ -199,9 +199,6 @@ class CrossVocabularyDrafter(Drafter):
         return _chains(batch, chains)
 
     def _ground(self, batch: Batch, index: torch.Tensor | None, texts: list[DraftText]) -> Ground:
-        table = np.full((len(texts), max(len(t.pages) for t in texts)), -1, dtype=np.int32)
-        for row, text in zip(table, texts, strict=True):
-            row[: len(text.pages)] = text.pages
         roots, positions, sampling = batch.roots, batch.seq_lens, batch.sampling
         if index is not None:
             roots, positions = roots[index], positions[index]
@@ -211,7 +208,7 @@ class CrossVocabularyDrafter(Drafter):
             roots,
             positions,
             upload([len(t.ids) - 1 for t in texts], np.int32, batch.device),
-            upload(table, np.int32, batch.device),
+            upload_pages([t.pages for t in texts], batch.device),
             sampling,
         )
 
