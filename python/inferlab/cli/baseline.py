@@ -15,14 +15,12 @@ from inferlab.cli.flags import (
     given_values,
 )
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
-from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts
+from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts, show_result
 from inferlab.cli.terminal import (
     clean_stdout,
     setup_logging,
-    show_heading,
     show_line,
     show_piece,
-    show_text,
     shows_live,
 )
 from inferlab.config import BaselineConfig, choices, load_config
@@ -95,12 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(result: dict[str, Any], shown: bool = False) -> None:
-    if "id" in result:
-        show_heading(str(result["id"]))
-    if "error" in result:
-        show_line([f"error: {result['error']}"])
+    if not show_result(result, shown):
         return
-    show_text("" if shown else result["text"])
     show_line(
         [
             f"{result['model']}, {result['dtype']}, {result['device']}",

@@ -11,7 +11,7 @@ from typing import Any, Generic, TextIO, TypeVar
 from typing_extensions import NotRequired, TypedDict
 
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
-from inferlab.cli.terminal import progress, show_heading, show_line
+from inferlab.cli.terminal import progress, show_heading, show_line, show_text
 from inferlab.errors import describe_error
 from inferlab.output import Journal, print_json, write_json
 from inferlab.prompts import Prompt
@@ -238,6 +238,18 @@ def report(
         logger.warning("interrupted; kept %d results", len(collected.results))
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if collected.failed else EXIT_OK
+
+
+def show_result(result: Result, shown: bool) -> bool:
+    """Prints what results of all commands have: whose it is, and its text, unless that was
+    ``shown`` as it came, or its error; whether there are figures to follow."""
+    if "id" in result:
+        show_heading(str(result["id"]))
+    if "error" in result:
+        show_line([f"error: {result['error']}"])
+        return False
+    show_text("" if shown else result["text"])
+    return True
 
 
 def _show_summary(summary: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
-from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts
+from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts, show_result
 from inferlab.cli.specdec_flags import (
     add_model_arguments,
     add_sampling_arguments,
@@ -18,10 +18,8 @@ from inferlab.cli.specdec_flags import (
 from inferlab.cli.terminal import (
     clean_stdout,
     setup_logging,
-    show_heading,
     show_line,
     show_piece,
-    show_text,
     shows_live,
 )
 from inferlab.config import SpecdecConfig, load_config
@@ -92,12 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(result: dict[str, Any], shown: bool = False) -> None:
-    if "id" in result:
-        show_heading(str(result["id"]))
-    if "error" in result:
-        show_line([f"error: {result['error']}"])
+    if not show_result(result, shown):
         return
-    show_text("" if shown else result["text"])
     lossless = "lossless" if result["lossless"] else "lossy"
     drafts = f" + {result['draft_model']}" if result["draft_model"] else ""
     show_line(
