@@ -154,6 +154,7 @@ class SpeculationStats:
     ``proposed`` counts the depth of each tree offered, not its nodes: it is the number of draft
     tokens that could have been accepted, so ``accepted / proposed`` means the same on chains and
     trees. ``emitted`` counts the tokens kept from steps, the bonus token of each included.
+    ``prefill_forwards`` read the text before the first step, whose forward reads the last chunk.
     """
 
     steps: int = 0
@@ -212,7 +213,7 @@ class SpeculationStats:
 
     @property
     def target_forwards(self) -> int:
-        """Forwards of the target: steps, and one per chunk of the prompt."""
+        """Forwards of the target: steps, and those before them that read a long prompt."""
         return self.steps + self.prefill_forwards
 
 

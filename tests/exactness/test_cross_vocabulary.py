@@ -304,9 +304,8 @@ class Scribe:
 
     def forward(self, batch: ForwardBatch, cache, layers=()) -> ForwardOutput:
         positions = batch.positions
-        if batch.last_only:
-            last = batch.tokens.shape[1] if batch.num_nodes is None else batch.num_nodes
-            positions = batch.seq_lens[:, None] + torch.as_tensor(last).reshape(-1, 1) - 1
+        if batch.scored is not None:
+            positions = positions.reshape(-1, 1)[batch.scored]
         ids = self._ids[(positions + 1).clamp_max(len(self._ids) - 1).long()]
         return ForwardOutput(torch.nn.functional.one_hot(ids, self.vocab_size).float() * 50)
 

@@ -105,7 +105,7 @@ def test_shapes_do_not_share_a_graph():
     counts = torch.tensor([1], dtype=torch.int32)
     batches = [
         batch_of([[5, 6]], 3),
-        batch_of([[5, 6]], 3, last_only=True),
+        batch_of([[5, 6]], 3, scored=torch.tensor([1])),
         batch_of([[5, 6]], 3, node_offset=1),
         batch_of([[5, 6]], 3, num_nodes=counts),
         batch_of([[5, 6]], 3, ancestors=torch.tensor([[[1], [3]]])),

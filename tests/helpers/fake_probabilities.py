@@ -8,20 +8,21 @@ from collections import Counter
 import numpy as np
 import torch
 
-from inferlab.models import FakeLM, ForwardBatch
+from inferlab.models import FakeLM, ForwardBatch, last_rows
 from inferlab.types import SamplingParams
 
 
 def next_logits(model: FakeLM, tokens: list[int]) -> np.ndarray:
     """The model's logits after ``tokens``, [V]."""
     cache = model.new_cache(4)
+    ids = torch.tensor([tokens])
     logits = model.forward(
         ForwardBatch(
-            tokens=torch.tensor([tokens]),
+            tokens=ids,
             positions=torch.arange(len(tokens))[None],
             seq_lens=torch.zeros(1, dtype=torch.int32),
             block_table=torch.arange(4, dtype=torch.int32)[None],
-            last_only=True,
+            scored=last_rows(ids),
         ),
         cache,
     ).logits

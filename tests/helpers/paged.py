@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from inferlab.models import ForwardBatch, TargetModel
+from inferlab.models import ForwardBatch, TargetModel, last_rows
 
 
 def ancestor_words(parents: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -70,16 +70,15 @@ class PagedRunner:
         longest = max(counts)
         ids = torch.tensor([list(row) + [0] * (longest - len(row)) for row in tokens])
         depth = torch.arange(longest)[None]
+        num_nodes = None if min(counts) == longest else torch.tensor(counts, dtype=torch.int32)
         logits = self.model.forward(
             ForwardBatch(
                 tokens=ids,
                 positions=self.seq_lens.long()[:, None] + depth,
                 seq_lens=self.seq_lens,
                 block_table=self.block_table,
-                num_nodes=None
-                if min(counts) == longest
-                else torch.tensor(counts, dtype=torch.int32),
-                last_only=last_only,
+                num_nodes=num_nodes,
+                scored=last_rows(ids, num_nodes) if last_only else None,
             ),
             self.cache,
         ).logits

@@ -116,18 +116,18 @@ def test_reading_is_shared_out_in_order_of_arrival():
         scheduler.add(request)
     plan = scheduler.plan()
     assert plan.admitted == requests
-    assert [(c.request, c.start, c.stop) for c in plan.chunks] == [
-        (requests[0], 0, 30),
-        (requests[2], 0, 20),
+    assert [(c.request, c.start, c.stop, c.root) for c in plan.chunks] == [
+        (requests[0], 0, 30, True),
+        (requests[1], 0, 0, True),
+        (requests[2], 0, 20, False),
     ]
-    assert plan.decode == requests[:2]
+    assert plan.decode == []
     for chunk in plan.chunks:
-        chunk.request.num_cached = chunk.stop
-    requests[0].tokens.append(5)
-    requests[0].num_cached += 1
+        chunk.request.num_cached = chunk.stop + chunk.root
+        chunk.request.tokens += [5] * chunk.root
     plan = scheduler.plan()
-    assert [(c.start, c.stop) for c in plan.chunks] == [(20, 39), (0, 8)]
-    assert plan.decode == requests
+    assert [(c.start, c.stop, c.root) for c in plan.chunks] == [(20, 39, True), (0, 8, True)]
+    assert plan.decode == requests[:2]
     assert not plan.admitted
 
 

@@ -6,7 +6,7 @@ from inferlab.models.base import TargetModel, allowed_vocab, plain_model, unknow
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
 from inferlab.models.forked import use_threads_that_exist
-from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput, last_rows
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
@@ -28,6 +28,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "VocabularyMap",
     "allowed_vocab",
+    "last_rows",
     "plain_model",
     "resolve_model_path",
     "tokenizer_difference",

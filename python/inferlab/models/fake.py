@@ -131,10 +131,8 @@ class FakeLM:
             seen = _path_sums(nodes, batch, b, N)
             hashes[b, : len(seen)] = prefix.sum(dtype=np.uint64) + seen
             hashes[b, len(seen) :] = 0
-        if not batch.scored:
-            hashes = hashes[:, :0]
-        elif batch.last_only:
-            hashes = hashes[np.arange(B), num_nodes - 1][:, None]
+        if batch.scored is not None:
+            hashes = hashes.reshape(-1, 1)[batch.scored.numpy()]
         return ForwardOutput(torch.from_numpy(self._logits(_mix(hashes + self._key))))
 
     def plain(self) -> None:

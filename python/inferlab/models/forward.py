@@ -15,9 +15,9 @@ class ForwardOutput(NamedTuple):
     """What a pass gives to the drafter as well.
 
     Attributes:
-        logits: [B, N, V]; [B, 1, V] with ``last_only``, [B, 0, V] where not ``scored``.
+        logits: [B, N, V], or [S, 1, V] of the rows that ``scored`` names.
         features: [B, N, F], the hidden states asked for, one after the other in the last
-            dimension; of all rows, also with ``last_only``. None where none were asked for.
+            dimension; of all rows, scored or not. None where none were asked for.
     """
 
     logits: torch.Tensor
@@ -42,8 +42,7 @@ class ForwardBatch:
         num_nodes: [B] i32, real nodes per sequence where rows are padded on the right; None: all N.
         node_offset: nodes of the same tree that earlier passes have already written behind
             ``seq_lens`` (a draft model growing its tree level by level).
-        last_only: return logits of each sequence's last real row only, as [B, 1, V].
-        scored: False where a text is only read: there are no logits then, [B, 0, V].
+        scored: [S] i64, which of the B * N rows logits are wanted of (see `last_rows`); None: all.
         prompt_lens: [B] i32, tokens of the text that `generate` reads in one forward, these nodes
             among them: what scales positions by length takes all of them as that long (see
             `rotary`). None: every node is read in a forward of its own, as decoding does.
@@ -56,6 +55,12 @@ class ForwardBatch:
     ancestors: torch.Tensor | None = None
     num_nodes: torch.Tensor | None = None
     node_offset: int = 0
-    last_only: bool = False
-    scored: bool = True
+    scored: torch.Tensor | None = None
     prompt_lens: torch.Tensor | None = None
+
+
+def last_rows(tokens: torch.Tensor, num_nodes: torch.Tensor | None = None) -> torch.Tensor:
+    """Each sequence's last real row, for ``ForwardBatch.scored``: [B] i64."""
+    size, nodes = tokens.shape
+    starts = torch.arange(0, size * nodes, nodes, device=tokens.device)
+    return starts + (nodes - 1 if num_nodes is None else num_nodes.to(torch.int64) - 1)

@@ -73,21 +73,15 @@ class FusedDecoder:
             hidden = layer.forward(hidden, size, nodes, cos, sin, ongoing, index)
             if index in feature_layers:
                 features[index] = hidden.clone()  # the next layer may add in place
-        rows = None
-        if not batch.scored:
-            rows = torch.empty(0, dtype=torch.int64, device=hidden.device)
-        elif batch.last_only and nodes > 1:
-            last = nodes - 1 if batch.num_nodes is None else batch.num_nodes.long() - 1
-            rows = torch.arange(size, device=hidden.device) * nodes + last
-        if rows is not None and FINAL_HIDDEN not in feature_layers:
-            hidden, rows = hidden[rows], None
+        scored = batch.scored
+        if scored is not None and FINAL_HIDDEN not in feature_layers:
+            hidden, scored = hidden[scored], None
         hidden = rms_norm(hidden, self._norm_weight, self._norm_eps)
         features[FINAL_HIDDEN] = hidden
-        if rows is not None:
-            hidden = hidden[rows]
-        logits = product(hidden, self._head.weight, self._head.bias).view(
-            size, len(hidden) // size, self._vocab
-        )
+        if scored is not None:
+            hidden = hidden[scored]
+        logits = product(hidden, self._head.weight, self._head.bias)
+        logits = logits.view(*((size, nodes) if batch.scored is None else (-1, 1)), self._vocab)
         if not feature_layers:
             return ForwardOutput(logits)
         wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]

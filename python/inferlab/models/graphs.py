@@ -39,6 +39,7 @@ _TENSORS = (
     "block_table",
     "ancestors",
     "num_nodes",
+    "scored",
     "prompt_lens",
 )
 
@@ -48,8 +49,6 @@ class Shape(NamedTuple):
 
     sizes: tuple[tuple[int, ...] | None, ...]  # of the batch's tensors, the table's padded
     node_offset: int
-    last_only: bool
-    scored: bool
     layers: tuple[int, ...]
 
 
@@ -129,7 +128,7 @@ def _shape_of(batch: ForwardBatch, layers: tuple[int, ...]) -> Shape:
         sizes.append(None if value is None else tuple(value.shape))
     rows, pages = batch.block_table.shape
     sizes[_TENSORS.index("block_table")] = (rows, 1 << (pages - 1).bit_length())
-    return Shape(tuple(sizes), batch.node_offset, batch.last_only, batch.scored, layers)
+    return Shape(tuple(sizes), batch.node_offset, layers)
 
 
 def _copy_inputs(batch: ForwardBatch, held: ForwardBatch) -> None:

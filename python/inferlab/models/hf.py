@@ -335,15 +335,10 @@ class HFModel:
 
 
 def _scored_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-    """The rows of [B, N, H] whose logits are asked for."""
-    if not batch.scored:
-        return hidden[:, :0]
-    if not batch.last_only:
+    """The rows of [B, N, H] whose logits are asked for: all, or [S, 1, H]."""
+    if batch.scored is None:
         return hidden
-    if batch.num_nodes is None:
-        return hidden[:, -1:]
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
-    return hidden[rows, batch.num_nodes.long() - 1].unsqueeze(1)
+    return hidden.flatten(0, 1)[batch.scored].unsqueeze(1)
 
 
 @contextmanager

@@ -9,22 +9,28 @@ from inferlab.scheduler.request import Request
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, stop) of a request, to be read in one forward."""
+    """Tokens [start, stop) of a request, to be read in one forward.
+
+    Attributes:
+        root: these are the last before the root, which rides along with its tree of one node.
+    """
 
     request: Request
     start: int
     stop: int
+    root: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A step: some texts are read on, then all that are read to their roots decode.
+    """A step: some texts are read on, those that were read before decode.
 
     Attributes:
         preempted: requests that lost their pages since the plan before.
         admitted: requests that were given pages, new ones and such as were preempted.
         chunks: what is to be read.
-        decode: who decodes, those included whose text the chunks complete.
+        decode: who drafts and verifies: all that were read up to their roots before. Those whose
+            text the chunks complete get their token from the same forward.
     """
 
     preempted: list[Request] = field(default_factory=list)

@@ -66,6 +66,11 @@ class Request:
         return len(self.tokens) - 1 - self.num_cached
 
     @property
+    def is_read(self) -> bool:
+        """Whether it has been decoded: the root of a text of one token has nothing before it."""
+        return self.unread == 0 and self.num_cached > 0
+
+    @property
     def remaining(self) -> int:
         """New tokens it may still produce."""
         return self.params.max_tokens - self.num_output

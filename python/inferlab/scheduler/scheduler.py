@@ -17,13 +17,13 @@ class Scheduler:
 
     A request takes all the pages it can need (prompt, new tokens and one draft tree) when it is
     admitted. So a running one never runs out of pages, and one that does not fit waits. Texts are
-    read in order of arrival, and each decodes from the step on that completes its reading.
+    read in order of arrival; each gets a token from the step on that completes its reading.
 
     Args:
         allocator: the pool's pages.
         max_batch: requests that run together at most.
         tree_slots: slots behind the committed tokens that a step's tree may fill.
-        read_tokens: tokens that a step reads at most.
+        read_tokens: tokens that a step reads at most, roots not counted.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class Scheduler:
         """Admits what there is room for and says what the next step does."""
         preempted, self._preempted = self._preempted, []
         admitted = self._admit()
-        chunks = []
+        chunks, decode = [], []
         left = self.read_tokens
         for request in self.running:
+            if request.is_read:
+                decode.append(request)
+                continue
             count = min(request.unread, left)
-            if count > 0:
-                chunks.append(Chunk(request, request.num_cached, request.num_cached + count))
+            start, stop = request.num_cached, request.num_cached + count
+            if count == request.unread or count > 0:
+                chunks.append(Chunk(request, start, stop, root=count == request.unread))
                 left -= count
-        read = {chunk.request.request_id: chunk.stop for chunk in chunks}
-        decode = [
-            r for r in self.running if read.get(r.request_id, r.num_cached) == len(r.tokens) - 1
-        ]
         return Plan(preempted, admitted, chunks, decode)
 
     def preempt(self, request: Request) -> None:

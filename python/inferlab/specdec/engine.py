@@ -10,7 +10,7 @@ from itertools import count
 import torch
 
 from inferlab.errors import Interrupted
-from inferlab.models import KVCache, TargetModel
+from inferlab.models import ForwardOutput, KVCache, TargetModel
 from inferlab.scheduler import Chunk, PageAllocator, Request, Scheduler
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
@@ -20,8 +20,9 @@ from inferlab.specdec.emission import Emission
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.reading import Reading
 from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_decoder
-from inferlab.specdec.tree import NO_DRAFT, Budget
+from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.turns import Turns
+from inferlab.specdec.walk import Outcome
 from inferlab.types import GenerationResult, SamplingParams
 
 
@@ -29,7 +30,8 @@ class Engine:
     """Decodes requests in a batch, with or without speculation: plain decoding is a tree of N = 1.
 
     Every token comes out of a step. A text is read up to its last token, which is the root of the
-    first step; so a new prompt, and a text that lost its pages and is read anew, are one case.
+    first step and rides in the same forward; so a new prompt, and a text that lost its pages and is
+    read anew, are one case.
 
     ``add``, ``step`` and ``abort`` are for one thread; ``run`` and ``generate`` may be called from
     several, whose requests then run in one batch.
@@ -136,7 +138,8 @@ class Engine:
             self._read(plan.chunks)
         if plan.decode:
             self._decode(plan.decode)
-        emissions = {r.request_id: Emission.of(r) for r in plan.decode}
+        decoded = [*(chunk.request for chunk in plan.chunks if chunk.root), *plan.decode]
+        emissions = {r.request_id: Emission.of(r) for r in decoded}
         for request in (*done, *self._retire()):
             emissions.setdefault(request.request_id, Emission.of(request))
         return list(emissions.values())
@@ -220,7 +223,7 @@ class Engine:
         if length is None:
             return
         for request in self.scheduler.running:
-            if request.num_cached == length >= request.read_length and request.unread == 0:
+            if request.num_cached == length >= request.read_length and request.is_read:
                 request.num_cached = 0
                 request.read_length = length + 1
                 self._forget(request)
@@ -232,15 +235,20 @@ class Engine:
             self.drafter.release(request)
 
     def _read(self, chunks: list[Chunk]) -> None:
-        """K/V of parts of texts, in one forward, which the drafter hears of."""
+        """Parts of texts, in one forward, which the drafter hears of. Those that come to their root
+        get a token: first tokens do not wait for drafts."""
         reading = Reading(chunks, self.target.device)
         output = self.target.forward(reading.batch, self.cache, self._feature_layers)
         for chunk in chunks:
             chunk.request.num_cached = chunk.stop
-            chunk.request.stats.prefill_forwards += 1
+            chunk.request.stats.prefill_forwards += not chunk.root  # else it is a step's
         if self.drafter is not None:
             self.drafter.prefill(reading, output)
         self.clock.lap("prefill")
+        started = [chunk.request for chunk in chunks if chunk.root]
+        if started:
+            batch = Batch.of(started, self.target)
+            self._conclude(batch, DraftTree.root_only(batch.roots), reading.at_roots(output))
 
     def _decode(self, requests: list[Request]) -> None:
         """One step for requests that are read up to their roots."""
@@ -255,33 +263,35 @@ class Engine:
         spent += self.clock.lap("draft")
         output = step.forward(self.target, self.cache, batch, tree, self._feature_layers)
         spent += self.clock.lap("verify")
+        outcomes, after = self._conclude(batch, tree, output)
+        visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
+        self.controller.observe(
+            StepObservation(len(batch), budget, spent + after, list(tree.depths), visited, lagging)
+        )
+
+    def _conclude(
+        self, batch: Batch, tree: DraftTree, output: ForwardOutput
+    ) -> tuple[list[Outcome], float]:
+        """What follows the forward; returns what was kept, and the ms that it took."""
         walk = step.verify(self.policy, output, tree, batch)
-        spent += self.clock.lap("accept")
+        spent = self.clock.lap("accept")
         step.commit(self.cache, self.drafter, batch, walk)
         spent += self.clock.lap("commit")
         outcomes = walk.read()
         spent += self.clock.lap("accept")
-        for i, (request, outcome) in enumerate(zip(requests, outcomes, strict=True)):
+        for i, (request, outcome) in enumerate(zip(batch.requests, outcomes, strict=True)):
             emitted = self._emit(request, outcome.tokens)
             accepted = min(outcome.accepted, emitted)
             request.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
             request.num_drafted += accepted
             request.num_cached = len(request.tokens) - 1
-        if not any(r.finished for r in requests):
+        if not any(r.finished for r in batch.requests):
             batch.refresh()
-        spent += self.clock.lap("commit")
-        visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
-        self.controller.observe(
-            StepObservation(len(batch), budget, spent, list(tree.depths), visited, lagging)
-        )
+        return outcomes, spent + self.clock.lap("commit")
 
     def _choose_budget(self, batch: Batch) -> Budget:
         if self.drafter is None:
             return NO_DRAFT
-        if any(r.num_output == 0 for r in batch.requests):
-            return NO_DRAFT  # first tokens do not wait for drafts
-        if self._feature_layers and any(r.num_cached == 0 for r in batch.requests):
-            return NO_DRAFT  # the only token of a text has no hidden state yet
         levels, nodes = self.controller.choose(len(batch), self._ladder)
         if levels == 0:
             return NO_DRAFT

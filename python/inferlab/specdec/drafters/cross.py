@@ -24,7 +24,7 @@ import torch
 
 from inferlab.config import MAX_DRAFT
 from inferlab.kernels import SamplingTensors, build_tree
-from inferlab.models import ForwardBatch, KVCache, TargetModel, VocabularyMap
+from inferlab.models import ForwardBatch, KVCache, TargetModel, VocabularyMap, last_rows
 from inferlab.models.transfer import upload, upload_pages
 from inferlab.scheduler import PageAllocator, Request
 from inferlab.specdec.batch import Batch
@@ -231,15 +231,17 @@ class CrossVocabularyDrafter(Drafter):
         positions = seq_lens.to(torch.int64)[:, None] + torch.arange(max(counts), device=device)
         if self.model.context_length is not None:
             positions = positions.clamp_max(self.model.context_length - 1)  # padding
+        ids = upload(tokens, np.int64, device)
         even = min(counts) == max(counts)
+        num_nodes = None if even else upload(counts, np.int32, device)
         return self.model.forward(
             ForwardBatch(
-                tokens=upload(tokens, np.int64, device),
+                tokens=ids,
                 positions=positions,
                 seq_lens=seq_lens,
                 block_table=table,
-                num_nodes=None if even else upload(counts, np.int32, device),
-                last_only=True,
+                num_nodes=num_nodes,
+                scored=last_rows(ids, num_nodes),
             ),
             self.cache,
         ).logits

@@ -222,11 +222,11 @@ class EagleDrafter(Drafter):
         )
         # The pair of the root is processed once more when drafting begins: from it the tree grows.
         for chunk, features in zip(reading.chunks, reading.by_chunk(output.features), strict=True):
-            self._pending.start(chunk.request, features[-1:], chunk.stop - 1)
+            self._pending.start(chunk.request, features[-1:], max(chunk.stop - 1, 0))
 
     @torch.inference_mode()
     def commit(self, batch: Batch, walk: Walk) -> None:
-        self._pending.enter(batch, walk.output.features)
+        self._pending.enter(batch)
         if max(self._pending.counts(batch)) >= MOST_PENDING:
             self._catch_up(batch)
         self._pending.append(batch, walk)

@@ -32,7 +32,8 @@ class LastFeatures:
         for chunk, rows in zip(reading.chunks, reading.by_chunk(features), strict=True):
             before = self._loose.get(chunk.request.request_id)
             if before is None:
-                before = rows[:1].expand(self.count, -1)
+                first = rows[:1] if len(rows) else rows.new_zeros((1, rows.shape[-1]))
+                before = first.expand(self.count, -1)
             self._loose[chunk.request.request_id] = torch.cat((before, rows))[-self.count :]
 
     def of(self, batch: Batch) -> torch.Tensor:
@@ -49,11 +50,6 @@ class LastFeatures:
         """Moves on by a step."""
         features = walk.output.features
         assert features is not None
-        if self._batch is not batch:
-            for request in batch.requests:  # a text of one token: nothing was read
-                if request.request_id not in self._loose and not self._knows(request):
-                    none = features.new_zeros((self.count, features.shape[-1]))
-                    self._loose[request.request_id] = none
         if features.shape[1] == 1 and self._batch is batch:  # the root alone, which is always kept
             self._rows = [*self._rows, features][-self.count :]
             return
@@ -72,9 +68,6 @@ class LastFeatures:
         """Forgets a request."""
         self._put_back()
         self._loose.pop(request.request_id, None)
-
-    def _knows(self, request: Request) -> bool:
-        return self._batch is not None and request in self._batch.requests
 
     def _put_back(self) -> None:
         if self._batch is not None:
@@ -112,20 +105,11 @@ class PendingFeatures:
         self._loose[request.request_id] = features
         self._done[request.request_id] = done
 
-    def enter(self, batch: Batch, features: torch.Tensor | None = None) -> None:
-        """Must come first in a step: lays the rows out for this batch.
-
-        Args:
-            features: [.., F] of the step, in case a text of one token is new: it has no hidden
-                state before that.
-        """
+    def enter(self, batch: Batch) -> None:
+        """Must come first in a step: lays the rows out for this batch."""
         if self._batch is batch:
             return
         self._put_back()
-        for request in batch.requests:
-            if request.request_id not in self._loose:
-                assert features is not None
-                self.start(request, features.new_empty((0, features.shape[-1])), 0)
         rows = [self._loose.pop(r.request_id) for r in batch.requests]
         room = max(self.START, *(len(r) for r in rows))
         self._rows = rows[0].new_zeros((len(rows), room, rows[0].shape[-1]))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
+from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel, last_rows
 from inferlab.models.transfer import upload
 from inferlab.scheduler import READ_TOKENS, Chunk, Request
 from inferlab.specdec.batch import Batch
@@ -61,10 +61,9 @@ class ModelDrafter(Drafter):
         return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
 
     def prefill(self, reading: Reading, output: ForwardOutput) -> None:
-        self._count_walked()
+        """Reads nothing yet: only what is drafted for, before its first draft."""
         if any(chunk.start == 0 for chunk in reading.chunks):
             self.model.notice_changes()
-        self._read(reading)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         longest = max(len(r.tokens) for r in batch.requests)
@@ -113,14 +112,15 @@ class ModelDrafter(Drafter):
         tokens = batch.history.gather(1, positions)
         if self.model.context_length is not None:
             positions = positions.clamp_max(self.model.context_length - 1)  # padding
+        num_nodes = None if even else batch.lengths - cached
         logits = self.model.forward(
             ForwardBatch(
                 tokens=self._known(tokens).to(torch.int64),
                 positions=positions,
                 seq_lens=cached,
                 block_table=batch.block_table,
-                num_nodes=None if even else batch.lengths - cached,
-                last_only=True,
+                num_nodes=num_nodes,
+                scored=last_rows(tokens, num_nodes),
             ),
             self.cache,
         ).logits

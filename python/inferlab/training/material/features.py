@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from inferlab.models import ForwardBatch, TargetModel
+from inferlab.models import ForwardBatch, TargetModel, last_rows
 
 SHARD_TOKENS = 262_144
 READ_TOKENS = 8192
@@ -38,12 +38,13 @@ def read_features(target: TargetModel, tokens: Tensor, layers: tuple[int, ...]) 
     rows, length = tokens.shape[0], tokens.shape[1] - 1
     cache = target.new_cache(rows * -(-length // PAGE_SIZE), PAGE_SIZE)
     ids, pages = torch.arange(cache.num_pages, dtype=torch.int32), cache.num_pages // rows
+    ids_there = tokens[:, :-1].long().to(target.device)
     batch = ForwardBatch(
-        tokens=tokens[:, :-1].long().to(target.device),
+        tokens=ids_there,
         positions=torch.arange(length, device=target.device).expand(rows, -1),
         seq_lens=torch.zeros(rows, dtype=torch.int32, device=target.device),
         block_table=ids.view(rows, pages).to(target.device),
-        last_only=True,
+        scored=last_rows(ids_there),
         prompt_lens=torch.full((rows,), length, dtype=torch.int32, device=target.device),
     )
     features = target.forward(batch, cache, layers).features
