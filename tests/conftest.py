@@ -32,6 +32,11 @@ def pytest_addoption(parser):
         choices=("plain", "asan", "tsan"),
         help="the sanitizer that Metal kernels are compiled with for the CPU",
     )
+    parser.addoption(
+        "--each-value",
+        action="store_true",
+        help="device tests: not all combinations of their parameters, but every value of each",
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,11 +1,12 @@
-"""Fewer rows of a large matrix: every pair of values of two factors stands in one of them.
+"""Fewer rows of a large matrix: every pair of values of two factors stands in one of them, or every
+value.
 
 The other rows of the full product are marked `full` (pytest -m full).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -31,6 +32,18 @@ def covering(sizes: Iterable[int], rows: Iterable[Row] = ()) -> list[Row]:
 
 def _pairs(row: Row) -> set[tuple[tuple[int, int], ...]]:
     return set(combinations(enumerate(row), 2))
+
+
+def each_value(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """As few rows as it takes for every value of every factor, by their places."""
+    values = [{(name, repr(value)) for name, value in row.items()} for row in rows]
+    missing = set().union(*values)
+    chosen = [] if missing else list(range(len(rows)))
+    while missing:
+        best = max(range(len(rows)), key=lambda i: len(values[i] & missing))
+        chosen.append(best)
+        missing -= values[best]
+    return sorted(chosen)
 
 
 def pairwise(

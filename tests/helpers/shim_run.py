@@ -42,12 +42,14 @@ def device_tests(
     *,
     module: Path | None = None,
     backend: str = "cuda-shim",
+    options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """pytest on `tests` below tests/kernels/device, up to the first failure.
 
     Arguments:
     module: the CUDA shim's, if not the one that is built from csrc/cuda. It is expected to fail,
         so its smallest failing example is not looked for.
+    options: for pytest.
 
     Returns: its exit status and, in stdout, all it said; a sanitizer's report is part of that.
     """
@@ -62,7 +64,7 @@ def device_tests(
     arguments = [
         *("-q", "-x", "-p", "no:cacheprovider"),
         # Not the file descriptors: a process that a sanitizer ends would take its report along.
-        *("--capture=sys", "--tb=short", "--durations=10", "-k", backend, *shim),
+        *("--capture=sys", "--tb=short", "--durations=10", "-k", backend, *shim, *options),
         "-Wignore::pytest.PytestAssertRewriteWarning",  # the warm process has imported the plugins
         *(str(FOLDER / test) for test in tests),
     ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from helpers.backends import Backend
+from helpers.pairwise import each_value
 from inferlab.kernels import _registry
 
 BACKENDS = [
@@ -41,6 +43,21 @@ KERNELS_ONLY = {
     "test_values_out_of_range_touch_no_memory_that_is_not_theirs",
     "test_what_is_no_tree_becomes_padding",
 }
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--each-value: of a test's rows as many as hold every value of every parameter."""
+    if not config.getoption("--each-value"):
+        return
+    rows = defaultdict(list)
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        rows[item.nodeid.partition("[")[0], params.get("backend")].append((item, params))
+    kept = set()
+    for of_one in rows.values():
+        kept.update(of_one[i][0] for i in each_value([params for _, params in of_one]))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(params=BACKENDS)

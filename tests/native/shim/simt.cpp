@@ -27,7 +27,7 @@ constexpr size_t kCanaryBytes = 64;   // behind shared memory, where no sanitize
 constexpr unsigned char kCanary = 0xA5;
 // TSan: so many fibres take their turns in a launch before one serves a second block. What a fibre
 // knows it keeps, so a race between two blocks that it served would go unseen.
-constexpr size_t kManyFibres = 1024;
+constexpr size_t kManyFibres = 512;
 
 struct Block;
 
