@@ -184,7 +184,10 @@ class TreeShape:
         return _within(self, self.ranks, budget)
 
     def ladder(self, max_levels: int) -> tuple[Budget, ...]:
-        """Budgets of growing size to choose from: every small one, then about a quarter more."""
+        """Budgets of growing size to choose from: of a chain all, of a tree every small one, then
+        about a quarter more."""
+        if self.is_chain:
+            return tuple(Budget(k, k) for k in range(1, min(self.depth, max_levels) + 1))
         return ladder(self.within(Budget(max_levels, MAX_TREE_NODES)).num_nodes - 1, max_levels)
 
     def links(self, batch_size: int, device: torch.device) -> TreeLinks:

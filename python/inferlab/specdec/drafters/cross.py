@@ -114,7 +114,7 @@ class CrossVocabularyDrafter(Drafter):
         self._longest = min(2 * shape.depth, MAX_DRAFT)
 
     def ladder(self) -> Sequence[Budget]:
-        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
+        return self.shape.ladder(self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         self._take_walked()

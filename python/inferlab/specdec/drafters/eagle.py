@@ -73,7 +73,7 @@ class EagleDrafter(Drafter):
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
             return ladder(self.nodes, self.depth)
-        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.depth)
+        return self.shape.ladder(self.depth)
 
     @torch.inference_mode()
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:

@@ -58,7 +58,7 @@ class ModelDrafter(Drafter):
         self._cached = torch.empty(0, dtype=torch.int32)  # [B]: those of the batch, on the device
 
     def ladder(self) -> Sequence[Budget]:
-        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
+        return self.shape.ladder(self.max_depth)
 
     def prefill(self, reading: Reading, output: ForwardOutput) -> None:
         """Reads nothing yet: only what is drafted for, before its first draft."""

@@ -75,7 +75,7 @@ class RecyclingDrafter(Drafter):
         self._nodes_seen = 0
 
     def ladder(self) -> Sequence[Budget]:
-        return super().ladder() if self.shape.is_chain else self.shape.ladder(self.max_depth)
+        return self.shape.ladder(self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         shape = self.shape.within(budget)
