@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from inferlab.cli.flags import add_log_arguments
 from inferlab.models import HFModel
 from inferlab.training.heads import students
-from inferlab.training.heads.report import student_report, write_report
+from inferlab.training.heads.card import student_report, write_report
 from inferlab.training.heads.students import Student
 from inferlab.training.heads.teach import RunConfig, require_accelerate, teach
 from inferlab.training.heads.teacher import load_target, within_context

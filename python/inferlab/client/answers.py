@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
-from .sse import parse_events
+from inferlab.client.sse import parse_events
 
 KEEP_ALIVE = ("ping", "heartbeat", "keepalive", "keep-alive")
 """Types of events that servers send so that the connection stays open."""

@@ -12,10 +12,9 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
+from inferlab.client.answers import AnswerError, error_text
+from inferlab.client.proxies import check_port, client_for, settle_zone
 from inferlab.types import check_text
-
-from .answers import AnswerError, error_text
-from .environment import check_port, client_for, settle_zone
 
 logger = logging.getLogger(__name__)
 

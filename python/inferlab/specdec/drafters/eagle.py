@@ -16,7 +16,7 @@ from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import PendingFeatures
-from inferlab.specdec.drafters.growth import Growth
+from inferlab.specdec.drafters.grown import Growth
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
 from inferlab.specdec.reading import Reading

@@ -15,7 +15,7 @@ from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
-from inferlab.specdec.drafters.growth import grown_tree
+from inferlab.specdec.drafters.grown import grown_tree
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
 from inferlab.specdec.reading import Reading

@@ -147,13 +147,13 @@ class Watch(TrainerCallback):
                 self.target,
                 student.mode,
                 Path(folder),
-                heldout_prompts(config, self.source),
+                cut_heldout(config, self.source),
                 new_tokens=config.new_tokens,
             )
             return trial.chains(min(config.depth, student.max_positions))
 
 
-def heldout_prompts(config: RunConfig, source: Source) -> list[list[int]]:
+def cut_heldout(config: RunConfig, source: Source) -> list[list[int]]:
     """The held-out prompts, cut in front to the length that the target is taught with."""
     return [prompt[-config.material.max_prompt :].tolist() for prompt in source.heldout]
 

@@ -12,8 +12,8 @@ import pytest
 
 from helpers.faulty_server import FaultyServer, Respond, chat
 from helpers.socks_proxy import SocksProxy
-from inferlab.client.environment import is_excepted, settle_zone
 from inferlab.client.ping import VLLMPingClient
+from inferlab.client.proxies import is_excepted, settle_zone
 from inferlab.server import ping_vllm
 
 pytestmark = pytest.mark.network

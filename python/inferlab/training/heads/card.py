@@ -13,7 +13,7 @@ import torch
 
 from inferlab.models import HFModel
 from inferlab.training.heads.students import Student
-from inferlab.training.heads.teach import RunConfig, Taught, heldout_prompts
+from inferlab.training.heads.teach import RunConfig, Taught, cut_heldout
 from inferlab.training.material.sources import Source
 from inferlab.training.measure.acceptance import Trial
 
@@ -41,7 +41,7 @@ def student_report(
             served,
             student.mode,
             config.output,
-            heldout_prompts(config, source),
+            cut_heldout(config, source),
             new_tokens=config.new_tokens,
             temperature=temperature,
         )
