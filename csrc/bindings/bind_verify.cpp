@@ -1,3 +1,4 @@
+#include <iterator>
 #include <optional>
 #include <string>
 
@@ -176,8 +177,11 @@ void verify_tree_lossy(Call& c) {
   const double threshold = c.number("threshold");
   walk.take_outputs();
   if (!c.ready()) return;
-  require(policy >= 0 && policy <= 2,
-          [&] { return "policy is " + std::to_string(policy) + "; it must be in [0, 2]"; });
+  constexpr int64_t last = std::size(kPolicies) - 1;
+  require(policy >= 0 && policy <= last, [&] {
+    return "policy is " + std::to_string(policy) + "; it must be in [0, " + std::to_string(last) +
+           "]";
+  });
   LossyParams p{walk.params(), static_cast<LossyPolicy>(policy), 0.0f, 0.0, 0};
   const bool by_rank = p.policy == LossyPolicy::kTopkAgree;
   require(
@@ -201,7 +205,9 @@ void verify_tree_lossy(Call& c) {
 }  // namespace
 
 void bind_verify(py::module_& m) {
-  m.attr("LOSSY_POLICIES") = py::make_tuple(kPolicies[0], kPolicies[1], kPolicies[2]);
+  py::tuple policies(std::size(kPolicies));
+  for (size_t i = 0; i < policies.size(); ++i) policies[i] = kPolicies[i];
+  m.attr("LOSSY_POLICIES") = policies;
   define_query(m, "verify_workspace_bytes", verify_workspace_bytes);
   define(m, "verify_tree_match", verify_tree_match);
   define(m, "verify_tree_rejection", verify_tree_rejection);

@@ -13,11 +13,12 @@ from helpers.compare import assert_same_tokens
 from inferlab import SpeculativePipeline
 from inferlab.models import FakeLM, HFModel
 from inferlab.scheduler import Request
+from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import FixedController
-from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
+from inferlab.specdec.drafters import Drafter, ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
-from inferlab.specdec.tree import TreeShape
+from inferlab.specdec.tree import Budget, DraftTree, TreeShape
 from inferlab.types import SamplingParams
 
 MODES = ("none", "vanilla", "ngram", "recycling", "self", "medusa", "eagle", "ensemble")
@@ -47,6 +48,19 @@ def run(engine: Engine, requests: list[Request], rng: random.Random, chance: flo
         engine.step()
 
 
+def hold_to_budgets(drafter: Drafter) -> None:
+    """Has every proposal checked: no more levels and nodes than were asked for."""
+    propose = drafter.propose
+
+    def checked(batch: Batch, budget: Budget) -> DraftTree:
+        tree = propose(batch, budget)
+        assert max(tree.depths) <= budget.levels
+        assert max(tree.node_counts) <= 1 + budget.nodes
+        return tree
+
+    drafter.propose = checked
+
+
 @cache
 def target() -> HFModel:
     return HFModel.load("inferlab/tiny", device="cpu")
@@ -70,7 +84,10 @@ def test_a_text_that_is_read_anew_goes_on_as_it_would_have(mode, tree):
         target=target(), draft_mode=mode, tree=branches[mode] if tree else None, max_batch=3
     )
     engine = pipeline.engine
-    for _ in range(2):
+    if engine.drafter is not None:
+        hold_to_budgets(engine.drafter)
+    for levels in (2, 6):
+        engine.controller = FixedController(levels)
         prompts = [target().tokenizer.encode(text) for text in TEXTS]
         requests = [Request(p, params) for p, params in zip(prompts, PARAMS, strict=True)]
         run(engine, requests, rng, 0.2)

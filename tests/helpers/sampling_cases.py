@@ -7,6 +7,18 @@ import torch
 
 from inferlab.kernels import SamplingTensors, TreeLinks, build_tree, sample
 
+# Policies and thresholds for random walks.
+LOSSY_RULES = [
+    ("conf_threshold", 0.0),
+    ("conf_threshold", 0.1013),
+    ("conf_threshold", 0.613),
+    ("topk_agree", 1),
+    ("topk_agree", 30),
+    ("topk_agree", 3000),
+    ("typical", 0.2013),
+    ("typical", 0.813),
+]
+
 
 def random_parents(rng: np.random.Generator, batch: int, nodes: int) -> torch.Tensor:
     """Trees of 1 to `nodes` nodes, padded with -2, bushy near the root and along the way."""

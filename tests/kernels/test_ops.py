@@ -3,6 +3,9 @@ are made (csrc/bindings/op.h)."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,16 @@ def test_an_op_is_the_same_everywhere(name):
         message = f"{name} was given {given} arguments; it takes {len(arguments)}"
         with pytest.raises(TypeError, match=message):
             getattr(_C, name)(*[None] * given)
+
+
+@pytest.mark.parametrize("folder", [".", "device"])
+@pytest.mark.parametrize("name", _C.OPS)
+def test_an_op_is_tested_on_the_cpu_and_on_the_other_backends(name, folder):
+    if folder == "device" and name.startswith("grow_"):
+        pytest.skip("no device has a kernel of it; its torch operations are in test_growth.py")
+    files = (Path(__file__).parent / folder).glob("test_*.py")
+    texts = [file.read_text() for file in files if file.name != Path(__file__).name]
+    assert any(re.search(rf"\b{name}\b", text) for text in texts)
 
 
 def test_a_launch_on_metal_has_the_tensors_in_order_and_the_parameters():

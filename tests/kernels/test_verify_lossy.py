@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.sampling_cases import (
+    LOSSY_RULES,
     chain,
     random_logits,
     random_walk,
@@ -61,6 +62,10 @@ def test_topk_agree():
     assert accepted("topk_agree", 50) == [0, 1, 2, 3, 4]
     assert accepted("topk_agree", 3, top_k=2) == [0, 1]  # what the filter drops has p = 0
     assert accepted("topk_agree", 2, p=[0.2] * 5) == [0, 1]  # ties to the lower id
+
+
+def test_every_rule_is_among_the_random_walks():
+    assert {policy for policy, _ in LOSSY_RULES} == set(_C.LOSSY_POLICIES)
 
 
 def test_typical():
@@ -123,18 +128,7 @@ def test_first_accepted_child_is_entered_not_the_best():
     vocab=st.sampled_from([1, 19, 111, 1000, 4097, 20_000]),
     kind=st.sampled_from(["normal", "ties", "flat", "masked", "broken"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    rule=st.sampled_from(
-        [
-            ("conf_threshold", 0.0),
-            ("conf_threshold", 0.1013),
-            ("conf_threshold", 0.613),
-            ("topk_agree", 1),
-            ("topk_agree", 30),
-            ("topk_agree", 3000),
-            ("typical", 0.2013),
-            ("typical", 0.813),
-        ]
-    ),
+    rule=st.sampled_from(LOSSY_RULES),
     isa=st.sampled_from(["auto", _C.build_info()["isas"][0]]),
     threads=st.sampled_from([1, 2]),
 )

@@ -17,10 +17,12 @@ from helpers.tiny_models import (
     VOCAB,
     WINDOW,
     random_model,
+    tiny_config,
     tiny_model,
     tiny_tokenizer,
 )
 from inferlab.models import HFModel
+from inferlab.models.architecture import TESTED
 
 # A tree with siblings at several depths; longer than the tiny window along its deepest path.
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 4, 5]
@@ -29,6 +31,10 @@ PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 4, 5]
 # These four skip their modules on the CPU (models/fused.py); with "/modules" they do not.
 FUSED = ("llama", "mistral", "qwen2", "qwen3")
 PATHS = (*FAMILIES, *(f"{family}/modules" for family in FUSED))
+
+
+def test_the_families_that_count_as_tested_are_those_that_are():
+    assert {tiny_config(family).model_type for family in FAMILIES} == set(TESTED)
 
 
 @cache

@@ -12,6 +12,7 @@ from inferlab.cli.flags import (
     given_values,
 )
 from inferlab.config import TREES, SpecdecConfig, choices
+from inferlab.draft_modes import DRAFT_MODES, DraftMode
 from inferlab.errors import UsageError
 
 FLAGS = {
@@ -92,7 +93,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--K",
         type=int,
         metavar="N",
-        help="levels drafted per step (by mode: 4; eagle, ensemble, medusa, recycling 6; ngram 8)",
+        help=f"levels drafted per step ({_by_mode('levels')})",
     )
     group.add_argument("--max-draft", type=int, metavar="N", help="another name of --K")
     group.add_argument(
@@ -105,7 +106,7 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
         "--tree-nodes",
         type=int,
         metavar="N",
-        help="draft nodes of optimal, grown and merged trees (31; recycling 80)",
+        help=f"draft nodes of optimal, grown and merged trees ({_by_mode('nodes')})",
     )
     group.add_argument(
         "--tree-width",
@@ -181,3 +182,13 @@ def given_overrides(
         if value is not None and isinstance(args.tree, list):
             raise UsageError(f"{flag} {value} contradicts --tree, whose depth is the K; give one")
     return overrides, names
+
+
+def _by_mode(fact: str) -> str:
+    """What a number is by default: "4; ngram 8"."""
+    usual = getattr(DraftMode, fact)
+    others: dict[int, list[str]] = {}
+    for name, mode in DRAFT_MODES.items():
+        if getattr(mode, fact) != usual:
+            others.setdefault(getattr(mode, fact), []).append(name)
+    return "; ".join([str(usual), *(f"{', '.join(names)} {n}" for n, names in others.items())])

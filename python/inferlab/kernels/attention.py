@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from inferlab.kernels._registry import empty, new_workspace, ops_for
+from inferlab.kernels._registry import empty, new_workspace, ops_for, run
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -64,7 +64,9 @@ def paged_tree_attention(
     """
     if out is None:
         out = empty(q.shape, q)
-    ops_for(q).paged_tree_attention(
+    run(
+        q,
+        "paged_tree_attention",
         q,
         k_pages,
         v_pages,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from inferlab.kernels._registry import empty, ops_for
+from inferlab.kernels._registry import empty, run
 
 
 class TreeLinks(NamedTuple):
@@ -50,5 +50,5 @@ def build_tree(parents: torch.Tensor) -> TreeLinks:
         empty(parents.shape, parents),
         empty((batch, nodes, (nodes + 63) // 64), parents, torch.int64),
     )
-    ops_for(parents).build_tree(parents, *links)
+    run(parents, "build_tree", parents, *links)
     return links

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from inferlab import _C
-from inferlab.kernels._registry import empty, ops_for
+from inferlab.kernels._registry import empty, run
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -55,7 +55,7 @@ def kv_append(
             or its pages.
         TypeError: a dtype does not fit.
     """
-    ops_for(k).kv_append(k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
+    run(k, "kv_append", k, v, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
 
 
 def kv_compact(
@@ -83,8 +83,8 @@ def kv_compact(
             what it would have been read from may have been overwritten.
         TypeError: a dtype does not fit.
     """
-    ops_for(k_cache).kv_compact(
-        k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted
+    run(
+        k_cache, "kv_compact", k_cache, v_cache, block_table, seq_lens, accepted_nodes, num_accepted
     )
 
 
@@ -110,7 +110,7 @@ def kv_gather(
     """
     if out is None:
         out = empty((len(seq_lens), max_len, *pages.shape[2:]), pages)
-    ops_for(pages).kv_gather(pages, block_table, seq_lens, out)
+    run(pages, "kv_gather", pages, block_table, seq_lens, out)
     return out
 
 
@@ -126,4 +126,4 @@ def kv_copy_pages(k_cache: Array, v_cache: Array, src: Array, dst: Array) -> Non
             the ids stay on the device: pairs out of range are skipped, overlap is not detected.
         TypeError: a dtype does not fit.
     """
-    ops_for(k_cache).kv_copy_pages(k_cache, v_cache, src, dst)
+    run(k_cache, "kv_copy_pages", k_cache, v_cache, src, dst)

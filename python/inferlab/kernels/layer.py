@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inferlab.kernels._registry import empty, ops_for, run
+from inferlab.kernels._registry import empty, run
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -31,7 +31,7 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-6, *, offset: float = 0.0)
         ValueError, TypeError: a shape or dtype does not fit.
     """
     out = empty(x.shape, x)
-    ops_for(x).rms_norm(x, weight, out, eps, offset)
+    run(x, "rms_norm", x, weight, out, eps, offset)
     return out
 
 
@@ -50,7 +50,7 @@ def silu_mul(x: Array) -> Array:
         ValueError, TypeError: a shape or dtype does not fit.
     """
     out = empty((*x.shape[:-1], x.shape[-1] // 2), x)
-    ops_for(x).silu_mul(x, out)
+    run(x, "silu_mul", x, out)
     return out
 
 
@@ -125,6 +125,5 @@ def rope_append(
             not written.
         TypeError: a dtype does not fit.
     """
-    ops_for(q).rope_append(
-        q, k, v, cos, sin, k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes
-    )
+    where = (k_pages, v_pages, block_table, seq_lens, node_offset, num_nodes)
+    run(q, "rope_append", q, k, v, cos, sin, *where)

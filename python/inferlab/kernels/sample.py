@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inferlab.kernels._registry import empty, new_workspace, ops_for
+from inferlab.kernels._registry import empty, new_workspace, ops_for, run
 from inferlab.kernels.sampling_params import SamplingTensors
 
 
@@ -66,7 +66,9 @@ def sample(
     """
     if out is None:
         out = empty((*logits.shape[:-1], max(num_samples, 1)), logits, torch.int32)
-    ops_for(logits).sample(
+    run(
+        logits,
+        "sample",
         logits,
         positions,
         *sampling.flat,

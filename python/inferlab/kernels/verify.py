@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inferlab.kernels._registry import ops_for
+from inferlab.kernels._registry import run
 from inferlab.kernels._walk import VerifyResult, new_result
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sample import allowed_columns
@@ -45,7 +45,9 @@ def verify_tree_match(
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
     out = new_result(logits) if out is None else out
-    ops_for(logits).verify_tree_match(
+    run(
+        logits,
+        "verify_tree_match",
         logits,
         tokens,
         links.first_child,
@@ -100,7 +102,9 @@ def verify_tree_rejection(
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
     out = new_result(logits) if out is None else out
-    ops_for(logits).verify_tree_rejection(
+    run(
+        logits,
+        "verify_tree_rejection",
         logits,
         draft_logits,
         tokens,

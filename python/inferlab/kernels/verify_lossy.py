@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from inferlab import _C
-from inferlab.kernels._registry import ops_for
+from inferlab.kernels._registry import run
 from inferlab.kernels._walk import VerifyResult, new_result
 from inferlab.kernels.build_tree import TreeLinks
 from inferlab.kernels.sample import allowed_columns
@@ -52,7 +52,9 @@ def verify_tree_lossy(
     if policy not in LOSSY_POLICIES:
         raise ValueError(f"policy is {policy!r}; it must be one of {', '.join(LOSSY_POLICIES)}")
     out = new_result(logits) if out is None else out
-    ops_for(logits).verify_tree_lossy(
+    run(
+        logits,
+        "verify_tree_lossy",
         logits,
         tokens,
         links.first_child,

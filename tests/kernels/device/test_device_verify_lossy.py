@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.backends import random_examples
-from helpers.sampling_cases import chain, random_logits, random_walk
+from helpers.sampling_cases import LOSSY_RULES, chain, random_logits, random_walk
+from inferlab import _C
 from inferlab.kernels import SamplingTensors, verify_tree_lossy
 
 P = [0.4, 0.25, 0.2, 0.1, 0.05]
@@ -27,30 +28,34 @@ def accepted(backend, policy, threshold, p=P, temperature=1.0, **options):
     return (result.num_accepted == 2).nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize(
-    ("policy", "threshold", "options", "expected"),
-    [
-        ("conf_threshold", 0.0, {}, [0, 1, 2, 3, 4]),
-        ("conf_threshold", 0.15, {}, [0, 1, 2]),
-        ("conf_threshold", 1.0, {}, []),
-        ("conf_threshold", 0.3, {"top_k": 2}, [0, 1]),  # renormalised: 0.62, 0.38
-        ("conf_threshold", 0.15, {"temperature": 0.5}, [0, 1]),
-        ("conf_threshold", 0.15, {"temperature": 0.0, "top_k": 1, "top_p": 0.1}, [0, 1, 2]),
-        ("topk_agree", 1, {}, [0]),
-        ("topk_agree", 50, {}, [0, 1, 2, 3, 4]),
-        ("topk_agree", 3, {"top_k": 2}, [0, 1]),  # what the filter drops has p = 0
-        ("topk_agree", 2, {"p": [0.2] * 5}, [0, 1]),  # ties to the lower id
-        ("topk_agree", 5, {"p": [0.6, 0.4, 0.0, 0.0, 0.0]}, [0, 1]),
-        ("typical", 0.0, {}, []),
-        ("typical", 0.2, {}, [1]),  # nearest to the entropy: 1, 2, 0, 3, 4
-        ("typical", 0.3, {}, [1, 2]),
-        ("typical", 0.5, {}, [0, 1, 2]),
-        ("typical", 1.0, {}, [0, 1, 2, 3, 4]),
-        ("typical", 1.0, {"p": [0.6, 0.4, 0.0, 0.0, 0.0]}, [0, 1]),
-    ],
-)
+BY_HAND = [
+    ("conf_threshold", 0.0, {}, [0, 1, 2, 3, 4]),
+    ("conf_threshold", 0.15, {}, [0, 1, 2]),
+    ("conf_threshold", 1.0, {}, []),
+    ("conf_threshold", 0.3, {"top_k": 2}, [0, 1]),  # renormalised: 0.62, 0.38
+    ("conf_threshold", 0.15, {"temperature": 0.5}, [0, 1]),
+    ("conf_threshold", 0.15, {"temperature": 0.0, "top_k": 1, "top_p": 0.1}, [0, 1, 2]),
+    ("topk_agree", 1, {}, [0]),
+    ("topk_agree", 50, {}, [0, 1, 2, 3, 4]),
+    ("topk_agree", 3, {"top_k": 2}, [0, 1]),  # what the filter drops has p = 0
+    ("topk_agree", 2, {"p": [0.2] * 5}, [0, 1]),  # ties to the lower id
+    ("topk_agree", 5, {"p": [0.6, 0.4, 0.0, 0.0, 0.0]}, [0, 1]),
+    ("typical", 0.0, {}, []),
+    ("typical", 0.2, {}, [1]),  # nearest to the entropy: 1, 2, 0, 3, 4
+    ("typical", 0.3, {}, [1, 2]),
+    ("typical", 0.5, {}, [0, 1, 2]),
+    ("typical", 1.0, {}, [0, 1, 2, 3, 4]),
+    ("typical", 1.0, {"p": [0.6, 0.4, 0.0, 0.0, 0.0]}, [0, 1]),
+]
+
+
+@pytest.mark.parametrize(("policy", "threshold", "options", "expected"), BY_HAND)
 def test_the_rules_by_hand(backend, policy, threshold, options, expected):
     assert accepted(backend, policy, threshold, **options) == expected
+
+
+def test_every_rule_is_worked_out_by_hand():
+    assert {policy for policy, *_ in BY_HAND} == set(_C.LOSSY_POLICIES)
 
 
 @random_examples(30)
@@ -61,18 +66,7 @@ def test_the_rules_by_hand(backend, policy, threshold, options, expected):
     vocab=st.sampled_from([1, 19, 111, 1000, 2500]),
     kind=st.sampled_from(["normal", "ties", "flat", "masked", "broken"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    rule=st.sampled_from(
-        [
-            ("conf_threshold", 0.0),
-            ("conf_threshold", 0.1013),
-            ("conf_threshold", 0.613),
-            ("topk_agree", 1),
-            ("topk_agree", 30),
-            ("topk_agree", 3000),
-            ("typical", 0.2013),
-            ("typical", 0.813),
-        ]
-    ),
+    rule=st.sampled_from(LOSSY_RULES),
 )
 def test_gives_the_cpus_tokens(backend, seed, batch, nodes, vocab, kind, dtype, rule):
     rng = np.random.default_rng(seed)

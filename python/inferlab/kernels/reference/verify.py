@@ -199,6 +199,7 @@ def verify_tree_lossy(
                 accepted = torch.zeros_like(keep)
                 accepted[torch.argsort(x, descending=True, stable=True)[: int(threshold)]] = True
             else:
+                assert policy == "typical"
                 accepted = locally_typical(p, threshold)
             accepted &= p > 0
             for child, token in zip(node.children, node.child_tokens, strict=True):
