@@ -154,6 +154,7 @@ class SpeculationStats:
     ``proposed`` counts the depth of each tree offered, not its nodes: it is the number of draft
     tokens that could have been accepted, so ``accepted / proposed`` means the same on chains and
     trees. ``emitted`` counts the tokens kept from steps, the bonus token of each included.
+    So ``emitted`` is ``accepted + steps``, or one less where the text ended at a draft token.
     ``prefill_forwards`` read the text before the first step, whose forward reads the last chunk.
     """
 

@@ -88,6 +88,23 @@ def test_a_conversation_remembers_what_was_said(talker):
     assert shown.count("12 tokens (length)") == 2
 
 
+def test_a_conversation_outlives_bad_messages_and_a_full_context(talker):
+    """In a context of 1,024 tokens: a message that is too long, one that is no text, many short."""
+    lines = [b"import os " * 600, b"h\xff", *[b"import sys " * 60] * 8]
+    done = subprocess.run(
+        [sys.executable, "-m", "inferlab", "chat", "--base-model", talker, "--max-tokens", "12",
+         "--system", "be brief"],
+        input=b"\n".join(lines), capture_output=True, timeout=100,
+    )  # fmt: skip
+    shown, errors = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0, errors
+    assert shown.count("12 tokens") == 8
+    assert "exceed the context" in errors
+    assert "half of a surrogate pair" in errors
+    assert errors.count("error: ") == 2
+    assert "the oldest 2 messages are gone" in shown
+
+
 def test_prompts_as_messages(talker):
     done = subprocess.run(
         [sys.executable, "-m", "inferlab", "specdec", "--base-model", talker, "--chat", "--prompt",

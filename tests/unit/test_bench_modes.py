@@ -137,7 +137,7 @@ def test_prompts_that_are_all_bad(capsys):
 def test_unknown_modes_and_sizes_are_named():
     with pytest.raises(ValueError, match="modes has 'magic'"):
         ModesBenchmark(FAKE, ["magic"])
-    with pytest.raises(ValueError, match="batch sizes has 64"):
+    with pytest.raises(ValueError, match="batch_sizes has 64"):
         ModesBenchmark(FAKE, ["ngram"], [64])
 
 
@@ -156,7 +156,7 @@ def test_command(tmp_path, capsys):
     [
         (("--modes", "ngram", "--stream"), "--stream: has no meaning"),
         (("--modes", "all", "--heads", "x"), "--heads: belongs to one draft mode; with --modes"),
-        (("--modes", "magic", "--impl", "fake", "--prompt", "a"), "modes has 'magic'"),
+        (("--modes", "magic", "--impl", "fake", "--prompt", "a"), "--modes has 'magic'"),
         (("--mode", "specdec", "--prompt", "a", "--batch", "4"), "--batch: is of --modes"),
         (("--modes", "all", "--batch", "x"), "'x' is not a list of numbers"),
         (("--mode", "local"), "one of --prompt, --prompts and --heldout is required"),

@@ -554,6 +554,15 @@ def test_a_reader_that_has_gone_is_no_error():
     assert stderr == ""
 
 
+def test_generated_text_is_printed_as_it_is(capsys):
+    text = "\tx\ta\rb\x0cc\x08[bold]:smile:\n" + "long " * 100
+    terminal.show_text(text)
+    assert capsys.readouterr().out == text + "\n"
+    for piece in ("ab", "\tc", "\n"):
+        terminal.show_piece(piece)
+    assert capsys.readouterr().out == "ab\tc\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_output_that_the_terminal_cannot_show(encoding):
     """Lines of all helpers, plain and as JSON, in a process with another ``PYTHONIOENCODING``."""

@@ -82,11 +82,14 @@ class ModesBenchmark:
     ) -> None:
         for mode in modes:
             if mode not in DRAFT_MODES:
-                raise ValueError(f"modes has {mode!r}; known are {', '.join(DRAFT_MODES)}")
+                raise ValueError(
+                    f"modes has {mode!r}; known are {', '.join(DRAFT_MODES)}; plain "
+                    "decoding always runs as well"
+                )
         for size in batch_sizes:
             if not 1 <= size <= config.max_batch:
                 raise ValueError(
-                    f"batch sizes has {size}; each must be between 1 and max_batch "
+                    f"batch_sizes has {size}; each must be between 1 and max_batch "
                     f"({config.max_batch})"
                 )
         self.config = config

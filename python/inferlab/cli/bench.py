@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -160,7 +161,7 @@ def _run_modes(args: argparse.Namespace) -> int:
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
     with clean_stdout(args.json) as out, _journal(*paths) as journal:
-        benchmark = ModesBenchmark(config, modes, args.batch or (1,))
+        benchmark = _modes_benchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
             texts = [prompt.text for prompt in prompts]
@@ -181,6 +182,17 @@ def _run_modes(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
     return EXIT_FAILURE if result.failures or different else EXIT_OK
+
+
+def _modes_benchmark(
+    config: SpecdecConfig, modes: Sequence[str], sizes: Sequence[int]
+) -> ModesBenchmark:
+    """One whose complaints name the flags."""
+    try:
+        return ModesBenchmark(config, modes, sizes)
+    except ValueError as error:
+        text = re.sub("^modes ", "--modes ", re.sub("^batch_sizes ", "--batch ", str(error)))
+        raise UsageError(text) from None
 
 
 def _check_prefix(prefix: str) -> tuple[Path, Path]:

@@ -16,7 +16,7 @@ from inferlab.cli.specdec_flags import (
 )
 from inferlab.cli.terminal import setup_logging, show_line, show_piece
 from inferlab.config import SpecdecConfig, load_config
-from inferlab.errors import Interrupted
+from inferlab.errors import Interrupted, describe_error
 
 YOU = "> "
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     overrides, names = given_overrides(args)
     config = load_config(SpecdecConfig, args.config, overrides, names=names)
     setup_logging(config.log_level, args.verbose or config.verbose)
-    from inferlab.specdec.pipeline import SpeculativePipeline
+    from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
 
     pipeline = SpeculativePipeline(config=config)
     talk: list[dict[str, Any]] = []
@@ -47,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
         show_line(["a line is a message", "Ctrl-C ends an answer", "Ctrl-D ends the talk"])
     while (message := _next_message()) is not None:
         talk.append({"role": "user", "content": message})
-        talk.append({"role": "assistant", "content": _answer(pipeline, talk)})
+        try:
+            _make_room(pipeline, talk)
+            talk.append({"role": "assistant", "content": _answer(pipeline, talk)})
+        except (ValueError, GenerationError) as error:
+            print(f"error: {describe_error(error)}", file=sys.stderr)
+            talk.pop()  # as if it had not been said
     return EXIT_OK
 
 
@@ -60,6 +65,31 @@ def _next_message() -> str | None:
             return None
         if line.strip():
             return line
+
+
+def _make_room(pipeline: Any, talk: list[dict[str, Any]]) -> None:
+    """Forgets the oldest messages, but the system's, while all of them are too many."""
+    said = [i for i, message in enumerate(talk) if message["role"] != "system"]
+    first, pairs = said[0], len(said) // 2
+    forgotten = 0
+    while forgotten < pairs and not _fits(pipeline, talk):
+        del talk[first : first + 2]  # a message and its answer
+        forgotten += 1
+    if forgotten:
+        show_line([f"no room for all that was said: the oldest {2 * forgotten} messages are gone"])
+
+
+def _fits(pipeline: Any, talk: list[dict[str, Any]]) -> bool:
+    from inferlab.scheduler import Request
+    from inferlab.types import SamplingParams
+
+    params = SamplingParams(max_tokens=pipeline.config.max_new_tokens)
+    request = Request(pipeline.chat_prompt(talk), params)
+    try:
+        pipeline.engine.check(request)
+    except ValueError:
+        return False
+    return True
 
 
 def _answer(pipeline: Any, talk: list[dict[str, Any]]) -> str:

@@ -50,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "of",
         nargs="?",
+        metavar="COMMAND",
         choices=(RECORD, *COMMANDS),
         default=RECORD,
-        help="a command, or the record of a request, which results of all commands hold (record)",
+        help=f"{', '.join(COMMANDS)}, or record: of a request, which all results hold (record)",
     )
     add_log_arguments(parser)
 

@@ -93,10 +93,8 @@ def show_heading(text: str) -> None:
 
 
 def show_text(text: str) -> None:
-    """Generated text on stdout, untouched: no markup, no wrapping."""
-    from rich.console import Console
-
-    Console().print(text, markup=False, highlight=False, soft_wrap=True, emoji=False)
+    """Generated text on stdout, character by character as it is."""
+    show_piece(text + "\n")
 
 
 def shows_live(args: argparse.Namespace) -> bool:
@@ -106,9 +104,7 @@ def shows_live(args: argparse.Namespace) -> bool:
 
 def show_piece(text: str) -> None:
     """Some more text on stdout, at once."""
-    from rich.console import Console
-
-    Console().print(text, end="", markup=False, highlight=False, soft_wrap=True, emoji=False)
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from numbers import Integral
@@ -330,6 +330,9 @@ class SpeculativePipeline:
                 f"{self.target.name} has no chat template; add chat_template.jinja to the model's "
                 f"directory, or give the conversation as a text"
             )
+        for i, message in enumerate(messages):
+            for text in _texts(message):
+                check_text(f"message {i}", text)
         try:
             ids: list[int] = tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
@@ -528,6 +531,15 @@ class SpeculativePipeline:
 
 
 _PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample", "messages"}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a message, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:
