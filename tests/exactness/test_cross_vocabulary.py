@@ -302,6 +302,9 @@ class Scribe:
         self._ids = torch.tensor(tokenizer.encode(text))
         self.new_cache = FakeLM(64).new_cache
 
+    def notice_changes(self) -> None:
+        pass
+
     def forward(self, batch: ForwardBatch, cache, layers=()) -> ForwardOutput:
         positions = batch.positions
         if batch.scored is not None:

@@ -119,6 +119,8 @@ class CrossVocabularyDrafter(Drafter):
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         self._take_walked()
         self._tree = None
+        if any(r.request_id not in self._texts for r in batch.requests):
+            self.model.notice_changes()
         way = self._choose_way(batch)
         texts = [self._text_of(request, way) for request in batch.requests]
         rows = [row for row, text in enumerate(texts) if self._has_room(text)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel, last_rows
+from inferlab.models import ForwardBatch, KVCache, TargetModel, last_rows
 from inferlab.models.transfer import upload
 from inferlab.scheduler import READ_TOKENS, Chunk, Request
 from inferlab.specdec.batch import Batch
@@ -60,11 +60,6 @@ class ModelDrafter(Drafter):
     def ladder(self) -> Sequence[Budget]:
         return self.shape.ladder(self.max_depth)
 
-    def prefill(self, reading: Reading, output: ForwardOutput) -> None:
-        """Reads nothing yet: only what is drafted for, before its first draft."""
-        if any(chunk.start == 0 for chunk in reading.chunks):
-            self.model.notice_changes()
-
     def propose(self, batch: Batch, budget: Budget) -> DraftTree:
         longest = max(len(r.tokens) for r in batch.requests)
         if self.model.context_length is not None:
@@ -79,8 +74,13 @@ class ModelDrafter(Drafter):
         return DraftTree.of_shape(shape, *self._writer.write(ground, shape, logits, vocabulary))
 
     def _catch_up(self, batch: Batch) -> torch.Tensor:
-        """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V]."""
+        """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V].
+
+        A text is read here, before its first draft, and not while its first token is waited for.
+        """
         self._count_walked()
+        if any(r.request_id not in self._cached_of for r in batch.requests):
+            self.model.notice_changes()
         for chunks in _parted([self._missing(r) for r in batch.requests if self._lag(r) > PIECE]):
             self._read(Reading(chunks, batch.device))
         if self._batch is not batch:
