@@ -192,7 +192,7 @@ def _modes_benchmark(
         return ModesBenchmark(config, modes, sizes)
     except ValueError as error:
         text = re.sub("^modes ", "--modes ", re.sub("^batch_sizes ", "--batch ", str(error)))
-        raise UsageError(text) from None
+        raise UsageError(text) from error
 
 
 def _check_prefix(prefix: str) -> tuple[Path, Path]:

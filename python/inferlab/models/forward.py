@@ -59,8 +59,10 @@ class ForwardBatch:
     prompt_lens: torch.Tensor | None = None
 
 
-def last_rows(tokens: torch.Tensor, num_nodes: torch.Tensor | None = None) -> torch.Tensor:
-    """Each sequence's last real row, for ``ForwardBatch.scored``: [B] i64."""
+def last_rows(tokens: torch.Tensor, num_nodes: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Each sequence's last real row, for ``ForwardBatch.scored``: [B] i64; None where N is 1."""
     size, nodes = tokens.shape
+    if nodes == 1:
+        return None
     starts = torch.arange(0, size * nodes, nodes, device=tokens.device)
     return starts + (nodes - 1 if num_nodes is None else num_nodes.to(torch.int64) - 1)

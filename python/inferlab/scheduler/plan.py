@@ -37,3 +37,8 @@ class Plan:
     admitted: list[Request] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decode: list[Request] = field(default_factory=list)
+
+    @property
+    def started(self) -> list[Request]:
+        """Whose text the chunks complete."""
+        return [chunk.request for chunk in self.chunks if chunk.root]

@@ -76,9 +76,10 @@ class Scheduler:
                 decode.append(request)
                 continue
             count = min(request.unread, left)
-            start, stop = request.num_cached, request.num_cached + count
-            if count == request.unread or count > 0:
-                chunks.append(Chunk(request, start, stop, root=count == request.unread))
+            root = count == request.unread
+            if root or count > 0:
+                start = request.num_cached
+                chunks.append(Chunk(request, start, start + count, root))
                 left -= count
         return Plan(preempted, admitted, chunks, decode)
 

@@ -11,7 +11,7 @@ import torch
 
 from inferlab.errors import Interrupted
 from inferlab.models import ForwardOutput, KVCache, TargetModel
-from inferlab.scheduler import Chunk, PageAllocator, Request, Scheduler
+from inferlab.scheduler import PageAllocator, Plan, Request, Scheduler
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.controllers import Controller, StepObservation
@@ -135,11 +135,10 @@ class Engine:
         if plan.admitted:
             self.target.notice_changes()
         if plan.chunks:
-            self._read(plan.chunks)
+            self._read(plan)
         if plan.decode:
             self._decode(plan.decode)
-        decoded = [*(chunk.request for chunk in plan.chunks if chunk.root), *plan.decode]
-        emissions = {r.request_id: Emission.of(r) for r in decoded}
+        emissions = {r.request_id: Emission.of(r) for r in (*plan.started, *plan.decode)}
         for request in (*done, *self._retire()):
             emissions.setdefault(request.request_id, Emission.of(request))
         return list(emissions.values())
@@ -234,20 +233,19 @@ class Engine:
         if self.drafter is not None:
             self.drafter.release(request)
 
-    def _read(self, chunks: list[Chunk]) -> None:
+    def _read(self, plan: Plan) -> None:
         """Parts of texts, in one forward, which the drafter hears of. Those that come to their root
         get a token: first tokens do not wait for drafts."""
-        reading = Reading(chunks, self.target.device)
+        reading = Reading(plan.chunks, self.target.device)
         output = self.target.forward(reading.batch, self.cache, self._feature_layers)
-        for chunk in chunks:
+        for chunk in plan.chunks:
             chunk.request.num_cached = chunk.stop
             chunk.request.stats.prefill_forwards += not chunk.root  # else it is a step's
         if self.drafter is not None:
             self.drafter.prefill(reading, output)
         self.clock.lap("prefill")
-        started = [chunk.request for chunk in chunks if chunk.root]
-        if started:
-            batch = Batch.of(started, self.target)
+        if plan.started:
+            batch = Batch.of(plan.started, self.target)
             self._conclude(batch, DraftTree.root_only(batch.roots), reading.at_roots(output))
 
     def _decode(self, requests: list[Request]) -> None:
