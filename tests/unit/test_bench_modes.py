@@ -33,7 +33,7 @@ def test_every_mode_is_measured_at_every_batch_size(result):
         assert modes["plain"]["acceptance_by_position"] == []
         assert "x_plain" not in modes["plain"]
     alone = result.batches[1]["vanilla"]
-    assert alone["accepted_length"] == 4.0  # FakeLM's draft agrees always, K = 4; one step drafts nothing
+    assert alone["accepted_length"] == 4.0  # K = 4, all agrees; the first step drafts nothing
     assert alone["acceptance_by_position"] == [1.0] * 4
     assert alone["x_plain"]["ratio"] > 0
     assert alone["phases_ms_per_token"]["draft"] > 0
