@@ -13,9 +13,13 @@ from types import MethodType
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
+from transformers.utils import ModelOutput
 
 from helpers.compare import assert_same_tokens, generated
+from helpers.tiny_models import FAMILIES as TINY
 from helpers.tiny_models import tiny_model
 from inferlab.models import HFModel, UnsupportedArchitectureError
 from inferlab.models.early_exit import EarlyExit
@@ -205,6 +209,97 @@ def test_a_change_made_later_counts_from_the_next_prompt_on(family, change):
     if change is not patched_top:
         assert decoded(shallow) != before, "an early exit runs the same layers"
     assert untouched != expected
+
+
+def turned(output):
+    """Any module's output, changed in what it says of each text's position."""
+    if isinstance(output, ModelOutput):
+        output.last_hidden_state = turned(output.last_hidden_state)
+        return output
+    if isinstance(output, tuple):
+        return (turned(output[0]), *output[1:])
+    return 0.7 * output.roll(1, dims=-1)
+
+
+class Around(nn.Module):
+    """In another module's place; whatever is asked of that is answered by it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args, **kwargs):
+        return turned(self.inner(*args, **kwargs))
+
+
+def by_hook(model, name):
+    model.get_submodule(name).register_forward_hook(lambda _, __, output: turned(output))
+
+
+def by_forward(model, name):
+    module = model.get_submodule(name)
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: turned(forward(*args, **kwargs))
+
+
+def by_class(model, name):
+    module = model.get_submodule(name)
+    kind = type(module)
+    module.__class__ = type(
+        "Turned", (kind,), {"forward": lambda self, *a, **kw: turned(kind.forward(self, *a, **kw))}
+    )
+
+
+def by_wrapper(model, name):
+    model.set_submodule(name, Around(model.get_submodule(name)))
+
+
+def by_weight(model, name):
+    for parameter in model.get_submodule(name).parameters():
+        with torch.no_grad():
+            parameter.copy_(parameter.roll(1, dims=-1))
+
+
+WAYS = (by_hook, by_forward, by_class, by_wrapper, by_weight)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), family=st.sampled_from((*TINY, *FUSED)), later=st.booleans())
+def test_any_change_of_any_module(data, family, later):
+    plain = tiny_model(family)
+    names = [
+        name
+        for name, module in plain.named_modules()
+        if name and "rotary" not in name and not isinstance(module, nn.ModuleList)
+    ]
+    changes = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(WAYS), st.sampled_from(names)), min_size=1, max_size=3
+        ).filter(lambda c: len({name for _, name in c}) == len(c))
+    )
+
+    def change(model):
+        for way, name in changes:
+            way(model, name)
+
+    changed = tiny_model(family)
+    change(changed)
+    expected = generated(changed, PROMPT, NEW_TOKENS)
+    model = tiny_model(family)
+    if not later:
+        change(model)
+    target = HFModel(model)
+    if later:
+        decoded(target)
+        with target.plain() as inner:
+            change(inner)
+    check(target, expected, f"{family}, {changes}")
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import cache
+import tempfile
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from inferlab.baseline import LocalBaselineRunner
@@ -58,16 +62,17 @@ NOT_FOLLOWED = {
 }
 
 
+def saved(path: Path, **entries) -> str:
+    tiny_model("llama").save_pretrained(path)
+    file = path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 1, **entries}))
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture
 def folder(tmp_path):
-    def write(**entries):
-        tiny_model("llama").save_pretrained(tmp_path)
-        file = tmp_path / "generation_config.json"
-        file.write_text(json.dumps({"eos_token_id": 1, **entries}))
-        tiny_tokenizer().save_pretrained(tmp_path)
-        return str(tmp_path)
-
-    return write
+    return partial(saved, tmp_path)
 
 
 def both_sides(folder: str, **options) -> list[list[int]]:
@@ -127,6 +132,12 @@ def joined(pieces) -> list[int]:
     return [token for piece in pieces for token in piece.token_ids]
 
 
+def test_the_last_token_may_be_a_bad_word(folder):
+    entries = {"bad_words_ids": [[91], [88]], "forced_eos_token_id": 91}
+    assert plain(**entries)[-1] == 91
+    assert both_sides(folder(**entries)) == [plain(**entries)] * 4
+
+
 def test_all_that_is_followed_is_followed_together(folder):
     value = plain(suppress_tokens=[first()])
     entries = {
@@ -138,6 +149,29 @@ def test_all_that_is_followed_is_followed_together(folder):
         "min_new_tokens": 9,  # transformers lets it win
     }
     assert both_sides(folder(**entries)) == [plain(**entries)] * 4
+
+
+IDS = st.integers(3, 159)
+ENTRIES = {
+    "suppress_tokens": st.lists(IDS, max_size=80),
+    "bad_words_ids": st.lists(IDS.map(lambda token: [token]), min_size=1, max_size=80),
+    "repetition_penalty": st.floats(0.5, 3),
+    "min_new_tokens": st.integers(0, COUNT),
+    "min_length": st.integers(0, 40),
+    "forced_eos_token_id": IDS,
+    "eos_token_id": st.lists(IDS, min_size=1, max_size=9, unique=True),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(entries=st.fixed_dictionaries({}, optional=ENTRIES))
+def test_any_entries_are_followed_together(entries):
+    # transformers reads no file that forces and suppresses one token
+    assume(entries.get("forced_eos_token_id") not in entries.get("suppress_tokens", ()))
+    entries.setdefault("eos_token_id", 1)
+    with tempfile.TemporaryDirectory() as name:
+        path = saved(Path(name), **entries)
+        assert both_sides(path) == [plain(**entries)] * 4, entries
 
 
 def test_the_part_that_can_be_followed_is(folder, caplog):

@@ -7,10 +7,13 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GPT2Config, MixtralConfig, Phi3Config, Qwen2MoeConfig, Qwen3MoeConfig
 
 from helpers.isas import ISAS
 from helpers.pairwise import pairwise
+from helpers.tiny_models import FAMILIES as TINY
 from helpers.tiny_models import VOCAB, random_model, tiny_model
 from inferlab import _C
 from inferlab.models import ForwardBatch, HFModel
@@ -76,6 +79,30 @@ def test_logits_and_kv_are_the_same_bits_in_any_company(forced_isa, family, shap
             assert torch.equal(v_all[b * pages : (b + 1) * pages], v)
     in_chunks, _ = read(target, tokens, 19)
     assert torch.equal(in_chunks, together)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    isa=st.sampled_from(ISAS),
+    family=st.sampled_from(TINY),
+    dtype=st.sampled_from(DTYPES),
+    size=st.integers(1, 40),
+    length=st.integers(1, 70),
+    chunks=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    seed=st.integers(0, 2**32),
+)
+def test_any_company_in_any_chunks(isa, family, dtype, size, length, chunks, seed):
+    target = target_of(family, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, VOCAB, (size, length), generator=generator)
+    some = torch.randperm(size, generator=generator)[: 1 + seed % size]
+    _C.force_isa(isa)
+    try:
+        every, _ = read(target, tokens, chunks[0])
+        few, _ = read(target, tokens[some], chunks[1])
+    finally:
+        _C.force_isa("auto")
+    assert torch.equal(every[some], few)
 
 
 _SHAPE = {

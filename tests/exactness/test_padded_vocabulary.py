@@ -5,6 +5,8 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -62,6 +64,31 @@ def test_widths_of_target_and_draft_change_no_token(policy, target, draft):
     want = tokens_of(model_of(0), model_of(0, layers=1), policy=policy)
     padded = tokens_of(model_of(0, target), model_of(0, draft, layers=1), policy=policy)
     assert padded == want
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    mode=st.sampled_from(("vanilla", "ngram", "recycling", "self", "medusa-lite", "eagle-lite")),
+    policy=st.sampled_from(("longest_prefix", "rejection", "conf_threshold", "typical")),
+    bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-9, 9), max_size=3),
+    beyond=st.integers(0, 69),
+    min_tokens=st.integers(0, 40),
+)
+def test_any_widths_change_no_token(widths, mode, policy, bias, beyond, min_tokens):
+    if mode != "vanilla":
+        policy = "longest_prefix"  # what the others draft by may look at the width
+    options = {"draft_mode": mode, "policy": policy, "min_tokens": min_tokens}
+    target, draft = widths
+
+    def tokens(target, draft, bias):
+        model = model_of(0, draft, layers=1) if mode == "vanilla" else None
+        return tokens_of(model_of(0, target), model, logit_bias=bias, **options)
+
+    want = tokens(0, 0, bias)
+    if beyond < target:
+        bias = {**bias, VOCAB + beyond: 50.0}
+    assert tokens(target, draft, bias) == want
 
 
 def test_bias_and_stop_ids_of_padding_do_nothing():

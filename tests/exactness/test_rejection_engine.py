@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chi2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -68,13 +70,14 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     """The p-value of ``counts`` under probabilities ``expected``; 0 where the impossible came."""
     if counts[expected == 0].any():
         return 0.0
-    means = expected * counts.sum()
-    # Rare cells are added up, so that each counted cell expects at least five.
-    rare = means < 5
-    observed = np.append(counts[~rare], counts[rare].sum())
-    mean = np.append(means[~rare], means[rare].sum())
-    statistic = ((observed - mean) ** 2 / np.maximum(mean, 1e-9))[mean > 0].sum()
-    return float(chi2.sf(statistic, (mean > 0).sum() - 1))
+    means = np.sort(expected * counts.sum(), axis=None)
+    observed = counts.flatten()[np.argsort(expected, axis=None)]
+    # The rarest are added up, so that each cell expects at least five.
+    rare = max((means < 5).sum(), np.searchsorted(means.cumsum(), 5) + 1)
+    mean = np.append(means[:rare].sum(), means[rare:])
+    seen = np.append(observed[:rare].sum(), observed[rare:])
+    freedom = len(mean) - 1
+    return float(chi2.sf(((seen - mean) ** 2 / mean).sum(), freedom)) if freedom else 1.0
 
 
 def p_values(engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS) -> list[float]:
@@ -179,6 +182,35 @@ def test_changed_logits_keep_the_distribution(kind, widths):
 def test_drafts_drawn_with_penalties_are_caught(kind, widths, monkeypatch):
     monkeypatch.setattr(SamplingTensors, "without_penalties", lambda self: self)
     assert p_value(rejection_engine(widths), CHANGED[kind]) < 1e-6
+
+
+@pytest.mark.full
+@WIDTHS
+def test_changed_logits_keep_the_distribution_in_many_draws(widths):
+    """1e5 of each kind, in batches of all kinds."""
+    assert min(p_values(rejection_engine(widths), list(CHANGED.values()), 100_000)) > 1e-3
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    widths=st.sampled_from(((1,), CHAIN, (2, 1), TREE, (5,))),
+    params=st.builds(
+        SamplingParams,
+        max_tokens=st.just(4),
+        temperature=st.floats(0.6, 2),
+        top_k=st.sampled_from((0, 2, 4)),
+        top_p=st.sampled_from((1.0, 0.9, 0.6)),
+        repetition_penalty=st.sampled_from((1.0, 0.7, 2.0)),
+        presence_penalty=st.floats(-1, 2),
+        frequency_penalty=st.floats(-1, 2),
+        logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-3, 3), max_size=3),
+    ),
+    banned=st.sampled_from((0, 2, 3)),
+)
+def test_any_changes_together_keep_the_distribution(widths, params, banned):
+    if banned:
+        params = replace(params, min_tokens=banned, stop_token_ids=(4,))
+    assert p_value(rejection_engine(widths), params) > 1e-4
 
 
 MIXED = [PLAIN, CHANGED["bias"], CHANGED["repetition"], CHANGED["all"]]

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
@@ -15,7 +17,8 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from helpers.compare import generated
+from helpers.compare import assert_same_tokens, generated
+from helpers.decoding import GREEDY
 from helpers.repeat_graphs import graphs_of
 from helpers.tiny_models import VOCAB, random_model
 from inferlab.models import HFModel
@@ -135,14 +138,13 @@ def expected_of(name: str) -> list[list[int]]:
 
 
 def run(
-    name: str,
+    target: HFModel,
     prompts: list[list[int]],
     shape: TreeShape | None = None,
     count: int = NEW_TOKENS,
     read_tokens: int = READ_TOKENS,
 ) -> list[GenerationResult]:
     """With the target as its own draft, which agrees up to the switch and drafts beyond it."""
-    target = target_of(name)
     drafter = None
     if shape is not None:
         drafter = ModelDrafter(target, target.new_cache(256), shape)
@@ -159,9 +161,67 @@ SHAPES = [None, TreeShape.chain(6), TreeShape.regular((3, 2, 1, 1))]
 @pytest.mark.parametrize("name", BY_LENGTH + BY_POSITION)
 def test_tokens_are_those_of_generate_alone_and_in_a_batch(name, shape):
     for prompts in (*([prompt] for prompt in PROMPTS), PROMPTS):
-        for prompt, result in zip(prompts, run(name, prompts, shape), strict=True):
+        for prompt, result in zip(prompts, run(target_of(name), prompts, shape), strict=True):
             assert result.token_ids == expected_of(name)[PROMPTS.index(prompt)]
             assert (result.stats.accepted > 0) == (shape is not None)
+
+
+@st.composite
+def rotary_configs(draw) -> PreTrainedConfig:
+    """Any kind of scaling, with numbers of its own."""
+    kind = draw(st.sampled_from(("longrope", "dynamic", *BY_POSITION)))
+    original = draw(st.integers(16, 64))
+    factor = draw(st.sampled_from((2.0, 3.5, 8.0)))
+    rope = {"rope_type": kind, "rope_theta": draw(st.sampled_from((1e3, 1e4)))}
+    context = int(original * factor)
+    partly = kind == "longrope" and draw(st.booleans())
+    if kind == "longrope":
+        width = 4 if partly else 8
+        factors = st.lists(st.floats(1, 20, width=32), min_size=width, max_size=width)
+        rope |= {
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            "short_factor": draw(factors),
+            "long_factor": draw(factors),
+        }
+        if draw(st.booleans()):
+            rope["attention_factor"] = draw(st.floats(0.8, 1.5))
+    elif kind in ("yarn", "llama3"):
+        rope |= {"factor": factor, "original_max_position_embeddings": original}
+        if kind == "llama3":
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": draw(st.sampled_from((2.0, 4.0)))}
+    elif kind == "proportional":
+        rope["partial_rotary_factor"] = draw(st.sampled_from((0.25, 0.5)))
+    else:
+        rope["factor"] = factor
+        context = original
+    if partly:
+        return Phi3Config(
+            **_SHAPE,
+            max_position_embeddings=context,
+            original_max_position_embeddings=original,
+            rope_parameters={**rope, "partial_rotary_factor": 0.5},
+        )
+    return LlamaConfig(**_SHAPE, max_position_embeddings=context, rope_parameters=rope)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    config=rotary_configs(),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    shape=st.sampled_from(SHAPES),
+    read_tokens=st.integers(1, 80),
+    seed=st.integers(0, 2**16),
+)
+def test_any_scaling_of_texts_of_any_length(config, lengths, shape, read_tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    target = HFModel(random_model(config, seed=3))
+    target.context_length = None
+    results = run(target, prompts, shape, 20, read_tokens)
+    for prompt, result in zip(prompts, results, strict=True):
+        expected = by_fresh_model(config, prompt, 20)
+        assert_same_tokens(target, prompt, expected, result.token_ids, GREEDY, str(config))
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
@@ -177,20 +237,20 @@ def test_the_switch_shows(name):
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_all_chunks_of_a_prompt_are_as_long_as_the_prompt(name):
     for prompt, expected in zip(PROMPTS, expected_of(name), strict=True):
-        assert run(name, [prompt], read_tokens=20)[0].token_ids == expected
+        assert run(target_of(name), [prompt], read_tokens=20)[0].token_ids == expected
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_a_draft_model_reads_the_prompt_like_a_target(name, monkeypatch):
     monkeypatch.setattr(model_drafter, "READ_TOKENS", 20)
-    (result,) = run(name, PROMPTS[2:3], SHAPES[1])
+    (result,) = run(target_of(name), PROMPTS[2:3], SHAPES[1])
     assert result.stats.acceptance_rate > 0.8  # of itself; the last steps draft too much
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_without_the_fused_layers(name, monkeypatch):
     monkeypatch.setattr(target_of(name), "_fused", None)
-    for prompt, result in zip(PROMPTS, run(name, PROMPTS, SHAPES[1]), strict=True):
+    for prompt, result in zip(PROMPTS, run(target_of(name), PROMPTS, SHAPES[1]), strict=True):
         assert result.token_ids == expected_of(name)[PROMPTS.index(prompt)]
 
 
@@ -198,7 +258,7 @@ def test_without_the_fused_layers(name, monkeypatch):
 def test_from_graphs(name, monkeypatch):
     graphs, repeat = graphs_of(target_of(name))
     monkeypatch.setattr(target_of(name), "_graphs", graphs)
-    for prompt, result in zip(PROMPTS, run(name, PROMPTS, SHAPES[1]), strict=True):
+    for prompt, result in zip(PROMPTS, run(target_of(name), PROMPTS, SHAPES[1]), strict=True):
         assert result.token_ids == expected_of(name)[PROMPTS.index(prompt)]
     assert repeat.replays > 0
 
@@ -206,7 +266,7 @@ def test_from_graphs(name, monkeypatch):
 @pytest.mark.parametrize("name", BY_LENGTH)
 def test_the_plain_model_keeps_its_own_rule(name):
     target = target_of(name)
-    run(name, PROMPTS[:1])
+    run(target, PROMPTS[:1])
     ids = torch.tensor(PROMPTS[2:3])
     with target.plain() as model, torch.inference_mode():
         ours = model(ids, use_cache=False).logits

@@ -1,8 +1,11 @@
 """Threads that share a pipeline or a model get the tokens that they would get alone."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from inferlab import HFModel, SpeculativePipeline
@@ -29,6 +32,52 @@ def test_one_pipeline_in_many_threads(mode):
         return lambda: pipeline.generate(prompt, ignore_eos=True)["token_ids"]
 
     assert run_in_threads(job(p) for p in PROMPTS) == want
+    assert not pipeline.engine.scheduler.has_work
+
+
+@cache
+def shared_pipeline(mode, max_batch) -> SpeculativePipeline:
+    return SpeculativePipeline(
+        target=HFModel(tiny_model("llama"), tiny_tokenizer()),
+        draft=HFModel(tiny_model("llama", seed=1), tiny_tokenizer()),
+        draft_mode=mode,
+        kv_memory_mb=32,
+        max_batch=max_batch,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    mode=st.sampled_from(("none", "vanilla", "ngram", "recycling", "self", "eagle-lite")),
+    max_batch=st.sampled_from((1, 3, 8)),
+    requests=st.lists(
+        st.tuples(
+            st.sampled_from(PROMPTS[:4]),
+            st.integers(1, 30),
+            st.sampled_from((0.0, 0.8, 1.5)),
+            st.integers(0, 9),
+            st.booleans(),
+        ),
+        min_size=2,
+        max_size=12,
+    ),
+)
+def test_any_requests_of_any_number_of_threads(mode, max_batch, requests):
+    pipeline = shared_pipeline(mode, max_batch)
+
+    def job(prompt, count, temperature, seed, streamed):
+        options = {"temperature": temperature, "seed": seed, "ignore_eos": True}
+        if streamed:
+            pieces = pipeline.stream(prompt, count, **options)
+            return [token for piece in pieces for token in piece.token_ids]
+        return pipeline.generate(prompt, count, **options)["token_ids"]
+
+    alone = shared_pipeline("none", 1)
+    want = [
+        alone.generate(prompt, count, temperature=t, seed=seed, ignore_eos=True)["token_ids"]
+        for prompt, count, t, seed, _ in requests
+    ]
+    assert run_in_threads([partial(job, *request) for request in requests]) == want
     assert not pipeline.engine.scheduler.has_work
 
 

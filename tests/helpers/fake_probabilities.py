@@ -34,7 +34,7 @@ def next_probabilities(
 ) -> np.ndarray:
     """The distribution of the token after ``prompt`` and ``output``, [V].
 
-    Of the filters it knows temperature and top-k.
+    Of the filters it knows temperature, top-k and, of what that leaves, top-p.
     """
     logits = next_logits(model, [*prompt, *output])
     for token in {*prompt, *output}:
@@ -49,4 +49,8 @@ def next_probabilities(
     if params.top_k:
         logits[np.argsort(-logits, kind="stable")[params.top_k :]] = -math.inf
     weights = np.exp((logits - logits.max()) / params.temperature)
+    weights /= weights.sum()
+    likeliest = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[likeliest]) - weights[likeliest]
+    weights[likeliest[before >= params.top_p]] = 0
     return weights / weights.sum()

@@ -224,9 +224,12 @@ def same_rule(model: Any, *, ignore: bool = False) -> Iterator[None]:
     for name, value in vars(GenerationConfig()).items():
         if name not in _KEPT and not name.startswith("_"):
             setattr(config, name, value)
-    finite = {token: value for token, value in rule.bias.items() if math.isfinite(value)}
-    config.suppress_tokens = sorted(rule.bias.keys() - finite.keys()) or None
-    config.sequence_bias = [[[token], value] for token, value in finite.items()] or None
+    # transformers refuses to suppress what it is to force, but not to add -inf to it.
+    forced = (rule.first_token, rule.last_token)
+    suppressed = {t for t, value in rule.bias.items() if value == -math.inf and t not in forced}
+    config.suppress_tokens = sorted(suppressed) or None
+    biases = [[[t], value] for t, value in rule.bias.items() if t not in suppressed]
+    config.sequence_bias = biases or None
     if rule.repetition_penalty != 1.0:
         config.repetition_penalty = rule.repetition_penalty
     if rule.min_new_tokens is not None:
