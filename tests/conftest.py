@@ -10,6 +10,9 @@ from hypothesis import Phase, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# pytest -n: two torch programs with two threads each slow each other down on two cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Idle OpenMP threads sleep: spinning ones starve each other when tests share cores with anything.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

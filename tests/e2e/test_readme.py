@@ -80,7 +80,7 @@ def test_a_command_in_a_process_of_its_own(tmp_path):
 def test_the_first_commands_are_the_install_and_the_tests():
     first, second = blocks("")[:2]
     assert first.strip().startswith("pip install . && inferlab specdec")
-    assert second.strip() == "pip install '.[test]' && pytest"
+    assert second.strip() == "pip install '.[test]' && pytest -n auto"
 
 
 def test_every_public_name_is_listed():

@@ -1,8 +1,7 @@
 """All device tests again, on kernels compiled with AddressSanitizer and UBSan, and with TSan.
 
-Races hang on the path through a kernel, hardly on combinations of values. So under TSan, by far the
-slowest, a test runs with every value of each of its parameters, and with all combinations in
-``pytest -m full``.
+What they find hangs on the path through a kernel, hardly on combinations of values. So a test runs
+with every value of each of its parameters, and with all combinations in ``pytest -m full``.
 """
 
 from __future__ import annotations
@@ -34,10 +33,11 @@ RUNS = [
         combinations,
         marks=[
             pytest.mark.xdist_group(f"{variant}-{backend}-{'rows' if part == 'rows' else 'rest'}"),
-            *([pytest.mark.full] if (variant, combinations) == ("tsan", "all") else []),
+            *([pytest.mark.full] if combinations == "all" else []),
         ],
     )
-    for variant, combinations in (("tsan", "few"), ("asan", "all"), ("tsan", "all"))
+    for combinations in ("few", "all")
+    for variant in ("tsan", "asan")
     for backend in ("cuda-shim", "metal-shim")
     for part in PARTS
 ]
