@@ -1,0 +1,216 @@
+"""What a step costs: its time by rows, batch and context, from a few measured ones. No torch.
+
+A step of B sequences with N nodes each (the root included) behind C tokens takes
+
+    ms(B, N, C) = own(B N) + a B + b B C + c B N C
+
+* own: what the rows of a forward take. Weights are read once for all of them, so it is flat at
+  first and rises where arithmetic is what counts: a line between measured numbers of rows;
+* a: what is done for each sequence (walks, tokens, pages);
+* b, c: the keys and values that are read, and the products with them.
+
+All four are at least 0 and fitted to measured steps, each of which counts by its relative error.
+Drafting comes on top: a table by batch and budget.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+VERSION = 1
+"""Of the file format."""
+
+
+class StepTime(NamedTuple):
+    """A measured step: ``batch`` sequences of ``nodes`` rows each, behind ``context`` tokens."""
+
+    batch: int
+    nodes: int
+    context: int
+    ms: float
+
+
+class DraftTime(NamedTuple):
+    """What drafting added to a step: proposing, and keeping the drafter's state."""
+
+    batch: int
+    nodes: int  # of the budget, root not counted; 0: it drafts nothing, but keeps up
+    ms: float
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """The fitted formula.
+
+    Attributes:
+        rows: numbers of rows that were measured, growing.
+        own: ms of each.
+        per_sequence, per_key, per_product: a, b, c, in ms.
+        error: median of |predicted / measured - 1| over the measured steps.
+    """
+
+    rows: tuple[int, ...]
+    own: tuple[float, ...]
+    per_sequence: float = 0.0
+    per_key: float = 0.0
+    per_product: float = 0.0
+    error: float = 0.0
+
+    @classmethod
+    def fit(cls, steps: Sequence[StepTime]) -> StepCosts:
+        """Least squares of relative errors.
+
+        Raises:
+            ValueError: no step, or one without rows or time.
+        """
+        if not steps or any(min(s.batch, s.nodes) < 1 or s.ms <= 0 for s in steps):
+            raise ValueError("steps must hold measured steps of at least one row and above 0 ms")
+        rows = sorted({s.batch * s.nodes for s in steps})
+        matrix = np.zeros((len(steps), len(rows) + 3))
+        for i, s in enumerate(steps):
+            matrix[i, rows.index(s.batch * s.nodes)] = 1
+            # Of the first sequence and its context nothing can be told from `own`.
+            matrix[i, -3:] = s.batch - 1, s.batch * s.context, s.batch * s.nodes * s.context
+        weights = 1 / np.array([s.ms for s in steps])
+        scale = np.maximum(matrix.max(axis=0), 1)
+        found = _non_negative(matrix * weights[:, None] / scale, np.ones(len(steps))) / scale
+        own = [float(v) for v in np.maximum.accumulate(found[:-3])]  # more rows take no less
+        fitted = cls(tuple(rows), tuple(own), *map(float, found[-3:]))
+        errors = [abs(fitted.ms(*s[:3]) / s.ms - 1) for s in steps]
+        return cls(*list(asdict(fitted).values())[:-1], error=median(errors))
+
+    def ms(self, batch: int, nodes: int, context: float) -> float:
+        """Predicted time of a step, without drafting."""
+        rows = batch * nodes
+        return (
+            _on_line(self.rows, self.own, rows)
+            + self.per_sequence * (batch - 1)
+            + self.per_key * batch * context
+            + self.per_product * rows * context
+        )
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """Measured times of drafting; between and beyond them, lines.
+
+    Attributes:
+        table: by batch, then by nodes of the budget, ms; both growing.
+    """
+
+    table: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
+
+    @classmethod
+    def of(cls, times: Sequence[DraftTime]) -> DraftCosts:
+        """More nodes never take less: what was measured so is noise."""
+        table = []
+        for batch in sorted({t.batch for t in times}):
+            row = sorted((t.nodes, t.ms) for t in times if t.batch == batch)
+            rising = np.maximum.accumulate([max(ms, 0.0) for _, ms in row])
+            table.append(
+                (batch, tuple((n, float(v)) for (n, _), v in zip(row, rising, strict=True)))
+            )
+        return cls(tuple(table))
+
+    def ms(self, batch: int, nodes: int) -> float:
+        """What a budget of so many nodes adds to a step."""
+        if not self.table:
+            return 0.0
+        batches = [batch for batch, _ in self.table]
+        by_batch = []
+        for _, row in self.table:
+            offered, ms = zip(*row, strict=True)
+            by_batch.append(_on_line(offered, ms, nodes))
+        return _on_line(batches, by_batch, batch)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Times of whole steps of one engine."""
+
+    step: StepCosts
+    draft: DraftCosts = DraftCosts(())
+
+    def ms(self, batch: int, nodes: int, context: float) -> float:
+        """A step that drafts ``nodes`` for each sequence (0: none) and verifies them."""
+        return self.step.ms(batch, 1 + nodes, context) + self.draft.ms(batch, nodes)
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """Raises ValueError where ``text`` is not what `to_json` writes."""
+        try:
+            fields = json.loads(text)
+            if fields["version"] != VERSION:
+                raise ValueError(f"version is {fields['version']}, not {VERSION}")
+            step = StepCosts(**{k: _frozen(v) for k, v in fields["step"].items()})
+            return cls(step, DraftCosts(_frozen(fields["draft"]["table"])))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no costs: {error!r}") from error
+
+
+class Drift:
+    """How far real steps are from predicted ones: machines are shared, texts differ.
+
+    Steps of a kind are corrected by the median of their own last ratios, the fewer there are the
+    more by what all kinds have in common.
+    """
+
+    KEPT = 9
+    SHARED = 2.0  # weight of what is common, in steps
+
+    def __init__(self) -> None:
+        self._of_kind: dict[Any, list[float]] = {}
+        self._common: list[float] = []
+
+    def observe(self, kind: Any, predicted: float, measured: float) -> None:
+        """``kind``: anything hashable, such as batch size and budget."""
+        ratio = math.log(measured / predicted)
+        for ratios in (self._of_kind.setdefault(kind, []), self._common):
+            ratios.append(ratio)
+            del ratios[: -self.KEPT]
+
+    def factor(self, kind: Any) -> float:
+        """What a prediction is to be multiplied with."""
+        if not self._common:
+            return 1.0
+        common, own = median(self._common), self._of_kind.get(kind, [])
+        near = median(own) if own else 0.0
+        return math.exp((len(own) * near + self.SHARED * common) / (len(own) + self.SHARED))
+
+
+def _on_line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
+    """On the lines between points; beyond the last as from the last but one, before the first
+    flat."""
+    if len(xs) == 1 or x <= xs[0]:
+        return ys[0]
+    i = min(bisect_right(xs, x), len(xs) - 1)
+    slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
+    return ys[i - 1] + slope * (x - xs[i - 1])
+
+
+def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least squares with no negative part: the most negative is set to 0 until there is none."""
+    found = np.zeros(matrix.shape[1])
+    left = list(range(matrix.shape[1]))
+    while left:
+        part = np.linalg.lstsq(matrix[:, left], target, rcond=None)[0]
+        if part.min() >= 0:
+            found[left] = part
+            break
+        del left[int(part.argmin())]
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

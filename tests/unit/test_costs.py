@@ -1,0 +1,108 @@
+"""The formula of a step's time: found again from steps it made, and kept in files."""
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, Drift, StepCosts, StepTime
+
+GRID = [
+    (batch, nodes, context)
+    for batch in (1, 4, 16)
+    for nodes in (1, 2, 4, 8, 16)
+    for context in (32, 256)
+]
+
+
+def true_ms(batch: int, nodes: int, context: int, a: float, b: float, c: float) -> float:
+    """Flat up to 8 rows, then so much for each."""
+    rows = batch * nodes
+    own = 3 + 0.2 * max(rows - 8, 0)
+    return own + a * (batch - 1) + b * batch * context + c * rows * context
+
+
+RATES = st.sampled_from((0.0, 1e-4, 1e-3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=st.sampled_from((0.0, 0.05, 0.5)), b=RATES, c=RATES)
+def test_what_was_measured_is_predicted(a, b, c):
+    costs = StepCosts.fit([StepTime(*at, true_ms(*at, a, b, c)) for at in GRID])
+    assert costs.error < 0.01
+    for batch, nodes, context in ((2, 3, 100), (8, 6, 200), (16, 24, 64), (3, 1, 500)):
+        expected = true_ms(batch, nodes, context, a, b, c)
+        assert costs.ms(batch, nodes, context) == pytest.approx(expected, rel=0.12)
+
+
+def test_noise_is_evened_out_and_known():
+    rng = random.Random(0)
+    steps = [
+        StepTime(*at, true_ms(*at, 0.05, 1e-4, 1e-4) * rng.uniform(0.9, 1.1)) for at in GRID * 2
+    ]
+    costs = StepCosts.fit(steps)
+    assert 0.01 < costs.error < 0.08
+    assert min(costs.per_sequence, costs.per_key, costs.per_product, *costs.own) >= 0
+
+
+def test_more_rows_never_take_less():
+    costs = StepCosts.fit([StepTime(1, n, 32, ms) for n, ms in ((1, 3.0), (2, 2.0), (4, 5.0))])
+    times = [costs.ms(1, n, 32) for n in range(1, 12)]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("steps", [[], [StepTime(1, 0, 3, 1.0)], [StepTime(1, 1, 3, 0.0)]])
+def test_steps_that_are_none_are_refused(steps):
+    with pytest.raises(ValueError, match="must hold measured steps"):
+        StepCosts.fit(steps)
+
+
+def test_drafting_is_read_off_a_table():
+    costs = DraftCosts.of(
+        [DraftTime(1, 0, -0.1), DraftTime(1, 1, 1.0), DraftTime(1, 8, 8.0), DraftTime(1, 4, 3.0),
+         DraftTime(4, 1, 4.0), DraftTime(4, 8, 11.0)]
+    )  # fmt: skip
+    assert costs.ms(1, 0) == 0
+    assert costs.ms(1, 2) == pytest.approx(1 + 2 / 3)
+    assert costs.ms(4, 8) == 11
+    assert costs.ms(2, 8) == pytest.approx(9)
+    assert costs.ms(7, 8) == pytest.approx(14)
+    assert DraftCosts(()).ms(3, 3) == 0
+
+
+def test_a_whole_step_drafts_and_verifies():
+    step = StepCosts.fit([StepTime(1, n, 10, 2.0 + n) for n in (1, 2, 4)])
+    model = CostModel(step, DraftCosts.of([DraftTime(1, 1, 0.5)]))
+    assert model.ms(1, 1, 10) == pytest.approx(4.5)
+    assert CostModel(step).ms(1, 0, 10) == pytest.approx(3.0)
+
+
+def test_costs_are_the_same_from_a_file():
+    step = StepCosts.fit([StepTime(*at, true_ms(*at, 0.1, 1e-4, 0)) for at in GRID])
+    model = CostModel(step, DraftCosts.of([DraftTime(1, 1, 0.5), DraftTime(4, 1, 0.7)]))
+    assert CostModel.from_json(model.to_json()) == model
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0}', '{"version": 1, "step": {}}'])
+def test_what_holds_no_costs_is_refused(text):
+    with pytest.raises(ValueError, match=re.compile(r"costs|version|JSON|Expecting", re.I)):
+        CostModel.from_json(text)
+
+
+def test_predictions_follow_the_machine():
+    drift = Drift()
+    assert drift.factor("any") == 1
+    for _ in range(9):
+        drift.observe("plain", 2.0, 3.0)
+    assert drift.factor("plain") == pytest.approx(1.5)
+    assert drift.factor("new") == pytest.approx(1.5), (
+        "what is common counts where nothing else does"
+    )
+    for _ in range(9):
+        drift.observe("drafted", 2.0, 2.0)
+    assert drift.factor("drafted") == pytest.approx(1.0)
+    assert 1.3 < drift.factor("plain") < 1.5
+    drift.observe("drafted", 2.0, 2000.0)
+    assert drift.factor("drafted") == pytest.approx(1.0), "one step that was disturbed is nothing"
