@@ -42,6 +42,13 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    # Not an option of setup.cfg: with any --dist pytest-benchmark does not measure.
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
 def pytest_collection_modifyitems(config, items):
     if not re.search(r"\bfull\b", config.getoption("-m")):
         left_out = [item for item in items if item.get_closest_marker("full")]
