@@ -83,7 +83,7 @@ def write_text(path: str | Path, text: str) -> None:
         elif is_special(path):
             Path(path).write_bytes(data)
         else:
-            _replace(Path(os.path.realpath(path)), data)
+            replace_file(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise _cannot_be_written(path, error) from None
 
@@ -180,7 +180,8 @@ def _own_stream(path: str | Path) -> TextIO | None:
     return None
 
 
-def _replace(target: Path, data: bytes) -> None:
+def replace_file(target: Path, data: bytes) -> None:
+    """Writes all of it or nothing. Raises OSError."""
     temporary = target.with_name(f".inferlab-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:

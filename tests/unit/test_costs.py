@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, Drift, StepCosts, StepTime
+from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 
 GRID = [
     (batch, nodes, context)
@@ -89,20 +89,3 @@ def test_costs_are_the_same_from_a_file():
 def test_what_holds_no_costs_is_refused(text):
     with pytest.raises(ValueError, match=re.compile(r"costs|version|JSON|Expecting", re.I)):
         CostModel.from_json(text)
-
-
-def test_predictions_follow_the_machine():
-    drift = Drift()
-    assert drift.factor("any") == 1
-    for _ in range(9):
-        drift.observe("plain", 2.0, 3.0)
-    assert drift.factor("plain") == pytest.approx(1.5)
-    assert drift.factor("new") == pytest.approx(1.5), (
-        "what is common counts where nothing else does"
-    )
-    for _ in range(9):
-        drift.observe("drafted", 2.0, 2.0)
-    assert drift.factor("drafted") == pytest.approx(1.0)
-    assert 1.3 < drift.factor("plain") < 1.5
-    drift.observe("drafted", 2.0, 2000.0)
-    assert drift.factor("drafted") == pytest.approx(1.0), "one step that was disturbed is nothing"

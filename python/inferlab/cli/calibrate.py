@@ -1,9 +1,11 @@
-"""`inferlab calibrate`: measures which draft tokens are accepted, for `--tree optimal`."""
+"""`inferlab calibrate`: measures which draft tokens are accepted, for `--tree optimal`, or what
+steps cost."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from inferlab.cli import specdec_flags
@@ -14,6 +16,7 @@ from inferlab.config import SpecdecConfig, load_config
 from inferlab.errors import UsageError
 from inferlab.prompts import read_prompts
 from inferlab.specdec.calibration import write_acceptance
+from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.training.material.corpus import Corpus, training_prompts
 from inferlab.training.measure.rates import acceptance_rates
 
@@ -37,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-prompts", type=int, default=60, metavar="N", help="(60)")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder of the draft's weights"
+        "--output", metavar="DIR", help="folder of the draft's weights; needed without --costs"
+    )
+    parser.add_argument(
+        "--costs",
+        action="store_true",
+        help="measure what steps cost instead, and print how well it is predicted",
     )
     add_log_arguments(parser)
     add_config_argument(parser, "configs/specdec.yaml")
@@ -48,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab calibrate``; returns the exit code."""
+    if args.costs:
+        return _run_costs(args)
+    if args.output is None:
+        raise UsageError("--output: missing; name the folder of the draft's weights, or --costs")
     for flag in MEANINGLESS:
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(
@@ -87,4 +99,33 @@ def run(args: argparse.Namespace) -> int:
     write_acceptance(folder, rates, about)
     for depth, row in enumerate(rates, start=1):
         print(f"level {depth}: " + " ".join(f"{rate:.3f}" for rate in row))
+    return EXIT_OK
+
+
+def _run_costs(args: argparse.Namespace) -> int:
+    for flag in ("--output", "--prompts"):
+        if getattr(args, flag[2:]) is not None:
+            raise UsageError(f"{flag}: has no meaning beside --costs, which measures times only")
+    overrides, names = specdec_flags.given_overrides(args)
+    config = load_config(SpecdecConfig, args.config, overrides, names=names)
+    setup_logging(config.log_level, args.verbose)
+    pipeline = SpeculativePipeline(config=config)
+    costs = pipeline.costs(anew=True)
+    if costs is None:
+        raise UsageError(
+            f"--costs: {pipeline.target.name} or its K/V cache has no room for the texts that are "
+            "measured; raise num_pages or kv_memory_mb"
+        )
+    checked = pipeline.check_costs(costs)
+    print("batch nodes context  measured predicted    off")
+    for step, predicted in checked:
+        print(
+            f"{step.batch:5} {step.nodes:5} {step.context:7} {step.ms:6.2f} ms {predicted:6.2f} ms "
+            f"{predicted / step.ms - 1:+6.0%}"
+        )
+    off = sorted(abs(predicted / step.ms - 1) for step, predicted in checked)
+    high = off[int(0.9 * len(off))]
+    print(f"off by {median(off):.0%} in the median, {high:.0%} at the 90th percentile")
+    for batch, row in costs.draft.table:
+        print(f"drafting for {batch}: " + ", ".join(f"{n} nodes {ms:.2f} ms" for n, ms in row))
     return EXIT_OK

@@ -192,6 +192,31 @@ def measure(
     return CostModel(StepCosts.fit(steps), DraftCosts.of(times))
 
 
+CHECKED = ((1, 20), (1, 200), (3, 60), (8, 40), (8, 200), (16, 60))
+"""Sequences and their context, other ones than the model is made of."""
+
+
+def check(
+    costs: StepCosts,
+    target: TargetModel,
+    policy: Policy,
+    num_pages: int,
+    page_size: int,
+    *,
+    max_batch: int = 32,
+) -> list[tuple[StepTime, float]]:
+    """Steps measured now, each with its predicted ms."""
+    bench = Bench(target, policy, num_pages, page_size)
+    checked = []
+    for batch, context in CHECKED:
+        if batch <= max_batch:
+            budgets = [of_nodes(nodes) for nodes in (1, 3, 6, 12, 24, 48) if batch * nodes <= 128]
+            for budget, ms, phases in _medians(bench, batch, context, budgets, REPEATS):
+                step = StepTime(batch, 1 + budget.nodes, context, ms - phases["draft"])
+                checked.append((step, costs.ms(*step[:3])))
+    return checked
+
+
 def _medians(
     bench: Bench, batch: int, context: int, budgets: Sequence[Budget], repeats: int
 ) -> list[tuple[Budget, float, dict[str, float]]]:

@@ -16,10 +16,9 @@ Drafting comes on top: a table by batch and budget.
 from __future__ import annotations
 
 import json
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -85,7 +84,7 @@ class StepCosts:
         own = [float(v) for v in np.maximum.accumulate(found[:-3])]  # more rows take no less
         fitted = cls(tuple(rows), tuple(own), *map(float, found[-3:]))
         errors = [abs(fitted.ms(*s[:3]) / s.ms - 1) for s in steps]
-        return cls(*list(asdict(fitted).values())[:-1], error=median(errors))
+        return replace(fitted, error=median(errors))
 
     def ms(self, batch: int, nodes: int, context: float) -> float:
         """Predicted time of a step, without drafting."""
@@ -157,36 +156,6 @@ class CostModel:
             return cls(step, DraftCosts(_frozen(fields["draft"]["table"])))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no costs: {error!r}") from error
-
-
-class Drift:
-    """How far real steps are from predicted ones: machines are shared, texts differ.
-
-    Steps of a kind are corrected by the median of their own last ratios, the fewer there are the
-    more by what all kinds have in common.
-    """
-
-    KEPT = 9
-    SHARED = 2.0  # weight of what is common, in steps
-
-    def __init__(self) -> None:
-        self._of_kind: dict[Any, list[float]] = {}
-        self._common: list[float] = []
-
-    def observe(self, kind: Any, predicted: float, measured: float) -> None:
-        """``kind``: anything hashable, such as batch size and budget."""
-        ratio = math.log(measured / predicted)
-        for ratios in (self._of_kind.setdefault(kind, []), self._common):
-            ratios.append(ratio)
-            del ratios[: -self.KEPT]
-
-    def factor(self, kind: Any) -> float:
-        """What a prediction is to be multiplied with."""
-        if not self._common:
-            return 1.0
-        common, own = median(self._common), self._of_kind.get(kind, [])
-        near = median(own) if own else 0.0
-        return math.exp((len(own) * near + self.SHARED * common) / (len(own) + self.SHARED))
 
 
 def _on_line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:

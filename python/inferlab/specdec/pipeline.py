@@ -19,6 +19,9 @@ from inferlab.records import Speculation
 from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
+from inferlab.specdec.cost_cache import describe_costs, kept_costs
+from inferlab.specdec.costing import check, measure
+from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.pieces import Piece, run_pieces
@@ -170,6 +173,41 @@ class SpeculativePipeline:
         """Who drafts, and how."""
         drafter = self.engine.drafter
         return {} if drafter is None else drafter.describe()
+
+    def costs(self, anew: bool = False) -> CostModel | None:
+        """What steps of this pipeline cost, by batch, nodes and context; None where the target's
+        context or the K/V cache have no room to measure.
+
+        Measured when a machine first meets a model and a drafter (about a second for small ones),
+        and kept in the user's cache directory.
+
+        Args:
+            anew: measure, whatever is kept.
+        """
+
+        def measured() -> CostModel | None:
+            return measure(
+                self.target,
+                self.policy,
+                self._num_pages(),
+                self.config.page_size,
+                self._plan.build if self._plan is not None else None,
+                max_batch=self.config.max_batch,
+                max_k=self.controller.max_k,
+            )
+
+        settings = self.config.model_dump(mode="json", include=_COST_SETTINGS)
+        facts = describe_costs(self.target, self.draft_name, self.controller.max_k, settings)
+        return kept_costs(facts, measured, anew=anew)
+
+    def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:
+        """Plain and drafted steps measured now, each with the ms that ``costs`` predicts; what
+        drafting takes is not part of either."""
+        c = self.config
+        pages = self._num_pages()
+        return check(
+            costs.step, self.target, self.policy, pages, c.page_size, max_batch=c.max_batch
+        )
 
     def generate(
         self,
@@ -529,6 +567,12 @@ class SpeculativePipeline:
             )
         return pages
 
+
+_COST_SETTINGS = {
+    *("draft_mode", "max_draft", "tree", "tree_nodes", "tree_width", "ngram", "medusa", "eagle"),
+    *("early_exit", "ensemble", "policy", "page_size", "max_batch", "num_pages", "kv_memory_mb"),
+}
+"""What of the configuration may change what a step costs."""
 
 _PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample", "messages"}
 
