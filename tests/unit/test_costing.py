@@ -7,7 +7,7 @@ from inferlab.cli import main
 from inferlab.models import FakeLM
 from inferlab.specdec import cost_cache
 from inferlab.specdec.cost_cache import describe_costs, kept_costs
-from inferlab.specdec.costing import GRID, Bench, measure, of_nodes
+from inferlab.specdec.costing import GRID, Bench, NoRoomError, measure, of_nodes
 from inferlab.specdec.costs import CostModel, StepCosts, StepTime
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import NO_DRAFT, Budget
@@ -34,7 +34,9 @@ def test_the_steps_that_were_asked_for_are_timed():
 
 
 def test_what_has_no_room_is_not_measured():
-    with pytest.raises(ValueError, match="pages, there are 8"):
+    with pytest.raises(NoRoomError, match="pages, there are 20"):
+        list(Bench(FakeLM(), Policy(), 20, 16).steps(4, 32, [NO_DRAFT]))
+    with pytest.raises(NoRoomError, match="the cache has 8"):
         list(Bench(FakeLM(), Policy(), 8, 16).steps(1, 32, [NO_DRAFT]))
     assert measure(FakeLM(), Policy(), 4, 16) is None
 

@@ -28,8 +28,14 @@ GRID = ((1, SHORT, 64), (4, SHORT, 16), (16, SHORT, 8), (4, LONG, 4))
 """Sequences, their context, and the nodes up to which trees of 2^i are measured."""
 MOST_ROWS = 128
 """Of steps with the real drafter."""
+MOST_TOKENS = 512
+"""Of a text, behind its context: more pages than for as many are not taken."""
 REPEATS = 3
 """Steps of each kind, the median of which counts; the first of a batch is not counted at all."""
+
+
+class NoRoomError(ValueError):
+    """The context or the cache is too small for steps that were to be measured."""
 
 
 class Scripted:
@@ -80,7 +86,7 @@ class Bench:
     Args:
         target: whose steps they are.
         policy: walks the trees.
-        num_pages, page_size: of the K/V cache.
+        num_pages, page_size: of the K/V cache that there may be; it takes what GRID needs.
         drafter: from a number of pages to who drafts; None: random tokens.
     """
 
@@ -94,6 +100,8 @@ class Bench:
     ) -> None:
         self.target = target
         self.settles = drafter is not None  # a step first catches up with the one before
+        most = max(batch * (context + MOST_TOKENS) for batch, context, _ in GRID)
+        num_pages = min(num_pages, -(-most // page_size))
         self.drafter = drafter(num_pages) if drafter else RandomDrafter(target.vocab_size)
         self._script = Scripted()
         cache = target.new_cache(num_pages, page_size)
@@ -107,7 +115,7 @@ class Bench:
         and by phase. The texts repeat themselves, so that there is something to draft.
 
         Raises:
-            ValueError: the context or the cache is too small for it.
+            NoRoomError: the context or the cache is too small for it.
         """
         rounds = 1 + repeats * (2 if self.settles else 1)
         tokens = 2 + rounds * sum(1 + budget.levels for budget in budgets)
@@ -116,9 +124,13 @@ class Bench:
         for _ in range(batch):
             part = torch.randint(self.target.vocab_size, (12,), generator=self._generator)
             requests.append(Request((part.tolist() * (context // 12 + 1))[:context], params))
+        try:
+            self.engine.check(requests[0])
+        except ValueError as error:
+            raise NoRoomError(str(error)) from None
         needed = sum(map(self.engine.scheduler.pages_needed, requests))
         if needed > self.engine.cache.num_pages:
-            raise ValueError(f"needs {needed} pages, there are {self.engine.cache.num_pages}")
+            raise NoRoomError(f"needs {needed} pages, there are {self.engine.cache.num_pages}")
         try:
             for request in requests:
                 self.engine.add(request)
@@ -225,7 +237,7 @@ def _medians(
     try:
         for budget, ms, phases in bench.steps(batch, context, budgets, repeats):
             seen.setdefault(budget, []).append((ms, phases))
-    except ValueError:
+    except NoRoomError:
         return []
     return [
         (
