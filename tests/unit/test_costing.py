@@ -41,6 +41,33 @@ def test_what_has_no_room_is_not_measured():
     assert measure(FakeLM(), Policy(), 4, 16) is None
 
 
+class Broken(FakeLM):
+    """Its logits become NaN after a few forwards."""
+
+    forwards = 0
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        self.forwards += 1
+        if self.forwards > self.good:
+            output.logits.fill_(float("nan"))
+        return output
+
+
+@pytest.mark.parametrize("good", [0, 3])
+def test_a_model_that_fails_is_named_and_not_waited_for(good):
+    model = Broken()
+    model.good = good
+    with pytest.raises(ValueError, match="are NaN"):
+        measure(model, Policy(), 2048, 16)
+
+
+@pytest.mark.parametrize("mode", ["ngram", "recycling", "medusa-lite", "eagle-lite", "medusa"])
+def test_what_is_measured_is_not_the_drafter_in_use(mode):
+    pipeline = SpeculativePipeline(draft_mode=mode)
+    assert pipeline._plan.build(4) is not pipeline.engine.drafter
+
+
 def test_batches_up_to_the_largest_are_measured(monkeypatch):
     costs = measure(FakeLM(), Policy(), 2048, 16, max_batch=4)
     assert costs is not None

@@ -1,5 +1,6 @@
 """The formula of a step's time: found again from steps it made, and kept in files."""
 
+import json
 import random
 import re
 
@@ -47,6 +48,12 @@ def test_noise_is_evened_out_and_known():
     assert min(costs.per_sequence, costs.per_key, costs.per_product, *costs.own) >= 0
 
 
+def test_of_one_context_nothing_is_said_of_others():
+    steps = [StepTime(b, n, 32, 3.0 + 0.1 * b * n) for b in (1, 2) for n in (1, 2, 4, 8)]
+    costs = StepCosts.fit(steps)
+    assert costs.ms(1, 1, 2000) == costs.ms(1, 1, 32) == pytest.approx(3.1, rel=0.05)
+
+
 def test_more_rows_never_take_less():
     costs = StepCosts.fit([StepTime(1, n, 32, ms) for n, ms in ((1, 3.0), (2, 2.0), (4, 5.0))])
     times = [costs.ms(1, n, 32) for n in range(1, 12)]
@@ -85,7 +92,23 @@ def test_costs_are_the_same_from_a_file():
     assert CostModel.from_json(model.to_json()) == model
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0}', '{"version": 1, "step": {}}'])
+def edited(**step) -> str:
+    model = CostModel(StepCosts((1, 2), (1.0, 2.0)), DraftCosts(((1, ((0, 0.1),)),)))
+    fields = json.loads(model.to_json())
+    fields["step"] |= step
+    return json.dumps(fields)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"version": 0}', '{"version": 1, "step": {}}', "[" * 100_000),
+        *(edited(rows=[]), edited(own=[1.0]), edited(own=["a", 2.0]), edited(per_key=-5.0)),
+        edited(own=[float("nan"), 1.0]),
+        CostModel(StepCosts((1,), (1.0,))).to_json().replace('"table": []', '"table": [[1, []]]'),
+    ],
+    ids=lambda text: text[:12],
+)
 def test_what_holds_no_costs_is_refused(text):
-    with pytest.raises(ValueError, match=re.compile(r"costs|version|JSON|Expecting", re.I)):
+    with pytest.raises(ValueError, match=re.compile(r"costs|version|Expecting|must", re.I)):
         CostModel.from_json(text)

@@ -113,10 +113,16 @@ def _run_costs(args: argparse.Namespace) -> int:
     costs = pipeline.costs(anew=True)
     if costs is None:
         raise UsageError(
-            f"--costs: {pipeline.target.name} or its K/V cache has no room for the texts that are "
-            "measured; raise num_pages or kv_memory_mb"
+            f"--costs: the context of {pipeline.target.name} or its K/V cache has no room for the "
+            "texts that are measured; take a model with a longer one, or raise num_pages or "
+            "kv_memory_mb"
         )
     checked = pipeline.check_costs(costs)
+    if not checked:
+        raise UsageError(
+            f"--costs: the context of {pipeline.target.name} or its K/V cache has no room for the "
+            "texts that costs are checked with"
+        )
     print("batch nodes context  measured predicted    off")
     for step, predicted in checked:
         print(

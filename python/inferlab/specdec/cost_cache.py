@@ -21,21 +21,27 @@ logger = logging.getLogger(__name__)
 
 
 def describe_costs(
-    target: TargetModel, draft: str | None, max_k: int, settings: Mapping[str, Any]
+    target: TargetModel, draft: Any, max_k: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What costs hang on: machine, versions, threads, models, formats, and how drafts are made."""
-    config = getattr(target, "config", None)
     device = target.device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "machine": [processor_name(), usable_cores(), gpu, str(device)],
         "versions": [__version__, torch.__version__],
         "threads": [torch.get_num_threads(), _C.num_threads(), _C.active_isa()],
-        "target": [target.name, str(target.dtype), config.to_dict() if config else None],
+        "target": model_facts(target),
         "draft": draft,
         "max_k": max_k,
         "settings": dict(settings),
     }
+
+
+def model_facts(model: TargetModel | None) -> list[Any]:
+    """What a model's times hang on."""
+    config = getattr(model, "config", None)
+    facts = [model.name, str(model.dtype)] if model is not None else []
+    return [*facts, config.to_dict() if config is not None else None]
 
 
 def kept_costs(

@@ -24,7 +24,7 @@ from inferlab.types import SamplingParams
 
 SHORT, LONG = 32, 256
 """Tokens before the measured steps."""
-GRID = ((1, SHORT, 64), (4, SHORT, 16), (16, SHORT, 8), (4, LONG, 4))
+GRID = ((1, SHORT, 64), (1, LONG, 4), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
 """Sequences, their context, and the nodes up to which trees of 2^i are measured."""
 MOST_ROWS = 128
 """Of steps with the real drafter."""
@@ -116,6 +116,7 @@ class Bench:
 
         Raises:
             NoRoomError: the context or the cache is too small for it.
+            ValueError: a text ended in an error, such as logits that are NaN.
         """
         rounds = 1 + repeats * (2 if self.settles else 1)
         tokens = 2 + rounds * sum(1 + budget.levels for budget in budgets)
@@ -135,7 +136,7 @@ class Bench:
             for request in requests:
                 self.engine.add(request)
             self._script.budget = NO_DRAFT
-            while any(r.num_output == 0 for r in requests):
+            while any(r.num_output == 0 and not r.finished for r in requests):
                 self.engine.step()
             for budget in budgets[:1]:
                 self._timed(budget)
@@ -143,7 +144,11 @@ class Bench:
                 for budget in budgets:
                     if self.settles:
                         self._timed(budget)
-                    yield (budget, *self._timed(budget))
+                    timed = self._timed(budget)
+                    for request in requests:
+                        if request.finished:
+                            raise ValueError(request.error or "a text ended before it was timed")
+                    yield (budget, *timed)
         finally:
             for request in requests:
                 self.engine.abort(request.request_id)
@@ -198,7 +203,10 @@ def measure(
         for batch in keeping:
             fitting = [b for b in ladder[1:] if batch * (1 + b.nodes) <= MOST_ROWS]
             budgets = [*ladder[:1], *fitting[len(fitting) // 2 :: max(1, len(fitting) // 2)]]
-            for budget, _, phases in _medians(bench, batch, SHORT, [NO_DRAFT, *budgets], 2):
+            found = _medians(bench, batch, SHORT, [NO_DRAFT, *budgets], 2)
+            if not found:  # texts of a short context have no room for all of them
+                found = _medians(bench, batch, SHORT // 2, [NO_DRAFT, *ladder[:1]], 1)
+            for budget, _, phases in found:
                 more = max(phases["commit"] - keeping[batch], 0.0)
                 times.append(DraftTime(batch, budget.nodes, phases["draft"] + more))
     return CostModel(StepCosts.fit(steps), DraftCosts.of(times))

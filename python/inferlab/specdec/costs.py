@@ -16,6 +16,7 @@ Drafting comes on top: a table by batch and budget.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +64,13 @@ class StepCosts:
     per_product: float = 0.0
     error: float = 0.0
 
+    def __post_init__(self) -> None:
+        slopes = (self.per_sequence, self.per_key, self.per_product)
+        if not self.rows or len(self.rows) != len(self.own):
+            raise ValueError("own must hold the ms of each of at least one number of rows")
+        if not all(0 <= value < math.inf for value in (*self.rows, *self.own, *slopes)):
+            raise ValueError("rows and times must be finite and not negative")
+
     @classmethod
     def fit(cls, steps: Sequence[StepTime]) -> StepCosts:
         """Least squares of relative errors.
@@ -76,8 +84,10 @@ class StepCosts:
         matrix = np.zeros((len(steps), len(rows) + 3))
         for i, s in enumerate(steps):
             matrix[i, rows.index(s.batch * s.nodes)] = 1
-            # Of the first sequence and its context nothing can be told from `own`.
+            # Of the first sequence nothing can be told from `own`.
             matrix[i, -3:] = s.batch - 1, s.batch * s.context, s.batch * s.nodes * s.context
+        if len({s.context for s in steps}) == 1:
+            matrix[:, -2:] = 0  # nor of one context
         weights = 1 / np.array([s.ms for s in steps])
         scale = np.maximum(matrix.max(axis=0), 1)
         found = _non_negative(matrix * weights[:, None] / scale, np.ones(len(steps))) / scale
@@ -106,6 +116,11 @@ class DraftCosts:
     """
 
     table: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
+
+    def __post_init__(self) -> None:
+        for _, row in self.table:
+            if not row or not all(0 <= ms < math.inf for _, ms in row):
+                raise ValueError("table must hold times, finite and not negative, of each batch")
 
     @classmethod
     def of(cls, times: Sequence[DraftTime]) -> DraftCosts:
@@ -154,7 +169,7 @@ class CostModel:
                 raise ValueError(f"version is {fields['version']}, not {VERSION}")
             step = StepCosts(**{k: _frozen(v) for k, v in fields["step"].items()})
             return cls(step, DraftCosts(_frozen(fields["draft"]["table"])))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no costs: {error!r}") from error
 
 

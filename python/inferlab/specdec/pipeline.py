@@ -19,7 +19,7 @@ from inferlab.records import Speculation
 from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.controllers import Controller, make_controller
-from inferlab.specdec.cost_cache import describe_costs, kept_costs
+from inferlab.specdec.cost_cache import describe_costs, kept_costs, model_facts
 from inferlab.specdec.costing import check, measure
 from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
@@ -196,8 +196,9 @@ class SpeculativePipeline:
                 max_k=self.controller.max_k,
             )
 
-        settings = self.config.model_dump(mode="json", include=_COST_SETTINGS)
-        facts = describe_costs(self.target, self.draft_name, self.controller.max_k, settings)
+        settings = self.config.model_dump(mode="json", include=_COST_SETTINGS, warnings=False)
+        draft = [self.draft_name, self.describe_drafter(), model_facts(self.draft_model)]
+        facts = describe_costs(self.target, draft, self.controller.max_k, settings)
         return kept_costs(facts, measured, anew=anew)
 
     def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:

@@ -177,19 +177,20 @@ class EagleLiteDrafter(_LiteDrafter):
 def plan_medusa(request: DraftRequest) -> DrafterPlan:
     """Untrained heads."""
     lite = request.config.medusa
-    drafter = MedusaLiteDrafter(
-        request.target,
-        lite.num_heads,
-        lite.head_init,
-        lite.temperature,
-        lite.top_p,
-        seed=request.config.seed,
+    return DrafterPlan(
+        lambda _: MedusaLiteDrafter(
+            request.target,
+            lite.num_heads,
+            lite.head_init,
+            lite.temperature,
+            lite.top_p,
+            seed=request.config.seed,
+        )
     )
-    return DrafterPlan(lambda _: drafter)
 
 
 def plan_eagle(request: DraftRequest) -> DrafterPlan:
     """Hidden states on a straight line."""
     lite = request.config.eagle
-    drafter = EagleLiteDrafter(request.target, lite.alpha, max(lite.max_draft, 1))
-    return DrafterPlan(lambda _: drafter)
+    levels = max(lite.max_draft, 1)
+    return DrafterPlan(lambda _: EagleLiteDrafter(request.target, lite.alpha, levels))

@@ -140,7 +140,9 @@ def plan(request: DraftRequest) -> DrafterPlan:
         )
     depth = min(request.max_levels, heads.num_heads)
     shape = None if request.grows else request.shape("grown", depth, name)
-    drafter = MedusaDrafter(
-        heads, shape, nodes=config.nodes, depth=depth, coupled=config.coupled_noise
+    return DrafterPlan(
+        lambda _: MedusaDrafter(
+            heads, shape, nodes=config.nodes, depth=depth, coupled=config.coupled_noise
+        ),
+        model=name,
     )
-    return DrafterPlan(lambda _: drafter, model=name)

@@ -145,11 +145,13 @@ def plan(request: DraftRequest) -> DrafterPlan:
     config, target = request.config, request.target
     widths = config.tree if isinstance(config.tree, tuple) else None
     path = config.ngram.corpus
-    drafter = NgramDrafter(
-        max_depth=len(widths) if widths is not None else request.max_levels,
-        branches=max(widths) if widths is not None else 1,
-        min_match=config.ngram.min_match,
-        max_match=config.ngram.max_match,
-        corpus=None if path is None else load_corpus(path, target.tokenizer, target.vocab_size),
+    corpus = None if path is None else load_corpus(path, target.tokenizer, target.vocab_size)
+    return DrafterPlan(
+        lambda _: NgramDrafter(
+            max_depth=len(widths) if widths is not None else request.max_levels,
+            branches=max(widths) if widths is not None else 1,
+            min_match=config.ngram.min_match,
+            max_match=config.ngram.max_match,
+            corpus=corpus,
+        )
     )
-    return DrafterPlan(lambda _: drafter)

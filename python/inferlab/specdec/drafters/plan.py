@@ -22,7 +22,7 @@ class DrafterPlan:
     """A drafter but for its K/V pages, whose number follows from what they weigh.
 
     Attributes:
-        build: from the number of pages to the drafter.
+        build: from the number of pages to a drafter of its own, every time.
         bytes_per_token: K/V of the draft, per token.
         model: what drafts, for results; None without weights of its own.
     """
