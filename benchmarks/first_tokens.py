@@ -55,10 +55,8 @@ def main() -> None:
                 times = [result.first_token_ms for result in results]
                 first.setdefault((mode, count), []).append((max(times), mean(times)))
         for size in args.batch:
-            params, texts = (
-                SamplingParams(max_tokens=args.max_tokens, ignore_eos=True),
-                prompts(size),
-            )
+            params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=True)
+            texts = prompts(size)
             for mode, engine in engines.items():
                 results = engine.generate([(text, params) for text in texts])
                 tokens = sum(len(result.token_ids) for result in results)

@@ -68,7 +68,7 @@ def test_what_is_measured_is_not_the_drafter_in_use(mode):
     assert pipeline._plan.build(4) is not pipeline.engine.drafter
 
 
-def test_batches_up_to_the_largest_are_measured(monkeypatch):
+def test_batches_up_to_the_largest_are_measured():
     costs = measure(FakeLM(), Policy(), 2048, 16, max_batch=4)
     assert costs is not None
     assert max(costs.step.rows) == max(b * nodes for b, _, nodes in GRID if b <= 4)
