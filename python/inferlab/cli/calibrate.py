@@ -57,7 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab calibrate``; returns the exit code."""
     if args.costs:
-        return _run_costs(args)
+        _check_for_costs(args)
+    else:
+        _check_for_acceptance(args)
+    overrides, names = specdec_flags.given_overrides(args)
+    config = load_config(SpecdecConfig, args.config, overrides, names=names)
+    return _run_costs(args, config) if args.costs else _run_acceptance(args, config)
+
+
+def _check_for_acceptance(args: argparse.Namespace) -> None:
     if args.output is None:
         raise UsageError("--output: missing; name the folder of the draft's weights, or --costs")
     for flag in MEANINGLESS:
@@ -65,8 +73,15 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"{flag}: has no meaning here; every step drafts the largest tree of --K levels"
             )
-    overrides, names = specdec_flags.given_overrides(args)
-    config = load_config(SpecdecConfig, args.config, overrides, names=names)
+
+
+def _check_for_costs(args: argparse.Namespace) -> None:
+    for flag in ("--output", "--prompts"):
+        if getattr(args, flag[2:]) is not None:
+            raise UsageError(f"{flag}: has no meaning beside --costs, which measures times only")
+
+
+def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
     folder = Path(args.output)
     if not folder.is_dir():
         raise UsageError(f"--output: {folder} is no folder; name the one that holds the weights")
@@ -102,12 +117,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _run_costs(args: argparse.Namespace) -> int:
-    for flag in ("--output", "--prompts"):
-        if getattr(args, flag[2:]) is not None:
-            raise UsageError(f"{flag}: has no meaning beside --costs, which measures times only")
-    overrides, names = specdec_flags.given_overrides(args)
-    config = load_config(SpecdecConfig, args.config, overrides, names=names)
+def _run_costs(args: argparse.Namespace, config: SpecdecConfig) -> int:
     setup_logging(config.log_level, args.verbose)
     pipeline = SpeculativePipeline(config=config)
     costs = pipeline.costs(anew=True)
