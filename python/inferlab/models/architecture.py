@@ -259,6 +259,20 @@ def _refuse(name: str, kind: str, why: str, cause: Exception | None = None) -> N
     ) from cause
 
 
+def works_by_rows(model: PreTrainedModel) -> bool:
+    """Whether a model's own modules may be given [1, R] rows of B sequences in place of [B, N].
+
+    Only families that tests hold to it, as their libraries wrote them: what others do with the
+    shape, in a hook, an adapter or code of their own, is not known.
+    """
+    return model.config.model_type in TESTED and all(map(_is_the_librarys, model.modules()))
+
+
+def _is_the_librarys(module: Any) -> bool:
+    library = type(module).__module__.partition(".")[0]
+    return library in ("torch", "transformers") and is_untouched(module)
+
+
 def _empty_layers(model: PreTrainedModel) -> list[int]:
     """Layers of the decoder without weights, such as what was put there to leave a layer out."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers

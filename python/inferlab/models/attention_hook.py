@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from inferlab.kernels import kv_append, paged_tree_attention
 from inferlab.models.forward import ForwardBatch
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.packing import Packing
 
 ATTENTION_NAME = "inferlab"
 PASS_KEYWORD = "inferlab_pass"
@@ -51,7 +52,12 @@ class LayerSpec(NamedTuple):
 
 @dataclass(slots=True)
 class Pass:
-    """One forward pass on its way through the layers."""
+    """One forward pass on its way through the layers.
+
+    Attributes:
+        packing: how what the layers see as packed rows goes into [B, N] and back; None: they see
+            [B, N] themselves.
+    """
 
     layers: Sequence[LayerSpec]
     pages: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -60,6 +66,7 @@ class Pass:
     ancestors: torch.Tensor | None
     num_nodes: torch.Tensor | None
     node_offset: int
+    packing: Packing | None = None
 
     @classmethod
     def of(cls, batch: ForwardBatch, cache: KVCache, layers: Sequence[LayerSpec]) -> Pass:
@@ -76,15 +83,21 @@ class Pass:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """query [B, Hq, N, D], key and value [B, Hkv, N, D]; returns [B, N, Hq, D]."""
+        """query [B, Hq, N, D], key and value [B, Hkv, N, D]; returns [B, N, Hq, D].
+
+        Where the pass is packed, B is 1 and N is R throughout.
+        """
         k_pages, v_pages = self.pages[layer]
         _, dim, scale, window, softcap = self.layers[layer]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if self.packing is not None:
+            query, key, value = (self.packing.pad(x[0]) for x in (query, key, value))
         padding = k_pages.shape[-1] - dim
         if padding:
             query, key, value = (pad(x, (0, padding)) for x in (query, key, value))
         kv_append(
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            key,
+            value,
             k_pages,
             v_pages,
             self.block_table,
@@ -93,7 +106,7 @@ class Pass:
             num_nodes=self.num_nodes,
         )
         out = paged_tree_attention(
-            query.transpose(1, 2),
+            query,
             k_pages,
             v_pages,
             self.block_table,
@@ -105,6 +118,8 @@ class Pass:
             node_offset=self.node_offset,
             num_nodes=self.num_nodes,
         )
+        if self.packing is not None:
+            out = self.packing.pack(out)[None]
         return out[..., :dim] if padding else out
 
 

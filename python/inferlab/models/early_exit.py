@@ -60,6 +60,7 @@ class EarlyExit(HFModel):
         if target._plan.decoder is not None:
             self._plan = replace(self._plan, decoder=self._model.get_decoder())
         self._fused = target._fused.first(self._count) if target._fused is not None else None
+        self._can_pack = target._can_pack
         self._graphs = self._new_graphs()
         self._head, self._rotary = target._head, target._rotary
         self.context_length = target.context_length

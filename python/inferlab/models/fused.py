@@ -65,9 +65,11 @@ class FusedDecoder:
     ) -> ForwardOutput:
         """See `HFModel.forward`."""
         size, nodes = batch.tokens.shape
-        hidden = self._model.embed_tokens(batch.tokens)
+        packing = ongoing.packing
+        tokens = batch.tokens if packing is None else packing.pack(batch.tokens)
+        hidden = self._model.embed_tokens(tokens)
         cos, sin = self._model.rotary_emb(hidden, batch.positions)
-        hidden = hidden.view(size * nodes, -1)
+        hidden = hidden.view(-1, hidden.shape[-1])
         features: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self._layers):
             hidden = layer.forward(hidden, size, nodes, cos, sin, ongoing, index)
@@ -81,10 +83,13 @@ class FusedDecoder:
         if scored is not None:
             hidden = hidden[scored]
         logits = product(hidden, self._head.weight, self._head.bias)
+        wanted = [features[index] for index in feature_layers]
+        if packing is not None:
+            logits, wanted = packing.pad(logits), [packing.pad(each) for each in wanted]
         logits = logits.view(*((size, nodes) if batch.scored is None else (-1, 1)), self._vocab)
-        if not feature_layers:
+        if not wanted:
             return ForwardOutput(logits)
-        wanted = [features[index].view(size, batch.tokens.shape[1], -1) for index in feature_layers]
+        wanted = [each.view(size, nodes, -1) for each in wanted]
         return ForwardOutput(logits, wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1))
 
 
@@ -117,7 +122,7 @@ class DecoderLayer:
         index: int,
     ) -> torch.Tensor:
         """hidden: [B * N, H] -> [B * N, H], may be overwritten; K/V goes to the pages of layer
-        `index`."""
+        `index`. Where the pass is packed, hidden is [R, H]."""
         normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
         return self.attend(normed, hidden, size, nodes, cos, sin, ongoing, index)
 
@@ -135,11 +140,15 @@ class DecoderLayer:
         """All behind the first norm.
 
         Args:
-            x: [B * N, inputs of q, k, v].
-            hidden: [B * N, H], what it is added to; may be overwritten.
+            x: [B * N, inputs of q, k, v], or [R, ..] where the pass is packed.
+            hidden: [B * N, H] or [R, H], what it is added to; may be overwritten.
         """
         k_pages, v_pages = ongoing.pages[index]
-        qkv = product(x, *self.qkv).view(size, nodes, -1, self.head_dim)
+        packing = ongoing.packing
+        qkv = product(x, *self.qkv)
+        if packing is not None:
+            qkv = packing.pad(qkv)
+        qkv = qkv.view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
         k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
         v = qkv[:, :, self.q_heads + self.kv_heads :]
@@ -161,7 +170,10 @@ class DecoderLayer:
             window=self.window,
             softcap=self.softcap,
             **where,
-        ).view(size * nodes, -1)
+        )
+        if packing is not None:
+            attended = packing.pack(attended)
+        attended = attended.view(len(hidden), -1)
         hidden = add_product(hidden, attended, self.out.weight, self.out.bias)
         normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
         gated = silu_mul(product(normed, *self.gate_up))

@@ -41,6 +41,7 @@ _TENSORS = (
     "num_nodes",
     "scored",
     "prompt_lens",
+    "real_rows",
 )
 
 

@@ -22,6 +22,7 @@ from inferlab.models.architecture import (
     plan_forward,
     trial_pass,
     unwrapped,
+    works_by_rows,
 )
 from inferlab.models.attention_hook import ATTENTION_NAME, PASS_KEYWORD, LayerSpec, Pass
 from inferlab.models.base import allowed_vocab, known_ids
@@ -29,6 +30,7 @@ from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.packing import Packing
 from inferlab.models.rotary import context_length, length_rotary, reread_length
 from inferlab.models.stable import StableProducts, experts_implementation, turn
 from inferlab.models.untouched import fingerprint
@@ -196,6 +198,8 @@ class HFModel:
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
         ongoing = Pass.of(batch, cache, self._plan.layers)
+        if self._can_pack:
+            ongoing.packing = Packing.of(batch)
         rotary = self._rotary
         with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):
             if self._fused is not None:
@@ -205,10 +209,13 @@ class HFModel:
     def _run_modules(
         self, batch: ForwardBatch, ongoing: Pass, layers: tuple[int, ...]
     ) -> ForwardOutput:
-        plan = self._plan
+        plan, packing = self._plan, ongoing.packing
+        tokens, positions = batch.tokens, batch.positions
+        if packing is not None:  # as one sequence, of which only attention knows better
+            tokens, positions = packing.pack(tokens)[None], packing.pack(positions)[None]
         inputs = {
-            "input_ids": batch.tokens,
-            "position_ids": batch.positions,
+            "input_ids": tokens,
+            "position_ids": positions,
             "use_cache": False,
             PASS_KEYWORD: ongoing,
         }
@@ -225,9 +232,11 @@ class HFModel:
 
                 with _head_input(self._head, see):
                     logits = self._model(**inputs).logits
-        if not layers:
-            return ForwardOutput(logits)
-        return ForwardOutput(logits, torch.cat([features[layer] for layer in layers], dim=-1))
+        wanted = torch.cat([features[layer] for layer in layers], dim=-1) if layers else None
+        if packing is not None:
+            logits = packing.pad(logits[0])
+            wanted = None if wanted is None else packing.pad(wanted[0])
+        return ForwardOutput(logits, wanted)
 
     def _build(self) -> None:
         """Finds out how the model is to be run, as it is now."""
@@ -241,6 +250,7 @@ class HFModel:
         self._plan = plan_forward(self._model, self.device, self.name)
         self.vocab_size: int = self._plan.vocab_size
         self._fused = FusedDecoder.of(self._model, self.layers)
+        self._can_pack = self._fused is not None or works_by_rows(self._model)
         self._graphs = self._new_graphs()
         self._stable: AbstractContextManager[Any] = (
             StableProducts() if self.device.type == "cpu" else nullcontext()

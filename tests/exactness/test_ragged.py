@@ -1,0 +1,160 @@
+"""Ragged trees without their padding: a padded forward's bits, plain decoding's tokens."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MixtralConfig
+
+from helpers.paged import ancestor_words
+from helpers.pairwise import pairwise
+from helpers.tiny_models import FAMILIES, VOCAB, random_model, tiny_model
+from inferlab.models import FINAL_HIDDEN, EarlyExit, ForwardBatch, HFModel
+from inferlab.models.packing import Packing
+
+# The fused families also by their own modules.
+PATHS = (*FAMILIES, "llama/modules", "qwen3/modules", "llama/early", "gpt2/early")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PAGE_SIZE = 4
+MAX_NODES = 9
+LAYERS = (0, 1, FINAL_HIDDEN)
+
+
+@cache
+def target_of(path: str, dtype: torch.dtype) -> HFModel:
+    family, _, way = path.partition("/")
+    target = HFModel(tiny_model(family).to(dtype))
+    if way == "modules":
+        assert target._fused is not None
+        target._fused = None
+    return EarlyExit(target, 2) if way == "early" else target
+
+
+def ragged(counts: list[int], chain: bool, seed: int) -> tuple[ForwardBatch, torch.Tensor, int]:
+    """Trees of ``counts`` nodes behind texts of different lengths, their real rows, the pages."""
+    generator = torch.Generator().manual_seed(seed)
+    size, nodes = len(counts), max(counts)
+    parents, depths = [], torch.zeros(size, nodes, dtype=torch.int64)
+    for b, count in enumerate(counts):
+        row = [-1, *(int(torch.randint(0, n, (), generator=generator)) for n in range(1, count))]
+        row = list(range(-1, count - 1)) if chain else row
+        for n, parent in enumerate(row[1:], start=1):
+            depths[b, n] = depths[b, parent] + 1
+        parents.append(row + [-2] * (nodes - count))
+    seq_lens = torch.randint(0, 40, (size,), generator=generator, dtype=torch.int32)
+    pages = -(-(40 + nodes) // PAGE_SIZE)
+    batch = ForwardBatch(
+        tokens=torch.randint(3, VOCAB, (size, nodes), generator=generator),
+        positions=seq_lens.long()[:, None] + depths,
+        seq_lens=seq_lens,
+        block_table=torch.randperm(size * pages, generator=generator).int().view(size, pages),
+        ancestors=None if chain else ancestor_words(parents),
+        num_nodes=torch.tensor(counts, dtype=torch.int32),
+    )
+    is_node = torch.arange(nodes) < batch.num_nodes[:, None]
+    return batch, is_node.flatten().nonzero().flatten(), size * pages
+
+
+@torch.inference_mode()
+def assert_packing_changes_no_bit(target, counts, chain, seed, layers=LAYERS):
+    batch, rows, num_pages = ragged(counts, chain, seed)
+    results = []
+    for real_rows in (None, rows):
+        batch.real_rows = real_rows
+        cache_ = target.new_cache(num_pages, PAGE_SIZE)
+        generator = torch.Generator().manual_seed(seed)
+        for pool in cache_.pools:
+            for pages in (pool.k, pool.v):
+                pages.copy_(torch.randn(pages.shape, generator=generator))
+        results.append((target.forward(batch, cache_, layers), cache_))
+    (padded, kv_padded), (packed, kv_packed) = results
+    for ours, expected in zip(packed, padded, strict=True):
+        if expected is None:
+            assert ours is None
+            continue
+        assert ours.shape == expected.shape
+        assert ours.dtype == expected.dtype
+        assert torch.equal(ours.flatten(0, 1)[rows], expected.flatten(0, 1)[rows])
+        assert ours.isfinite().all()
+    for pool, expected in zip(kv_packed.pools, kv_padded.pools, strict=True):
+        assert torch.equal(pool.k, expected.k)
+        assert torch.equal(pool.v, expected.v)
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """One entry for each forward that packed: rows of all, B * N."""
+    seen = []
+
+    class Watched(Packing):
+        def __init__(self, rows, size, nodes):
+            super().__init__(rows, size, nodes)
+            seen.append((len(rows), size * nodes))
+
+    monkeypatch.setattr("inferlab.models.hf.Packing", Watched)
+    return seen
+
+
+@pairwise(
+    path=PATHS,
+    dtype=DTYPES,
+    counts={
+        "few": [8, 1, 1, 8, 1, 1, 1, 8],
+        "all_lengths": [3, 7, 1, 9, 5, 2, 8, 4, 6],
+        "last": [1, 1, 5],
+        "alone": [6],
+        "roots": [1, 1],
+    },
+    chain={"chain": True, "tree": False},
+)
+def test_packed_rows_have_the_bits_of_padded_ones(packings, path, dtype, counts, chain):
+    target = target_of(path, dtype)
+    for layers in ((), (FINAL_HIDDEN,), LAYERS):
+        assert_packing_changes_no_bit(target, counts, chain, seed=len(counts), layers=layers)
+    assert packings == [(sum(counts), len(counts) * max(counts))] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    path=st.sampled_from(PATHS),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    counts=st.lists(st.integers(1, MAX_NODES), min_size=1, max_size=20),
+    chain=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_any_counts(path, dtype, counts, chain, seed):
+    assert_packing_changes_no_bit(target_of(path, dtype), counts, chain, seed)
+
+
+def test_rows_that_are_scored_apart_are_those_of_the_padded_batch():
+    target = target_of("llama", torch.float32)
+    batch, rows, num_pages = ragged([1, 6, 2], chain=True, seed=3)
+    expected = target.forward(batch, target.new_cache(num_pages, PAGE_SIZE)).logits
+    batch.real_rows, batch.scored = rows, torch.tensor([0, 11, 13])
+    scored = target.forward(batch, target.new_cache(num_pages, PAGE_SIZE)).logits
+    assert torch.equal(scored[:, 0], expected.flatten(0, 1)[batch.scored])
+
+
+def test_what_is_not_known_to_work_by_rows_sees_the_padded_batch(packings):
+    """A hook may look at the shape, and so may a family that no test covers."""
+    batch, batch.real_rows, num_pages = ragged([1, 6, 2], chain=True, seed=3)
+    shapes = []
+    watched = tiny_model("gpt2")
+    watched.transformer.wte.register_forward_hook(lambda _, args, __: shapes.append(args[0].shape))
+    experts = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    for target in (HFModel(watched), HFModel(random_model(experts, seed=2))):
+        target.forward(batch, target.new_cache(num_pages, PAGE_SIZE))
+    assert shapes[-1] == batch.tokens.shape
+    assert packings == []
