@@ -10,11 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MixtralConfig
 
+from helpers.bundled import PROMPTS, plain
 from helpers.paged import ancestor_words
 from helpers.pairwise import pairwise
 from helpers.tiny_models import FAMILIES, VOCAB, random_model, tiny_model
+from inferlab import SpeculativePipeline
 from inferlab.models import FINAL_HIDDEN, EarlyExit, ForwardBatch, HFModel
 from inferlab.models.packing import Packing
+from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.drafters import NgramDrafter
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import Policy
+from inferlab.types import SamplingParams
 
 # The fused families also by their own modules.
 PATHS = (*FAMILIES, "llama/modules", "qwen3/modules", "llama/early", "gpt2/early")
@@ -158,3 +165,53 @@ def test_what_is_not_known_to_work_by_rows_sees_the_padded_batch(packings):
         target.forward(batch, target.new_cache(num_pages, PAGE_SIZE))
     assert shapes[-1] == batch.tokens.shape
     assert packings == []
+
+
+def prompts_of_many_kinds(count: int) -> list[list[int]]:
+    """Some repeat themselves, and are drafted for; others do not at first."""
+    repeating = [[5, 9, 33, 12 + i] * 3 for i in range(count // 3)]
+    others = [[(7 * i + 13 * j * j) % (VOCAB - 5) + 3 for j in range(9 + i)] for i in range(count)]
+    return (repeating + others)[:count]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=["greedy", "top-p"]
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("path", ["llama", "qwen3/modules", "gpt2", "gemma2"])
+@pytest.mark.parametrize("branches", [1, 3])
+def test_ngram_trees_of_a_large_batch_give_plain_decodings_tokens(
+    packings, path, dtype, params, branches
+):
+    """Equal to the last bit, so ties are no excuse."""
+    target = target_of(path, dtype)
+    requests = [
+        (prompt, SamplingParams(max_tokens=24, ignore_eos=True, seed=i, **params))
+        for i, prompt in enumerate(prompts_of_many_kinds(16))
+    ]
+
+    def decode(drafter, batch):
+        cache_ = target.new_cache(200)
+        engine = Engine(target, cache_, Policy(), FixedController(7), drafter, batch)
+        return [r.token_ids for r in engine.generate(requests)]
+
+    expected = decode(None, 1)
+    assert packings == []
+    assert decode(NgramDrafter(max_depth=7, branches=branches), 16) == expected
+    assert packings
+    assert all(1 <= rows <= total - max(8, total // 8) for rows, total in packings)
+
+
+def test_drafters_that_read_a_packed_forward_change_no_token(packings):
+    """Hidden states for Medusa, runners-up for recycling, beside the ragged trees of ngram."""
+    prompts = [*PROMPTS, *(f"{p}\nx = {i}\n" for i, p in enumerate(PROMPTS))]
+    options = {"target": plain("float32").target, "max_batch": len(prompts)}
+    expected = SpeculativePipeline(draft_mode="none", **options).generate(prompts, max_tokens=24)
+    ensemble = {"drafters": ["ngram", "recycling", "medusa"]}
+    for tree_nodes in (4, 20):
+        drafting = SpeculativePipeline(
+            draft_mode="ensemble", ensemble=ensemble, tree_nodes=tree_nodes, **options
+        )
+        results = drafting.generate(prompts, max_tokens=24)
+        assert [r["token_ids"] for r in results] == [r["token_ids"] for r in expected]
+    assert packings
