@@ -33,9 +33,9 @@ class Watched(RecyclingDrafter):
         self.counts = [0] * self.successors
         self.total = 0
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge=None) -> DraftTree:
         self._before = self.table.clone()
-        return super().propose(batch, budget)
+        return super().propose(batch, budget, judge)
 
     def commit(self, batch: Batch, walk: Walk) -> None:
         chosen = zip(walk.nodes.tolist(), walk.tokens.tolist(), walk.kept.tolist(), strict=True)

@@ -1,8 +1,10 @@
 """Settings of all tests: no downloads, no busy waiting. Makes ``helpers`` importable from tests."""
 
+import atexit
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # pytest -n: two torch programs with two threads each slow each other down on two cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What steps cost is measured once in a run, and not left behind.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="inferlab-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # Idle OpenMP threads sleep: spinning ones starve each other when tests share cores with anything.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -76,7 +76,8 @@ void bind_suffix(py::module_& m) {
           if (corpus != nullptr) in_corpus = match_of(*corpus, cursor);
           cpu::DraftTrie trie = cpu::draft_trie(
               {&own, corpus, in_corpus}, {depth, branches, min_match, max_match, margin, nodes});
-          return py::make_tuple(std::move(trie.tokens), std::move(trie.parents), trie.depth);
+          return py::make_tuple(std::move(trie.tokens), std::move(trie.parents), trie.depth,
+                                std::move(trie.worth));
         });
 }
 

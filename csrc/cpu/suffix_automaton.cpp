@@ -211,6 +211,7 @@ class TrieBuilder {
       place[n] = static_cast<int32_t>(trie.tokens.size());
       trie.tokens.push_back(nodes_[n].token);
       trie.parents.push_back(n == 0 ? -1 : place[nodes_[n].parent]);
+      trie.worth.push_back(std::min(nodes_[n].worth, 1.0));
       trie.depth = std::max(trie.depth, nodes_[n].depth);
     }
     return trie;

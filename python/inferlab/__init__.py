@@ -33,12 +33,9 @@ _EXPORTS = {
     "inferlab.baseline": ("LocalBaselineRunner",),
     "inferlab.client.ping": ("VLLMPingClient",),
     "inferlab.records": ("RequestRecord", "record_of"),
-    "inferlab.specdec.controllers": (
-        "AdaptiveController",
-        "Controller",
-        "CostController",
-        "FixedController",
-    ),
+    "inferlab.specdec.control": ("Choice", "Controller", "Outlook", "StepObservation"),
+    "inferlab.specdec.controllers": ("AdaptiveController", "FixedController"),
+    "inferlab.specdec.planner": ("CostController",),
     "inferlab.specdec.drafters": (
         "Drafter",
         "EagleDrafter",
@@ -81,9 +78,11 @@ if TYPE_CHECKING:
     from inferlab.models import UnsupportedArchitectureError as UnsupportedArchitectureError
     from inferlab.records import RequestRecord as RequestRecord
     from inferlab.records import record_of as record_of
+    from inferlab.specdec.control import Choice as Choice
+    from inferlab.specdec.control import Controller as Controller
+    from inferlab.specdec.control import Outlook as Outlook
+    from inferlab.specdec.control import StepObservation as StepObservation
     from inferlab.specdec.controllers import AdaptiveController as AdaptiveController
-    from inferlab.specdec.controllers import Controller as Controller
-    from inferlab.specdec.controllers import CostController as CostController
     from inferlab.specdec.controllers import FixedController as FixedController
     from inferlab.specdec.drafters import Drafter as Drafter
     from inferlab.specdec.drafters import EagleDrafter as EagleDrafter
@@ -95,6 +94,7 @@ if TYPE_CHECKING:
     from inferlab.specdec.engine import Engine as Engine
     from inferlab.specdec.pipeline import GenerationError as GenerationError
     from inferlab.specdec.pipeline import SpeculativePipeline as SpeculativePipeline
+    from inferlab.specdec.planner import CostController as CostController
     from inferlab.specdec.policies import Policy as Policy
     from inferlab.specdec.tree import Budget as Budget
     from inferlab.specdec.tree import DraftTree as DraftTree

@@ -188,15 +188,18 @@ class BaselineConfig(Sampled):
 class SpecdecConfig(Sampled):
     """Speculative decoding (``configs/specdec.yaml``, ``configs/specdec_hf.yaml``).
 
-    Without a file: the bundled pair of real models, greedy, K = 4, lossless. ``K`` is another name
-    of ``max_draft``, and ``k`` of ``agree_k``, the k of the ``topk_agree`` policy. ``max_draft``
-    left out is what suits the drafter (`DRAFT_MODES`). So is ``tree``: chain; optimal, the
-    ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is sure of
-    itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per node by depth.
+    Without a file: the bundled pair of real models, greedy, lossless, drafting what pays. ``K`` is
+    another name of ``max_draft``, and ``k`` of ``agree_k``, the k of the ``topk_agree`` policy.
+    ``max_draft`` left out is what suits the drafter (`DRAFT_MODES`). So is ``tree``: chain;
+    optimal, the ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is
+    sure of itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per node by
+    depth.
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
-    comparison, they agree less often. ``repetition_penalty`` and ``min_new_tokens`` left out are
-    the checkpoint's own, else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
-    smaller one wins; without both it is sized for the batch.
+    comparison, they agree less often. ``controller`` left out is fixed where ``max_draft`` or the
+    tree's widths are given, else cost. ``cost_cache: false``: what steps cost is neither read from
+    the user's cache directory nor kept there. ``repetition_penalty`` and ``min_new_tokens`` left
+    out are the checkpoint's own, else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache,
+    the smaller one wins; without both it is sized for the batch.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -225,7 +228,8 @@ class SpecdecConfig(Sampled):
     agree_k: PositiveCount = 5
     p: Fraction = 0.9
 
-    controller: Literal["fixed", "adaptive", "cost"] = "fixed"
+    controller: Literal["fixed", "adaptive", "cost"] | None = None
+    cost_cache: bool = True
     min_k: DraftCount = 1
     max_k: DraftCount = 8
     target_acceptance: Fraction = 0.7
@@ -254,6 +258,12 @@ class SpecdecConfig(Sampled):
     def effective_temperature(self) -> float:
         """The temperature to decode with: ``do_sample: false`` means 0 (greedy)."""
         return self.temperature if self.do_sample else 0.0
+
+    @property
+    def controller_name(self) -> str:
+        """``controller``, or fixed where K is given, else cost."""
+        by_hand = self.max_draft is not None or isinstance(self.tree, tuple)
+        return self.controller or ("fixed" if by_hand else "cost")
 
     @property
     def levels(self) -> int:

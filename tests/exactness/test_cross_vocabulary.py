@@ -18,6 +18,7 @@ from helpers.vocabularies import KINDS, permuted, reheaded, trained_tokenizer
 from inferlab.models import FakeLM, ForwardBatch, ForwardOutput, HFModel, VocabularyMap
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Choice
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import (
     CrossVocabularyDrafter,
@@ -181,11 +182,10 @@ class Restless(FixedController):
         super().__init__(4)
         self._turn = 0
 
-    def choose(self, batch_size, ladder):
+    def choose(self, outlook):
         self._turn += 1
-        return (Budget(4, 9), Budget(0, 0), Budget(2, 3), Budget(1, 1), Budget(0, 0))[
-            self._turn % 5
-        ]
+        budgets = (Budget(4, 9), Budget(0, 0), Budget(2, 3), Budget(1, 1), Budget(0, 0))
+        return Choice(budgets[self._turn % 5])
 
 
 @pytest.mark.parametrize("params", [GREEDY, PENALISED], ids=["greedy", "penalised"])

@@ -14,9 +14,11 @@ from helpers.pairwise import pairwise
 from helpers.tiny_models import tiny_model
 from inferlab.models import HFModel
 from inferlab.models.draft_heads import EagleHead, MedusaHeads, PagedEagle, eagle_config
-from inferlab.specdec.controllers import CostController, FixedController
+from inferlab.specdec.control import Choice
+from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import Drafter, EagleDrafter, MedusaDrafter
 from inferlab.specdec.engine import Engine
+from inferlab.specdec.planner import CostController
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import NO_DRAFT, Budget, TreeShape
 from inferlab.types import SamplingParams
@@ -68,8 +70,8 @@ class Checked(EagleDrafter):
 
     checks = 0
 
-    def propose(self, batch, budget):
-        tree = super().propose(batch, budget)
+    def propose(self, batch, budget, judge=None):
+        tree = super().propose(batch, budget, judge)
         for row, sequence in enumerate(batch.requests):
             self._check_chain(sequence.tokens, tree, row)
         return tree
@@ -176,9 +178,9 @@ def test_a_long_sleep_is_caught_up_in_pieces(monkeypatch):
 
 
 class RarelyAwake(Sleepy):
-    def choose(self, batch_size, ladder):
+    def choose(self, outlook):
         self.step += 1
-        return Budget(3, 3) if self.step % 19 == 0 else NO_DRAFT
+        return Choice(Budget(3, 3) if self.step % 19 == 0 else NO_DRAFT)
 
 
 def test_more_levels_than_heads_are_refused():

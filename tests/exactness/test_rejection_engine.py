@@ -155,8 +155,8 @@ def test_the_distribution_is_the_targets(widths):
 class Misaligned(ModelDrafter):
     """Hands on each level's logits one node late."""
 
-    def propose(self, batch, budget):
-        tree = super().propose(batch, budget)
+    def propose(self, batch, budget, judge=None):
+        tree = super().propose(batch, budget, judge)
         if tree.draft_logits is not None:
             tree.draft_logits = tree.draft_logits.roll(1, dims=1)
         return tree

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from helpers.tiny_models import VOCAB, tiny_model
 from inferlab.models import HFModel
+from inferlab.specdec.control import Choice
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
@@ -84,9 +85,9 @@ class Sleepy(FixedController):
         super().__init__(k)
         self.step = 0
 
-    def choose(self, batch_size, ladder):
+    def choose(self, outlook):
         self.step += 1
-        return super().choose(batch_size, ladder) if self.step % 4 in (0, 1) else NO_DRAFT
+        return super().choose(outlook) if self.step % 4 in (0, 1) else Choice(NO_DRAFT)
 
 
 WAITS = {

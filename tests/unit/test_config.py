@@ -77,7 +77,7 @@ def test_defaults_without_a_file():
     config = load_config(SpecdecConfig)
     assert config.implementation == "hf"
     assert (config.base_model, config.draft_model) == ("inferlab/tiny", "inferlab/tiny-draft")
-    assert (config.levels, config.controller, config.policy) == (4, "fixed", "longest_prefix")
+    assert (config.levels, config.controller_name, config.policy) == (4, "cost", "longest_prefix")
     assert (config.effective_temperature, config.max_new_tokens, config.seed) == (0.0, 64, 1234)
     assert (config.tau, config.agree_k, config.p) == (0.5, 5, 0.9)
     assert (config.min_k, config.max_k, config.target_acceptance) == (1, 8, 0.7)

@@ -133,7 +133,7 @@ class Recorder(Drafter):
         self.keeps_nodes = keeps
         self.told: list[Any] = []
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge=None) -> DraftTree:
         shape = TreeShape.chain(min(budget.levels, budget.nodes, self.max_depth))
         tokens = torch.full((len(batch), shape.num_nodes), self.token, dtype=torch.int32)
         tokens[:, 0] = batch.roots
@@ -146,8 +146,8 @@ class Recorder(Drafter):
     def commit(self, batch: Batch, walk: Walk) -> None:
         self.told.append(("commit", walk))
 
-    def is_lagging(self, batch: Batch) -> bool:
-        return self.token == 2
+    def unread(self, batch: Batch) -> list[int]:
+        return [self.token] * len(batch)
 
     def release(self, request: Request) -> None:
         self.told.append(("release", request.request_id))
@@ -188,7 +188,7 @@ def test_members_hear_of_the_walk_and_of_their_own_features():
     assert whole.kept.tolist() == whole.kept_on_host == [3, 3]
     assert torch.equal(whole.output.features, features[..., 4:])
     assert silent.told[1][1].output.features is None
-    assert ensemble.is_lagging(batch)
+    assert ensemble.unread(batch) == [max(d.token for d in ensemble.drafters)] * len(batch)
     ensemble.release(batch.requests[1])
     assert keeper.told[-1] == silent.told[-1] == ("release", 1)
 

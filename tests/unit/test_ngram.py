@@ -49,7 +49,7 @@ def longest_match(text, read, own):
 
 
 def brute_force(text, corpus, depth, branches, min_match, max_match, margin, nodes):
-    """The definition of draft_trie: tokens and parents."""
+    """The definition of draft_trie: tokens, parents, depth and worth."""
     sources = [(text, True, min(longest_match(text, text, True), max_match))]
     sources.append((corpus, False, min(longest_match(corpus, text, False), max_match)))
     matches = []  # (length, is own, text, occurrences), one for each set of places
@@ -89,7 +89,8 @@ def brute_force(text, corpus, depth, branches, min_match, max_match, margin, nod
     paths = sorted(worth, key=lambda p: -worth[p])[:nodes]  # stable: earlier found first
     place = {(): 0} | {path: i + 1 for i, path in enumerate(paths)}
     tokens = [text[-1], *(p[-1] for p in paths)]
-    return tokens, [-1, *(place[p[:-1]] for p in paths)], max(map(len, paths), default=0)
+    parents = [-1, *(place[p[:-1]] for p in paths)]
+    return tokens, parents, max(map(len, paths), default=0), [1.0, *(worth[p] for p in paths)]
 
 
 @st.composite
@@ -149,10 +150,11 @@ def test_a_draft_agrees_with_the_definition(text, corpus, sizes, limits):
 def test_a_text_that_repeats_itself_is_drafted_to_full_depth():
     period = [5, 6, 7]
     made = automaton_of(period * 1000)
-    tokens, parents, depth = _C.draft_trie(made, None, (0, 0), 8, 1, 1, UNBOUNDED, 0, 99)
+    tokens, parents, depth, worth = _C.draft_trie(made, None, (0, 0), 8, 1, 1, UNBOUNDED, 0, 99)
     assert tokens == [7, *(period * 3)[:8]]
     assert parents == list(range(-1, 8))
     assert depth == 8
+    assert worth == [1.0, *(pytest.approx(2997 / (2997 + d)) for d in range(1, 9))]
     assert made.repeated() == (2997, 2997)
 
 
@@ -162,14 +164,14 @@ def test_many_tokens_and_many_edges_are_held():
     text += text[3000:3040]
     made = automaton_of(text, [7000])
     assert made.repeated() == (40, 3040)
-    tokens, _, _ = _C.draft_trie(made, None, (0, 0), 8, 1, 1, UNBOUNDED, 0, 99)
+    tokens, *_ = _C.draft_trie(made, None, (0, 0), 8, 1, 1, UNBOUNDED, 0, 99)
     assert tokens[1:] == text[3040:3048]
 
 
 def test_nothing_is_drafted_where_nothing_repeats():
     made = automaton_of(list(range(20)))
     assert made.repeated() == (0, 0)
-    assert _C.draft_trie(made, None, (0, 0), 4, 2, 1, 4, 0, 9) == ([19], [-1], 0)
+    assert _C.draft_trie(made, None, (0, 0), 4, 2, 1, 4, 0, 9) == ([19], [-1], 0, [1.0])
 
 
 def test_what_does_not_fit_is_refused():

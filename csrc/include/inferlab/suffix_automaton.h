@@ -115,6 +115,7 @@ struct DraftLimits {
 struct DraftTrie {
   std::vector<int32_t> tokens;
   std::vector<int32_t> parents;
+  std::vector<double> worth;  // estimated chances, the root's is 1
   int32_t depth = 0;
 };
 

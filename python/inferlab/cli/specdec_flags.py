@@ -118,7 +118,17 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tau", type=float, help="threshold of conf_threshold (0.5)")
     group.add_argument("--k", type=int, help="of topk_agree (5)")
     group.add_argument("--p", type=float, help="mass of typical (0.9)")
-    group.add_argument("--controller", choices=one_of("controller"), help="(fixed)")
+    group.add_argument(
+        "--controller",
+        choices=one_of("controller"),
+        help="how much is drafted: cost: what pays; fixed: always K levels; adaptive (fixed where "
+        "--K is given, else cost)",
+    )
+    group.add_argument(
+        "--no-cost-cache",
+        action="store_true",
+        help="measure what steps cost anew, and keep it nowhere",
+    )
     group.add_argument("--adaptive-K", action="store_true", help="same as --controller adaptive")
     group.add_argument("--min-k", type=int, metavar="N", help="of the adaptive controller (1)")
     group.add_argument(
@@ -174,6 +184,8 @@ def given_overrides(
             if value is not None and value != "adaptive":
                 raise UsageError(f"--adaptive-K contradicts {flag} {value}; give one of them")
         overrides["controller"], names["controller"] = "adaptive", "--adaptive-K"
+    if args.no_cost_cache:
+        overrides["cost_cache"], names["cost_cache"] = False, "--no-cost-cache"
     if args.heads is not None:
         if args.draft_mode not in ("medusa", "eagle"):
             raise UsageError("--heads: names the heads of --draft-mode medusa or eagle; give both")

@@ -45,7 +45,11 @@ def model_facts(model: TargetModel | None) -> list[Any]:
 
 
 def kept_costs(
-    facts: Mapping[str, Any], measure: Callable[[], CostModel | None], *, anew: bool = False
+    facts: Mapping[str, Any],
+    measure: Callable[[], CostModel | None],
+    *,
+    anew: bool = False,
+    keep: bool = True,
 ) -> CostModel | None:
     """What is kept under these facts, or what is measured now, which is then kept.
 
@@ -54,17 +58,18 @@ def kept_costs(
     Args:
         facts: as JSON types, or such as have a text.
         anew: measure, whatever is kept.
+        keep: False: the files are neither read nor written.
     """
     text = json.dumps(facts, sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     file = user_cache_path("inferlab") / "costs" / f"{name}.json"
-    if not anew:
+    if keep and not anew:
         try:
             return CostModel.from_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             logger.debug("costs are measured: %s", error)
     costs = measure()
-    if costs is not None:
+    if keep and costs is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, costs.to_json().encode())

@@ -14,7 +14,7 @@ from inferlab.config import MAX_DRAFT, MAX_TREE_NODES
 from inferlab.models import TargetModel
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.controllers import StepObservation
+from inferlab.specdec.control import Choice, Controller, Judge, Outlook
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.engine import Engine
@@ -38,7 +38,7 @@ class NoRoomError(ValueError):
     """The context or the cache is too small for steps that were to be measured."""
 
 
-class Scripted:
+class Scripted(Controller):
     """A controller that asks for what it is told."""
 
     max_k = MAX_DRAFT
@@ -46,11 +46,8 @@ class Scripted:
     def __init__(self) -> None:
         self.budget = NO_DRAFT
 
-    def choose(self, batch_size: int, ladder: Sequence[Budget]) -> Budget:
-        return self.budget
-
-    def observe(self, step: StepObservation) -> None:
-        pass
+    def choose(self, outlook: Outlook) -> Choice:
+        return Choice(self.budget)
 
     def describe(self) -> dict[str, Any]:
         return {"controller": "scripted"}
@@ -68,7 +65,7 @@ class RandomDrafter(Drafter):
         self._vocab_size = vocab_size
         self._shape = TreeShape.best([list(ASSUMED_ACCEPTANCE)], MAX_TREE_NODES - 1, self.max_depth)
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         shape = self._shape.within(budget)
         size = (len(batch), shape.num_nodes)
         tokens = torch.randint(self._vocab_size, size, generator=self._generator)
@@ -107,6 +104,10 @@ class Bench:
         cache = target.new_cache(num_pages, page_size)
         self.engine = Engine(target, cache, policy, self._script, self.drafter, max_batch=1024)
         self._generator = torch.Generator().manual_seed(1)
+        self.prefill_ms: dict[int, float] = {}
+        """By batch, of the texts measured last."""
+        self.caught_up_ms: dict[int, float] = {}
+        """By batch, what the first draft for them took."""
 
     def steps(
         self, batch: int, context: int, budgets: Sequence[Budget], repeats: int = REPEATS
@@ -136,14 +137,18 @@ class Bench:
             for request in requests:
                 self.engine.add(request)
             self._script.budget = NO_DRAFT
+            before = self.engine.clock.totals["prefill"]
             while any(r.num_output == 0 and not r.finished for r in requests):
                 self.engine.step()
+            self.prefill_ms[batch] = self.engine.clock.totals["prefill"] - before
             for budget in budgets[:1]:
                 self._timed(budget)
             for _ in range(repeats):
                 for budget in budgets:
                     if self.settles:
-                        self._timed(budget)
+                        first = self._timed(budget)[1]["draft"]
+                        if budget != NO_DRAFT and batch not in self.caught_up_ms:
+                            self.caught_up_ms[batch] = first
                     timed = self._timed(budget)
                     for request in requests:
                         if request.finished:
@@ -196,8 +201,9 @@ def measure(
             keeping[batch] = min(phases["commit"], keeping.get(batch, math.inf))
     if not steps:
         return None
-    times = []
+    times, reading = [], []
     if drafter is not None:
+        plain_prefill = bench.prefill_ms
         bench = Bench(target, policy, num_pages, page_size, drafter)
         ladder = [b for b in bench.drafter.ladder() if b.levels <= max_k]
         for batch in keeping:
@@ -209,7 +215,12 @@ def measure(
             for budget, _, phases in found:
                 more = max(phases["commit"] - keeping[batch], 0.0)
                 times.append(DraftTime(batch, budget.nodes, phases["draft"] + more))
-    return CostModel(StepCosts.fit(steps), DraftCosts.of(times))
+            if len(found) > 1:
+                # Texts are read when they are first drafted for, or with the target.
+                late = bench.caught_up_ms[batch] - found[1][2]["draft"]
+                beside = bench.prefill_ms[batch] - plain_prefill[batch]
+                reading.append((batch * SHORT, max(late, 0.0) + max(beside, 0.0)))
+    return CostModel(StepCosts.fit(steps), DraftCosts.of(times, reading))
 
 
 CHECKED = ((1, 20), (1, 200), (3, 60), (8, 40), (8, 200), (16, 60))

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 """Of the file format."""
 
 
@@ -96,8 +96,8 @@ class StepCosts:
         errors = [abs(fitted.ms(*s[:3]) / s.ms - 1) for s in steps]
         return replace(fitted, error=median(errors))
 
-    def ms(self, batch: int, nodes: int, context: float) -> float:
-        """Predicted time of a step, without drafting."""
+    def ms(self, batch: int, nodes: float, context: float) -> float:
+        """Predicted time of a step, without drafting; ``nodes`` may be a mean."""
         rows = batch * nodes
         return (
             _on_line(self.rows, self.own, rows)
@@ -106,6 +106,18 @@ class StepCosts:
             + self.per_product * rows * context
         )
 
+    def ms_up_to(self, batch: int, rows: int, context: float) -> np.ndarray:
+        """Predicted times of steps with 0, 1, ... ``rows`` rows in all; below ``batch`` as with one
+        for each sequence."""
+        count = np.maximum(np.arange(rows + 1), batch)
+        own = np.interp(count, self.rows, self.own)
+        if len(self.rows) > 1:
+            slope = (self.own[-1] - self.own[-2]) / (self.rows[-1] - self.rows[-2])
+            own += slope * np.maximum(count - self.rows[-1], 0)
+        fixed = self.per_sequence * (batch - 1) + self.per_key * batch * context
+        ms: np.ndarray = own + fixed + self.per_product * count * context
+        return ms
+
 
 @dataclass(frozen=True)
 class DraftCosts:
@@ -113,18 +125,23 @@ class DraftCosts:
 
     Attributes:
         table: by batch, then by nodes of the budget, ms; both growing.
+        reading: by tokens, ms to read texts before the first draft for them; both growing.
     """
 
     table: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
+    reading: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        for _, row in self.table:
+        for row in (*(row for _, row in self.table), self.reading or ((0, 0.0),)):
             if not row or not all(0 <= ms < math.inf for _, ms in row):
-                raise ValueError("table must hold times, finite and not negative, of each batch")
+                raise ValueError("table and reading must hold times, finite and not negative")
 
     @classmethod
-    def of(cls, times: Sequence[DraftTime]) -> DraftCosts:
-        """More nodes never take less: what was measured so is noise."""
+    def of(
+        cls, times: Sequence[DraftTime], reading: Sequence[tuple[int, float]] = ()
+    ) -> DraftCosts:
+        """More nodes, and more tokens, never take less: what was measured so is noise. (Texts are
+        read once each, so noise there is a first time, which is longer.)"""
         table = []
         for batch in sorted({t.batch for t in times}):
             row = sorted((t.nodes, t.ms) for t in times if t.batch == batch)
@@ -132,7 +149,17 @@ class DraftCosts:
             table.append(
                 (batch, tuple((n, float(v)) for (n, _), v in zip(row, rising, strict=True)))
             )
-        return cls(tuple(table))
+        falling = np.minimum.accumulate([max(ms, 0.0) for _, ms in sorted(reading)[::-1]])
+        read = zip(sorted(reading), falling[::-1], strict=True)
+        return cls(tuple(table), tuple((tokens, float(v)) for (tokens, _), v in read))
+
+    def reading_ms(self, tokens: int) -> float:
+        """What reading so many tokens takes, of however many texts."""
+        if not self.reading or tokens <= 0:
+            return 0.0
+        return _on_line(
+            (0, *(n for n, _ in self.reading)), (0.0, *(v for _, v in self.reading)), tokens
+        )
 
     def ms(self, batch: int, nodes: int) -> float:
         """What a budget of so many nodes adds to a step."""
@@ -168,9 +195,46 @@ class CostModel:
             if fields["version"] != VERSION:
                 raise ValueError(f"version is {fields['version']}, not {VERSION}")
             step = StepCosts(**{k: _frozen(v) for k, v in fields["step"].items()})
-            return cls(step, DraftCosts(_frozen(fields["draft"]["table"])))
+            return cls(step, DraftCosts(**{k: _frozen(v) for k, v in fields["draft"].items()}))
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no costs: {error!r}") from error
+
+
+class Drift:
+    """How far real times are from predicted ones: machines are shared, texts differ.
+
+    What is of one kind is corrected by the median of its own last ratios, the fewer there are the
+    more by what all kinds have in common.
+    """
+
+    KEPT = 15
+    SHARED = 1.5  # weight of what is common, in observations
+
+    def __init__(self) -> None:
+        self._of_kind: dict[Any, list[float]] = {}
+        self._common: list[float] = []
+        self._known: dict[Any, float] = {}
+
+    def observe(self, kind: Any, predicted: float, measured: float) -> None:
+        """``kind``: anything hashable, such as batch size and budget."""
+        if min(predicted, measured) <= 0:
+            return
+        ratio = math.log(measured / predicted)
+        for ratios in (self._of_kind.setdefault(kind, []), self._common):
+            ratios.append(ratio)
+            del ratios[: -self.KEPT]
+        self._known.clear()
+
+    def factor(self, kind: Any) -> float:
+        """What a prediction is to be multiplied with."""
+        found = self._known.get(kind)
+        if found is None:
+            own = self._of_kind.get(kind, [])
+            common = median(self._common) if self._common else 0.0
+            near = median(own) if own else 0.0
+            found = (len(own) * near + self.SHARED * common) / (len(own) + self.SHARED)
+            found = self._known[kind] = math.exp(found)
+        return found
 
 
 def _on_line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:

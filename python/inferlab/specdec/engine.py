@@ -14,9 +14,10 @@ from inferlab.models import ForwardOutput, KVCache, TargetModel
 from inferlab.scheduler import PageAllocator, Plan, Request, Scheduler
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.controllers import Controller, StepObservation
+from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.emission import Emission
+from inferlab.specdec.members import Members
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.reading import Reading
 from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_decoder
@@ -62,13 +63,14 @@ class Engine:
         self.clock = step.Clock()
         tree_slots = drafter.max_nodes if drafter is not None else 1
         self._ladder = drafter.ladder() if drafter is not None else ()
-        self._feature_layers = drafter.feature_layers if drafter is not None else ()
         self.scheduler = Scheduler(
             PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
         )
         self._ids = count()
         self._turns = Turns(self)
         self._batch: Batch | None = None
+        self._members: Members | None = None  # the last, of some of a batch
+        self._unheard: set[int] = set()  # requests that the drafter was not told of
         self._stops: dict[int, StopStrings] = {}
         self._special_tokens: dict[int, str] | None = None
         self._clock_at_start: dict[int, dict[str, float]] = {}
@@ -229,7 +231,8 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         """Lets go of what is known of a request but its tokens."""
-        self._batch = None
+        self._batch = self._members = None
+        self._unheard.discard(request.request_id)
         if self.drafter is not None:
             self.drafter.release(request)
 
@@ -237,46 +240,110 @@ class Engine:
         """Parts of texts, in one forward, which the drafter hears of. Those that come to their root
         get a token: first tokens do not wait for drafts."""
         reading = Reading(plan.chunks, self.target.device)
-        output = self.target.forward(reading.batch, self.cache, self._feature_layers)
+        drafter = self.drafter if self._is_told(plan) else None
+        layers = drafter.feature_layers if drafter is not None else ()
+        output = self.target.forward(reading.batch, self.cache, layers)
         for chunk in plan.chunks:
             chunk.request.num_cached = chunk.stop
             chunk.request.stats.prefill_forwards += not chunk.root  # else it is a step's
-        if self.drafter is not None:
-            self.drafter.prefill(reading, output)
+        if drafter is not None:
+            drafter.prefill(reading, output)
         self.clock.lap("prefill")
         if plan.started:
             batch = Batch.of(plan.started, self.target)
-            self._conclude(batch, DraftTree.root_only(batch.roots), reading.at_roots(output))
+            tree = DraftTree.root_only(batch.roots)
+            self._conclude(batch, tree, reading.at_roots(output), drafter)
+
+    def _is_told(self, plan: Plan) -> bool:
+        """Whether the drafter hears of the chunks. Those of one plan share their lot: a text is
+        told whole or not at all."""
+        drafter = self.drafter
+        if drafter is None or not drafter.hears_all:
+            return drafter is not None
+        begun = [chunk for chunk in plan.chunks if chunk.start > 0]
+        if begun:
+            told = begun[0].request.request_id not in self._unheard
+        else:
+            tokens = sum(chunk.request.unread + 1 for chunk in plan.chunks)
+            requests = [*plan.decode, *(chunk.request for chunk in plan.chunks)]
+            told = self.controller.follows(tokens, self._outlook(requests))
+        if not told:
+            self._unheard |= {chunk.request.request_id for chunk in plan.chunks}
+        return told
 
     def _decode(self, requests: list[Request]) -> None:
         """One step for requests that are read up to their roots."""
         batch = self._batch
         if batch is None or batch.requests != requests:
             batch = self._batch = Batch.of(requests, self.target)
-        budget = self._choose_budget(batch)
-        drafting = budget != NO_DRAFT
-        lagging = drafting and self.drafter is not None and self.drafter.is_lagging(batch)
+        members = self._told(batch)
+        choice, lagging = self._choose(batch, members)
+        if choice.budget != NO_DRAFT and choice.members is not None:
+            members = self._members_of(batch, choice.members)
+        drafter = self.drafter
+        if (members is not None and not members.places) or (
+            choice.asleep and drafter is not None and not drafter.hears_all
+        ):
+            drafter = None
         spent = self.clock.lap("commit")
-        tree = step.propose(self.drafter, batch, budget)
-        spent += self.clock.lap("draft")
-        output = step.forward(self.target, self.cache, batch, tree, self._feature_layers)
-        spent += self.clock.lap("verify")
-        outcomes, after = self._conclude(batch, tree, output)
+        tree = own = DraftTree.root_only(batch.roots)
+        if drafter is not None and choice.budget != NO_DRAFT:
+            drafted_for = batch if members is None else members.batch
+            tree = own = drafter.propose(drafted_for, choice.budget, choice.judge)
+            if members is not None:
+                tree = members.spread(own)
+        draft_ms = self.clock.lap("draft")
+        layers = drafter.feature_layers if drafter is not None else ()
+        output = step.forward(self.target, self.cache, batch, tree, layers)
+        spent += draft_ms + self.clock.lap("verify")
+        outcomes, after = self._conclude(batch, tree, output, drafter, members, own)
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
         self.controller.observe(
-            StepObservation(len(batch), budget, spent + after, list(tree.depths), visited, lagging)
+            StepObservation(
+                len(batch),
+                choice.budget,
+                spent + after,
+                list(tree.depths),
+                visited,
+                lagging,
+                step.num_rows(tree, batch.device),
+                draft_ms,
+                drafter is not None,
+            )
         )
 
     def _conclude(
-        self, batch: Batch, tree: DraftTree, output: ForwardOutput
+        self,
+        batch: Batch,
+        tree: DraftTree,
+        output: ForwardOutput,
+        drafter: Drafter | None,
+        members: Members | None = None,
+        own: DraftTree | None = None,
     ) -> tuple[list[Outcome], float]:
-        """What follows the forward; returns what was kept, and the ms that it took."""
+        """What follows the forward; returns what was kept, and the ms that it took.
+
+        Args:
+            drafter: who hears of it.
+            members: of whom it hears, where not of all, and through which trees they walked.
+        """
         walk = step.verify(self.policy, output, tree, batch)
         spent = self.clock.lap("accept")
-        step.commit(self.cache, self.drafter, batch, walk)
+        step.commit(self.cache, batch, walk)
+        if members is None:
+            if drafter is not None:
+                drafter.commit(batch, walk)
+            self._members = None
+        elif drafter is not None and own is not None:
+            part = members.walks(walk, own)
+            drafter.commit(members.batch, part)
+            members.batch.advance(part)
+        batch.advance(walk)
         spent += self.clock.lap("commit")
         outcomes = walk.read()
         spent += self.clock.lap("accept")
+        if members is not None:
+            members.heard(walk)
         for i, (request, outcome) in enumerate(zip(batch.requests, outcomes, strict=True)):
             emitted = self._emit(request, outcome.tokens)
             accepted = min(outcome.accepted, emitted)
@@ -285,17 +352,65 @@ class Engine:
             request.num_cached = len(request.tokens) - 1
         if not any(r.finished for r in batch.requests):
             batch.refresh()
+            if members is not None:
+                members.batch.refresh()
         return outcomes, spent + self.clock.lap("commit")
 
-    def _choose_budget(self, batch: Batch) -> Budget:
-        if self.drafter is None:
-            return NO_DRAFT
-        levels, nodes = self.controller.choose(len(batch), self._ladder)
+    def _told(self, batch: Batch) -> Members | None:
+        """Whose steps the drafter hears of; None: all."""
+        if not self._unheard:
+            return None
+        told = [i for i, r in enumerate(batch.requests) if r.request_id not in self._unheard]
+        return None if len(told) == len(batch) else self._members_of(batch, told)
+
+    def _members_of(self, batch: Batch, places: Sequence[int]) -> Members:
+        members = self._members
+        if members is None or not members.is_of(batch, places):
+            requests = [batch.requests[place] for place in places]
+            own = Batch.of(requests, self.target) if requests else batch
+            members = self._members = Members(batch, places, own)
+        return members
+
+    def _choose(self, batch: Batch, told: Members | None) -> tuple[Choice, bool]:
+        """What to draft, and whether the drafter must catch up for it."""
+        drafter = self.drafter
+        if drafter is None or (told is not None and not told.places):
+            return Choice(NO_DRAFT), False
+        unread = drafter.unread(batch if told is None else told.batch)
+        lagging = max(unread)
+        if drafter.hears_all:  # it is never far behind
+            unread = []
+        outlook = self._outlook(batch.requests, unread, None if told is None else told.places)
+        choice = self.controller.choose(outlook)
+        levels, nodes = choice.budget
         if levels == 0:
-            return NO_DRAFT
+            return choice, False
         useful = max(r.remaining for r in batch.requests) - 1
-        levels = min(levels, self.drafter.max_depth, useful)
-        return Budget(levels, nodes) if min(levels, nodes) > 0 else NO_DRAFT
+        levels = min(levels, drafter.max_depth, useful)
+        if min(levels, nodes) < 1:
+            return Choice(NO_DRAFT), False
+        if unread and choice.members is not None:
+            lagging = max(unread[place] for place in choice.members)
+        return choice._replace(budget=Budget(levels, nodes)), lagging > 0
+
+    def _outlook(
+        self,
+        requests: Sequence[Request],
+        unread: Sequence[int] = (),
+        able: Sequence[int] | None = None,
+    ) -> Outlook:
+        assert self.drafter is not None
+        return Outlook(
+            ladder=self._ladder,
+            requests=[r.request_id for r in requests],
+            context=sum(len(r.tokens) for r in requests) / len(requests),
+            remaining=[r.remaining for r in requests],
+            unread=unread,
+            able=able,
+            waiting=bool(self.scheduler.waiting),
+            packs=self.target.device.type == "cpu",
+            known=self.drafter.known,
+        )
 
     def _emit(self, request: Request, tokens: list[int]) -> int:
         """Appends tokens until one ends the request; returns how many were kept."""

@@ -18,13 +18,15 @@ from inferlab.models.generation_defaults import Followed, followed, warn_of_not_
 from inferlab.records import Speculation
 from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
-from inferlab.specdec.controllers import Controller, make_controller
+from inferlab.specdec.control import Controller
+from inferlab.specdec.controllers import make_controller
 from inferlab.specdec.cost_cache import describe_costs, kept_costs, model_facts
 from inferlab.specdec.costing import check, measure
 from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.pieces import Piece, run_pieces
+from inferlab.specdec.planner import CostController
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
 from inferlab.specdec.tree import TreeShape
@@ -48,7 +50,7 @@ class SpeculativePipeline:
     """A target model, a drafter and the engine between them.
 
     Values come from keywords, else from the YAML file, else from the defaults of
-    :class:`inferlab.config.SpecdecConfig`; without a file that is the bundled pair, greedy, K = 4.
+    :class:`inferlab.config.SpecdecConfig`; without a file that is the bundled pair, greedy.
 
     Args:
         config_path: a ``specdec`` YAML file; ``configs/NAME.yaml`` is found from anywhere.
@@ -61,7 +63,9 @@ class SpeculativePipeline:
             ``none`` (plain decoding through the same engine).
         implementation: ``hf`` (real models) or ``fake`` (instant, deterministic, no weights).
         policy: name of an acceptance policy, or a Policy.
-        controller: ``fixed``, ``adaptive`` or ``cost``, or a Controller.
+        controller: ``cost`` (drafts what pays), ``fixed`` (always K levels) or ``adaptive``, or a
+            Controller; by default ``fixed`` where ``k`` or the tree's widths are given, else
+            ``cost``.
         k: levels drafted per step by the fixed controller, 0 to 64: the most draft tokens along one
             path. How many nodes they hold is the tree's to say.
         tree: ``chain``, ``optimal``, ``grown`` (eagle, medusa) or children per node by depth, e.g.
@@ -148,6 +152,8 @@ class SpeculativePipeline:
             config, self.target, self.policy, self._max_levels(), draft, shape
         )
         self.engine = self._make_engine()
+        if isinstance(self.controller, CostController) and self._plan is not None:
+            self.controller.costs = self.costs() or self.controller.costs
 
     @property
     def implementation(self) -> str:
@@ -199,7 +205,7 @@ class SpeculativePipeline:
         settings = self.config.model_dump(mode="json", include=_COST_SETTINGS, warnings=False)
         draft = [self.draft_name, self.describe_drafter(), model_facts(self.draft_model)]
         facts = describe_costs(self.target, draft, self.controller.max_k, settings)
-        return kept_costs(facts, measured, anew=anew)
+        return kept_costs(facts, measured, anew=anew, keep=self.config.cost_cache)
 
     def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:
         """Plain and drafted steps measured now, each with the ms that ``costs`` predicts; what
@@ -516,11 +522,11 @@ class SpeculativePipeline:
     def _make_controller(self) -> Controller:
         c = self.config
         widths = c.tree if isinstance(c.tree, tuple) else None
-        if c.controller == "fixed":
+        if c.controller_name == "fixed":
             return make_controller("fixed", k=len(widths) if widths is not None else c.levels)
         max_k = min(c.max_k, len(widths)) if widths is not None else c.max_k
         return make_controller(
-            c.controller,
+            c.controller_name,
             min_k=min(c.min_k, max_k),
             max_k=max_k,
             target_acceptance=c.target_acceptance,

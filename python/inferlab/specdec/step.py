@@ -15,9 +15,8 @@ import torch
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.policies import Policy
-from inferlab.specdec.tree import Budget, DraftTree
+from inferlab.specdec.tree import DraftTree
 from inferlab.specdec.walk import Walk
 
 # Packing a batch's rows costs a forward of the bundled target what three rows and a twentieth of
@@ -48,13 +47,6 @@ class Clock:
         self.totals[phase] += spent
         self._mark = now
         return spent
-
-
-def propose(drafter: Drafter | None, batch: Batch, budget: Budget) -> DraftTree:
-    """The draft trees of a step; only the roots where nothing is to be drafted."""
-    if drafter is None or min(budget) < 1:
-        return DraftTree.root_only(batch.roots)
-    return drafter.propose(batch, budget)
 
 
 def forward(
@@ -88,14 +80,19 @@ def forward(
     )
 
 
+def num_rows(tree: DraftTree, device: torch.device) -> int:
+    """Rows of a forward: without padding where leaving it out is worth it."""
+    rows, real = len(tree.node_counts) * tree.num_nodes, sum(tree.node_counts)
+    packs = device.type == "cpu" and rows - real >= max(LEAST_PADDING, rows // 8)
+    return real if packs else rows
+
+
 def _real_rows(tree: DraftTree, device: torch.device) -> torch.Tensor | None:
     """The rows of B * N that are nodes, [R] int64, where leaving the padding out is worth it.
 
     On a CUDA device it is not: graphs are kept by shape, and R would be another in every step.
     """
-    rows = len(tree.node_counts) * tree.num_nodes
-    padding = rows - sum(tree.node_counts)
-    if device.type != "cpu" or padding < max(LEAST_PADDING, rows // 8):
+    if num_rows(tree, device) == len(tree.node_counts) * tree.num_nodes:
         return None
     is_node = np.arange(tree.num_nodes) < np.array(tree.node_counts)[:, None]
     return upload(np.flatnonzero(is_node), np.int64, device)
@@ -117,10 +114,7 @@ def verify(policy: Policy, output: ForwardOutput, tree: DraftTree, batch: Batch)
     )
 
 
-def commit(cache: KVCache, drafter: Drafter | None, batch: Batch, walk: Walk) -> None:
-    """Moves the K/V of the kept nodes to the front, in both caches, and the batch behind them."""
+def commit(cache: KVCache, batch: Batch, walk: Walk) -> None:
+    """Moves the target's K/V of the kept nodes to the front."""
     if not walk.tree.is_chain:
         cache.compact(batch.block_table, walk.seq_lens, walk.nodes, walk.kept)
-    if drafter is not None:
-        drafter.commit(batch, walk)
-    batch.advance(walk)

@@ -13,6 +13,7 @@ import torch
 
 from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import TreeLinks, build_tree
+from inferlab.models.transfer import upload
 
 # P(a node's r-th best draft token is the target's) where nothing was measured: what decides which
 # nodes of a tree are worth most. Only the order matters, and it is much the same everywhere.
@@ -190,6 +191,18 @@ class TreeShape:
             return tuple(Budget(k, k) for k in range(1, min(self.depth, max_levels) + 1))
         return ladder(self.within(Budget(max_levels, MAX_TREE_NODES)).num_nodes - 1, max_levels)
 
+    def chances(self, acceptance: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """Of the nodes below the root, by rank: the chance that the walk goes through each, with
+        acceptances as for `best`."""
+        chances = [1.0]
+        for node in range(1, self.num_nodes):
+            parent = self.parents[node]
+            by_rank = acceptance[min(self.depths[parent], len(acceptance) - 1)]
+            rank = self.sibling_ranks[node]
+            chances.append(chances[parent] * (by_rank[rank] if rank < len(by_rank) else 0.0))
+        by_worth = sorted(zip(self.ranks, chances, strict=True))
+        return tuple(chance for _, chance in by_worth[1:])
+
     def links(self, batch_size: int, device: torch.device) -> TreeLinks:
         """The tree's links for ``batch_size`` sequences; computed once."""
         return _links(self, batch_size, device)
@@ -276,6 +289,32 @@ class DraftTree:
             draft_logits,
             None if shape.is_chain else shape.ranks,
         )
+
+    @classmethod
+    def chains(
+        cls,
+        tokens: torch.Tensor,
+        counts: Sequence[int],
+        draft_logits: torch.Tensor | None = None,
+    ) -> DraftTree:
+        """Chains of different lengths.
+
+        Args:
+            tokens: [B, N] int32, the roots first.
+            counts: [B] int, how many tokens behind the root each sequence keeps.
+            draft_logits: [B, N, V] or None.
+        """
+        longest = max(counts)
+        tokens = tokens[:, : longest + 1].contiguous()
+        if draft_logits is not None:
+            draft_logits = draft_logits[:, : longest + 1]
+        if min(counts) == longest:
+            return cls.of_shape(TreeShape.chain(longest), tokens, draft_logits)
+        parents = np.tile(np.arange(-1, longest, dtype=np.int32), (len(counts), 1))
+        parents[np.arange(longest + 1) > np.array(counts)[:, None]] = -2
+        links = build_tree(upload(parents, np.int32, tokens.device))
+        lengths = list(counts)
+        return cls(tokens, links, True, lengths, [1 + n for n in lengths], draft_logits)
 
     @classmethod
     def root_only(cls, roots: torch.Tensor) -> DraftTree:

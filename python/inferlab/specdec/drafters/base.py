@@ -8,7 +8,9 @@ from typing import Any
 
 from inferlab.models import ForwardOutput
 from inferlab.scheduler import Request
+from inferlab.specdec.acceptance import UNKNOWN, Known
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree
 from inferlab.specdec.walk import Walk
@@ -27,6 +29,9 @@ class Drafter(ABC):
         keeps_nodes: keeps state, such as K/V, of the nodes of its own tree. In an ensemble
             ``commit`` then gets a walk of that tree, as far as the step's walk stayed in it, while
             ``output`` belongs to the merged tree; others get the walk of the merged tree.
+        hears_all: needs what the target says in every step: it drafts no longer for a text of which
+            it was not told a step.
+        known: what it says of its nodes before any was verified.
     """
 
     name: str
@@ -34,10 +39,17 @@ class Drafter(ABC):
     max_depth: int
     feature_layers: tuple[int, ...] = ()
     keeps_nodes: bool = False
+    hears_all: bool = False
+    known: Known = UNKNOWN
 
     @abstractmethod
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
-        """A tree within the budget (at least one level and node) for each request of the batch."""
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
+        """A tree within the budget (at least one level and node) for each request of the batch.
+
+        Args:
+            judge: says which nodes are worth it, to drafters that know more of them than their
+                ranks (``known.by_kind``).
+        """
 
     def ladder(self) -> Sequence[Budget]:
         """Budgets of growing size that are worth telling apart. By default: levels of a chain."""
@@ -55,13 +67,14 @@ class Drafter(ABC):
         """Keeps its own state in step, on the device.
 
         Called after every step, also where it drafted nothing. What the host knows of the step
-        (``walk.kept_on_host``) is there when ``propose`` or ``is_lagging`` is called next.
+        (``walk.kept_on_host``) is there when ``propose`` or ``unread`` is called next.
         """
         return
 
-    def is_lagging(self, batch: Batch) -> bool:
-        """Whether ``propose`` must first process tokens of steps it took no part in."""
-        return False
+    def unread(self, batch: Batch) -> list[int]:
+        """Tokens of each request that ``propose`` must process first, beyond those of the step
+        before: of prompts, and of steps it took no part in."""
+        return [0] * len(batch)
 
     def release(self, request: Request) -> None:
         """Forgets a request: it has left the batch, or its text will be read anew."""

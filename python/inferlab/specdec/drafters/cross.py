@@ -28,6 +28,7 @@ from inferlab.models import ForwardBatch, KVCache, TargetModel, VocabularyMap, l
 from inferlab.models.transfer import upload, upload_pages
 from inferlab.scheduler import PageAllocator, Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.draft_text import DraftText
 from inferlab.specdec.drafters.static import describe_shape
@@ -116,7 +117,7 @@ class CrossVocabularyDrafter(Drafter):
     def ladder(self) -> Sequence[Budget]:
         return self.shape.ladder(self.max_depth)
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         self._take_walked()
         self._tree = None
         if any(r.request_id not in self._texts for r in batch.requests):
@@ -308,10 +309,14 @@ class CrossVocabularyDrafter(Drafter):
             text.asleep = text.drafted == 0 and not drafted
             text.drafted = 0
 
-    def is_lagging(self, batch: Batch) -> bool:
+    def unread(self, batch: Batch) -> list[int]:
         self._take_walked()
         texts = [self._texts.get(r.request_id) for r in batch.requests]
-        return any(text is None or text.asleep for text in texts)
+        lengths = [len(r.tokens) for r in batch.requests]
+        return [
+            length if text is None or text.asleep else 0
+            for text, length in zip(texts, lengths, strict=True)
+        ]
 
     def release(self, request: Request) -> None:
         self._tree = None  # of the batch that it leaves

@@ -14,6 +14,7 @@ from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import PendingFeatures
 from inferlab.specdec.drafters.grown import Growth
@@ -44,6 +45,7 @@ class EagleDrafter(Drafter):
     """
 
     name = "eagle"
+    hears_all = True
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class EagleDrafter(Drafter):
         return self.shape.ladder(self.depth)
 
     @torch.inference_mode()
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         longest = max(len(r.tokens) for r in batch.requests)
         levels = min(budget.levels, self.head.context_length - longest)
         if levels < 1:
@@ -231,9 +233,9 @@ class EagleDrafter(Drafter):
             self._catch_up(batch)
         self._pending.append(batch, walk)
 
-    def is_lagging(self, batch: Batch) -> bool:
+    def unread(self, batch: Batch) -> list[int]:
         self._pending.enter(batch)
-        return max(self._pending.counts(batch)) > self.max_depth + 1
+        return [max(n - self.max_depth - 1, 0) for n in self._pending.counts(batch)]
 
     def release(self, request: Request) -> None:
         self._pending.release(request)

@@ -16,6 +16,7 @@ from inferlab.models import ForwardOutput
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest, make_plan
 from inferlab.specdec.reading import Reading
@@ -57,13 +58,14 @@ class EnsembleDrafter(Drafter):
         slots = [d.max_nodes for d in drafters if d.keeps_nodes]
         self.max_nodes = max([self._tree_nodes, *slots])
         self.max_depth = max(d.max_depth for d in drafters)
+        self.hears_all = any(d.hears_all for d in drafters)
         self.feature_layers = tuple(layer for d in drafters for layer in d.feature_layers)
         self._drafted: _Drafted | None = None
 
     def ladder(self) -> Sequence[Budget]:
         return ladder(self._tree_nodes - 1, self.max_depth)
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         trees = [
             d.propose(batch, Budget(min(budget.levels, d.max_depth), share))
             if share > 0
@@ -114,8 +116,10 @@ class EnsembleDrafter(Drafter):
         for drafter, each in zip(self.drafters, walks, strict=True):
             drafter.commit(batch, each)
 
-    def is_lagging(self, batch: Batch) -> bool:
-        return any(d.is_lagging(batch) for d in self.drafters)
+    def unread(self, batch: Batch) -> list[int]:
+        return [
+            max(of_row) for of_row in zip(*(d.unread(batch) for d in self.drafters), strict=True)
+        ]
 
     def release(self, request: Request) -> None:
         for drafter in self.drafters:

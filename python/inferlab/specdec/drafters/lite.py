@@ -18,6 +18,7 @@ from inferlab.config import MAX_DRAFT
 from inferlab.models import FINAL_HIDDEN, ForwardOutput, TargetModel
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
@@ -33,6 +34,7 @@ class _LiteDrafter(Drafter):
     """A chain drafted from the target's last hidden states, by its output head."""
 
     feature_layers = (FINAL_HIDDEN,)
+    hears_all = True
 
     def __init__(self, target: TargetModel, depth: int, states: int) -> None:
         if target.head is None:
@@ -50,7 +52,7 @@ class _LiteDrafter(Drafter):
         """Hidden states [B, count, H], newest last, to logits [B, levels, V]."""
 
     @torch.inference_mode()
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         levels = min(budget.levels, budget.nodes, self.max_depth)
         logits = self._logits(self._features.of(batch), levels)
         ahead = torch.arange(1, levels + 1, device=batch.device)

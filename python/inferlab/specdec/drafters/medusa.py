@@ -13,6 +13,7 @@ from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads, load_medusa
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.features import LastFeatures
 from inferlab.specdec.drafters.grown import grown_tree
@@ -39,6 +40,7 @@ class MedusaDrafter(Drafter):
     """
 
     name = "medusa"
+    hears_all = True
     feature_layers = (FINAL_HIDDEN,)
 
     GROWN_WIDTH = 32  # tokens of each depth that a grown tree chooses from
@@ -72,7 +74,7 @@ class MedusaDrafter(Drafter):
         return self.shape.ladder(self.max_depth)
 
     @torch.inference_mode()
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         if self.shape is None:
             return self._grow(batch, min(budget.levels, self.max_depth), budget.nodes)
         shape = self.shape.within(budget)

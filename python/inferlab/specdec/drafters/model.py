@@ -12,9 +12,12 @@ import torch
 from inferlab.models import ForwardBatch, KVCache, TargetModel, last_rows
 from inferlab.models.transfer import upload
 from inferlab.scheduler import READ_TOKENS, Chunk, Request
+from inferlab.specdec.acceptance import SURE, UNKNOWN, Known
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.static import describe_shape
+from inferlab.specdec.drafters.watched import Watched
 from inferlab.specdec.drafters.writer import Ground, SameVocabulary, TreeWriter
 from inferlab.specdec.reading import PIECE, Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
@@ -32,6 +35,8 @@ class ModelDrafter(Drafter):
         cache: its K/V pool, with as many pages as the target's.
         shape: the largest tree; a step drafts the part of it that its budget allows.
         coupled, keep_logits: see `TreeWriter`.
+        known: what it says of its nodes. Chains are told apart by how sure the model is of them,
+            where the host can read that without waiting for a device.
     """
 
     name = "vanilla"
@@ -45,13 +50,17 @@ class ModelDrafter(Drafter):
         *,
         coupled: bool = True,
         keep_logits: bool = False,
+        known: Known = UNKNOWN,
     ) -> None:
         self.model = model
+        self.known = known
         self.cache = cache
         self.shape = shape
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
         self._writer = TreeWriter(model, cache, coupled=coupled, keep_logits=keep_logits)
+        if shape.is_chain and model.device.type == "cpu":
+            self.known = known._replace(by_kind=SURE, asks=True)
         self._cached_of: dict[int, int] = {}  # by request, tokens whose K/V the cache holds
         self._walked: tuple[Batch, Walk] | None = None  # a step that _cached_of does not count yet
         self._batch: Batch | None = None  # the one that _cached belongs to
@@ -60,7 +69,7 @@ class ModelDrafter(Drafter):
     def ladder(self) -> Sequence[Budget]:
         return self.shape.ladder(self.max_depth)
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         longest = max(len(r.tokens) for r in batch.requests)
         if self.model.context_length is not None:
             budget = Budget(min(budget.levels, self.model.context_length - longest), budget.nodes)
@@ -71,6 +80,10 @@ class ModelDrafter(Drafter):
         seq_lens, table = batch.seq_lens, batch.block_table
         ground = Ground(batch.roots, seq_lens, seq_lens, table, batch.sampling, batch.allowed_vocab)
         vocabulary = SameVocabulary(batch.vocab_size)
+        if judge is not None and shape.is_chain:
+            watched = Watched(judge, batch)
+            tokens, kept = self._writer.write(ground, shape, logits, vocabulary, watched)
+            return DraftTree.chains(tokens, watched.counts(), kept)
         return DraftTree.of_shape(shape, *self._writer.write(ground, shape, logits, vocabulary))
 
     def _catch_up(self, batch: Batch) -> torch.Tensor:
@@ -146,9 +159,9 @@ class ModelDrafter(Drafter):
         self._cached = walk.seq_lens + count
         self._walked = batch, walk
 
-    def is_lagging(self, batch: Batch) -> bool:
+    def unread(self, batch: Batch) -> list[int]:
         self._count_walked()
-        return any(self._lag(r) > 2 for r in batch.requests)
+        return [max(self._lag(r) - 2, 0) for r in batch.requests]
 
     def release(self, request: Request) -> None:
         self._cached_of.pop(request.request_id, None)

@@ -16,7 +16,9 @@ from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Request
+from inferlab.specdec.acceptance import SURE, Known, kinds_of
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.corpus import load_corpus
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
@@ -44,6 +46,7 @@ class NgramDrafter(Drafter):
     """
 
     name = "ngram"
+    known = Known(by_kind=SURE, asks=True)
 
     def __init__(
         self,
@@ -73,32 +76,45 @@ class NgramDrafter(Drafter):
             return super().ladder()
         return ladder(self.max_nodes - 1, self.max_depth)
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         tries = [self._trie(r, budget) for r in batch.requests]
-        width = max(len(tokens) for tokens, _, _ in tries)
+        if judge is not None:
+            kinds = [kinds_of(worth[1:]) for _, _, _, worth in tries]
+            counts = judge.keep([r.request_id for r in batch.requests], kinds)
+        else:
+            counts = [len(tokens) - 1 for tokens, *_ in tries]
+        width = 1 + max(counts)
         if width == 1:
             return DraftTree.root_only(batch.roots)
         tokens = np.zeros((len(tries), width), dtype=np.int32)
         parents = np.full((len(tries), width), -2, dtype=np.int32)
-        for row, (node_tokens, node_parents, _) in enumerate(tries):
-            tokens[row, : len(node_tokens)] = node_tokens
-            parents[row, : len(node_parents)] = node_parents
-        counts = [len(t) for t, _, _ in tries]
-        depths = [depth for _, _, depth in tries]
-        is_chain = all(d == n - 1 for d, n in zip(depths, counts, strict=True))
-        if is_chain and min(counts) == width:
+        depths = []
+        for row, ((node_tokens, node_parents, depth, _), count) in enumerate(
+            zip(tries, counts, strict=True)
+        ):
+            tokens[row, : count + 1] = node_tokens[: count + 1]
+            parents[row, : count + 1] = node_parents[: count + 1]
+            cut = count + 1 < len(node_tokens)
+            depths.append(_depth(node_parents[: count + 1]) if cut else depth)
+        is_chain = depths == counts
+        if is_chain and min(counts) == width - 1:
             links = TreeShape.chain(width - 1).links(len(tries), batch.device)
         else:
             links = build_tree(upload(parents, np.int32, batch.device))
-        return DraftTree(upload(tokens, np.int32, batch.device), links, is_chain, depths, counts)
+        node_counts = [1 + n for n in counts]
+        tokens_there = upload(tokens, np.int32, batch.device)
+        return DraftTree(tokens_there, links, is_chain, depths, node_counts)
 
-    def _trie(self, request: Request, budget: Budget) -> tuple[list[int], list[int], int]:
-        """Tokens and parents of one sequence's tree, numbered by worth, and its depth."""
+    def _trie(
+        self, request: Request, budget: Budget
+    ) -> tuple[list[int], list[int], int, list[float]]:
+        """Tokens and parents of one sequence's tree, numbered by worth, its depth, and how likely
+        each node is by the length of its match."""
         text = self._texts.get(request.request_id)
         if text is None:
             text = self._texts[request.request_id] = _Text(self.corpus)
         text.read(request.tokens)
-        trie: tuple[list[int], list[int], int] = _C.draft_trie(
+        trie: tuple[list[int], list[int], int, list[float]] = _C.draft_trie(
             text.automaton,
             self.corpus,
             text.cursor,
@@ -122,6 +138,14 @@ class NgramDrafter(Drafter):
             "max_match": self.max_match,
             "corpus_tokens": 0 if self.corpus is None else len(self.corpus),
         }
+
+
+def _depth(parents: Sequence[int]) -> int:
+    """Levels below the root."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
 
 
 class _Text:

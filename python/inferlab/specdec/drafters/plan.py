@@ -11,10 +11,14 @@ from typing import Any
 from inferlab.config import SpecdecConfig
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.models import HFModel, TargetModel, plain_model
+from inferlab.specdec.acceptance import UNKNOWN, Known
 from inferlab.specdec.calibration import measured_acceptance
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
+
+MEASURED = 24.0
+"""Observations that rates which lie beside the weights are worth."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,13 @@ class DraftRequest:
             return TreeShape.chain(depth)
         acceptance = measured_acceptance(drafts) or [list(ASSUMED_ACCEPTANCE)]
         return TreeShape.best(acceptance, config.nodes, depth)
+
+    def known(self, shape: TreeShape, drafts: str) -> Known:
+        """What was measured about the nodes of this tree, if it was; ``drafts`` as above."""
+        measured = measured_acceptance(drafts)
+        if measured is None:
+            return UNKNOWN
+        return Known(by_rank=shape.chances(measured), evidence=MEASURED)
 
     @property
     def grows(self) -> bool:

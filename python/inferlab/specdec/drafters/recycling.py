@@ -17,6 +17,7 @@ import torch
 from inferlab import kernels
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape
@@ -77,7 +78,7 @@ class RecyclingDrafter(Drafter):
     def ladder(self) -> Sequence[Budget]:
         return self.shape.ladder(self.max_depth)
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         shape = self.shape.within(budget)
         roots = batch.roots.to(torch.int64)[:, None]
         successors = self.table.view(-1)

@@ -33,6 +33,7 @@ def _plan(request: DraftRequest, draft: TargetModel) -> DrafterPlan:
     if tokenizer_difference(request.target, draft) is not None:
         vocabulary = VocabularyMap.of(request.target, draft)
     shape = request.shape("chain", request.max_levels, draft.name)
+    known = request.known(shape, draft.name)
 
     def build(pages: int) -> Drafter:
         cache = draft.new_cache(pages, config.page_size)
@@ -43,7 +44,7 @@ def _plan(request: DraftRequest, draft: TargetModel) -> DrafterPlan:
         }
         if vocabulary is not None:
             return CrossVocabularyDrafter(draft, cache, shape, vocabulary, **noise)
-        return ModelDrafter(draft, cache, shape, **noise)
+        return ModelDrafter(draft, cache, shape, known=known, **noise)
 
     weight = draft.new_cache(1, config.page_size).bytes_per_token
     return DrafterPlan(build, weight, draft.name)

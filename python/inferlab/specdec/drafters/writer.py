@@ -13,6 +13,7 @@ from inferlab.kernels import SamplingTensors
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, KVCache, TargetModel
 from inferlab.specdec.drafters.static import drafted_level
+from inferlab.specdec.drafters.watched import Watched
 from inferlab.specdec.tree import TreeShape
 
 
@@ -100,15 +101,22 @@ class TreeWriter:
         self.keep_logits = keep_logits
 
     def write(
-        self, ground: Ground, shape: TreeShape, logits: torch.Tensor, vocabulary: Vocabulary
+        self,
+        ground: Ground,
+        shape: TreeShape,
+        logits: torch.Tensor,
+        vocabulary: Vocabulary,
+        watched: Watched | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Drafts level by level.
 
         Args:
             logits: [R, 1, .], the draft's at the roots.
+            watched: of chains: says after each level whether to go on.
 
         Returns:
-            Tokens [R, N] and, with ``keep_logits``, the logits [R, N, V] they were drawn from.
+            Tokens [R, N], of the levels that were drafted, and, with ``keep_logits``, the logits
+            [R, N, V] they were drawn from.
         """
         size, device = len(ground.roots), ground.roots.device
         links = shape.links(size, device)
@@ -126,23 +134,30 @@ class TreeWriter:
             scores = vocabulary.scores(logits)
             if self.keep_logits:
                 kept.append(scores)
+            rivals = None
+            if watched is not None:
+                rivals = torch.empty((size, 1, 2), dtype=torch.float32, device=device)
             drawn = kernels.sample(
                 scores,
                 _for_each(positions[depth], count),
                 sampling,
                 purpose=purpose,
-                num_samples=shape.widths[depth],
+                num_samples=shape.widths[depth] if rivals is None else 2,
                 allowed_vocab=ground.allowed_vocab,
+                scores=rivals,
             )
-            children = drafted_level(drawn, shape, depth)
+            children = drafted_level(drawn if rivals is None else drawn[..., :1], shape, depth)
             tokens[:, level.start : level.stop] = children
+            if watched is not None and rivals is not None and not watched.goes_on(rivals):
+                tokens = tokens[:, : level.stop]
+                break
             if depth + 1 < shape.depth:
                 inputs = vocabulary.inputs(children)
                 logits = self._forward_level(ground, shape, links, inputs, places[depth], level)
         if not self.keep_logits:
             return tokens, None
         draft_logits = torch.cat(kept, dim=1)
-        missing = shape.num_nodes - draft_logits.shape[1]  # leaves have no children
+        missing = tokens.shape[1] - draft_logits.shape[1]  # leaves have no children
         return tokens, torch.nn.functional.pad(draft_logits, (0, 0, 0, missing))
 
     def _forward_level(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from inferlab.config import MAX_TREE_NODES, SpecdecConfig
 from inferlab.models import TargetModel
 from inferlab.specdec.calibration import AcceptanceCounts
-from inferlab.specdec.controllers import FixedController, StepObservation
+from inferlab.specdec.control import StepObservation
+from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
 

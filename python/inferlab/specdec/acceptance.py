@@ -1,0 +1,158 @@
+"""How likely draft nodes are to be accepted: what drafters know of them, calibrated. No torch.
+
+A drafter tells its nodes apart by kinds: how sure its model was of the path to a node, how long the
+match was that an n-gram hangs on and how deep the node is, or just its place in the order of worth.
+Each kind has a counter, so it does not matter how the drafter's own numbers are scaled:
+
+    chance(kind) = (accepted + WEIGHT prior trust) / (offered + WEIGHT)
+
+* accepted, offered: nodes of that kind that the walks went through, and all; both forgetting;
+* prior: what the drafter says of the kind before anything was seen;
+* trust: nodes of all kinds that were accepted, relative to what the priors had promised.
+
+A sequence's own chances are these times the ratio of what was accepted of its nodes to what was
+expected of them, shrunk towards 1 where there is little evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+MOST = 0.99
+"""No chance is above it."""
+
+
+class Known(NamedTuple):
+    """What a drafter says of its nodes before any was verified.
+
+    Attributes:
+        by_rank: chance of the node of each rank, from 1 on; what is missing is assumed.
+        by_kind: chance of a node of each kind; empty: nodes are told apart by rank alone.
+        evidence: observations that these chances are worth, 0 where they were not measured.
+        asks: drafting takes next to no time, or the judge is asked before what does.
+    """
+
+    by_rank: Sequence[float] = ()
+    by_kind: Sequence[float] = ()
+    evidence: float = 0.0
+    asks: bool = False
+
+
+UNKNOWN = Known()
+
+
+class Acceptance:
+    """Chances of a drafter's nodes.
+
+    Args:
+        priors: of each kind, the chance before anything was seen.
+        evidence: observations that the priors are worth.
+    """
+
+    FORGET = 0.98  # weight of what was known, per step
+    WEIGHT = 6.0  # of a kind's prior, in nodes
+    TRUST = 4.0  # of the priors all together, in accepted nodes
+    OWN = 4.0  # of the chances of all sequences against one's own, in accepted nodes
+    OWN_FORGET = 0.95
+
+    def __init__(self, priors: Sequence[float], evidence: float = 0.0) -> None:
+        self._priors = np.array(priors, dtype=np.float64)
+        self._accepted = np.zeros(len(priors))
+        self._offered = np.zeros(len(priors))
+        self._weight = max(self.WEIGHT, evidence)
+        self._promised = self._kept = 0.0
+        self._own: dict[int, tuple[float, float]] = {}  # by request: accepted, expected
+        self._unit = 1.0  # weight of an observation now: instead of making the old ones lighter
+        self._chances: list[float] | None = None
+        self.observations = evidence
+        """Sequences whose drafts were verified, forgetting."""
+
+    @property
+    def certainty(self) -> float:
+        """In [0, 1): how much of the chances is observation."""
+        return self.observations / (self.observations + 8.0)
+
+    @property
+    def chances(self) -> list[float]:
+        """Of each kind, of a sequence like all others."""
+        if self._chances is None:
+            kept, promised = self._kept / self._unit, self._promised / self._unit
+            trust = (kept + self.TRUST) / (promised + self.TRUST)
+            expected = np.minimum(self._priors * trust, MOST) * self._weight
+            found = (self._accepted / self._unit + expected) / (
+                self._offered / self._unit + self._weight
+            )
+            self._chances = np.minimum(found, MOST).tolist()
+        return self._chances
+
+    def factor(self, request_id: int) -> float:
+        """How much likelier a sequence's nodes are accepted than their kinds say."""
+        accepted, expected = self._own.get(request_id, (0.0, 0.0))
+        return (accepted + self.OWN) / (expected + self.OWN)
+
+    def of(self, request_id: int, kinds: Sequence[int]) -> list[float]:
+        """Chances of a sequence's nodes, given in the order of worth: falling."""
+        chances, factor = self.chances, self.factor(request_id)
+        return list(accumulate((min(chances[k] * factor, MOST) for k in kinds), min))
+
+    def count(self, verified: int) -> None:
+        """A step in which drafts of so many sequences were verified."""
+        self.observations = self.observations * self.FORGET + verified
+
+    def learn(
+        self,
+        requests: Sequence[int],
+        kinds: Sequence[Sequence[int]],
+        accepted: Sequence[Sequence[int]],
+    ) -> None:
+        """A step: of each request the kinds of the nodes that were verified, by rank, and which
+        ranks, from 1 on, its walk went through."""
+        self._unit /= self.FORGET
+        chances = self.chances
+        verified = 0
+        for request_id, of_nodes, ranks in zip(requests, kinds, accepted, strict=True):
+            if not of_nodes:
+                continue
+            verified += 1
+            for kind in of_nodes:
+                self._offered[kind] += self._unit
+            for rank in ranks:
+                if rank <= len(of_nodes):
+                    self._accepted[of_nodes[rank - 1]] += self._unit
+            self._promised += self._unit * float(sum(self._priors[k] for k in of_nodes))
+            self._kept += self._unit * len(ranks)
+            own, expected = self._own.pop(request_id, (0.0, 0.0))
+            self._own[request_id] = (
+                own * self.OWN_FORGET + len(ranks),
+                expected * self.OWN_FORGET + sum(chances[k] for k in of_nodes),
+            )
+        self.count(verified)
+        if self._unit > 1e9:
+            for values in (self._accepted, self._offered):
+                values /= self._unit
+            self._promised /= self._unit
+            self._kept /= self._unit
+            self._unit = 1.0
+        while len(self._own) > 4096:
+            self._own.pop(next(iter(self._own)))
+        self._chances = None
+
+
+_BINS, _STEP, _LOWEST = 12, 1.2, -4.0  # of log odds
+
+SURE = tuple(1 / (1 + math.exp(-(_LOWEST + (i + 0.5) / _STEP))) for i in range(_BINS))
+"""Chances of the kinds that `kinds_of` tells apart, if the drafter is right about itself."""
+
+
+def kinds_of(chances: Sequence[float]) -> list[int]:
+    """The kinds of nodes that their drafter gives these chances."""
+    kinds = []
+    for chance in chances:
+        odds = math.log(max(chance, 1e-9) / max(1 - chance, 1e-9))
+        kinds.append(min(max(int((odds - _LOWEST) * _STEP), 0), _BINS - 1))
+    return kinds

@@ -1,0 +1,230 @@
+"""The planning controller on a virtual clock: never much slower than plain, near the best K."""
+
+import random
+from statistics import median
+
+import pytest
+
+from helpers.simulation import CHAIN, World
+from inferlab.specdec.acceptance import SURE, Acceptance, Known, kinds_of
+from inferlab.specdec.control import Outlook, StepObservation
+from inferlab.specdec.planner import CostController
+from inferlab.specdec.tree import NO_DRAFT, Budget
+
+
+def against_plain(world: World, controller, tokens: int, size: int) -> float:
+    start_ms, start = world.elapsed_ms, world.tokens
+    world.run(controller, tokens, size)
+    steps_ms = tokens * world.verify_ms(size)
+    assert world.tokens - start == tokens * size
+    return steps_ms / (world.elapsed_ms - start_ms)
+
+
+def scenarios(count: int, seed: int):
+    rng = random.Random(seed)
+    for i in range(count):
+        yield (
+            World(
+                acceptance=rng.choice((0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)),
+                draft_ms=rng.choice((0.05, 0.3, 1.0, 2.0, 5.0)),
+                row_ms=rng.choice((0.02, 0.1, 0.5, 3.0)),
+                sure=rng.random() < 0.5,
+                seed=i,
+            ),
+            rng.choice((1, 4, 16)),
+            rng.choice((64, 256)),
+        )
+
+
+def test_first_runs_are_never_much_slower_than_plain():
+    ratios = []
+    for world, size, tokens in scenarios(300, seed=1):
+        ratios.append(against_plain(world, CostController(8, world.costs()), tokens, size))
+    ratios.sort()
+    assert ratios[0] > 0.88
+    assert ratios[len(ratios) // 20] > 0.96
+    assert median(ratios) > 1.05
+
+
+def test_regret_against_the_best_fixed_k_is_small():
+    """In the median over scenarios where drafting pays, and where it does not."""
+    regrets = []
+    for world, _, _ in scenarios(200, seed=2):
+        controller = CostController(8, world.costs())
+        world.run(controller, 2000)
+        regrets.append(1 - world.tokens / world.elapsed_ms / world.best_rate(1))
+    assert median(regrets) <= 0.05
+
+
+@pytest.mark.parametrize("wrong", [0.5, 2.0])
+def test_costs_that_are_off_are_corrected(wrong):
+    ratios = []
+    for world, size, _ in scenarios(60, seed=3):
+        controller = CostController(8, world.costs(wrong))
+        against_plain(world, controller, 64, size)
+        ratios.append(against_plain(world, controller, 256, size))
+    assert min(ratios) > 0.9
+    assert median(ratios) > 1.0
+
+
+def test_costs_that_were_never_measured_are_learnt():
+    good, bad = World(acceptance=0.9, draft_ms=0.3), World(acceptance=0.0, draft_ms=0.3)
+    assert against_plain(good, CostController(8), 2000, 1) > 1.5
+    assert against_plain(bad, CostController(8), 2000, 1) > 0.97
+
+
+def test_drafting_stops_when_acceptance_collapses_and_comes_back():
+    world = World(acceptance=0.9)
+    controller = CostController(8, world.costs())
+    world.run(controller, 600)
+    assert world.chosen[-1] > 0
+    world.acceptance = 0.0
+    before = len(world.chosen)
+    world.run(controller, 300)
+    assert sum(map(bool, world.chosen[before + 60 :])) < 0.1 * len(world.chosen[before + 60 :])
+    world.acceptance = 0.9
+    for _ in range(20):
+        world.run(controller, 100)
+    assert world.chosen[-1] > 0
+
+
+def test_drafting_stops_when_drafts_become_dear():
+    world = World(acceptance=0.8)
+    controller = CostController(8, world.costs())
+    world.run(controller, 400)
+    assert world.chosen[-1] > 0
+    world.draft_ms *= 20
+    ratio = against_plain(world, controller, 600, 1)
+    assert ratio > 0.9
+    assert sum(world.chosen[-200:]) == 0
+
+
+def test_texts_of_mixed_difficulty_get_drafts_of_their_own():
+    world = World(acceptance=[0.95, 0.05], sure=True, draft_ms=0.2, row_ms=0.5, flat=1)
+    controller = CostController(8, world.costs())
+    observed = []
+    learn = controller.observe
+    controller.observe = lambda step: (observed.append(step), learn(step))
+    world.run(controller, 400, 2, waiting=True)
+    both = [step for step in observed if step.batch_size == 2 and sum(step.depths)]
+    easy, hard = (sum(step.depths[i] for step in both) for i in (0, 1))
+    assert easy > 2 * hard
+
+
+def test_a_text_is_only_read_for_where_that_pays():
+    dear = World(acceptance=0.9, reading_ms=2000.0)
+    controller = CostController(8, dear.costs())
+    assert against_plain(dear, controller, 64, 4) > 0.97
+    assert sum(dear.chosen) == 0
+    cheap = World(acceptance=0.9, reading_ms=5.0)
+    assert against_plain(cheap, CostController(8, cheap.costs()), 256, 4) > 1.2
+
+
+def test_what_is_not_known_is_tried_on_one_text_first():
+    world = World(acceptance=0.9, reading_ms=4.0, draft_ms=0.2)
+    controller = CostController(8, world.costs())
+    outlook = Outlook(CHAIN, list(range(8)), 32.0, [200] * 8, [32] * 8, packs=True)
+    choice = controller.choose(outlook)
+    if choice.budget == NO_DRAFT:  # the first step is timed
+        choice = controller.choose(outlook)
+    assert choice.budget != NO_DRAFT
+    assert choice.members is not None
+    assert 1 <= len(choice.members) < 4
+
+
+def test_drafters_that_hear_all_are_told_of_texts_where_it_pays():
+    known = Known(by_rank=[0.8 * 0.9**i for i in range(8)], evidence=50.0)
+    outlook = Outlook(CHAIN, [0], 32.0, [200], known=known)
+    cheap, dear = World(reading_ms=1.0, draft_ms=0.3), World(reading_ms=1e5, draft_ms=0.3)
+    assert CostController(8, cheap.costs()).follows(32, outlook)
+    assert not CostController(8, dear.costs()).follows(32, outlook)
+    assert not CostController(0, cheap.costs()).follows(32, outlook)
+
+
+def test_tokens_of_texts_that_are_behind_are_worth_more():
+    world = World(row_ms=0.1, flat=1)
+    controller = CostController(8, world.costs())
+    outlook = Outlook(CHAIN, [0, 1, 2, 3], 32.0, [60, 60, 40, 20])
+    controller.choose(outlook)
+    worth = controller._worth(outlook)
+    assert sum(worth) == pytest.approx(4)
+    assert worth[0] == worth[1] > worth[2] > worth[3] > 0
+    assert controller._worth(outlook._replace(waiting=True)) == [1.0] * 4
+
+
+def test_it_says_what_it_did():
+    world = World(acceptance=0.9)
+    controller = CostController(8, world.costs())
+    assert controller.describe()["verdict"] == "no step was decoded"
+    world.run(controller, 300)
+    said = controller.describe()
+    assert said["steps_by_nodes"]["0"] >= 1
+    assert sum(said["steps_by_nodes"].values()) == len(world.chosen)
+    assert said["speedup"] == pytest.approx(300 * world.plain_ms / world.elapsed_ms, rel=0.1), (
+        "as it really was"
+    )
+    assert "x plain decoding" in said["verdict"]
+    useless = World(acceptance=0.0, draft_ms=20.0)
+    controller = CostController(8, useless.costs())
+    useless.run(controller, 100, 4)
+    assert controller.describe()["verdict"].startswith("drafting did not pay at batch 4: ")
+
+
+def test_with_no_room_to_draft_nothing_is_drafted():
+    world = World()
+    controller = CostController(0, world.costs())
+    world.run(controller, 50)
+    assert sum(world.chosen) == 0
+
+
+def test_a_step_that_was_cut_short_is_no_rung():
+    controller = CostController(4, World().costs())
+    outlook = Outlook(CHAIN[:4], [0], 32.0, [50])
+    for _ in range(20):
+        choice = controller.choose(outlook)
+        if choice.budget != NO_DRAFT:
+            controller.observe(
+                StepObservation(1, Budget(1, choice.budget.nodes), 3.0, [1], [[]], rows=2)
+            )
+    assert controller._ranks._offered.sum() == 0
+
+
+# Chances
+
+
+def test_chances_follow_what_is_accepted():
+    acceptance = Acceptance(SURE)
+    rng = random.Random(0)
+    for _ in range(200):
+        kinds = [[rng.randrange(len(SURE))] for _ in range(40)]
+        walks = [[1] if rng.random() < SURE[kind] ** 2 else [] for (kind,) in kinds]
+        acceptance.learn(range(40), kinds, walks)
+    for prior, found in zip(SURE, acceptance.chances, strict=True):
+        assert found == pytest.approx(prior**2, abs=0.1)
+    assert acceptance.certainty > 0.8
+
+
+def test_a_drafter_that_is_never_right_loses_its_trust_in_all_kinds():
+    acceptance = Acceptance(SURE)
+    for _ in range(30):
+        acceptance.learn([0], [[len(SURE) - 1]], [[]])
+    assert acceptance.chances[len(SURE) // 2] < 0.5 * SURE[len(SURE) // 2]
+
+
+def test_a_sequence_has_chances_of_its_own():
+    acceptance = Acceptance([0.5])
+    for _ in range(40):
+        acceptance.learn([1, 2], [[0], [0]], [[1], []])
+    easy, hard, new = (acceptance.of(n, [0])[0] for n in (1, 2, 3))
+    assert easy > new > hard
+
+
+def test_chances_fall_along_the_order_of_worth():
+    assert Acceptance([0.2, 0.9]).of(0, [1, 0, 1]) == pytest.approx([0.9, 0.2, 0.2])
+
+
+def test_kinds_are_in_the_order_of_chances():
+    kinds = kinds_of([i / 100 for i in range(101)])
+    assert kinds == sorted(kinds)
+    assert (kinds[0], kinds[-1]) == (0, len(SURE) - 1)
+    assert kinds_of(SURE) == list(range(len(SURE)))
