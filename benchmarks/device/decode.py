@@ -74,7 +74,7 @@ class ScriptedDrafter(Drafter):
         self.max_nodes, self.max_depth = nodes, path
         self._order, self._right = order, right
 
-    def propose(self, batch: Batch, budget: Budget) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: object = None) -> DraftTree:
         shape = self.shape.within(budget)
         rows = []
         for sequence in batch.requests:

@@ -193,13 +193,13 @@ class SpecdecConfig(Sampled):
     ``max_draft`` left out is what suits the drafter (`DRAFT_MODES`). So is ``tree``: chain;
     optimal, the ``tree_nodes`` nodes most likely to be accepted; grown, as many where the draft is
     sure of itself, ``eagle`` expanding ``tree_width`` nodes per level; or children per node by
-    depth.
-    ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
-    comparison, they agree less often. ``controller`` left out is fixed where ``max_draft`` or the
-    tree's widths are given, else cost. ``cost_cache: false``: what steps cost is neither read from
-    the user's cache directory nor kept there. ``repetition_penalty`` and ``min_new_tokens`` left
-    out are the checkpoint's own, else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache,
-    the smaller one wins; without both it is sized for the batch.
+    depth. ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own:
+    for comparison, they agree less often. ``controller`` left out is fixed where ``max_draft`` or
+    the tree's widths are given, for fake models, and where ``policy`` is not longest_prefix; else
+    cost. ``cost_cache: false``: what steps cost is neither read from the user's cache directory nor
+    kept there. ``repetition_penalty`` and ``min_new_tokens`` left out are the checkpoint's own,
+    else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without
+    both it is sized for the batch.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -261,9 +261,12 @@ class SpecdecConfig(Sampled):
 
     @property
     def controller_name(self) -> str:
-        """``controller``, or fixed where K is given, else cost."""
+        """``controller``; else fixed where K is given, where tokens depend on what is drafted, as
+        what pays is not the same in every run, and for fake models, which take no time; else
+        cost."""
         by_hand = self.max_draft is not None or isinstance(self.tree, tuple)
-        return self.controller or ("fixed" if by_hand else "cost")
+        exact = self.policy == "longest_prefix" and self.implementation == "hf"
+        return self.controller or ("cost" if exact and not by_hand else "fixed")
 
     @property
     def levels(self) -> int:

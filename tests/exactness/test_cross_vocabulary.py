@@ -207,7 +207,7 @@ def test_who_finds_no_pages_is_not_drafted_for(way, shape, params):
     drafter = decoding.drafter
     propose = drafter.propose
 
-    def watched(batch, budget):
+    def watched(batch, budget, judge=None):
         tree = propose(batch, budget)
         counts.append(tuple(tree.node_counts))
         return tree
@@ -262,7 +262,7 @@ def test_text_is_drafted_no_deeper_than_asked(kind):
     drafter, depths = decoding.drafter, []
     propose = drafter.propose
 
-    def watched(batch, budget):
+    def watched(batch, budget, judge=None):
         tree = propose(batch, budget)
         depths.extend(tree.depths)
         return tree

@@ -153,7 +153,7 @@ def test_the_draft_models_cache_in_an_ensemble_is_that_of_a_draft_model_alone(na
         drafter = vanilla(name, shape)
         propose, seen = drafter.propose, {}
 
-        def watch(batch, budget, propose=propose, seen=seen):
+        def watch(batch, budget, judge=None, propose=propose, seen=seen):
             made = propose(batch, budget)
             if made.num_nodes == shape.num_nodes:
                 for sequence, tokens in zip(batch.requests, made.tokens.tolist(), strict=True):

@@ -76,7 +76,7 @@ def test_they_draft_what_they_say(family, kind):
     head = target_of(family).model.get_output_embeddings()
     propose, checked = drafter.propose, []
 
-    def watched(batch, budget):
+    def watched(batch, budget, judge=None):
         tree = propose(batch, budget)
         for row, sequence in enumerate(batch.requests):
             if len(sequence.tokens) < 3:  # one state only: no line through it

@@ -123,12 +123,16 @@ def test_added_tokens_and_gaps_in_the_ids_are_known():
 def test_no_drafter_drafts_padding(mode):
     draft = model_of(1, 2 * PADDING) if mode == "vanilla" else None
     pipeline = SpeculativePipeline(
-        target=model_of(0, PADDING), draft=draft, draft_mode=mode, kv_memory_mb=32
+        target=model_of(0, PADDING),
+        draft=draft,
+        draft_mode=mode,
+        controller="fixed",
+        kv_memory_mb=32,
     )
     propose = pipeline.engine.drafter.propose
     drafted = []
 
-    def recorded(batch, budget):
+    def recorded(batch, budget, judge=None):
         tree = propose(batch, budget)
         drafted.append(int(tree.tokens.max()))
         return tree
@@ -203,9 +207,9 @@ def test_trained_heads_draft_for_a_padded_target(mode):
         model.get_output_embeddings().weight[-64:] = 1.0
     padded = HFModel(model.eval(), loaded.tokenizer)
     results = [
-        SpeculativePipeline(target=target, draft_mode=mode, kv_memory_mb=32).generate(
-            "import os", 24
-        )
+        SpeculativePipeline(
+            target=target, draft_mode=mode, controller="fixed", kv_memory_mb=32
+        ).generate("import os", 24)
         for target in (loaded, padded)
     ]
     assert results[0]["token_ids"] == results[1]["token_ids"]

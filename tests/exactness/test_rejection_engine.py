@@ -234,7 +234,7 @@ def test_drafts_in_another_vocabulary_keep_the_distribution(widths, pages, scarc
     assert drafter is not None
     propose = drafter.propose
 
-    def watched(batch, budget):
+    def watched(batch, budget, judge=None):
         tree = propose(batch, budget)
         partly.append(min(tree.node_counts) == 1 < max(tree.node_counts))
         return tree

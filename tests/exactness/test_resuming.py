@@ -52,7 +52,7 @@ def hold_to_budgets(drafter: Drafter) -> None:
     """Has every proposal checked: no more levels and nodes than were asked for."""
     propose = drafter.propose
 
-    def checked(batch: Batch, budget: Budget) -> DraftTree:
+    def checked(batch: Batch, budget: Budget, judge: object = None) -> DraftTree:
         tree = propose(batch, budget)
         assert max(tree.depths) <= budget.levels
         assert max(tree.node_counts) <= 1 + budget.nodes

@@ -384,7 +384,7 @@ class Engine:
         choice = self.controller.choose(outlook)
         levels, nodes = choice.budget
         if levels == 0:
-            return choice, False
+            return choice._replace(budget=NO_DRAFT), False
         useful = max(r.remaining for r in batch.requests) - 1
         levels = min(levels, drafter.max_depth, useful)
         if min(levels, nodes) < 1:
