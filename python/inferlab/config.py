@@ -196,7 +196,8 @@ class SpecdecConfig(Sampled):
     ``coupled_noise: false`` lets drafts above temperature 0 draw with noise of their own: for
     comparison, they agree less often. ``repetition_penalty`` and ``min_new_tokens`` left out are
     the checkpoint's own, else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the
-    smaller one wins; without both it is sized for the batch.
+    smaller one wins; without both it is sized for the batch. ``record`` is the directory that each
+    pipeline adds a recorded run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -248,6 +249,7 @@ class SpecdecConfig(Sampled):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     kv_memory_mb: Positive | None = None
     num_pages: PositiveCount | None = None
+    record: Annotated[str, StringConstraints(min_length=1), allowed("a directory")] | None = None
     verbose: bool = False
 
     @property

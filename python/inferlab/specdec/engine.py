@@ -19,6 +19,7 @@ from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.emission import Emission
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.reading import Reading
+from inferlab.specdec.recording import Recorder
 from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_decoder
 from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.turns import Turns
@@ -43,6 +44,7 @@ class Engine:
         controller: how much is drafted per step.
         drafter: who drafts; None decodes plainly.
         max_batch: requests that run together at most.
+        recorder: keeps what each step did, to be replayed.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Engine:
         controller: Controller,
         drafter: Drafter | None = None,
         max_batch: int = 32,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.recorder = recorder
         self.target = target
         self.cache = cache
         self.policy = policy
@@ -124,6 +128,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Emission]:
         """Reads on, decodes one step, and says which requests have new tokens or have ended."""
+        if self.recorder is None:
+            return self._step()
+        with self.recorder.timed(self.clock, self._is_idle):
+            return self._step()
+
+    def _step(self) -> list[Emission]:
         done = self._retire()  # of those that ended before their first step
         self._restart_outgrown()
         plan = self.scheduler.plan()
@@ -149,8 +159,13 @@ class Engine:
             if request.request_id == request_id:
                 request.finish_reason = request.finish_reason or reason
                 self._retire()
+                if self.recorder is not None and self._is_idle():
+                    self.recorder.write()
                 return Emission.of(request)
         return None
+
+    def _is_idle(self) -> bool:
+        return not self.scheduler.running and not self.scheduler.waiting
 
     def recover(self) -> None:
         """After a step that did not come to its end: what runs is read anew from its tokens."""
@@ -261,31 +276,46 @@ class Engine:
         spent += self.clock.lap("draft")
         output = step.forward(self.target, self.cache, batch, tree, self._feature_layers)
         spent += self.clock.lap("verify")
-        outcomes, after = self._conclude(batch, tree, output)
+        outcomes, after = self._conclude(batch, tree, output, budget, lagging)
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
         self.controller.observe(
             StepObservation(len(batch), budget, spent + after, list(tree.depths), visited, lagging)
         )
 
     def _conclude(
-        self, batch: Batch, tree: DraftTree, output: ForwardOutput
+        self,
+        batch: Batch,
+        tree: DraftTree,
+        output: ForwardOutput,
+        budget: Budget | None = None,
+        lagging: bool = False,
     ) -> tuple[list[Outcome], float]:
-        """What follows the forward; returns what was kept, and the ms that it took."""
+        """What follows the forward; returns what was kept, and the ms that it took. ``budget`` and
+        ``lagging`` are for the recorder, None means first tokens."""
         walk = step.verify(self.policy, output, tree, batch)
         spent = self.clock.lap("accept")
+        if self.recorder is not None:
+            self.recorder.look(batch, tree, output)
+            self.clock.start()
         step.commit(self.cache, self.drafter, batch, walk)
         spent += self.clock.lap("commit")
         outcomes = walk.read()
         spent += self.clock.lap("accept")
+        emitted_tokens = []
         for i, (request, outcome) in enumerate(zip(batch.requests, outcomes, strict=True)):
             emitted = self._emit(request, outcome.tokens)
             accepted = min(outcome.accepted, emitted)
             request.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
             request.num_drafted += accepted
             request.num_cached = len(request.tokens) - 1
+            emitted_tokens.append(emitted)
         if not any(r.finished for r in batch.requests):
             batch.refresh()
-        return outcomes, spent + self.clock.lap("commit")
+        spent += self.clock.lap("commit")
+        if self.recorder is not None:
+            self.recorder.keep(batch, tree, outcomes, emitted_tokens, self.clock, budget, lagging)
+            self.clock.start()
+        return outcomes, spent
 
     def _choose_budget(self, batch: Batch) -> Budget:
         if self.drafter is None:
