@@ -31,7 +31,7 @@ from inferlab.specdec.recorded import (
     read_recording,
 )
 from inferlab.specdec.recording import _parents
-from inferlab.specdec.token_odds import token_odds
+from inferlab.specdec.token_odds import at_each_node, token_odds
 from inferlab.specdec.tree import DraftTree
 
 
@@ -58,10 +58,15 @@ def test_odds_are_those_of_the_oracle(kind, seed, monkeypatch):
     tree = DraftTree(tokens, links, False, [9] * 3, [9] * 3)
     parents = _parents(tree)
     monkeypatch.setattr("inferlab.specdec.token_odds.CHUNK", 9 * 701 * 2)  # in two parts
-    odds, places = token_odds(logits, tokens, parents, sampling, allowed)
+    each = at_each_node(sampling, tree) if sampling.uses_context else None
+    odds, places = token_odds(logits, tokens, parents, sampling, allowed, each)
     for b, n in zip(*np.nonzero(links.depth.numpy() > 0), strict=True):
         parent, token = int(parents[b, n]), int(tokens[b, n])
-        x = penalised_logits(logits[b, parent], sampling, b, (), allowed)
+        path, at = [], parent
+        while at > 0:
+            path.append(int(tokens[b, at]))
+            at = int(parents[b, at])
+        x = penalised_logits(logits[b, parent], sampling, b, path[::-1], allowed)
         if x is None:
             continue
         assert places[b, n] == int((x > x[token]).sum() + (x[:token] == x[token]).sum())

@@ -234,7 +234,7 @@ class SpeculativePipeline:
             "ladder": list(drafter.ladder()) if drafter is not None else [],
             "policy": self.policy.describe(),
             "controller": self.controller.describe(),
-            "K": self.controller.max_k,
+            "K": self.controller.max_k if drafter is not None else 0,
             "temperature": c.effective_temperature,
             "seed": c.seed,
             "max_batch": c.max_batch,

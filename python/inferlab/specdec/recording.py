@@ -17,7 +17,7 @@ import torch
 from inferlab import kernels
 from inferlab.models import ForwardOutput
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.drafters import Drafter
+from inferlab.specdec.drafters import Drafter, ModelDrafter
 from inferlab.specdec.recorded import (
     CATCHING_UP,
     COLUMNS,
@@ -30,7 +30,7 @@ from inferlab.specdec.recorded import (
     write_part,
 )
 from inferlab.specdec.step import Clock
-from inferlab.specdec.token_odds import token_odds
+from inferlab.specdec.token_odds import at_each_node, token_odds
 from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.walk import Outcome
 
@@ -115,14 +115,20 @@ class Recorder:
         with self._on_own_time():
             logits, sampling = output.logits, batch.sampling
             parents = _parents(tree)
-            positions = batch.seq_lens[:, None] + tree.links.depth + 1
-            choices = kernels.sample(
-                logits,
-                positions.to(torch.int64).clamp_min(0).contiguous(),
-                sampling,
-                allowed_vocab=batch.allowed_vocab,
-            )[..., 0]
-            odds, places = token_odds(logits, tree.tokens, parents, sampling, batch.allowed_vocab)
+            positions = (batch.seq_lens[:, None] + tree.links.depth + 1).to(torch.int64)
+            positions = positions.clamp_min(0).contiguous()
+            each = at_each_node(sampling, tree) if sampling.uses_context else None
+            if each is None:
+                found = kernels.sample(
+                    logits, positions, sampling, allowed_vocab=batch.allowed_vocab
+                )
+            else:
+                rows, at = logits.reshape(-1, logits.shape[-1]), positions.view(-1)
+                found = kernels.sample(rows, at, each, allowed_vocab=batch.allowed_vocab)
+            choices = found.view(parents.shape)
+            odds, places = token_odds(
+                logits, tree.tokens, parents, sampling, batch.allowed_vocab, each
+            )
             odds[:, 0], places[:, 0] = torch.nan, 0  # nobody drafted the root
             drafted = torch.full_like(odds, torch.nan)
             if tree.draft_logits is not None:
@@ -248,12 +254,15 @@ def describe_tree(drafter: Drafter | None) -> dict[str, Any]:
     * ``levels``, ``nodes``: of its largest tree;
     * ``width``: of a grown one, nodes drafted per level: with fewer nodes it weighs them otherwise;
     * ``remembers``: it learns from the trees that were verified, so other trees before would have
-      made it draft other tokens.
+      made it draft other tokens;
+    * ``by_text``: what it drafts behind a token hangs on the text up to that token alone.
     """
     if drafter is None:
-        return {"form": "chain", "levels": 0, "nodes": 0, "width": 0, "remembers": False}
+        facts = {"form": "chain", "levels": 0, "nodes": 0, "width": 0}
+        return {**facts, "remembers": False, "by_text": True}
     ladder = drafter.ladder()
-    levels, nodes = max(b.levels for b in ladder), max(b.nodes for b in ladder)
+    levels = max((b.levels for b in ladder), default=0)
+    nodes = max((b.nodes for b in ladder), default=0)
     described = drafter.describe()
     tree = described.get("tree")
     grown = isinstance(tree, Mapping) and bool(tree.get("grown"))
@@ -271,6 +280,7 @@ def describe_tree(drafter: Drafter | None) -> dict[str, Any]:
         "nodes": nodes,
         "width": width,
         "remembers": remembers,
+        "by_text": type(drafter) is ModelDrafter and form == "chain",
     }
 
 

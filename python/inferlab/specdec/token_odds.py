@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 
 from inferlab.kernels import SamplingTensors
 from inferlab.kernels.sampling_params import GREEDY_TEMPERATURE
+from inferlab.specdec.tree import DraftTree
 
 CHUNK = 2**24
 """Logits looked at together."""
@@ -17,6 +21,7 @@ def token_odds(
     parents: torch.Tensor,
     sampling: SamplingTensors,
     allowed_vocab: int | None = None,
+    each: SamplingTensors | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probability and place of each token among all, at its parent.
 
@@ -30,6 +35,7 @@ def token_odds(
         parents: [B, N] int64; of a root any node: what is said of it means nothing.
         sampling: one entry per sequence.
         allowed_vocab: columns from here on are padding.
+        each: of `at_each_node`: penalties then count the path to a node, too.
 
     Returns:
         f32 [B, N] and int64 [B, N].
@@ -40,14 +46,50 @@ def token_odds(
     step = max(1, CHUNK // (count * vocab))
     for first in range(0, size, step):
         part = slice(first, min(first + step, size))
+        if each is None:
+            x = _penalised(logits[part], sampling, part, allowed_vocab)
+        else:
+            alone = slice(part.start * count, part.stop * count)
+            x = _penalised(logits[part].reshape(-1, 1, vocab), each, alone, allowed_vocab)
+            x = x.view(-1, count, vocab)
         odds[part], places[part] = _odds(
-            _penalised(logits[part], sampling, part, allowed_vocab),
+            x,
             tokens[part].to(torch.int64),
             parents[part].to(torch.int64),
             sampling,
             part,
         )
     return odds, places
+
+
+def at_each_node(sampling: SamplingTensors, tree: DraftTree) -> SamplingTensors:
+    """Sampling parameters of B * N sequences, each of which ends at a node: its context has the
+    tokens of the path to it. Of padding it means nothing."""
+    assert sampling.context_tokens is not None
+    assert sampling.context_lens is not None
+    size, count = tree.tokens.shape
+    depth = tree.links.depth.clamp_min(0)
+    nodes = torch.arange(count, device=tree.tokens.device)
+    on_path = ((tree.links.ancestors[:, :, nodes // 64] >> (nodes % 64)) & 1) > 0
+    on_path = on_path & (depth > 0)[:, None]  # the root is in the context
+    sequence, node, above = on_path.nonzero(as_tuple=True)
+    contexts = sampling.context_tokens[:, None].repeat(1, count, 1)
+    room = int(depth.max()) + int(sampling.context_lens.max()) - contexts.shape[2]
+    contexts = torch.nn.functional.pad(contexts, (0, max(room, 0)))
+    places = (sampling.context_lens[sequence] + depth[sequence, above] - 1).to(torch.int64)
+    contexts[sequence, node, places] = tree.tokens[sequence, above].to(contexts.dtype)
+    fields = {
+        field.name: getattr(sampling, field.name)
+        for field in dataclasses.fields(sampling)
+        if field.init
+    }
+    repeated: dict[str, Any] = {
+        name: value if value is None else value.repeat_interleave(count, dim=0)
+        for name, value in fields.items()
+    }
+    repeated["context_tokens"] = contexts.view(size * count, -1)
+    repeated["context_lens"] = (sampling.context_lens[:, None] + depth).view(-1)
+    return SamplingTensors(**repeated)
 
 
 def _odds(
