@@ -316,7 +316,7 @@ def _show(output: Output, replay: Replay) -> None:
 
 _WHERE_NOT = (
     "exact: share of steps that the record covers. The others begin where no recorded step began,\n"
-    "or ask for more than was drafted there: they count with what is recorded."
+    "or ask for more than was drafted there: they are estimated from what is recorded."
 )
 
 

@@ -65,6 +65,8 @@ class Cut:
         emitted: tokens that the text gets.
         exact: whether this is known to be what would have been; else it is what the recorded part
             of the tree accepts.
+        expected: ``emitted``, and where the walk went through all that was recorded and there would
+            be more levels, what walks that have got below the first level get on average.
         same: the tree is the recorded one, and nothing else would have been drafted.
         told: the emitted tokens are those of the recorded text.
         nodes: draft nodes offered.
@@ -76,6 +78,7 @@ class Cut:
     accepted: np.ndarray
     emitted: np.ndarray
     exact: np.ndarray
+    expected: np.ndarray
     same: np.ndarray
     told: np.ndarray
     nodes: np.ndarray
@@ -89,7 +92,7 @@ class Cut:
 
         Of exact ones alone it would be far off: whether a row is exact hangs on how far it went.
         """
-        known = self.emitted[rows & ~self.empty]
+        known = self.expected[rows & ~self.empty]
         return float(known.mean()) if len(known) else 1.0
 
 
@@ -211,6 +214,14 @@ class Trees:
             self._paths[rule] = np.stack(steps, axis=1) if steps else empty
         return self._paths[rule]
 
+    def _further(self, rule: Rule) -> float:
+        """P(a walk goes on by a level) of recorded walks that have got below the first."""
+        walked = (self.path(rule) >= 0).sum(axis=1)[self.decoding]
+        deepest = self.deepest[self.decoding]
+        tried = np.minimum(walked, deepest - 1)
+        tries, done = np.maximum(tried, 0).sum(), np.maximum(walked - 1, 0).sum()
+        return min(float(done / tries), 0.999) if tries else 0.0
+
     def _within(self, levels: int) -> tuple[np.ndarray, np.ndarray]:
         """Ranks of all nodes among those of the first ``levels`` levels, and how many of these
         each row has, its root not counted."""
@@ -264,7 +275,14 @@ class Trees:
         exact |= self.first
         limits = self.columns["row.limit"].astype(np.int64)
         limits = np.where(limits == NO_LIMIT, np.iinfo(np.int64).max, limits)
-        emitted = np.minimum(np.minimum(accepted + 1, limits), self.left)
+        most = np.minimum(limits, self.left)
+        emitted = np.minimum(accepted + 1, most)
+        empty = ~exact & (self.drafted == 0)
+        bottom = self.drafted if chain else self.levels
+        rest = np.maximum((min(levels, nodes) if chain else levels) - accepted, 0)
+        rest = np.where(~exact & ~empty & (accepted == bottom), rest, 0)
+        further = self._further(rule)
+        more = further * (1 - further**rest) / (1 - further)
         depths = np.minimum(self.columns["row.depth"], levels)
         if not chain and tree["form"] != "grown":
             depths = np.minimum(depths, self._deepest_within(ranks, levels, nodes))
@@ -272,11 +290,12 @@ class Trees:
             accepted=accepted,
             emitted=emitted,
             exact=exact,
+            expected=np.minimum(emitted + more, most),
             same=same,
             told=self._told(path, accepted, emitted),
             nodes=offered,
             depths=depths,
-            empty=~exact & (self.drafted == 0),
+            empty=empty,
             ranks=np.where(self._depth[path] <= levels, path_ranks, 0),
         )
 

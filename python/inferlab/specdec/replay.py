@@ -3,10 +3,11 @@
 The output of a lossless run is seed-exact: whatever is drafted, the text is the recorded one. So a
 setting is judged by walking that text again. A step that begins where a recorded step began has
 its tree, cut to what the setting asks for (`inferlab.specdec.cuts` says when that is exactly what
-would have been). Where the record holds only a part of that tree, that part's walk counts: what is
-told then is the least. A step that begins behind a token of a recorded walk goes as far as that
-walk did, which is exact of drafters that go by the text alone; one that begins elsewhere goes on by
-the mean of the recorded trees. ``covered`` is the share of steps that are exact.
+would have been). Where the record holds only a part of that tree, that part's walk counts, and
+where it went through all of it, what such walks get further on average. A step that begins behind a
+token of a recorded walk goes as far as that walk did, which is exact of drafters that go by the
+text alone; one that begins elsewhere goes on by the mean of the recorded trees. ``covered`` is the
+share of steps that are exact.
 
 Times: a recorded step's own ms, times what the cost model says of the other tree against the
 recorded one; steps that were not recorded, by the cost model alone, which is scaled to the run. The
@@ -186,6 +187,10 @@ class Times:
         draft = c["step.ms"][:, PHASES.index("draft")].astype(np.float64)
         steps = len(self.ms)
         self.batch = c["step.rows"].astype(np.int64)
+        self.levels = c["step.levels"].astype(np.int64)
+        self._most_levels = int(self.levels.max(initial=0))
+        if not trees.chain:
+            self._most_levels = int(trees.tree["levels"])
         self.nodes = np.zeros(steps, np.int64)
         step = trees.step[: trees.real]
         np.maximum.at(self.nodes, step, trees.drafted[: trees.real])
@@ -209,8 +214,15 @@ class Times:
 
     def _parts(self, step: int) -> tuple[float, float]:
         batch, nodes = int(self.batch[step]), int(self.nodes[step])
-        costs = self._costs
-        return costs.step.ms(batch, 1 + nodes, self.context[step]), costs.draft.ms(batch, nodes)
+        ms = self._costs.step.ms(batch, 1 + nodes, self.context[step])
+        return ms, self._drafting(batch, nodes, int(self.levels[step]))
+
+    def _drafting(self, batch: int, nodes: int, levels: int) -> float:
+        """Costs are measured with the most levels that so many nodes can have; each takes as much
+        as the others."""
+        most = min(nodes, self._most_levels)
+        nothing, whole = (self._costs.draft.ms(batch, n) for n in (0, nodes))
+        return nothing + (whole - nothing) * min(levels / most, 1.0) if most > 0 else whole
 
     def _fitted(self, usual: np.ndarray, draft: np.ndarray) -> CostModel:
         """From medians of steps of one batch, tree and context, in steps of 64 tokens."""
@@ -232,20 +244,19 @@ class Times:
         ]
         return CostModel(StepCosts.fit(steps), DraftCosts.of(times))
 
-    def predicted(self, batch: int, nodes: int, context: float) -> float:
+    def predicted(self, batch: int, levels: int, nodes: int, context: float) -> float:
         """A step of any size."""
         step = self._costs.step.ms(batch, 1 + nodes, context) * self._step_scale
-        return step + self._costs.draft.ms(batch, nodes) * self._draft_scale
+        return step + self._drafting(batch, nodes, levels) * self._draft_scale
 
-    def changed(self, step: int, nodes: int) -> float:
-        """A recorded step, had its largest tree had so many draft nodes."""
-        ms = float(self.ms[step])
-        recorded = int(self.nodes[step])
-        if nodes == recorded:
+    def changed(self, step: int, levels: int, nodes: int) -> float:
+        """A recorded step, had its largest tree had so many levels and draft nodes."""
+        ms, was = float(self.ms[step]), (int(self.levels[step]), int(self.nodes[step]))
+        if nodes == was[1] and min(levels, nodes) == min(was):
             return ms
         batch, context = int(self.batch[step]), float(self.context[step])
-        before = self.predicted(batch, recorded, context)
-        return ms * self.predicted(batch, nodes, context) / before if before > 0 else ms
+        before = self.predicted(batch, *was, context)
+        return ms * self.predicted(batch, levels, nodes, context) / before if before > 0 else ms
 
 
 class Replay:
@@ -348,7 +359,7 @@ class Replay:
                 covered = float(cut.exact[decoding].mean()) if decoding.any() else 1.0
                 offered = _typical(cut, decoding)
                 for batch in batches:
-                    ms = self.times.predicted(batch, offered, context)
+                    ms = self.times.predicted(batch, k, offered, context)
                     cells.append(Cell(k, n, batch, length, batch * length / ms * 1e3, covered))
         return cells
 
@@ -386,7 +397,7 @@ class _Rows(NamedTuple):
         return cls(
             cut.emitted.tolist(),
             cut.accepted.tolist(),
-            np.where(cut.empty, mean, cut.emitted).tolist(),
+            np.where(cut.empty, mean, cut.expected).tolist(),
             cut.exact.tolist(),
             cut.same.tolist(),
             cut.told.tolist(),
@@ -513,16 +524,16 @@ class _Run:
             accepted = rows.accepted[row]
             depths.append(rows.depths[row])
             ranks.append(rows.ranks[row][:accepted])
-            self._count(text, min(accepted, emitted), emitted, exact)
+            self._count(text, min(accepted, emitted) if exact else emitted - 1, emitted, exact)
             # What a lossy policy lets pass is unknown where its tree is.
             sure = exact or self.rule.policy == "longest_prefix"
             text.astray = text.astray or not sure or not rows.told[row]
         step = steps.pop() if len(steps) == 1 else -1
         if step >= 0 and int(self.columns["step.rows"][step]) == len(texts):
-            ms = replay.times.changed(step, widest)
+            ms = replay.times.changed(step, levels, widest)
         else:
             context = sum(text.at for text in texts) / len(texts)
-            ms = replay.times.predicted(len(texts), widest, context)
+            ms = replay.times.predicted(len(texts), levels, widest, context)
         result.ms += ms
         result.steps += 1
         self.asker.hear(len(texts), Step(levels, nodes, ms, depths, ranks))
