@@ -257,7 +257,10 @@ class Trees:
         inside = on_path & (self._depth[path] <= levels) & (path_ranks <= nodes)
         accepted = np.cumprod(inside, axis=1).sum(axis=1)
         offered = np.minimum(have, nodes)
-        if tree["form"] == "grown" and nodes > 0:
+        if chain:  # longer than what was recorded, unless the drafter had no more to say
+            ended = self.drafted < np.minimum(self.levels, self.budget)
+            offered = np.where(ended | self.first, offered, min(levels, nodes))
+        elif tree["form"] == "grown" and nodes > 0:
             width = tree["width"]  # of each node but the root as many are expanded
             offered = np.maximum(offered, min(nodes, width + (levels - 1) * width * width))
         same = self._same(levels, nodes)
@@ -283,7 +286,7 @@ class Trees:
         rest = np.where(~exact & ~empty & (accepted == bottom), rest, 0)
         further = self._further(rule)
         more = further * (1 - further**rest) / (1 - further)
-        depths = np.minimum(self.columns["row.depth"], levels)
+        depths = offered if chain else np.minimum(self.columns["row.depth"], levels)
         if not chain and tree["form"] != "grown":
             depths = np.minimum(depths, self._deepest_within(ranks, levels, nodes))
         return Cut(
