@@ -199,7 +199,8 @@ class SpecdecConfig(Sampled):
     cost. ``cost_cache: false``: what steps cost is neither read from the user's cache directory nor
     kept there. ``repetition_penalty`` and ``min_new_tokens`` left out are the checkpoint's own,
     else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without
-    both it is sized for the batch.
+    both it is sized for the batch. ``record`` is the directory that each pipeline adds a recorded
+    run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -252,6 +253,7 @@ class SpecdecConfig(Sampled):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     kv_memory_mb: Positive | None = None
     num_pages: PositiveCount | None = None
+    record: Annotated[str, StringConstraints(min_length=1), allowed("a directory")] | None = None
     verbose: bool = False
 
     @property

@@ -191,6 +191,14 @@ def test_bench_of_all_modes(capsys):
     printed(capsys, *modes, "--max-tokens", "6")
 
 
+def test_replay(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(SpeculativePipeline, "costs", lambda self: None)
+    printed(capsys, "specdec", *FAKE, "--prompt", "a b", "--record", str(tmp_path))
+    value = printed(capsys, "replay", str(tmp_path), "--K", "2", "--controller", "adaptive")
+    assert [line["setting"] for line in value["settings"]] == ["recorded", "K 2", "adaptive"]
+    assert printed(capsys, "replay", str(tmp_path), "--grid", "--batch", "2")["grid"]
+
+
 def test_doctor(capsys, monkeypatch):
     monkeypatch.setattr(doctor.measure_bandwidth, "__defaults__", (2**20, 2))
     printed(capsys, "doctor")

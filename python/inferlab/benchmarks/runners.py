@@ -282,6 +282,6 @@ class GenerateRunner:
 def plain_pipeline(pipeline: SpeculativePipeline) -> SpeculativePipeline:
     """The same engine on the same model with the same sampling, without drafts."""
     config = pipeline.config.model_copy(
-        update={"draft_mode": "none", "tree": None, "policy": "longest_prefix"}
+        update={"draft_mode": "none", "tree": None, "policy": "longest_prefix", "record": None}
     )
     return SpeculativePipeline(config=config, target=pipeline.target)

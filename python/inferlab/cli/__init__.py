@@ -19,6 +19,7 @@ COMMANDS = {
     "bench": "measure local, speculative or HTTP decoding",
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",
+    "replay": "evaluate other settings on recorded steps, without models",
     "calibrate": "measure acceptance, for optimal trees",
     "schema": "the JSON schema of what a command prints with --json",
     "doctor": "what is built in, what this machine offers, what is missing",

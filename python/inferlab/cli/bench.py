@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     specdec_flags.add_model_arguments(parser)
     specdec_flags.add_speculation_arguments(parser)
     specdec_flags.add_sampling_arguments(parser)
+    specdec_flags.add_record_argument(parser)
     add_output_arguments(parser, output=None)
     parser.add_argument(
         "--output",
@@ -114,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_mode_config(args.mode, args.config, overrides, names)
     paths = _check_prefix(args.output) if args.output else ()
     prompts = gather_workload(args)
+    if isinstance(config, SpecdecConfig):
+        specdec_flags.check_record(config)
     setup_logging(config.log_level, args.verbose)
     with clean_stdout(args.json) as out, _journal(*paths[:1]) as journal:
         stats, interrupted = _measure(args, config, prompts, journal)
@@ -148,6 +151,8 @@ def _run_modes(args: argparse.Namespace) -> int:
             "--heads: belongs to one draft mode; with --modes name heads in the --config file: "
             f"medusa: {{model: {args.heads}}}, or eagle: {{model: {args.heads}}}"
         )
+    if args.record is not None:
+        raise UsageError("--record: records one draft mode; give --mode specdec --draft-mode MODE")
     args.mode = "specdec"
     _refuse_misplaced(args)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):

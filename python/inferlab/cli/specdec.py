@@ -11,8 +11,10 @@ from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
 from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts, show_result
 from inferlab.cli.specdec_flags import (
     add_model_arguments,
+    add_record_argument,
     add_sampling_arguments,
     add_speculation_arguments,
+    check_record,
     given_overrides,
 )
 from inferlab.cli.terminal import (
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="prompts are messages of a user, put into the model's chat template",
     )
+    add_record_argument(parser)
     add_output_arguments(parser)
 
 
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     check_output(args.output)
     prompts = gather_prompts(args)
+    check_record(config)
     setup_logging(config.log_level, args.verbose or config.verbose)
     with clean_stdout(args.json) as out:
         from inferlab.specdec.pipeline import SpeculativePipeline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from inferlab.cli.flags import (
@@ -49,6 +50,7 @@ FLAGS = {
     "--dtype": "dtype",
     "--max-memory-mb": "max_memory_mb",
     "--batch-size": "max_batch",
+    "--record": "record",
     "--ignore-generation-config": "ignore_generation_config",
     "--trust-remote-code": "trust_remote_code",
     "--allow-pickle": "allow_pickle",
@@ -137,6 +139,27 @@ def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target-acceptance", type=float, metavar="RATE", help="of the adaptive controller (0.7)"
     )
+
+
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
+    """``--record DIR``."""
+    parser.add_argument(
+        "--record",
+        metavar="DIR",
+        help="keep what each step drafted, chose and took, for inferlab replay; each run adds one",
+    )
+
+
+def check_record(config: SpecdecConfig) -> None:
+    """Refuses a ``--record`` that cannot be written before models are loaded.
+
+    Raises:
+        UsageError: it holds other things, or cannot be written.
+    """
+    if config.record is not None:
+        from inferlab.specdec.recorded import check_folder
+
+        check_folder(Path(config.record), "--record")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from inferlab.specdec.emission import Emission
 from inferlab.specdec.members import Members
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.reading import Reading
+from inferlab.specdec.recording import Recorder
 from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_decoder
 from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.turns import Turns
@@ -44,6 +45,7 @@ class Engine:
         controller: how much is drafted per step.
         drafter: who drafts; None decodes plainly.
         max_batch: requests that run together at most.
+        recorder: keeps what each step did, to be replayed.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Engine:
         controller: Controller,
         drafter: Drafter | None = None,
         max_batch: int = 32,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.recorder = recorder
         self.target = target
         self.cache = cache
         self.policy = policy
@@ -126,6 +130,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Emission]:
         """Reads on, decodes one step, and says which requests have new tokens or have ended."""
+        if self.recorder is None:
+            return self._step()
+        with self.recorder.timed(self.clock, self._is_idle):
+            return self._step()
+
+    def _step(self) -> list[Emission]:
         done = self._retire()  # of those that ended before their first step
         self._restart_outgrown()
         plan = self.scheduler.plan()
@@ -151,8 +161,13 @@ class Engine:
             if request.request_id == request_id:
                 request.finish_reason = request.finish_reason or reason
                 self._retire()
+                if self.recorder is not None and self._is_idle():
+                    self.recorder.write()
                 return Emission.of(request)
         return None
+
+    def _is_idle(self) -> bool:
+        return not self.scheduler.running and not self.scheduler.waiting
 
     def recover(self) -> None:
         """After a step that did not come to its end: what runs is read anew from its tokens."""
@@ -296,7 +311,9 @@ class Engine:
         layers = drafter.feature_layers if drafter is not None else ()
         output = step.forward(self.target, self.cache, batch, tree, layers)
         spent += draft_ms + self.clock.lap("verify")
-        outcomes, after = self._conclude(batch, tree, output, drafter, members, own)
+        outcomes, after = self._conclude(
+            batch, tree, output, drafter, members, own, choice.budget, lagging
+        )
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
         self.controller.observe(
             StepObservation(
@@ -320,15 +337,22 @@ class Engine:
         drafter: Drafter | None,
         members: Members | None = None,
         own: DraftTree | None = None,
+        budget: Budget | None = None,
+        lagging: bool = False,
     ) -> tuple[list[Outcome], float]:
         """What follows the forward; returns what was kept, and the ms that it took.
 
         Args:
             drafter: who hears of it.
-            members: of whom it hears, where not of all, and through which trees they walked.
+            members: of whom it hears, where not of all.
+            own: through which trees these walked.
+            budget, lagging: for the recorder; None means first tokens.
         """
         walk = step.verify(self.policy, output, tree, batch)
         spent = self.clock.lap("accept")
+        if self.recorder is not None:
+            self.recorder.look(batch, tree, output)
+            self.clock.start()
         step.commit(self.cache, batch, walk)
         if members is None:
             if drafter is not None:
@@ -344,17 +368,23 @@ class Engine:
         spent += self.clock.lap("accept")
         if members is not None:
             members.heard(walk)
+        emitted_tokens = []
         for i, (request, outcome) in enumerate(zip(batch.requests, outcomes, strict=True)):
             emitted = self._emit(request, outcome.tokens)
             accepted = min(outcome.accepted, emitted)
             request.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
             request.num_drafted += accepted
             request.num_cached = len(request.tokens) - 1
+            emitted_tokens.append(emitted)
         if not any(r.finished for r in batch.requests):
             batch.refresh()
             if members is not None:
                 members.batch.refresh()
-        return outcomes, spent + self.clock.lap("commit")
+        spent += self.clock.lap("commit")
+        if self.recorder is not None:
+            self.recorder.keep(batch, tree, outcomes, emitted_tokens, self.clock, budget, lagging)
+            self.clock.start()
+        return outcomes, spent
 
     def _told(self, batch: Batch) -> Members | None:
         """Whose steps the drafter hears of; None: all."""

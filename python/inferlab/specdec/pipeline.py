@@ -8,11 +8,16 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mappi
 from contextlib import closing
 from dataclasses import fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from inferlab import __version__
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import Interrupted
+from inferlab.machine import processor_name, usable_cores
 from inferlab.models import FakeLM, TargetModel, allowed_vocab, unknown_ids
 from inferlab.models.generation_defaults import Followed, followed, warn_of_not_followed
 from inferlab.records import Speculation
@@ -28,6 +33,8 @@ from inferlab.specdec.engine import Engine
 from inferlab.specdec.pieces import Piece, run_pieces
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.policies import Policy, make_policy
+from inferlab.specdec.recorded import check_folder
+from inferlab.specdec.recording import Recorder, describe_tree
 from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
 from inferlab.specdec.tree import TreeShape
 from inferlab.types import SamplingParams, check_text
@@ -74,6 +81,8 @@ class SpeculativePipeline:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         seed: key of the noise; the same seed gives the same tokens whatever the drafter.
         agree_k: the k of the ``topk_agree`` policy.
+        record: directory to record the steps in, for `inferlab replay`; each pipeline adds a run.
+            Costs time, changes no token.
         target, draft: loaded models to use in place of ``base_model`` and ``draft_model``.
         shape: a static tree of any form, in place of ``tree``.
         overrides: any other key of SpecdecConfig (``tau``, ``p``, ``max_k``, ``max_batch``, ...).
@@ -99,6 +108,7 @@ class SpeculativePipeline:
         dtype: str | None = None,
         seed: int | None = None,
         agree_k: int | None = None,
+        record: str | os.PathLike[str] | None = None,
         target: TargetModel | None = None,
         draft: TargetModel | None = None,
         shape: TreeShape | None = None,
@@ -121,6 +131,7 @@ class SpeculativePipeline:
             dtype=dtype,
             seed=seed,
             agree_k=agree_k,
+            record=os.fspath(record) if record is not None else None,
         )
         if k is not None:
             overrides["max_draft"] = k
@@ -133,6 +144,8 @@ class SpeculativePipeline:
                 f"into the SpecdecConfig, or leave config out"
             )
         self.config = config
+        if config.record is not None:
+            check_folder(Path(config.record))  # before anything is loaded
         self.policy = policy if isinstance(policy, Policy) else self._make_policy()
         self.controller: Controller = (
             controller if isinstance(controller, Controller) else self._make_controller()
@@ -154,6 +167,8 @@ class SpeculativePipeline:
         self.engine = self._make_engine()
         if isinstance(self.controller, CostController) and self._plan is not None:
             self.controller.costs = self.costs() or self.controller.costs
+        if config.record is not None:
+            self.engine.recorder = Recorder(config.record, self._facts())
 
     @property
     def implementation(self) -> str:
@@ -206,6 +221,32 @@ class SpeculativePipeline:
         draft = [self.draft_name, self.describe_drafter(), model_facts(self.draft_model)]
         facts = describe_costs(self.target, draft, self.controller.max_k, settings)
         return kept_costs(facts, measured, anew=anew, keep=self.config.cost_cache)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a recording says of its run."""
+        c = self.config
+        costs = self.costs()
+        drafter = self.engine.drafter
+        return {
+            "versions": {"inferlab": __version__, "torch": torch.__version__},
+            "machine": [processor_name(), usable_cores(), self.device, torch.get_num_threads()],
+            "model": self.target.name,
+            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "implementation": c.implementation,
+            "draft_mode": c.draft_mode,
+            "draft_model": self.draft_name,
+            "drafter": self.describe_drafter(),
+            "tree": describe_tree(drafter),
+            "ladder": list(drafter.ladder()) if drafter is not None else [],
+            "policy": self.policy.describe(),
+            "controller": self.controller.describe(),
+            "K": self.controller.max_k if drafter is not None else 0,
+            "temperature": c.effective_temperature,
+            "seed": c.seed,
+            "max_batch": c.max_batch,
+            "context": self.target.context_length,
+            "costs": costs.to_json() if costs is not None else None,
+        }
 
     def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:
         """Plain and drafted steps measured now, each with the ms that ``costs`` predicts; what
