@@ -12,6 +12,7 @@ from typing import Any
 
 from inferlab import SamplingParams, SpeculativePipeline
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import RecyclingDrafter
 from inferlab.specdec.engine import Engine
@@ -33,7 +34,7 @@ class Watched(RecyclingDrafter):
         self.counts = [0] * self.successors
         self.total = 0
 
-    def propose(self, batch: Batch, budget: Budget, judge=None) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         self._before = self.table.clone()
         return super().propose(batch, budget, judge)
 

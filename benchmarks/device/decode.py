@@ -30,6 +30,7 @@ from inferlab.models import ForwardBatch, HFModel, KVCache
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.engine import Engine
@@ -74,7 +75,7 @@ class ScriptedDrafter(Drafter):
         self.max_nodes, self.max_depth = nodes, path
         self._order, self._right = order, right
 
-    def propose(self, batch: Batch, budget: Budget, judge: object = None) -> DraftTree:
+    def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         shape = self.shape.within(budget)
         rows = []
         for sequence in batch.requests:
