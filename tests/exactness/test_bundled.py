@@ -38,7 +38,11 @@ def test_plain_decoding_is_generate(dtype):
 def test_speculation_changes_no_token(dtype, draft_mode, tree, sampled):
     sampling = SAMPLED if sampled else GREEDY
     pipeline = SpeculativePipeline(
-        draft_mode=draft_mode, tree=tree, dtype=dtype, target=plain(dtype).target
+        draft_mode=draft_mode,
+        tree=tree,
+        controller="fixed",
+        dtype=dtype,
+        target=plain(dtype).target,
     )
     results = [pipeline.generate(PROMPTS[0], max_tokens=NEW_TOKENS, **sampling)]
     results += pipeline.generate(PROMPTS, max_tokens=NEW_TOKENS, **sampling)
