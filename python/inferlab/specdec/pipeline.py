@@ -31,7 +31,7 @@ from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.pieces import Piece, run_pieces
-from inferlab.specdec.planner import CostController
+from inferlab.specdec.planner import UNMEASURED, CostController
 from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.recorded import check_folder
 from inferlab.specdec.recording import Recorder, describe_tree
@@ -165,10 +165,14 @@ class SpeculativePipeline:
             config, self.target, self.policy, self._max_levels(), draft, shape
         )
         self.engine = self._make_engine()
-        if isinstance(self.controller, CostController) and self._plan is not None:
-            self.controller.costs = self.costs() or self.controller.costs
+        plans = isinstance(self.controller, CostController) and self.controller.costs is UNMEASURED
+        costs = None
+        if (plans and self._plan is not None) or config.record is not None:
+            costs = self.costs()
+        if costs is not None and isinstance(self.controller, CostController) and plans:
+            self.controller.costs = costs
         if config.record is not None:
-            self.engine.recorder = Recorder(config.record, self._facts())
+            self.engine.recorder = Recorder(config.record, self._facts(costs))
 
     @property
     def implementation(self) -> str:
@@ -222,10 +226,9 @@ class SpeculativePipeline:
         facts = describe_costs(self.target, draft, self.controller.max_k, settings)
         return kept_costs(facts, measured, anew=anew, keep=self.config.cost_cache)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, costs: CostModel | None) -> dict[str, Any]:
         """What a recording says of its run."""
         c = self.config
-        costs = self.costs()
         drafter = self.engine.drafter
         return {
             "versions": {"inferlab": __version__, "torch": torch.__version__},

@@ -237,6 +237,8 @@ class CostController(Controller):
 
     def observe(self, step: StepObservation) -> None:
         now, self._now = self._now, None
+        if step.budget == NO_DRAFT:
+            now = None  # also near the end of all texts, whatever was chosen
         if len(self._rungs) == 1:
             return
         size = step.batch_size
@@ -440,10 +442,8 @@ class CostController(Controller):
             table = self._tables[size, context] = np.maximum(ms, 1e-6), kinds
         ms, kinds = table
         drift = self._verifying
-        first = _shape_kind(size, size)[1]
-        factors = np.array(
-            [drift.factor((size.bit_length(), first + i)) for i in range(kinds[-1] + 1)]
-        )
+        bits = size.bit_length()
+        factors = np.array([drift.factor((bits, i - 1)) for i in range(kinds[-1] + 1)])
         corrected: np.ndarray = ms * factors[kinds]
         return np.maximum.accumulate(corrected)
 
@@ -513,8 +513,6 @@ class _Ranks:
         while len(chances) < nodes:
             chances.append(chances[-1] * unknown if chances else hope)
         self._priors = np.array(chances)
-        self._given = len(priors)
-        self._unknown = unknown
         self._weight = weight
         self._accepted = np.zeros(nodes)
         self._verified = np.zeros(nodes)
@@ -530,7 +528,7 @@ class _Ranks:
                 self._priors.tolist(), self._accepted.tolist(), self._offered.tolist(), strict=True
             ):
                 # What was never tried is as likely, relative to the one before, as it was said.
-                expected = own if chance == 0 and len(chances) == 1 else chance * own / prior
+                expected = own if len(chances) == 1 else chance * own / prior
                 prior = max(own, 1e-9)
                 chance = (accepted + self._weight * expected) / (offered + self._weight)
                 chances.append(chance)
