@@ -77,7 +77,8 @@ install() {
   [[ -e ${wheels[0]} && $mode != rehearse ]] || wheels=()
   [[ -n $wheel ]] || wheel=$(ls "$work"/llm_inference_lab-*.whl)
   python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" \
-    "${wheels[@]}" "$wheel" && python3 -m inferlab.cli doctor
+    "${wheels[@]}" "$wheel" && python3 -m inferlab.cli doctor &&
+    python3 -c 'import inferlab.specdec.pipeline'  # all that it needs is there
 }
 
 bench() { # FILES... -k EXPRESSION
@@ -105,16 +106,21 @@ stage facts 30 setup.log python3 benchmarks/device/facts.py
 [[ -n $wheel ]] || stage build 150 setup.log bash -c build
 stage install 60 setup.log bash -c install
 
+# What compute-sanitizer sees: every kernel, every value of each parameter, nothing huge.
+few=(
+  "test_device_attention.py::test_long_and_large" "test_device_attention.py::test_head_dims"
+  "test_device_verify.py::test_a_chain_that_guesses_right_to_the_end"
+  "test_device_verify.py::test_broken_rows_end_the_walk_only_where_it_gets"
+  "test_device_verify_rejection.py::test_many_blocks_share_a_row" "test_device_verify_lossy.py::test_many_blocks_share_a_row"
+  "test_device_sample.py::test_every_path" "test_device_sample.py::test_many_samples"
+  "test_device_kv.py" "test_device_layer.py" "test_device_tree.py"
+)
+few=(-p no:cacheprovider -m gpu --each-value "${few[@]/#/tests/kernels/device/}")
+
 if [[ $mode == deep ]]; then
-  few=(
-    "test_device_attention.py::test_long_and_large" "test_device_attention.py::test_head_dims"
-    "test_device_verify.py" "test_device_sample.py::test_matches_the_reference" "test_device_kv.py"
-    "test_device_layer.py" "test_device_tree.py"
-  )
   for tool in memcheck racecheck synccheck; do
-    stage "$tool" 50 sanitizer.log compute-sanitizer --tool "$tool" --kernel-regex kns=inferlab \
-      --error-exitcode 9 python3 -m pytest -q -x -p no:cacheprovider -m gpu \
-      "${few[@]/#/tests/kernels/device/}"
+    stage "$tool" 50 sanitizer.log compute-sanitizer --tool "$tool" --kernel-name kns=inferlab \
+      --error-exitcode 9 python3 -m pytest -q -x "${few[@]}"
   done
   profile() { # FILE KERNELS EXPRESSION
     stage "ncu_$1" 25 ncu.log ncu --clock-control none --target-processes all -k "regex:$2" -c 6 \
@@ -123,11 +129,12 @@ if [[ $mode == deep ]]; then
       python3 -m pytest -q -p no:cacheprovider --benchmark-disable "benchmarks/$1" -k "$3"
   }
   profile bench_attention.py attention "cuda and bench_decode and bf16 and Hq32"
-  profile bench_verify.py verify "cuda and bench_match and B1-N64 and V151936"
+  profile bench_verify.py match_kernel "cuda and bench_match and B1-N64 and V151936"
   read -ra again <<<"$rerun"
   ((${#again[@]} == 0)) || stage rerun 60 tests.log python3 -m pytest -q -p no:cacheprovider -m gpu \
     "${again[@]/#/tests/kernels/device/}"
 else
+  [[ $mode != rehearse ]] || stage deep_tests 30 tests.log python3 -m pytest -q --co "${few[@]}"
   stage smoke 60 tests.log python3 benchmarks/device/smoke.py "${smoke[@]}"
   stage tests 120 tests.log python3 -m pytest -q -p no:cacheprovider --maxfail=20 --tb=short \
     --junitxml="$out/tests.xml" "${tests[@]}" tests/kernels/device

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches what a GPU machine without a network lacks into build/device/wheels: pydantic and what it
-# needs, for CPython 3.12 on x86-64 Linux. on_device.sh installs what lies there.
+# needs, and platformdirs, for CPython 3.12 on x86-64 Linux. on_device.sh installs what lies there.
 # Usage: benchmarks/on_device_wheels.sh [PACKAGE==VERSION ...]   (more packages, without their needs)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,6 @@ fetch() {
   python3 -m pip download --quiet --only-binary=:all: --python-version 3.12 --implementation cp \
     "${platforms[@]}" --dest "$target" "$@"
 }
-fetch 'pydantic>=2.7'
+fetch 'pydantic>=2.7' platformdirs
 for package in "$@"; do fetch --no-deps "$package"; done
 ls "$target"

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.kernels import build_tree
 from inferlab.models import ForwardBatch, HFModel, KVCache
+from inferlab.models.draft_heads import EagleHead, MedusaHeads, PagedEagle, eagle_config
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.controllers import FixedController
-from inferlab.specdec.drafters import Drafter
+from inferlab.specdec.drafters import (
+    Drafter,
+    EagleDrafter,
+    MedusaDrafter,
+    ModelDrafter,
+    NgramDrafter,
+    RecyclingDrafter,
+)
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
@@ -40,11 +49,20 @@ from inferlab.types import GenerationResult, SamplingParams
 
 PROMPT_TOKENS = 32
 NODES = (1, 8, 16, 32, 64)
+MOST_NODES = 128  # of a drafter of real size, with those that it expands and does not keep
 LLAMA_8B = {
     "vocab_size": 128_256,
     "hidden_size": 4096,
     "intermediate_size": 14_336,
     "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
@@ -107,8 +125,9 @@ class Bench:
         self.device = torch.device(args.device)
         self.sizes = REHEARSAL if args.rehearse else LLAMA_8B
         started = time.perf_counter()
-        model, order = make_model(self.sizes, self.device)
-        self.order: list[int] = order
+        order = cycle(self.sizes["vocab_size"])
+        self.order: list[int] = order.tolist()
+        model = make_model(self.sizes, self.device, order)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.weight_bytes -= model.model.embed_tokens.weight.nbytes  # a row of it is read
         self.target = HFModel(model, name="Llama-3.1-8B shape")
@@ -165,10 +184,12 @@ class Bench:
                 times_plain=round(length * step_ms / spec_ms, 3),
             )  # fmt: skip
 
-    def _steps(self, drafter: Drafter | None, what: str, batch: int = 1) -> tuple[float, float]:
+    def _steps(
+        self, drafter: Drafter | None, what: str, batch: int = 1, nodes: int | None = None
+    ) -> tuple[float, float]:
         """Median milliseconds of a step behind the first token, and tokens a sequence kept in it.
-        The text must be the one that the model was made to write."""
-        engine = self._engine(drafter, batch)
+        The text must be the one that the model was made to write. ``nodes``: see `_pages`."""
+        engine = self._engine(drafter, batch, nodes)
         times, lengths = [], []
         for round_ in range(self.args.rounds + 1):
             results = engine.generate([(self.prompt, self.params)] * batch)
@@ -181,9 +202,75 @@ class Bench:
                 lengths.append((len(results[-1].token_ids) - 1) / stats.steps)
         return statistics.median(times), statistics.median(lengths)
 
-    def _engine(self, drafter: Drafter | None, batch: int = 1) -> Engine:
-        slots = PROMPT_TOKENS + self.args.tokens + (drafter.max_nodes if drafter else 1)
-        cache = self.target.new_cache(batch * (slots // 16 + 2))
+    # ---- drafters of real size -------------------------------------------------------------
+
+    def drafters(self, plain_ms: float) -> None:
+        """A step's price where a drafter of real size drafts. The draft model follows the same
+        order, so all of its drafts are right; heads have random weights and guess nothing."""
+        for name, make in (
+            ("a draft model of 1.2 B, chain of 5", self._draft_model),
+            ("an EAGLE-3 head, grown tree of 60", self._eagle),
+            ("5 Medusa heads, grown tree of 63", self._medusa),
+            ("recycling, tree of 80", self._recycling),
+            ("n-grams, 8 nodes", lambda pages: NgramDrafter(8)),
+        ):
+            drafter = make(self._pages(MOST_NODES))
+            step_ms, length = self._steps(drafter, name, nodes=MOST_NODES)
+            self.row(f"step with {name}", step_ms, "ms", over_plain=round(step_ms / plain_ms, 3))
+            self.row(
+                f"    {length:.2f} tokens a step", length / step_ms * 1e3, "tok/s",
+                times_plain=round(length / step_ms * plain_ms, 3),
+            )  # fmt: skip
+
+    def _draft_model(self, pages: int) -> Drafter:
+        sizes = REHEARSAL if self.args.rehearse else LLAMA_1B
+        model = make_model(sizes, self.device, torch.tensor(self.order))
+        draft = HFModel(model, name="Llama-3.2-1B shape")
+        return ModelDrafter(draft, draft.new_cache(pages), TreeShape.chain(5))
+
+    def _eagle(self, pages: int) -> Drafter:
+        with self.target.plain() as model, self._weights():
+            layers = model.config.num_hidden_layers
+            head = EagleHead(
+                eagle_config(model.config, draft_vocab_size=min(32_000, len(self.order))),
+                3,
+                model,
+                feature_layers=(0, layers // 2 - 1, layers - 1),
+            )
+        paged = PagedEagle(head.eval())
+        return EagleDrafter(paged, paged.new_cache(pages, 16), depth=6, width=10, nodes=60)
+
+    def _medusa(self, pages: int) -> Drafter:
+        with self.target.plain() as model, self._weights():
+            config = model.config
+            heads = MedusaHeads(
+                5, 1, config.hidden_size, config.vocab_size, target_head=model.lm_head, tied=False
+            )
+        return MedusaDrafter(heads.eval(), nodes=63)
+
+    def _recycling(self, pages: int) -> Drafter:
+        return RecyclingDrafter(len(self.order), self.device)
+
+    @contextmanager
+    def _weights(self) -> Iterator[None]:
+        """Modules made here have the target's type and device."""
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.target.dtype)
+        try:
+            with self.device:
+                yield
+        finally:
+            torch.set_default_dtype(default)
+
+    def _pages(self, nodes: int) -> int:
+        """Pages of a sequence's K/V, with as many slots for a tree."""
+        return (PROMPT_TOKENS + self.args.tokens + nodes) // 16 + 2
+
+    def _engine(
+        self, drafter: Drafter | None, batch: int = 1, nodes: int | None = None
+    ) -> Engine:
+        nodes = nodes or (drafter.max_nodes if drafter else 1)
+        cache = self.target.new_cache(batch * self._pages(nodes))
         return Engine(self.target, cache, Policy(), FixedController(64), drafter, batch)
 
     def _must_be_text(self, result: GenerationResult, what: str) -> None:
@@ -324,8 +411,10 @@ class Bench:
                 print(f"    {sum(each) / steps:9.1f} us a step, {count:6.1f} x  {name[:110]}")
 
 
-def make_model(sizes: dict[str, int], device: torch.device) -> tuple[LlamaForCausalLM, list[int]]:
-    """The model, and which token follows each."""
+def make_model(
+    sizes: dict[str, int], device: torch.device, order: torch.Tensor
+) -> LlamaForCausalLM:
+    """The model in which token t is followed by ``order[t]``."""
     config = LlamaConfig(
         **sizes,
         max_position_embeddings=131_072,
@@ -347,19 +436,17 @@ def make_model(sizes: dict[str, int], device: torch.device) -> tuple[LlamaForCau
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    vocab = sizes["vocab_size"]
-    order = cycle(vocab)
     with torch.no_grad():
         embeddings = model.model.embed_tokens.weight
         embeddings.normal_(std=16)  # what random layers add to it is about half as large
         # The row of the token that follows t is t's embedding.
         model.lm_head.weight[order.to(device)] = embeddings
-    return model.eval(), order.tolist()
+    return model.eval()
 
 
 def cycle(count: int) -> torch.Tensor:
     """A permutation in one cycle: no text repeats itself before it has seen every token."""
-    ring = torch.randperm(count)
+    ring = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     order = torch.empty(count, dtype=torch.int64)
     order[ring] = ring.roll(-1)
     return order
@@ -377,6 +464,7 @@ def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "forwards", bench.forwards
     yield "speculation", lambda: bench.speculation(plain_ms)
     yield "steps by nodes", bench.steps_by_nodes
+    yield "drafters", lambda: bench.drafters(plain_ms)
     yield "profiles", bench.profiles
     yield "generate", lambda: bench.generate(plain_ms, "generate, eager")
     yield "batches", bench.batches
