@@ -266,9 +266,7 @@ class Bench:
         """Pages of a sequence's K/V, with as many slots for a tree."""
         return (PROMPT_TOKENS + self.args.tokens + nodes) // 16 + 2
 
-    def _engine(
-        self, drafter: Drafter | None, batch: int = 1, nodes: int | None = None
-    ) -> Engine:
+    def _engine(self, drafter: Drafter | None, batch: int = 1, nodes: int | None = None) -> Engine:
         nodes = nodes or (drafter.max_nodes if drafter else 1)
         cache = self.target.new_cache(batch * self._pages(nodes))
         return Engine(self.target, cache, Policy(), FixedController(64), drafter, batch)

@@ -9,14 +9,24 @@ import pytest
 import torch
 
 from helpers.compare import assert_same_tokens
-from helpers.decoding import GREEDY, PROMPTS, SAMPLED, Sleepy, plain_tokens, target_of
+from helpers.decoding import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    Sleepy,
+    needs_gpu,
+    plain_tokens,
+    target_of,
+)
 from helpers.pairwise import pairwise
+from helpers.repeat_graphs import Repeat
 from helpers.tiny_models import tiny_model
 from inferlab.models import HFModel
 from inferlab.models.draft_heads import EagleHead, MedusaHeads, PagedEagle, eagle_config
 from inferlab.specdec.control import Choice
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import Drafter, EagleDrafter, MedusaDrafter
+from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.policies import Policy
@@ -24,6 +34,10 @@ from inferlab.specdec.tree import NO_DRAFT, Budget, TreeShape
 from inferlab.types import SamplingParams
 
 PAGES = 128
+PENALISED = SamplingParams(
+    max_tokens=30, temperature=0.9, repetition_penalty=1.2, logit_bias={7: 1.5}, seed=4,
+    ignore_eos=True,
+)  # fmt: skip
 TREE = TreeShape.best([[0.5, 0.2, 0.1], [0.4, 0.2]], nodes=14, depth=3)
 
 
@@ -31,12 +45,12 @@ def medusa_heads(target: HFModel) -> MedusaHeads:
     head = target.model.get_output_embeddings()
     vocab, hidden = head.weight.shape
     heads = MedusaHeads(3, 1, hidden, vocab, target_head=head)
-    return _random(heads, 1).to(target.dtype)
+    return _random(heads, 1).to(target.device, target.dtype)
 
 
 @cache
-def eagle_head(family: str, version: int, reduced: bool = False) -> EagleHead:
-    target = target_of(family)
+def eagle_head(family: str, version: int, reduced: bool = False, device: str = "cpu") -> EagleHead:
+    target = target_of(family, device)
     changes: dict[str, Any] = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
     if reduced:
         changes["draft_vocab_size"] = 60
@@ -45,7 +59,7 @@ def eagle_head(family: str, version: int, reduced: bool = False) -> EagleHead:
     head = EagleHead(config, version, target.model, feature_layers=layers)
     if reduced:
         head.draft_to_target = torch.arange(60) * 2 + 5
-    return _random(head, 2)
+    return _random(head, 2).to(device)
 
 
 def _random(module: Any, seed: int) -> Any:
@@ -114,12 +128,12 @@ def _continue(head, entered):
     return head.layer.finish(residual, head.layer.self_attn(x, head.rotary(x, positions)))
 
 
-def drafter_of(kind: str, family: str, tree: bool) -> Drafter:
-    target = target_of(family)
+def drafter_of(kind: str, family: str, tree: bool, device: str = "cpu") -> Drafter:
+    target = target_of(family, device)
     shape = {"static": TREE, True: None, False: TreeShape.chain(3)}[tree]
     if kind == "medusa":
         return MedusaDrafter(medusa_heads(target), shape, nodes=14)
-    head = eagle_head(family, int(kind[-1]), kind.startswith("reduced"))
+    head = eagle_head(family, int(kind[-1]), kind.startswith("reduced"), device)
     paged = PagedEagle(head)
     made = Checked(paged, paged.new_cache(PAGES, 16), shape, depth=3, width=4, nodes=14)
     made.family = family
@@ -150,6 +164,70 @@ def test_heads_change_no_token(family, kind, tree, params):
             what = f"{family}, {kind}, tree {tree}, batch {batch}"
             assert_same_tokens(target, prompt, tokens, result.token_ids, params, what)
         assert engine.scheduler.allocator.num_free == PAGES
+
+
+@pairwise(
+    kind=KINDS,
+    tree={"chain": False, "tree": True, "static": "static"},
+    params={"greedy": GREEDY, "sampled": SAMPLED, "penalised": PENALISED},
+    batch=[1, 3],
+)
+def test_replayed_drafts_are_those_of_ordinary_calls(kind, tree, params, batch):
+    """Each tree of a run, and what is kept between its steps: replays read and write elsewhere."""
+    seen, repeats = [], Repeat()
+    for capture in (None, repeats):
+        drafter = drafter_of(kind, "llama", tree)
+        drafter._check_chain = lambda *_: None
+        drafter._graphs = DraftGraphs(torch.device("cpu"), capture)
+        trees, propose = [], drafter.propose
+
+        def kept(*args, trees=trees, propose=propose):
+            drafted = propose(*args)
+            tensors = drafted.tokens, *drafted.links
+            trees.append([drafted.depths, *(t.tolist() for t in tensors)])
+            return drafted
+
+        drafter.propose = kept
+        target = target_of("llama")
+        engine = Engine(
+            target, target.new_cache(PAGES), Policy(), FixedController(3), drafter, max_batch=batch
+        )
+        engine.generate([(p, params) for p in PROMPTS])
+        seen.append(trees)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > repeats.replays > len(seen[0]) // 2
+    assert repeats.captures <= 8  # a few shapes
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tree", [True, "static"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_drafts_from_graphs(kind, tree):
+    target, trees = target_of("llama", "cuda"), []
+    for captures in (True, False):
+        drafter = drafter_of(kind, "llama", tree, "cuda")
+        drafter._check_chain = lambda *_: None
+        if not captures:
+            drafter._graphs._graphs.can_capture = False
+        propose, seen = drafter.propose, []
+
+        def kept(*args, seen=seen, propose=propose):
+            drafted = propose(*args)
+            seen.append([t.tolist() for t in (drafted.tokens, *drafted.links)])
+            return drafted
+
+        drafter.propose = kept
+        engine = Engine(
+            target, target.new_cache(PAGES), Policy(), FixedController(3), drafter, max_batch=2
+        )
+        results = engine.generate([(p, GREEDY) for p in PROMPTS])
+        expected = plain_tokens("llama", GREEDY, "cuda")
+        for prompt, tokens, result in zip(PROMPTS, expected, results, strict=True):
+            assert_same_tokens(target, prompt, tokens, result.token_ids, GREEDY, kind)
+        trees.append(seen)
+        assert (len(drafter._graphs._graphs._graphs) > 0) == captures
+    assert trees[0] == trees[1]
 
 
 def test_drafts_were_compared_with_the_heads():

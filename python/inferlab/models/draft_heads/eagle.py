@@ -203,10 +203,14 @@ class EagleHead(nn.Module):
         """What makes logits: the head's own LM head, else the target's."""
         return getattr(self, "lm_head", None) or self._shared[1]
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Of token ids of the target: the head's own, else the target's."""
+        return getattr(self, "embed_tokens", None) or self._shared[0]
+
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings `[.., H]` of token ids of the target, the head's own ones where it has any."""
-        table = getattr(self, "embed_tokens", None) or self._shared[0]
-        return table(tokens)
+        """Embeddings `[.., H]` of token ids of the target."""
+        return self.embedding(tokens)
 
     def enter(self, embeds: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """The attention's input and the residual stream beside it.

@@ -44,6 +44,12 @@ class PagedEagle:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self.context_length = length
 
+    @property
+    def weights_at(self) -> tuple[int, int]:
+        """Where the embedding and the output head lie, which may be the target's."""
+        head = self.head
+        return head.embedding.weight.data_ptr(), head.output_head.weight.data_ptr()
+
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """A zeroed cache of one layer."""
         shape = (self.head.num_kv_heads, self.head.head_dim)

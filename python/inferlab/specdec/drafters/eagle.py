@@ -9,17 +9,21 @@ from typing import Any
 import torch
 
 from inferlab import kernels
+from inferlab.kernels import TreeLinks, build_tree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
+from inferlab.models.graphs import Tensors
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import PendingFeatures
-from inferlab.specdec.drafters.grown import Growth
+from inferlab.specdec.drafters.grown import Growth, grown_tree
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
+from inferlab.specdec.drafters.writer import Ground
 from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 from inferlab.specdec.walk import Walk
@@ -71,6 +75,7 @@ class EagleDrafter(Drafter):
         self.max_nodes = 1 + drafted
         self.max_depth = self.depth
         self._pending = PendingFeatures()
+        self._graphs = DraftGraphs(head.device)
 
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
@@ -83,27 +88,39 @@ class EagleDrafter(Drafter):
         levels = min(budget.levels, self.head.context_length - longest)
         if levels < 1:
             return DraftTree.root_only(batch.roots)
-        hidden = self._catch_up(batch)
-        if self.shape is not None:
-            return self._fill(batch, self.shape.within(Budget(levels, budget.nodes)), hidden)
-        return self._grow(batch, levels, min(budget.nodes, self.nodes), hidden)
+        nodes = min(budget.nodes, self.nodes)
+        shape = None if self.shape is None else self.shape.within(Budget(levels, budget.nodes))
 
-    def _fill(self, batch: Batch, shape: TreeShape, hidden: torch.Tensor) -> DraftTree:
-        """A tree of static shape. ``hidden``: [B, 1, H] at the roots."""
-        links = shape.links(len(batch), batch.device)
-        levels = [batch.roots[:, None]]
-        positions = batch.seq_lens.to(torch.int64)[:, None]
-        parents = _level_parents(shape, batch.device)
+        def write(ground: Ground, pairs: Tensors) -> Sequence[torch.Tensor]:
+            hidden = self._process(ground, pairs)
+            if shape is not None:
+                return (self._fill(ground, shape, hidden),)
+            tokens, parents = self._grow(ground, levels, nodes, hidden)
+            return tokens, *build_tree(parents)
+
+        # A given target's embeddings and head may be exchanged.
+        key = (shape or (levels, nodes), self.head.weights_at)
+        tokens, *links = self._graphs.run(key, batch, self._take_pending(batch), write)
+        if shape is not None:
+            return DraftTree.of_shape(shape, tokens)
+        return grown_tree(tokens, TreeLinks(*links), levels)
+
+    def _fill(self, ground: Ground, shape: TreeShape, hidden: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, N] of a static shape. ``hidden``: [B, 1, H] at the roots."""
+        links = shape.links(len(ground.roots), ground.roots.device)
+        levels = [ground.roots[:, None]]
+        positions = ground.seq_lens.to(torch.int64)[:, None]
+        parents = _level_parents(shape, ground.roots.device)
         for depth, level in enumerate(shape.levels):
             positions = positions + 1
             logits = self.head.logits(hidden)
             drawn = kernels.sample(
                 logits,
                 positions.expand(-1, logits.shape[1]).contiguous(),
-                batch.sampling,
+                ground.sampling,
                 purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
                 num_samples=shape.widths[depth],
-                allowed_vocab=batch.allowed_vocab,
+                allowed_vocab=ground.allowed_vocab,
             )
             levels.append(drafted_level(drawn, shape, depth))
             if depth + 1 < shape.depth:
@@ -111,20 +128,22 @@ class EagleDrafter(Drafter):
                 if not shape.is_chain:
                     ancestors = links.ancestors[:, level.start : level.stop].contiguous()
                 hidden = self._expand(
-                    batch,
+                    ground,
                     levels[-1],
                     hidden.index_select(1, parents[depth]),
                     positions,
                     ancestors,
                     level.start,
                 )
-        return DraftTree.of_shape(shape, torch.cat(levels, dim=1))
+        return torch.cat(levels, dim=1)
 
-    def _grow(self, batch: Batch, levels: int, nodes: int, hidden: torch.Tensor) -> DraftTree:
-        """A tree of the ``nodes`` tokens that the head is surest of."""
+    def _grow(
+        self, ground: Ground, levels: int, nodes: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``nodes`` tokens that the head is surest of, and their parents: [B, N]."""
         width = min(self.width, nodes)
-        growth = Growth(batch.roots, width, levels)
-        positions = batch.seq_lens.to(torch.int64)[:, None]
+        growth = Growth(ground.roots, width, levels)
+        positions = ground.seq_lens.to(torch.int64)[:, None]
         for level in range(1, levels + 1):
             positions = positions + 1
             logits = self.head.logits(hidden)
@@ -133,17 +152,17 @@ class EagleDrafter(Drafter):
             drawn = kernels.sample(
                 logits,
                 positions.expand(-1, logits.shape[1]).contiguous(),
-                batch.sampling,
+                ground.sampling,
                 purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
                 num_samples=width,
-                allowed_vocab=batch.allowed_vocab,
+                allowed_vocab=ground.allowed_vocab,
                 scores=scores,
             )
             frontier = growth.add(drawn, scores)
             if frontier is not None:
                 parent = frontier.parents.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
                 hidden = self._expand(
-                    batch,
+                    ground,
                     frontier.tokens,
                     hidden.gather(1, parent),
                     positions,
@@ -154,7 +173,7 @@ class EagleDrafter(Drafter):
 
     def _expand(
         self,
-        batch: Batch,
+        ground: Ground,
         tokens: torch.Tensor,
         features: torch.Tensor,
         positions: torch.Tensor,
@@ -165,7 +184,7 @@ class EagleDrafter(Drafter):
 
         ``slot``: of the first node; the root's is 0, which is the last committed pair's.
         """
-        seq_lens = batch.seq_lens - 1
+        seq_lens = ground.seq_lens - 1
         if ancestors is None:
             seq_lens, slot = seq_lens + slot, 0
         # The pair of token p has position p - 1.
@@ -175,7 +194,7 @@ class EagleDrafter(Drafter):
                 tokens=tokens.to(torch.int64),
                 positions=at.expand(-1, tokens.shape[1]),
                 seq_lens=seq_lens,
-                block_table=batch.block_table,
+                block_table=ground.block_table,
                 ancestors=ancestors,
                 node_offset=slot,
             ),
@@ -183,29 +202,41 @@ class EagleDrafter(Drafter):
             self.cache,
         )
 
-    def _catch_up(self, batch: Batch) -> torch.Tensor:
-        """Processes all pairs up to the roots; the head's output at the last ones, [B, 1, H]."""
+    def _take_pending(self, batch: Batch) -> Sequence[torch.Tensor | None]:
+        """All pairs up to the roots: tokens and positions [B, P], lengths [B], features [B, P, F];
+        and how many of a row count, [B], None where all do.
+
+        Where drafts are captured, P is the same in all steps.
+        """
         self._pending.enter(batch)
         counts = self._pending.counts(batch)
         longest = max(counts)
-        even = min(counts) == longest
+        if self._graphs.captures:
+            longest = max(longest, self.max_depth + 1)
         cached = self._pending.cached
         positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
         tokens = batch.history.gather(1, positions + 1).clamp_min(0).to(torch.int64)
+        positions = positions.clamp_max(self.head.context_length - 1)
+        num_nodes = None if min(counts) == longest else batch.seq_lens - cached
+        return tokens, positions, cached, self._pending.take(batch, longest), num_nodes
+
+    def _process(self, ground: Ground, pairs: Tensors) -> torch.Tensor:
+        """The head's output at the last of the pending pairs, [B, 1, H]."""
+        tokens, positions, cached, features, num_nodes = pairs
         hidden = self.head.forward(
             ForwardBatch(
                 tokens=tokens,
-                positions=positions.clamp_max(self.head.context_length - 1),
+                positions=positions,
                 seq_lens=cached,
-                block_table=batch.block_table,
-                num_nodes=None if even else batch.seq_lens - cached,
+                block_table=ground.block_table,
+                num_nodes=num_nodes,
             ),
-            self._pending.take(batch),
+            features,
             self.cache,
         )
-        if even:
+        if num_nodes is None:
             return hidden[:, -1:]
-        last = (batch.seq_lens - cached - 1).to(torch.int64)[:, None, None]
+        last = (num_nodes - 1).to(torch.int64)[:, None, None]
         return hidden.gather(1, last.expand(-1, 1, hidden.shape[-1]))
 
     @torch.inference_mode()
@@ -230,7 +261,7 @@ class EagleDrafter(Drafter):
     def commit(self, batch: Batch, walk: Walk) -> None:
         self._pending.enter(batch)
         if max(self._pending.counts(batch)) >= MOST_PENDING:
-            self._catch_up(batch)
+            self._process(Ground.of(batch), self._take_pending(batch))
         self._pending.append(batch, walk)
 
     def unread(self, batch: Batch) -> list[int]:

@@ -123,9 +123,11 @@ class PendingFeatures:
         """Pending positions of each request between two steps."""
         return [r.num_cached - self._done[r.request_id] for r in batch.requests]
 
-    def take(self, batch: Batch) -> torch.Tensor:
-        """All that is pending, [B, P, F]: from here on it is done."""
-        taken = self._rows[:, : max(self.counts(batch))]
+    def take(self, batch: Batch, width: int) -> torch.Tensor:
+        """All that is pending, [B, width, F], and padding behind it: from here on it is done."""
+        taken = self._rows[:, :width]
+        if taken.shape[1] < width:
+            taken = torch.nn.functional.pad(taken, (0, 0, 0, width - taken.shape[1]))
         self.cached = batch.seq_lens
         for request in batch.requests:
             self._done[request.request_id] = request.num_cached

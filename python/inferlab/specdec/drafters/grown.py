@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from inferlab.kernels import Frontier, build_tree, grow_level, grow_tree
+from inferlab.kernels import Frontier, TreeLinks, grow_level, grow_tree
 from inferlab.specdec.tree import DraftTree
 
 
@@ -63,16 +63,16 @@ class Growth:
         self._above = None if frontier is None else frontier.ancestors
         return frontier
 
-    def tree(self, nodes: int) -> DraftTree:
-        """The ``nodes`` surest ones, numbered in this order."""
+    def tree(self, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and parents, [B, N] int32, of the ``nodes`` surest ones, numbered in this order
+        behind the root."""
         nodes = 1 + min(nodes, self._tokens.shape[1])
-        tokens, parents = grow_tree(
+        return grow_tree(
             self._roots, self._tokens, self._confidence, self._expanded, self._width, nodes
         )
-        return grown_tree(tokens, parents, self._levels)
 
 
-def grown_tree(tokens: torch.Tensor, parents: torch.Tensor, levels: int) -> DraftTree:
+def grown_tree(tokens: torch.Tensor, links: TreeLinks, levels: int) -> DraftTree:
     """Trees numbered by confidence, [B, N] each, of at most ``levels`` levels."""
     size, nodes = tokens.shape
-    return DraftTree(tokens, build_tree(parents), False, [levels] * size, [nodes] * size)
+    return DraftTree(tokens, links, False, [levels] * size, [nodes] * size)

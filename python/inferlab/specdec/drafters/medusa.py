@@ -8,17 +8,21 @@ from typing import Any
 import torch
 
 from inferlab import kernels
+from inferlab.kernels import TreeLinks, build_tree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads, load_medusa
+from inferlab.models.graphs import Tensors
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import LastFeatures
 from inferlab.specdec.drafters.grown import grown_tree
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
+from inferlab.specdec.drafters.writer import Ground
 from inferlab.specdec.reading import Reading
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape, ladder
 from inferlab.specdec.walk import Walk
@@ -67,6 +71,7 @@ class MedusaDrafter(Drafter):
         self.max_nodes = 1 + self.nodes
         self.max_depth = levels
         self._features = LastFeatures()
+        self._graphs = DraftGraphs(heads.lm_head(0).device)
 
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
@@ -75,37 +80,60 @@ class MedusaDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
-        if self.shape is None:
-            return self._grow(batch, min(budget.levels, self.max_depth), budget.nodes)
-        shape = self.shape.within(budget)
-        drawn = self._draw(batch, shape.depth, max(shape.widths))
-        return DraftTree.of_shape(shape, tree_of_offsets(batch.roots, drawn, shape))
+        shape = None if self.shape is None else self.shape.within(budget)
+        levels = shape.depth if shape is not None else min(budget.levels, self.max_depth)
+        nodes = min(budget.nodes, self.nodes)
 
-    def _grow(self, batch: Batch, levels: int, nodes: int) -> DraftTree:
-        """A tree of the ``nodes`` tokens that the heads are surest of."""
-        nodes = min(nodes, self.nodes)
+        def write(ground: Ground, more: Tensors) -> Sequence[torch.Tensor]:
+            (features,) = more
+            if shape is not None:
+                drawn = self._draw(ground, features, levels, max(shape.widths))
+                return (tree_of_offsets(ground.roots, drawn, shape),)
+            tokens, parents = self._grow(ground, features, levels, nodes)
+            return tokens, *build_tree(parents)
+
+        # A given target's head may be exchanged.
+        key = (shape or (levels, nodes), self.heads.lm_head(0).data_ptr())
+        features = self._features.of(batch)[:, -1]
+        tokens, *links = self._graphs.run(key, batch, (features,), write)
+        if shape is not None:
+            return DraftTree.of_shape(shape, tokens)
+        return grown_tree(tokens, TreeLinks(*links), levels)
+
+    def _grow(
+        self, ground: Ground, features: torch.Tensor, levels: int, nodes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``nodes`` tokens that the heads are surest of, and their parents: [B, N]."""
         width = min(self.GROWN_WIDTH, nodes)
         if levels == 1 or width == 1:
             nodes = min(nodes, width * levels)
-        scores = torch.empty((len(batch), levels, width), device=batch.device)
-        drawn = self._draw(batch, levels, width, scores)
-        tokens, parents = kernels.grow_offsets(batch.roots, drawn, scores, 1 + nodes)
-        return grown_tree(tokens, parents, levels)
+        size, device = len(ground.roots), ground.roots.device
+        scores = torch.empty((size, levels, width), dtype=torch.float32, device=device)
+        drawn = self._draw(ground, features, levels, width, scores)
+        return kernels.grow_offsets(ground.roots, drawn, scores, 1 + nodes)
 
     def _draw(
-        self, batch: Batch, levels: int, count: int, scores: torch.Tensor | None = None
+        self,
+        ground: Ground,
+        features: torch.Tensor,
+        levels: int,
+        count: int,
+        scores: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The best ``count`` tokens of each depth, [B, levels, count], and their scores."""
-        tokens = batch.roots.to(torch.int64) if self.heads.reads_token else None
-        logits = self.heads.logits(self._features.of(batch)[:, -1], tokens, levels)
-        ahead = torch.arange(1, levels + 1, device=batch.device)
+        """The best ``count`` tokens of each depth, [B, levels, count], and their scores.
+
+        ``features``: [B, H], the hidden states that chose the roots.
+        """
+        tokens = ground.roots.to(torch.int64) if self.heads.reads_token else None
+        logits = self.heads.logits(features, tokens, levels)
+        ahead = torch.arange(1, levels + 1, device=ground.roots.device)
         return kernels.sample(
             logits,
-            batch.seq_lens.to(torch.int64)[:, None] + ahead,
-            batch.sampling,
+            ground.seq_lens.to(torch.int64)[:, None] + ahead,
+            ground.sampling,
             purpose=PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT,
             num_samples=count,
-            allowed_vocab=batch.allowed_vocab,
+            allowed_vocab=ground.allowed_vocab,
             scores=scores,
         )
 

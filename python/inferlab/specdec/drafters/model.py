@@ -77,8 +77,7 @@ class ModelDrafter(Drafter):
             return DraftTree.root_only(batch.roots)
         shape = self.shape.within(budget)
         logits = self._catch_up(batch)
-        seq_lens, table = batch.seq_lens, batch.block_table
-        ground = Ground(batch.roots, seq_lens, seq_lens, table, batch.sampling, batch.allowed_vocab)
+        ground = Ground.of(batch)
         vocabulary = SameVocabulary(batch.vocab_size)
         if judge is not None and shape.is_chain:
             watched = Watched(judge, batch)

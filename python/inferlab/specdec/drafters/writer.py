@@ -12,6 +12,7 @@ from inferlab import kernels
 from inferlab.kernels import SamplingTensors
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, KVCache, TargetModel
+from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.static import drafted_level
 from inferlab.specdec.drafters.watched import Watched
 from inferlab.specdec.tree import TreeShape
@@ -68,6 +69,18 @@ class Ground:
     block_table: torch.Tensor
     sampling: SamplingTensors
     allowed_vocab: int | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Ground:
+        """Of a draft that reads what the target reads."""
+        return cls(
+            batch.roots,
+            batch.seq_lens,
+            batch.seq_lens,
+            batch.block_table,
+            batch.sampling,
+            batch.allowed_vocab,
+        )
 
 
 class TreeWriter:
