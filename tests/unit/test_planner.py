@@ -6,6 +6,7 @@ from statistics import median
 import pytest
 
 from helpers.simulation import CHAIN, World
+from inferlab.specdec import stragglers
 from inferlab.specdec.acceptance import SURE, Acceptance, Known, kinds_of
 from inferlab.specdec.control import Outlook, StepObservation
 from inferlab.specdec.planner import CostController
@@ -146,10 +147,12 @@ def test_tokens_of_texts_that_are_behind_are_worth_more():
     controller = CostController(8, world.costs())
     outlook = Outlook(CHAIN, [0, 1, 2, 3], 32.0, [60, 60, 40, 20])
     controller.choose(outlook)
-    worth = controller._worth(outlook)
+    own = controller._own_share(outlook)
+    worth = stragglers.worth(outlook.remaining, own)
     assert sum(worth) == pytest.approx(4)
     assert worth[0] == worth[1] > worth[2] > worth[3] > 0
-    assert controller._worth(outlook._replace(waiting=True)) == [1.0] * 4
+    assert stragglers.worth(outlook.remaining, 1.0) == [1.0] * 4
+    assert controller._own_share(outlook._replace(waiting=True)) == 1 > own
 
 
 def test_it_says_what_it_did():

@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
-
 MOST = 0.99
 """No chance is above it."""
 
@@ -61,9 +59,9 @@ class Acceptance:
     OWN_FORGET = 0.95
 
     def __init__(self, priors: Sequence[float], evidence: float = 0.0) -> None:
-        self._priors = np.array(priors, dtype=np.float64)
-        self._accepted = np.zeros(len(priors))
-        self._offered = np.zeros(len(priors))
+        self._priors = [float(prior) for prior in priors]
+        self._accepted = [0.0] * len(priors)
+        self._offered = [0.0] * len(priors)
         self._weight = max(self.WEIGHT, evidence)
         self._promised = self._kept = 0.0
         self._own: dict[int, tuple[float, float]] = {}  # by request: accepted, expected
@@ -81,13 +79,14 @@ class Acceptance:
     def chances(self) -> list[float]:
         """Of each kind, of a sequence like all others."""
         if self._chances is None:
-            kept, promised = self._kept / self._unit, self._promised / self._unit
-            trust = (kept + self.TRUST) / (promised + self.TRUST)
-            expected = np.minimum(self._priors * trust, MOST) * self._weight
-            found = (self._accepted / self._unit + expected) / (
-                self._offered / self._unit + self._weight
-            )
-            self._chances = np.minimum(found, MOST).tolist()
+            unit, weight = self._unit, self._weight
+            trust = (self._kept + self.TRUST * unit) / (self._promised + self.TRUST * unit)
+            self._chances = [
+                min((found + min(prior * trust, MOST) * weight * unit) / (of + weight * unit), MOST)
+                for prior, found, of in zip(
+                    self._priors, self._accepted, self._offered, strict=True
+                )
+            ]
         return self._chances
 
     def factor(self, request_id: int) -> float:
@@ -124,7 +123,7 @@ class Acceptance:
             for rank in ranks:
                 if rank <= len(of_nodes):
                     self._accepted[of_nodes[rank - 1]] += self._unit
-            self._promised += self._unit * float(sum(self._priors[k] for k in of_nodes))
+            self._promised += self._unit * sum([self._priors[k] for k in of_nodes])
             self._kept += self._unit * len(ranks)
             own, expected = self._own.pop(request_id, (0.0, 0.0))
             self._own[request_id] = (
@@ -133,8 +132,8 @@ class Acceptance:
             )
         self.count(verified)
         if self._unit > 1e9:
-            for values in (self._accepted, self._offered):
-                values /= self._unit
+            self._accepted = [value / self._unit for value in self._accepted]
+            self._offered = [value / self._unit for value in self._offered]
             self._promised /= self._unit
             self._kept /= self._unit
             self._unit = 1.0

@@ -204,37 +204,57 @@ class Drift:
     """How far real times are from predicted ones: machines are shared, texts differ.
 
     What is of one kind is corrected by the median of its own last ratios, the fewer there are the
-    more by what all kinds have in common.
+    more by what all kinds have in common. Once is chance; two in a row that are far off in the same
+    direction say that times have changed, and what was before is forgotten.
     """
 
     KEPT = 15
+    FAR = math.log(1.6)
     SHARED = 1.5  # weight of what is common, in observations
 
     def __init__(self) -> None:
         self._of_kind: dict[Any, list[float]] = {}
         self._common: list[float] = []
-        self._known: dict[Any, float] = {}
+        self._middle = 0.0  # of what is common
+        self._near: dict[Any, float] = {}  # of each kind
+        self._known: dict[Any, float] = {}  # factors
 
     def observe(self, kind: Any, predicted: float, measured: float) -> None:
         """``kind``: anything hashable, such as batch size and budget."""
         if min(predicted, measured) <= 0:
             return
         ratio = math.log(measured / predicted)
-        for ratios in (self._of_kind.setdefault(kind, []), self._common):
-            ratios.append(ratio)
-            del ratios[: -self.KEPT]
+        own = self._of_kind.setdefault(kind, [])
+        self._near[kind] = self._add(own, ratio)
+        self._middle = self._add(self._common, ratio)
         self._known.clear()
+
+    def _add(self, ratios: list[float], ratio: float) -> float:
+        """Adds one; returns the median."""
+        ratios.append(ratio)
+        del ratios[: -self.KEPT]
+        middle = _median(ratios)
+        if len(ratios) > 3:
+            far = [value - middle for value in ratios[-2:]]
+            if min(map(abs, far)) > self.FAR and far[0] * far[1] > 0:
+                del ratios[:-2]
+                middle = _median(ratios)
+        return middle
 
     def factor(self, kind: Any) -> float:
         """What a prediction is to be multiplied with."""
         found = self._known.get(kind)
         if found is None:
-            own = self._of_kind.get(kind, [])
-            common = median(self._common) if self._common else 0.0
-            near = median(own) if own else 0.0
-            found = (len(own) * near + self.SHARED * common) / (len(own) + self.SHARED)
-            found = self._known[kind] = math.exp(found)
+            own = len(self._of_kind.get(kind, ()))
+            log = own * self._near.get(kind, 0.0) + self.SHARED * self._middle
+            found = self._known[kind] = math.exp(log / (own + self.SHARED))
         return found
+
+
+def _median(values: Sequence[float]) -> float:
+    """`statistics.median` at a tenth of its price: it is asked in every step."""
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])
 
 
 def _on_line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:

@@ -301,12 +301,13 @@ class Engine:
         ):
             drafter = None
         spent = self.clock.lap("commit")
-        tree = own = DraftTree.root_only(batch.roots)
         if drafter is not None and choice.budget != NO_DRAFT:
             drafted_for = batch if members is None else members.batch
             tree = own = drafter.propose(drafted_for, choice.budget, choice.judge)
             if members is not None:
                 tree = members.spread(own)
+        else:
+            tree = own = DraftTree.root_only(batch.roots)
         draft_ms = self.clock.lap("draft")
         layers = drafter.feature_layers if drafter is not None else ()
         output = step.forward(self.target, self.cache, batch, tree, layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,10 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from inferlab.config import MAX_DRAFT
+from inferlab.specdec import stragglers
 from inferlab.specdec.acceptance import Acceptance
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
-from inferlab.specdec.costs import CostModel, DraftCosts, Drift, StepCosts
+from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
+from inferlab.specdec.ranks import Onward, Ranks
+from inferlab.specdec.step_times import StepTimes
 from inferlab.specdec.tree import NO_DRAFT, Budget
+from inferlab.specdec.verdict import Report
 from inferlab.types import check
 
 UNMEASURED = CostModel(StepCosts((1, 128), (1.0, 4.0)), DraftCosts(((1, ((0, 0.0), (64, 1.0))),)))
@@ -52,22 +55,22 @@ class CostController(Controller):
     """
 
     FIRST, SHARE, SAVINGS = 0.6, 0.006, 4.0
+    WORST = 1.5  # plain steps that one of the first steps may lose
     LUCK = 2.5  # plain steps that the account may be short of, where what is certain pays
     HOPE, UNKNOWN = 0.7, 0.9  # chance of the first node, and of the next relative to the one before
     MARGIN = 1.02  # what another rung must promise before it is taken
     PRUDENCE = 1.05  # what drafts must promise over their price: some of it is not in the model
-    TOGETHER = 0.025  # more of it per doubling of a batch that ends with its last sequence
     READY = 16  # tokens that a drafter catches up with in a usual step
     PLAIN_FIRST = 8  # drafted steps until a second plain one is timed; then four times as many
-    BEHIND = 6.0  # tokens by which a sequence is behind others that matter less
     LOOK_EVERY = 4  # steps: deciding takes as long as some ops of a small model
+    LEARN_AT_ONCE = 8  # steps that drafted, at first
+    SURPRISE = 1.5  # times what was planned: it is looked at again
     SLEEP = 32  # steps without drafts that are decided on at once, at most
 
     def __init__(self, max_k: int = 8, costs: CostModel | None = None) -> None:
         check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = max_k
-        self.costs = UNMEASURED if costs is None else costs
-        self._verifying, self._drafting, self._reading = Drift(), Drift(), Drift()
+        self._times = StepTimes(UNMEASURED if costs is None else costs)
         self._account = 0.0  # ms
         self._newest = -1  # the last request that was seen
         self._timed: dict[int, _Timed] = {}  # by doublings of the batch size
@@ -75,12 +78,22 @@ class CostController(Controller):
         self._looked_at = 0  # the batch size that was looked at
         self._given: Sequence[Budget] = ()
         self._rungs: list[Budget] = [NO_DRAFT]
-        self._tables: dict[Any, Any] = {}
         self._last: dict[int, int] = {}  # by batch size, the rung taken last
         self._plan: _Plan | None = None
         self._steps_left = 0  # until it is looked at again
         self._now: _Drafting | None = None
-        self._report = _Report()
+        self._pending: list[tuple[_Drafting | None, StepObservation, float]] = []
+        self._learnt = 0  # steps that drafted
+        self._report = Report()
+
+    @property
+    def costs(self) -> CostModel:
+        """What steps take; to be set before the first."""
+        return self._times.costs
+
+    @costs.setter
+    def costs(self, costs: CostModel) -> None:
+        self._times = StepTimes(costs)
 
     # What is asked before and while drafting.
 
@@ -108,28 +121,28 @@ class CostController(Controller):
         if timed.steps >= timed.due:
             timed.due = min(max(4 * timed.due, self.PLAIN_FIRST), timed.steps + 256)
             return ASLEEP  # as without a drafter
-        worth = self._worth(outlook)
-        self._now = _Drafting(plan, outlook, worth, max(self._account, 0.0) - plan.loss)
+        worth = stragglers.worth(outlook.remaining, self._own_share(outlook))
+        worth = [plan.useful * value for value in worth]
+        account = max(self._account, 0.0)
+        self._now = _Drafting(plan, outlook, worth, account - plan.loss, account - plan.worst)
         everyone = len(plan.members) == size
         judge = self if outlook.known.by_kind else None
         return Choice(self._rungs[plan.rung], None if everyone else plan.members, judge)
 
     def _look(self, outlook: Outlook) -> _Plan | None:
         """What is best as far as is known; None: not to draft."""
+        self._digest()
         size = outlook.batch_size
-        times = self._verify_ms(outlook)
+        times = self._times.verify(size, outlook.context)
         plain = float(times[size])
         self._admit(outlook, plain)
         members, reading = self._members(outlook, times)
-        rates, ms, gains = self._rates(outlook, times, len(members))
+        rates, ms, gains = self._rates(outlook, times, members)
         best = int(rates.argmax())
         last = self._last.get(size, 0)
         if rates[best] < rates[last] * self.MARGIN:
             best = last
-        prudence = self.PRUDENCE
-        if not outlook.waiting:
-            prudence += self.TOGETHER * math.log2(size)
-        if rates[best] < rates[0] * prudence:
+        if rates[best] < rates[0] * self.PRUDENCE:
             best = 0
         self._last[size] = best
         self._report.promise(float(rates[best] / rates[0]))
@@ -138,7 +151,7 @@ class CostController(Controller):
             best = self._smallest_worth_trying(plain, ms)
         if outlook.known.asks and best > 0:
             best = 1  # the rest is asked for
-        best, loss = self._covered(best, plain, ms, gains, reading)
+        best, loss, worst = self._covered(best, plain, ms, gains, reading)
         if best == 0 or not members:
             if tries or not members:
                 # Until the account might cover a try; it need not be looked at before.
@@ -147,21 +160,39 @@ class CostController(Controller):
             return None
         if outlook.known.asks:
             best = len(self._rungs) - 1
-        price = max(float(rates.max()), size / plain) * prudence
-        return _Plan(members, best, times, plain, price, tries, reading, loss)
+        price = max(float(rates.max()), size / plain) * self.PRUDENCE
+        sure = self._acceptance.certainty * plain / size
+        drafting = self._times.draft(len(members)).tolist()
+        brought = float(self._ranks.sums[0][self._nodes[best]]) * len(members) / size
+        useful = min(float(gains[best]) / brought, 1.0) if brought > 0 else 1.0
+        return _Plan(
+            members,
+            best,
+            times.tolist(),
+            drafting,
+            plain,
+            price,
+            useful,
+            sure,
+            tries,
+            reading,
+            loss,
+            worst,
+        )
 
     def follows(self, tokens: int, outlook: Outlook) -> bool:
         if outlook.ladder is not self._given:
             self._climb(outlook)
         if len(self._rungs) == 1:
             return False
+        self._digest()
         size = outlook.batch_size
-        times = self._verify_ms(outlook)
+        times = self._times.verify(size, outlook.context)
         plain = float(times[size])
         self._admit(outlook, plain)
-        rates, ms, gains = self._rates(outlook, times, size)
+        rates, ms, gains = self._rates(outlook, times, range(size))
         best = int(rates.argmax())
-        cost = self._read_ms(tokens)
+        cost = self._times.read(tokens)
         saved = plain * (1 + gains[best]) - ms[best]
         steps = sum(outlook.remaining) / (size * (1 + gains[best]))
         sure = self._acceptance.certainty
@@ -175,27 +206,29 @@ class CostController(Controller):
         if now is None:
             return True
         plan = now.plan
-        now.level += 1
-        if plan.tries or now.level + 1 >= len(self._rungs):
+        level = now.level = now.level + 1
+        if plan.tries or level + 1 >= len(self._rungs):
             return False
-        if now.drafting is None:
-            now.drafting = self._draft_ms(len(requests))
-        size = now.outlook.batch_size
         chances, factor = self._acceptance.chances, self._acceptance.factor
         worth = now.worth_of_members
-        hope = self._ranks.again * sum(
+        there = sum(
             [
                 chances[kind] * factor(request) * value
                 for request, kind, value in zip(requests, kinds, worth, strict=True)
             ]
         )
+        if level > 1:
+            self._onward.observe(now.above, there)
+        now.above = there
+        hope = there * self._onward.share
         # Another level, and at least a row where it is worth something.
-        more = float(now.drafting[now.level + 1] - now.drafting[now.level])
-        rows = size + len(requests) * now.level
+        more = plan.drafting[level + 1] - plan.drafting[level]
+        rows = len(now.worth) + len(requests) * level
         if rows + 1 < len(plan.times):
-            more += float(plan.times[rows + 1] - plan.times[rows])
-        now.left -= more - self._acceptance.certainty * hope * plan.plain / size
-        return hope > plan.price * more and now.left >= 0
+            more += plan.times[rows + 1] - plan.times[rows]
+        now.left -= more - plan.sure * hope
+        now.room -= more
+        return hope > plan.price * more and now.left >= 0 and now.room >= 0
 
     def keep(self, requests: Sequence[int], kinds: Sequence[Sequence[int]]) -> list[int]:
         now = self._now
@@ -215,19 +248,19 @@ class CostController(Controller):
         chances = [[c * value for c in of] for of, value in zip(chances, worth, strict=True)]
         if packs:
             found = sorted([(c, s) for s, of in enumerate(chances) for c in of], reverse=True)
-            rows = np.arange(size, size + len(found) + 1)
-            brought = np.cumsum([0.0, *(c for c, _ in found)])
+            gains, rows = [c for c, _ in found], 1
         else:
             most = max(map(len, chances), default=0)
-            rows = size * np.arange(1, most + 2)
-            by_rank = [sum(c[n] for c in chances if n < len(c)) for n in range(most)]
-            brought = np.cumsum([0.0, *by_rank])
-        spent = plan.times[np.minimum(rows, len(plan.times) - 1)] - plan.plain
-        value = brought - plan.price * spent
-        sure = self._acceptance.certainty * plan.plain / size
-        value[spent > max(self._account, 0.0) + sure * brought + 1e-9] = -math.inf
-        value[0] = max(value[0], 0.0)
-        best = int(value.argmax())
+            gains, rows = [sum(c[n] for c in chances if n < len(c)) for n in range(most)], size
+        times, last, plain = plan.times, len(plan.times) - 1, plan.plain
+        account = max(self._account, 0.0) + 1e-9
+        best, best_value, brought = 0, 0.0, 0.0
+        for n, gain in enumerate(gains, start=1):
+            brought += gain
+            spent = times[min(size + n * rows, last)] - plain
+            value = brought - plan.price * spent
+            if value > best_value and spent <= account + plan.sure * brought:
+                best, best_value = n, value
         if not packs:
             return [min(best, len(c)) for c in chances]
         counts = [0] * len(chances)
@@ -241,32 +274,45 @@ class CostController(Controller):
             now = None  # also near the end of all texts, whatever was chosen
         if len(self._rungs) == 1:
             return
-        size = step.batch_size
         if self._asleep > 0 and now is None:
             self._report.count(step, step.step_ms)
             self._account += self.SHARE * step.step_ms
             return
         tokens = 1.0  # of plain steps that would have got as far
-        if now is not None:
-            tokens = self._progress(now.outlook, step.accepted)
-        rows = step.rows or size * (1 + step.budget.nodes)
-        predicted, plain = self._predicted(size, rows), self._predicted(size, size)
-        verify_ms = step.step_ms - step.draft_ms
-        if now is None and step.heard:
-            verify_ms -= self.costs.draft.ms(size, 0)  # what keeping up takes
-        self._verifying.observe(_shape_kind(size, rows), predicted, verify_ms)
-        plain *= self._verifying.factor(_shape_kind(size, size))
-        took = predicted * self._verifying.factor(_shape_kind(size, rows))
-        if now is not None:
-            took += self._learn(now, step)
-        self._report.count(step, tokens * plain)
+        at_once = self._learnt < self.LEARN_AT_ONCE
         self._account += self.SHARE * step.step_ms
         if now is not None:
-            self._account += tokens * plain - took
-        self._account = min(self._account, self.SAVINGS * plain)
+            plan = now.plan
+            gained = [1 + len(ranks) for ranks in step.accepted]
+            own = self._own_share(now.outlook)
+            tokens = stragglers.progress(now.outlook.remaining or gained, gained, own)
+            tokens = 1 + plan.useful * (tokens - 1)
+            drafted = step.draft_ms if step.caught_up else plan.drafting[now.level or plan.rung]
+            took = plan.times[min(step.rows, len(plan.times) - 1)] + drafted
+            if step.step_ms > self.SURPRISE * took:
+                took, at_once, self._plan = step.step_ms, True, None
+            gain = self._account + tokens * plan.plain - took
+            self._account = min(gain, self.SAVINGS * plan.plain)
+        self._pending.append((now, step, tokens))
+        if at_once or len(self._pending) >= self.LOOK_EVERY:
+            self._digest()
 
-    def _learn(self, now: _Drafting, step: StepObservation) -> float:
-        """From a step that drafted; returns the ms that drafting takes in such a one."""
+    def _digest(self) -> None:
+        """Learns from the steps since the last time: several at once are the cheaper."""
+        pending, self._pending = self._pending, []
+        for now, step, tokens in pending:
+            size = step.batch_size
+            verify_ms = step.step_ms - step.draft_ms
+            if now is None and step.heard:
+                verify_ms -= self.costs.draft.ms(size, 0)  # what keeping up takes
+            self._times.verified(size, step.rows or size, verify_ms)
+            if now is not None:
+                self._learn(now, step)
+            self._report.count(step, tokens * self._times.step(size, size))
+
+    def _learn(self, now: _Drafting, step: StepObservation) -> None:
+        """From a step that drafted."""
+        self._learnt += 1
         members, rung = now.plan.members, now.plan.rung
         accepted = [step.accepted[i] for i in members]
         if now.kinds is not None:
@@ -279,16 +325,11 @@ class CostController(Controller):
             self._ranks.learn(step.budget.nodes, accepted, kept)
         # Where it was asked, so many levels were drafted.
         drafted = self._rungs[now.level] if now.level > 0 else step.budget
-        usual = self.costs.draft.ms(len(members), drafted.nodes)
-        kind = (len(members).bit_length(), drafted)
-        if step.caught_up:
-            read = max(step.draft_ms - usual * self._drafting.factor(kind), 1e-6)
-            self._reading.observe(None, self.costs.draft.reading_ms(now.plan.reading), read)
-            return step.draft_ms
-        self._drafting.observe(kind, usual, step.draft_ms)
-        return usual * self._drafting.factor(kind)
+        read = now.plan.reading if step.caught_up else None
+        self._times.drafted(len(members), drafted, step.draft_ms, read)
 
     def describe(self) -> dict[str, Any]:
+        self._digest()
         return {
             "controller": "cost",
             "max_k": self.max_k,
@@ -299,6 +340,7 @@ class CostController(Controller):
 
     def _climb(self, outlook: Outlook) -> None:
         """Takes up a drafter's ladder, cut to ``max_k`` levels."""
+        self._digest()
         self._given = ladder = outlook.ladder
         rungs = [Budget(min(b.levels, self.max_k), b.nodes) for b in ladder]
         rungs = [b for b in dict.fromkeys(rungs) if b.levels > 0]
@@ -306,12 +348,13 @@ class CostController(Controller):
             rungs = [b for b in rungs if b.nodes <= self.max_k]
         self._rungs = [NO_DRAFT, *rungs]
         self._nodes = np.array([b.nodes for b in self._rungs])
-        self._tables.clear()
+        self._times.climb(self._rungs)
         self._last.clear()
         self._plan = None
         known = outlook.known
         self._acceptance = Acceptance(known.by_kind, known.evidence)
-        self._ranks = _Ranks(self._rungs[-1].nodes, known.by_rank, self.HOPE, self.UNKNOWN)
+        self._ranks = Ranks(self._rungs[-1].nodes, known.by_rank, self.HOPE, self.UNKNOWN)
+        self._onward = Onward()
 
     def _admit(self, outlook: Outlook, plain: float) -> None:
         """New sequences are new luck: they bring their part of an account of their own."""
@@ -329,32 +372,44 @@ class CostController(Controller):
         members = [i for i in able if unread[i] <= self.READY]
         waiting = sorted((unread[i], i) for i in able if unread[i] > self.READY)
         plain, account = float(times[size]), self._account
-        rates, ms, gains = self._rates(outlook, times, size)
+        rates, ms, gains = self._rates(outlook, times, range(size))
         best = int(rates.argmax())
         saved = (plain * (1 + gains[best]) - ms[best]) / size
         sure, reading = self._acceptance.certainty, 0
+        together = self._own_share(outlook) < 1
+        if together and sure > 0.5:
+            account += self.WORST * plain
+        joined: list[int] = []
         for tokens, i in waiting:
-            cost = self._read_ms(reading + tokens) - self._read_ms(reading)
+            cost = self._times.read(reading + tokens) - self._times.read(reading)
             benefit = saved * outlook.remaining[i] / (1 + gains[best])
-            if benefit < 1.2 * cost and (members or sure > 0.5):
+            if benefit < 1.2 * cost and (members or joined or sure > 0.5):
                 break
             account -= cost * (1 - sure)
             if account < 0:
                 break
-            members.append(i)
+            joined.append(i)
             reading += tokens
-        return sorted(members), reading
+        if together and len(joined) < len(waiting):
+            # Who is left behind decides how many steps there are: one at most, to learn.
+            joined = joined[:1] if not members and sure <= 0.5 else []
+            reading = sum(unread[i] for i in joined)
+        return sorted([*members, *joined]), reading
 
     def _rates(
-        self, outlook: Outlook, times: np.ndarray, members: int
+        self, outlook: Outlook, times: np.ndarray, members: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each rung: tokens per ms, ms, and tokens beyond the plain one per sequence."""
-        size = outlook.batch_size
+        """Of each rung, for some of the batch, by place: tokens per ms, ms, and how many plain
+        steps one is worth beyond the first."""
+        size, count = outlook.batch_size, len(members)
         accepted, kept = self._ranks.sums
-        share = members / size
-        gains = share * accepted[self._nodes]
-        rows = size + members * kept[self._nodes] if outlook.packs else size * (1 + self._nodes)
-        ms = times[np.minimum(np.ceil(rows).astype(int), len(times) - 1)] + self._draft_ms(members)
+        own = self._own_share(outlook)
+        remaining = outlook.remaining or [1] * size
+        accepted = accepted[self._nodes]
+        gains = stragglers.expected_progress(remaining, members, accepted, own) - 1
+        rows = size + count * kept[self._nodes] if outlook.packs else size * (1 + self._nodes)
+        verify = times[np.minimum(np.ceil(rows).astype(int), len(times) - 1)]
+        ms = verify + self._times.draft(count)
         return size * (1 + gains) / ms, ms, gains
 
     def _smallest_worth_trying(self, plain: float, ms: np.ndarray) -> int:
@@ -366,104 +421,34 @@ class CostController(Controller):
 
     def _covered(
         self, rung: int, plain: float, ms: np.ndarray, gains: np.ndarray, reading: int
-    ) -> tuple[int, float]:
-        """The largest rung up to this one whose possible loss the account covers, and the loss."""
+    ) -> tuple[int, float, float]:
+        """The largest rung up to this one whose possible losses the account covers, and the losses:
+        where only what is certain comes, and where nothing comes, less the ``WORST`` plain steps
+        that one of the first steps may lose so."""
         sure = self._acceptance.certainty
-        more = (1 - sure) * self._read_ms(reading)
+        read = self._times.read(reading)
         while rung > 0:
-            loss = float(ms[rung] - plain * (1 + sure * gains[rung])) + more
-            if self._covers(loss, plain):
-                return rung, loss
+            loss = float(ms[rung] - plain * (1 + sure * gains[rung])) + (1 - sure) * read
+            worst = -math.inf
+            if self._learnt < self.LEARN_AT_ONCE:
+                worst = float(ms[rung]) - plain + read - self.WORST * plain
+            if self._covers(loss, plain) and worst <= max(self._account, 0.0):
+                return rung, loss, worst
             rung -= 1
-        return 0, 0.0
+        return 0, 0.0, 0.0
 
     def _covers(self, loss: float, plain: float) -> bool:
         """Whether the account covers a possible loss, in ms."""
-        return loss <= (self._account if loss > 0 else self._account + self.LUCK * plain)
-
-    def _worth(self, outlook: Outlook) -> list[float]:
-        """What a token of each sequence is worth, relative to one for all of them.
-
-        Where nobody waits for its place, a sequence that ends early saves its own share of the
-        steps to come only; how many there are, is up to the sequences that are behind. What a step
-        takes for a sequence, and what for all, is told from a batch of one. Who is behind counts by
-        exp(remaining / ``BEHIND``).
-        """
-        size = outlook.batch_size
-        own = self._own_share(outlook)
-        if own == 1:
-            return [1.0] * size
-        most = max(outlook.remaining)
-        behind = [math.exp((n - most) / self.BEHIND) for n in outlook.remaining]
-        scale = (1 - own) * size / sum(behind)
-        return [own + scale * value for value in behind]
-
-    def _progress(self, outlook: Outlook, accepted: Sequence[Sequence[int]]) -> float:
-        """How many plain steps would have brought the batch as near to its end as this one did."""
-        size = outlook.batch_size
-        gained = [1 + len(ranks) for ranks in accepted]
-        own = self._own_share(outlook)
-        mean = sum(gained) / size
-        if own == 1:
-            return mean
-        most = max(outlook.remaining)
-        now = after = 0.0  # what `_worth` is the slope of
-        for n, more in zip(outlook.remaining, gained, strict=True):
-            now += math.exp((n - most) / self.BEHIND)
-            after += math.exp((max(n - more, 0) - most) / self.BEHIND)
-        return own * mean + (1 - own) * self.BEHIND * math.log(now / after)
+        luck = self.LUCK * plain / math.sqrt(max(self._looked_at, 1))
+        return loss <= (self._account if loss > 0 else self._account + luck)
 
     def _own_share(self, outlook: Outlook) -> float:
         """Of a plain step's time, what it takes for single sequences; 1 where each token counts."""
         size = outlook.batch_size
         if size == 1 or outlook.waiting or len(outlook.remaining) != size:
             return 1.0
-        all_ms, one_ms = self._predicted(size, size), self._predicted(1, 1)
+        all_ms, one_ms = self._times.model(size, size), self._times.model(1, 1)
         return min(max((all_ms - one_ms) / (size - 1), 0.0) * size / all_ms, 1.0)
-
-    # What steps take.
-
-    def _predicted(self, size: int, rows: int) -> float:
-        return max(self.costs.step.ms(size, rows / size, self._context), 1e-6)
-
-    def _verify_ms(self, outlook: Outlook) -> np.ndarray:
-        """By rows of a step of that many sequences, from 0: ms but for drafting."""
-        size = outlook.batch_size
-        self._context = context = 64.0 * round(outlook.context / 64)
-        table = self._tables.get((size, context))
-        if table is None:
-            if len(self._tables) > 256:
-                self._tables.clear()
-            most = size * (1 + self._rungs[-1].nodes)
-            ms = self.costs.step.ms_up_to(size, most, context)
-            rows = np.maximum(np.arange(most + 1), size)
-            kinds = np.rint(2 * np.log2(rows / size)).astype(int) + 1
-            kinds[rows == size] = 0
-            table = self._tables[size, context] = np.maximum(ms, 1e-6), kinds
-        ms, kinds = table
-        drift = self._verifying
-        bits = size.bit_length()
-        factors = np.array([drift.factor((bits, i - 1)) for i in range(kinds[-1] + 1)])
-        corrected: np.ndarray = ms * factors[kinds]
-        return np.maximum.accumulate(corrected)
-
-    def _draft_ms(self, members: int) -> np.ndarray:
-        """By rung: what drafting for so many takes."""
-        table = self._tables.get(members)
-        if table is None:
-            costs = self.costs.draft
-            ms = [costs.ms(members, b.nodes) if members else 0.0 for b in self._rungs]
-            table = self._tables[members] = np.array(ms)
-        bits, drift = members.bit_length(), self._drafting
-        return table * np.array([drift.factor((bits, b)) for b in self._rungs])
-
-    def _read_ms(self, tokens: int) -> float:
-        return self.costs.draft.reading_ms(tokens) * self._reading.factor(None)
-
-
-def _shape_kind(size: int, rows: int) -> tuple[int, int]:
-    """Steps that are off alike: sequences by doublings, and rows for each by halves of them."""
-    return size.bit_length(), round(2 * math.log2(rows / size)) if rows > size else -1
 
 
 class _Plan(NamedTuple):
@@ -471,25 +456,32 @@ class _Plan(NamedTuple):
 
     members: list[int]
     rung: int
-    times: np.ndarray  # of verifying, by rows
+    times: list[float]  # ms of verifying, by rows
+    drafting: list[float]  # ms by rung
     plain: float  # ms
     price: float  # tokens per ms
+    useful: float  # of the tokens that drafts bring: the rest waits for those that are behind
+    sure: float  # ms that an accepted token saves, times how certain it is to come
     tries: bool  # to learn, not to gain
     reading: int  # tokens
     loss: float  # ms, if only what is certain comes
+    worst: float  # ms that may not come back, beyond what may be lost at first
 
 
 class _Drafting:
     """The step under way."""
 
-    def __init__(self, plan: _Plan, outlook: Outlook, worth: list[float], left: float) -> None:
+    def __init__(
+        self, plan: _Plan, outlook: Outlook, worth: list[float], left: float, room: float
+    ) -> None:
         self.plan = plan
         self.outlook = outlook
         self.worth = worth  # of a token of each sequence
         self.worth_of_members = [worth[i] for i in plan.members]
         self.left = left  # of the account, if only what is certain comes
+        self.room = room  # and if nothing comes
         self.level = 0  # drafted so far
-        self.drafting: np.ndarray | None = None  # ms by level
+        self.above = 0.0  # tokens to be expected of the last level
         self.kinds: list[list[int]] | None = None  # of the nodes that are verified
 
 
@@ -499,105 +491,3 @@ class _Timed:
 
     steps: int = 0
     due: int = 1
-
-
-class _Ranks:
-    """Shares of sequences in which the node of each rank was verified, and accepted."""
-
-    FORGET = 0.98
-
-    def __init__(
-        self, nodes: int, priors: Sequence[float], hope: float, unknown: float, weight: float = 2.0
-    ) -> None:
-        chances = list(priors[:nodes])
-        while len(chances) < nodes:
-            chances.append(chances[-1] * unknown if chances else hope)
-        self._priors = np.array(chances)
-        self._weight = weight
-        self._accepted = np.zeros(nodes)
-        self._verified = np.zeros(nodes)
-        self._offered = np.zeros(nodes)
-        self._sums: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes accepted, and verified, of the first n ranks, n from 0 on: per sequence."""
-        if self._sums is None:
-            chances, chance, prior = [0.0], 0.0, 0.0
-            for own, accepted, offered in zip(
-                self._priors.tolist(), self._accepted.tolist(), self._offered.tolist(), strict=True
-            ):
-                # What was never tried is as likely, relative to the one before, as it was said.
-                expected = own if len(chances) == 1 else chance * own / prior
-                prior = max(own, 1e-9)
-                chance = (accepted + self._weight * expected) / (offered + self._weight)
-                chances.append(chance)
-            verified = (self._verified + self._weight) / (self._offered + self._weight)
-            self._sums = np.cumsum(chances), np.cumsum([0.0, *verified])
-        return self._sums
-
-    @property
-    def again(self) -> float:
-        """Chance of a node behind an accepted one."""
-        behind = float(self._accepted[1:].sum())
-        before = float(np.minimum(self._accepted[:-1], self._verified[1:]).sum())
-        return min((behind + 4 * 0.8) / (before + 4), 1.0)
-
-    def learn(
-        self, nodes: int, accepted: Sequence[Sequence[int]], kept: Sequence[int] | None
-    ) -> None:
-        """A step with a budget of so many nodes for each of some sequences; of each the ranks that
-        were accepted, and how many were verified (None: all)."""
-        # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
-        for values in (self._accepted, self._verified, self._offered):
-            values[:nodes] *= self.FORGET
-        self._offered[:nodes] += len(accepted)
-        for ranks in accepted:
-            for rank in ranks:
-                if rank <= nodes:
-                    self._accepted[rank - 1] += 1
-        if kept is None:
-            self._verified[:nodes] += len(accepted)
-        else:
-            for count in kept:
-                self._verified[:count] += 1
-        self._sums = None
-
-
-class _Report:
-    """What was decided, and what came of it."""
-
-    def __init__(self) -> None:
-        self._steps: Counter[int] = Counter()  # by nodes for each sequence
-        self._spent = self._plain = 0.0  # ms of all steps, and of plain ones for as many tokens
-        self._promised = 1.0
-        self._largest = 0
-
-    def promise(self, speedup: float) -> None:
-        self._promised = speedup
-
-    def count(self, step: StepObservation, plain_ms: float) -> None:
-        self._steps[step.budget.nodes] += 1
-        self._spent += step.step_ms
-        self._plain += plain_ms
-        self._largest = max(self._largest, step.batch_size)
-
-    def describe(self) -> dict[str, Any]:
-        total = self._steps.total()
-        drafted = total - self._steps[0]
-        gain = self._plain / self._spent if self._spent else 1.0
-        if not total:
-            verdict = "no step was decoded"
-        elif drafted * 2 < total:
-            verdict = (
-                f"drafting did not pay at batch {self._largest}: {self._promised:.2f} x predicted; "
-                f"{total - drafted} of {total} steps decoded plainly"
-            )
-        else:
-            verdict = f"drafted in {drafted} of {total} steps: {gain:.2f} x plain decoding"
-        return {
-            "steps_by_nodes": {str(nodes): n for nodes, n in sorted(self._steps.items()) if n},
-            "predicted_speedup": round(self._promised, 3),
-            "speedup": round(gain, 3),
-            "verdict": verdict,
-        }

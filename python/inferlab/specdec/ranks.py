@@ -1,0 +1,88 @@
+"""How often nodes are accepted by their rank, whatever else is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Ranks:
+    """Shares of sequences in which the node of each rank was verified, and accepted.
+
+    Args:
+        nodes: ranks, from 1 on.
+        priors: chances of the first ranks before anything was seen.
+        hope, unknown: where there are none: chance of the first, and of the next relative to the
+            one before.
+        weight: of the priors, in steps.
+    """
+
+    FORGET = 0.98
+
+    def __init__(
+        self, nodes: int, priors: Sequence[float], hope: float, unknown: float, weight: float = 2.0
+    ) -> None:
+        chances = list(priors[:nodes])
+        while len(chances) < nodes:
+            chances.append(chances[-1] * unknown if chances else hope)
+        self._priors = np.array(chances)
+        self._weight = weight
+        self._seen = np.zeros((3, nodes))
+        self._accepted, self._verified, self._offered = self._seen
+        self._sums: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes accepted, and verified, of the first n ranks, n from 0 on: per sequence."""
+        if self._sums is None:
+            chances, chance, prior = [0.0], 0.0, 0.0
+            for own, accepted, offered in zip(
+                self._priors.tolist(), self._accepted.tolist(), self._offered.tolist(), strict=True
+            ):
+                # What was never tried is as likely, relative to the one before, as it was said.
+                expected = own if len(chances) == 1 else chance * own / prior
+                prior = max(own, 1e-9)
+                chance = (accepted + self._weight * expected) / (offered + self._weight)
+                chances.append(chance)
+            verified = (self._verified + self._weight) / (self._offered + self._weight)
+            self._sums = np.cumsum(chances), np.cumsum([0.0, *verified])
+        return self._sums
+
+    def learn(
+        self, nodes: int, accepted: Sequence[Sequence[int]], kept: Sequence[int] | None
+    ) -> None:
+        """A step with a budget of so many nodes for each of some sequences; of each the ranks that
+        were accepted, and how many were verified (None: all)."""
+        # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
+        self._seen[:, :nodes] *= self.FORGET
+        self._offered[:nodes] += len(accepted)
+        for ranks in accepted:
+            for rank in ranks:
+                if rank <= nodes:
+                    self._accepted[rank - 1] += 1
+        if kept is None:
+            self._verified[:nodes] += len(accepted)
+        else:
+            for count in kept:
+                self._verified[:count] += 1
+        self._sums = None
+
+
+class Onward:
+    """What the next level of a chain is to be expected to bring, relative to the one before: told
+    from the levels that drafts went on to."""
+
+    FORGET, HOPE, WEIGHT = 0.99, 0.8, 4.0
+
+    def __init__(self) -> None:
+        self._before = self._there = 0.0
+
+    @property
+    def share(self) -> float:
+        return (self._there + self.WEIGHT * self.HOPE) / (self._before + self.WEIGHT)
+
+    def observe(self, before: float, there: float) -> None:
+        """Tokens to be expected of two successive levels."""
+        self._before = self.FORGET * self._before + before
+        self._there = self.FORGET * self._there + there

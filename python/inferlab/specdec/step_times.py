@@ -1,0 +1,101 @@
+"""What steps of a running engine take: the cost model's times, corrected while it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from inferlab.specdec.costs import CostModel, Drift
+from inferlab.specdec.tree import Budget
+
+
+class StepTimes:
+    """Milliseconds of verifying, drafting and reading, by kinds of steps that are off alike.
+
+    Attributes:
+        context: tokens behind a sequence, on average, that `verify` was last asked about.
+    """
+
+    MOST_TABLES = 256
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+        self.context = 0.0
+        self._verifying, self._drafting, self._reading = Drift(), Drift(), Drift()
+        self._rungs: Sequence[Budget] = ()
+        self._tables: dict[Any, Any] = {}
+
+    def climb(self, rungs: Sequence[Budget]) -> None:
+        """From here on drafts are as large as these."""
+        self._rungs = rungs
+        self._tables.clear()
+
+    # What is predicted.
+
+    def model(self, size: int, rows: int) -> float:
+        """A step's, as the cost model has it."""
+        return max(self.costs.step.ms(size, rows / size, self.context), 1e-6)
+
+    def step(self, size: int, rows: int) -> float:
+        """A step's without drafting, corrected."""
+        return self.model(size, rows) * self._verifying.factor(_kind(size, rows))
+
+    def verify(self, size: int, context: float) -> np.ndarray:
+        """The same of all numbers of rows from 0 on, never falling."""
+        self.context = context = 64.0 * round(context / 64)
+        table = self._tables.get((size, context))
+        if table is None:
+            if len(self._tables) > self.MOST_TABLES:
+                self._tables.clear()
+            most = size * (1 + self._rungs[-1].nodes)
+            ms = self.costs.step.ms_up_to(size, most, context)
+            rows = np.maximum(np.arange(most + 1), size)
+            kinds = np.rint(2 * np.log2(rows / size)).astype(int) + 1
+            kinds[rows == size] = 0
+            table = self._tables[size, context] = np.maximum(ms, 1e-6), kinds
+        ms, kinds = table
+        bits, factor = size.bit_length(), self._verifying.factor
+        factors = np.array([factor((bits, i - 1)) for i in range(kinds[-1] + 1)])
+        corrected: np.ndarray = ms * factors[kinds]
+        return np.maximum.accumulate(corrected)
+
+    def draft(self, members: int) -> np.ndarray:
+        """By rung: what drafting for so many takes."""
+        table = self._tables.get(members)
+        if table is None:
+            costs = self.costs.draft
+            ms = [costs.ms(members, b.nodes) if members else 0.0 for b in self._rungs]
+            table = self._tables[members] = np.array(ms)
+        bits, factor = members.bit_length(), self._drafting.factor
+        return table * np.array([factor((bits, b)) for b in self._rungs])
+
+    def read(self, tokens: int) -> float:
+        """What a drafter takes to read so many."""
+        return self.costs.draft.reading_ms(tokens) * self._reading.factor(None)
+
+    # What was measured.
+
+    def verified(self, size: int, rows: int, ms: float) -> float:
+        """A step's time without drafting; returns what such a one takes."""
+        self._verifying.observe(_kind(size, rows), self.model(size, rows), ms)
+        return self.step(size, rows)
+
+    def drafted(self, members: int, drafted: Budget, ms: float, read: int | None) -> float:
+        """What drafting for so many took, ``read`` tokens read before (None: nothing that counts);
+        returns what it takes in such a step."""
+        usual = self.costs.draft.ms(members, drafted.nodes)
+        kind = (members.bit_length(), drafted)
+        if read is not None:
+            reading = max(ms - usual * self._drafting.factor(kind), 1e-6)
+            self._reading.observe(None, self.costs.draft.reading_ms(read), reading)
+            return ms
+        self._drafting.observe(kind, usual, ms)
+        return usual * self._drafting.factor(kind)
+
+
+def _kind(size: int, rows: int) -> tuple[int, int]:
+    """Steps that are off alike: sequences by doublings, and rows for each by halves of them."""
+    return size.bit_length(), round(2 * math.log2(rows / size)) if rows > size else -1
