@@ -3,6 +3,7 @@ decoding, then `inferlab.benchmarks.advice`; and really runs what was advised.""
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from inferlab.specdec.recorded import read_recording
 from inferlab.specdec.replay import Replay
 from inferlab.specdec.replay_times import Scale
 
+logger = logging.getLogger(__name__)
+
 MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "none")
 BATCHES = (1, 4, 16)
 CURVE = (1, 2, 4, 8, 16)
@@ -38,8 +41,10 @@ SHORTLIST = 2
 MOST_GROUPS = 16
 """Batches of prompts on which these are recorded."""
 MOST_NODES = 32
-"""Of a tree that is weighed, where no number is given."""
+"""Of a tree that is weighed."""
 WARM_UP_TOKENS = 8
+UNSURE = 0.25
+"""Error of a cost model from which on it is said that it says little."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,13 @@ class Advisor:
         most = {mode: self._most(mode) for mode in self.modes}
         recorded = self._record(most, _mixed(prompts, self.batch_sizes), report)
         weighers = {mode: Weigher(mode, *replays) for mode, replays in recorded.items()}
+        for mode, weigher in weighers.items():
+            if weigher.error > UNSURE:
+                logger.warning(
+                    "%s: the cost model is off by %.0f %% in the median: it was measured on a busy "
+                    "machine; have it measured anew when that is idle: --no-cost-cache",
+                    mode, weigher.error * 100,
+                )  # fmt: skip
         found = {
             size: [best for w in weighers.values() if (best := w.best(size)) is not None]
             for size in sorted({*CURVE, *self.batch_sizes})
@@ -254,11 +266,10 @@ class Advisor:
         """What makes a mode draft as much as is weighed: chains of ``max_k`` levels, its usual
         tree."""
         usual = DRAFT_MODES[mode]
-        levels = self.config.max_k
-        if usual.tree != "chain":
-            levels = min(usual.levels, levels)
-        nodes = self.config.tree_nodes or min(usual.nodes, MOST_NODES)
-        return {**Setting(mode, levels).changes, "tree_nodes": nodes}
+        if usual.tree == "chain":
+            return Setting(mode, self.config.max_k).changes
+        nodes = min(usual.nodes, MOST_NODES)
+        return Setting(mode, min(usual.levels, self.config.max_k), nodes).changes
 
     def _pipeline(
         self, changes: Mapping[str, Any], record: Path | None = None
