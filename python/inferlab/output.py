@@ -193,7 +193,5 @@ def replace_file(target: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cannot_be_written(
-    path: str | Path, error: OSError, flag: str = "--output"
-) -> UsageError:
+def _cannot_be_written(path: str | Path, error: OSError, flag: str = "--output") -> UsageError:
     return UsageError(f"{flag}: {path} cannot be written: {error.strerror or error}")

@@ -2,18 +2,22 @@
 torch.
 
 A setting is a draft mode and how much it drafts. Its steps accept what the recorded ones say
-(`inferlab.specdec.replay` decodes them again, cut to that much) and take what the cost model says of
-a batch of any size, scaled to the recorded steps; plain decoding takes what it says of one row for
-each sequence. The speed-up is the ratio of the two rates.
+(`inferlab.specdec.replay` decodes them again, cut to that much) and take what the cost model says
+of a batch of any size, scaled to the recorded steps; plain decoding takes what it says of one row
+for each sequence, scaled to steps that were made in turns with those. The speed-up is the ratio of
+the two rates, prompts read and texts ended included.
 
 A step that offers L levels, each of which is passed with the chance a, gives
 
     1 + a + a^2 + ... + a^L
 
 tokens in the mean. That defines the acceptance a of any tree by its mean length, and the acceptance
-at which drafting breaks even by the length that makes up for the longer step:
+at which drafting breaks even by the length that would just make up for the longer steps: the
+length over the speed-up. Where the texts of a batch end together that is
 
-    needed length = (T(B, 1 + n) + D(B, n)) / T(B, 1)
+    (T(B, 1 + n) + D(B, n)) / T(B, 1)
+
+but for the reading of prompts, which is the same for both.
 """
 
 from __future__ import annotations

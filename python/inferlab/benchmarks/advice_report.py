@@ -193,7 +193,7 @@ def draw(advice: Advice, path: Path) -> bytes:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set(ylim=(0, 1), xlabel="batch size", ylabel="chance to pass a level")
     axes.set_title(
-        f"{advice.settings['base_model']}: acceptance to break even (lines), to be expected (dashed)"
+        f"{advice.settings['base_model']}: acceptance to break even (lines), expected (dashed)"
     )
     if advice.curve:
         axes.legend(ncols=2, fontsize="small")

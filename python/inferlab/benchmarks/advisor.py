@@ -36,9 +36,9 @@ MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "
 BATCHES = (1, 4, 16)
 CURVE = (1, 2, 4, 8, 16)
 """Batch sizes of break-even curves, beside those that were asked for."""
-SHORTLIST = 2
+SHORTLIST = 3
 """Modes whose best setting is recorded by itself, for each batch size."""
-MOST_GROUPS = 16
+LEAST_GROUPS, MOST_GROUPS = 4, 16
 """Batches of prompts on which these are recorded."""
 MOST_NODES = 32
 """Of a tree that is weighed."""
@@ -148,12 +148,11 @@ class Advisor:
 
     def num_groups(self, num_prompts: int) -> int:
         """How many batches `run` decodes, each plainly and in every way that is weighed."""
-        again = sum(min(-(-num_prompts // size), MOST_GROUPS) for size in self.batch_sizes)
-        return len(_mixed(range(num_prompts), self.batch_sizes)) + again
+        prompts = range(num_prompts)
+        again = sum(len(_again(prompts, size)) for size in self.batch_sizes) if self.modes else 0
+        return len(_mixed(prompts, self.batch_sizes)) + again
 
-    def run(
-        self, prompts: Sequence[str], on_group: Callable[[int], None] | None = None
-    ) -> Advice:
+    def run(self, prompts: Sequence[str], on_group: Callable[[int], None] | None = None) -> Advice:
         """Records, and says what is best.
 
         All modes first draft as much as they can, on batches of all sizes; cut to less, that says
@@ -179,10 +178,10 @@ class Advisor:
                     mode, weigher.error * 100,
                 )  # fmt: skip
         found = {
-            size: [best for w in weighers.values() if (best := w.best(size)) is not None]
+            size: [fastest for w in weighers.values() if (fastest := w.best(size)) is not None]
             for size in sorted({*CURVE, *self.batch_sizes})
         }
-        best = {}
+        best: dict[int, list[Forecast]] = {}
         for size in self.batch_sizes:
             rough = sorted(found[size], key=_speedup)[::-1]
             nearer = self._weigh_again(rough[:SHORTLIST], prompts, report)
@@ -204,7 +203,7 @@ class Advisor:
         size = rough[0].batch
         settings = {str(forecast.setting): forecast.setting for forecast in rough}
         changes = {name: setting.changes for name, setting in settings.items()}
-        recorded = self._record(changes, _full_groups(prompts, size)[:MOST_GROUPS], report)
+        recorded = self._record(changes, _again(prompts, size), report)
         again = [
             Weigher(settings[name].mode, *replays, [settings[name]]).best(size)
             for name, replays in recorded.items()
@@ -275,9 +274,7 @@ class Advisor:
         self, changes: Mapping[str, Any], record: Path | None = None
     ) -> SpeculativePipeline:
         update = {**changes, "record": None if record is None else str(record)}
-        return SpeculativePipeline(
-            config=self.config.model_copy(update=update), target=self.target
-        )
+        return SpeculativePipeline(config=self.config.model_copy(update=update), target=self.target)
 
     def _record(
         self,
@@ -300,19 +297,22 @@ class Advisor:
                 pipeline.generate(list(groups[0]), max_tokens=WARM_UP_TOKENS)
                 pipeline.engine.recorder = recorder
             plain = BatchRunner(self._plain)
-            steps = []
+            steps, reading = [], []
             for group in groups:
                 for pipeline in pipelines.values():
                     pipeline.generate(list(group))
-                steps.append(self._plain_steps(plain.run(group)))
+                ran = plain.run(group)
+                steps.append(self._plain_steps(ran))
+                reading.append(self._plain_reading(ran))
                 report(1)
-            scale = Scale.of(*np.array(steps).T, least=1)
             costs = CostModel(self._plain_costs)
             found = {}
             for name in ways:
                 recording = read_recording(folders[name])
-                found[name] = (Replay(recording), Replay(recording, costs))
-                found[name][1].times.step_scale = scale
+                without = Replay(recording, costs)
+                without.times.step_scale = _scale(steps)
+                without.times.reading_scale = _scale(reading)
+                found[name] = (Replay(recording), without)
             return found
 
     def _plain_steps(self, ran: Mapping[str, Any]) -> tuple[int, float, float]:
@@ -325,6 +325,13 @@ class Advisor:
             left = [prompt + step for prompt, tokens in sizes if tokens > step]
             predicted += self._plain_costs.ms(len(left), 1, sum(left) / len(left))
         return len(sizes), predicted, ran["latency_ms"] - ran["timings_ms"]["prefill"]
+
+    def _plain_reading(self, ran: Mapping[str, Any]) -> tuple[int, float, float]:
+        """The same of the step that reads its prompts."""
+        results = ran["results"]
+        tokens = sum(record_of(result).prompt_tokens or 0 for result in results) / len(results)
+        predicted = self._plain_costs.ms(len(results), tokens, tokens / 2)
+        return len(results), predicted, ran["timings_ms"]["prefill"]
 
     def _check(self, prompts: Sequence[str]) -> None:
         if not prompts:
@@ -344,6 +351,12 @@ class Advisor:
             "seed": c.seed,
             "policy": c.policy,
         }
+
+
+def _scale(times: Sequence[tuple[int, float, float]]) -> Scale:
+    """From batch sizes, predicted and real ms."""
+    batch, predicted, real = np.array(times).T
+    return Scale.of(batch, predicted, real, least=1)
 
 
 def _speedup(forecast: Forecast) -> float:
@@ -390,6 +403,12 @@ def _full_groups(prompts: Sequence[Any], size: int) -> list[list[Any]]:
         [prompts[place % count] for place in range(first, first + size)]
         for first in range(0, count, size)
     ]
+
+
+def _again(prompts: Sequence[Any], size: int) -> list[list[Any]]:
+    """Batches of one size, some of them twice where there are too few to tell times from noise."""
+    groups = _full_groups(prompts, size)
+    return (groups * -(-LEAST_GROUPS // len(groups)))[:MOST_GROUPS]
 
 
 def _mixed(prompts: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

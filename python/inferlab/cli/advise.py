@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run the best setting of each batch size in turns with plain decoding, and compare",
     )
     parser.add_argument(
-        "--iterations", type=int, metavar="N", help=f"runs of each prompt for --verify ({ITERATIONS})"
+        "--iterations",
+        type=int,
+        metavar="N",
+        help=f"runs of each prompt for --verify ({ITERATIONS})",
     )
     parser.add_argument(
         "--plot",

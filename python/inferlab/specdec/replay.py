@@ -372,12 +372,10 @@ class _Run:
         order = [place % count for place in range(-(-count // size) * size)]
         for first in range(0, len(order), size):
             running = [self._begin(request) for request in order[first : first + size]]
-            unread = sum(int(text.at) + 1 for text in running)
             while running:
                 decoding = self._read(running)
-                if decoding and self._step(decoding) > 0:
-                    self.result.ms += self.replay.times.catching_up(size, unread)
-                    unread = 0
+                if decoding:
+                    self._step(decoding)
                 running = [text for text in running if text.at < text.end]
         self.result.tokens = int(self.replay.trees.lengths[order].sum())
         return self.result
@@ -438,8 +436,7 @@ class _Run:
             self.result.ms += self.replay.times.reading(len(read), sum(read) / len(read))
         return others
 
-    def _step(self, texts: list[_Text]) -> int:
-        """Returns the nodes that were asked for."""
+    def _step(self, texts: list[_Text]) -> None:
         replay, result = self.replay, self.result
         levels, nodes = self.asker.ask(len(texts))
         useful = max(text.most - int(text.at) for text in texts) - 1
@@ -488,7 +485,6 @@ class _Run:
         result.ms += ms
         result.steps += 1
         self.asker.hear(len(texts), Step(levels, nodes, ms, depths, ranks))
-        return nodes
 
     def _count(self, text: _Text, accepted: float, emitted: float, exact: bool) -> None:
         self.result.add(self._ids[text.request], Walked(int(text.at), accepted, exact))

@@ -1,9 +1,9 @@
 """What recorded steps took, and what others would take. No torch.
 
 A recorded step's own ms, times what the cost model says of the other tree against the recorded one;
-steps that were not recorded, by the cost model alone, which is scaled to the run's steps of each batch size. The model is that
-of the machine (`inferlab.specdec.costs`), kept with the recording, or else fitted to the recorded
-steps, which know only the sizes that they had.
+steps that were not recorded, by the cost model alone, which is scaled to the run, for each batch
+size. The model is that of the machine (`inferlab.specdec.costs`), kept with the recording, or else
+fitted to the recorded steps, which know only the sizes that they had.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.cuts import Trees
 from inferlab.specdec.recorded import CATCHING_UP, FIRST, PHASES, Recording
-
 
 LEAST = 8
 """Steps of one batch size that say something of it."""
@@ -58,7 +57,8 @@ class Times:
         ms: of each recorded step.
         measured: the cost model is the machine's; False: it was fitted to the recorded steps.
         off: median of |predicted / recorded - 1| over the decoding steps.
-        step_scale: what predicted steps are multiplied with, drafting left out.
+        step_scale, reading_scale: what predicted steps are multiplied with, drafting left out, and
+            steps that read texts.
         error: of the cost model as it was measured, likewise; ``off`` where it was fitted to them.
     """
 
@@ -73,11 +73,11 @@ class Times:
         if not trees.chain:
             self._most_levels = int(trees.tree["levels"])
         self._packs = recording.about["machine"][2] == "cpu"
-        self.nodes = np.zeros(steps)
+        self.nodes: np.ndarray = np.zeros(steps)
         step = trees.step[: trees.real]
         if self._packs:
-            self.nodes = np.bincount(step, trees.drafted[: trees.real], steps)
-            self.nodes /= np.maximum(self.batch, 1)
+            drafted = np.bincount(step, trees.drafted[: trees.real], steps)
+            self.nodes = drafted.astype(np.float64) / np.maximum(self.batch, 1)
         else:
             np.maximum.at(self.nodes, step, trees.drafted[: trees.real])
         roots = np.bincount(step, c["row.root"], steps)
@@ -97,6 +97,9 @@ class Times:
             self._draft_scale = Scale.of(batch, draft_ms, draft[usual])
             predicted = step_ms * self.step_scale(batch) + draft_ms * self._draft_scale(batch)
             self.off = float(np.median(np.abs(predicted / self.ms[usual] - 1)))
+        firsts = np.flatnonzero(kind == FIRST)
+        read = [self._reading(int(self.batch[s]), self.context[s] + 1) for s in firsts]
+        self.reading_scale = Scale.of(self.batch[firsts], np.array(read), self.ms[firsts], 1)
         self.error = self._costs.step.error if self.measured else self.off
 
     def _parts(self, step: int) -> tuple[float, float]:
@@ -123,7 +126,9 @@ class Times:
         alike: dict[tuple[int, int, int], list[int]] = {}
         for s in usual.tolist():
             context = int(self.context[s]) // 64 * 64 + 32
-            alike.setdefault((int(self.batch[s]), round(float(self.nodes[s])), context), []).append(s)
+            alike.setdefault((int(self.batch[s]), round(float(self.nodes[s])), context), []).append(
+                s
+            )
         steps = [
             StepTime(b, 1 + n, context, float(np.median((self.ms - draft)[found])))
             for (b, n, context), found in alike.items()
@@ -142,14 +147,12 @@ class Times:
         return float(step + self._drafting(batch, nodes, levels) * self._draft_scale(batch))
 
     def reading(self, batch: int, tokens: float) -> float:
-        """The step that reads the texts of a batch, of ``tokens`` each, up to their first tokens:
-        one with so many rows, which see half of the text in the mean."""
-        return float(self._costs.step.ms(batch, tokens, tokens / 2) * self.step_scale(batch))
+        """The step that reads a batch of texts, of ``tokens`` each, up to their first tokens."""
+        return float(self._reading(batch, tokens) * self.reading_scale(batch))
 
-    def catching_up(self, batch: int, tokens: int) -> float:
-        """What a drafter takes to read the texts of a batch, of so many tokens together, before its
-        first draft for them."""
-        return float(self._costs.draft.reading_ms(tokens) * self._draft_scale(batch))
+    def _reading(self, batch: int, tokens: float) -> float:
+        """As of one step with so many rows, each of which sees half of its text in the mean."""
+        return self._costs.step.ms(batch, tokens, tokens / 2)
 
     def changed(self, step: int, levels: int, nodes: float) -> float:
         """A recorded step, had it had so many levels and draft nodes (see `width`)."""
