@@ -85,6 +85,7 @@ class Forecast:
             expected, and with which it would break even.
         acceptance, needed_acceptance: the chance to pass a level, likewise; None where no
             acceptance would be enough.
+        rough: the setting was cut from larger drafts; False: it was recorded as it would run.
         exact: share of the steps that the record holds; the others are estimated from it.
     """
 
@@ -97,6 +98,7 @@ class Forecast:
     needed_length: float
     acceptance: float
     needed_acceptance: float | None
+    rough: bool
     exact: float
 
     @property
@@ -191,12 +193,12 @@ class Weigher:
         self._drafted, self._plain = drafted, plain
         self._plain_runs: dict[int, Replayed] = {}
 
-    def best(self, batch: int) -> Forecast | None:
+    def best(self, batch: int, rough: bool = True) -> Forecast | None:
         """Of the setting that is fastest at a batch size; None where nothing was drafted."""
-        return max(self.weigh(batch), key=lambda found: found.speedup, default=None)
+        return max(self.weigh(batch, rough), key=lambda found: found.speedup, default=None)
 
-    def weigh(self, batch: int) -> Iterator[Forecast]:
-        """Of every setting."""
+    def weigh(self, batch: int, rough: bool = True) -> Iterator[Forecast]:
+        """Of every setting; ``rough``: see `Forecast`."""
         if batch not in self._plain_runs:
             self._plain_runs[batch] = self._plain.run(Always(0), together=batch)
         plain = self._plain_runs[batch]
@@ -220,5 +222,6 @@ class Weigher:
                 needed_length=needed,
                 acceptance=acceptance_of(length, setting.levels) or 0.0,
                 needed_acceptance=acceptance_of(needed, setting.levels),
+                rough=rough,
                 exact=run.covered,
             )

@@ -34,6 +34,7 @@ class Expected(TypedDict):
     needed_length: float
     acceptance: float
     needed_acceptance: float | None
+    rough: bool
     exact: float
 
 
@@ -88,6 +89,7 @@ def _expected(found: Forecast) -> Expected:
         "needed_length": found.needed_length,
         "acceptance": found.acceptance,
         "needed_acceptance": found.needed_acceptance,
+        "rough": found.rough,
         "exact": found.exact,
     }
 
@@ -101,6 +103,10 @@ def report(advice: Advice, verified: Mapping[int, Verified] | None = None) -> st
         lines.append(f"batch {size}: {_advised(found[0] if found else None)}")
     rows = [_row(forecast) for found in advice.best.values() for forecast in found]
     lines += ["", *_table(HEADS, rows)] if rows else []
+    if any(forecast.rough for found in advice.best.values() for forecast in found):
+        lines.append(
+            "~: roughly, cut from larger drafts; the others were recorded as they would run"
+        )
     lines += [f"left out: {mode}: {why}" for mode, why in advice.left_out.items()]
     if verified:
         lines += ["", *_table(("batch", "setting", "predicted", "measured (95 %)", "off"),
@@ -125,7 +131,7 @@ def _row(found: Forecast) -> tuple[str, ...]:
         setting.mode,
         str(setting.levels),
         "" if setting.nodes is None else str(setting.nodes),
-        f"{found.speedup:.2f} {_interval(found.interval)}",
+        f"{'~' if found.rough else ''}{found.speedup:.2f} {_interval(found.interval)}",
         f"{found.tokens_per_second:.0f}",
         f"{found.length:.2f}",
         f"{found.needed_length:.2f}",

@@ -36,8 +36,8 @@ MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "
 BATCHES = (1, 4, 16)
 CURVE = (1, 2, 4, 8, 16)
 """Batch sizes of break-even curves, beside those that were asked for."""
-SHORTLIST = 3
-"""Modes whose best setting is recorded by itself, for each batch size."""
+SHORTLIST = 2
+"""Modes whose best settings are recorded by themselves at a time, for each batch size."""
 LEAST_GROUPS, MOST_GROUPS = 4, 16
 """Batches of prompts on which these are recorded."""
 MOST_NODES = 32
@@ -147,17 +147,18 @@ class Advisor:
                 self.left_out[mode] = why
 
     def num_groups(self, num_prompts: int) -> int:
-        """How many batches `run` decodes, each plainly and in every way that is weighed."""
+        """How many batches `run` decodes at most, each plainly and in the ways that are weighed."""
         prompts = range(num_prompts)
-        again = sum(len(_again(prompts, size)) for size in self.batch_sizes) if self.modes else 0
-        return len(_mixed(prompts, self.batch_sizes)) + again
+        again = sum(len(_again(prompts, size)) for size in self.batch_sizes)
+        return len(_mixed(prompts, self.batch_sizes)) + again * -(-len(self.modes) // SHORTLIST)
 
     def run(self, prompts: Sequence[str], on_group: Callable[[int], None] | None = None) -> Advice:
         """Records, and says what is best.
 
         All modes first draft as much as they can, on batches of all sizes; cut to less, that says
-        what every setting gives. Then the best settings of the fastest modes are recorded by
-        themselves, on batches of the size that they are best for.
+        what every setting gives, roughly. Then the best settings of the fastest modes are recorded
+        by themselves, on batches of the size that they are best for, until none that was not
+        promises more.
 
         Args:
             on_group: called with 1 after each batch of prompts.
@@ -183,9 +184,12 @@ class Advisor:
         }
         best: dict[int, list[Forecast]] = {}
         for size in self.batch_sizes:
-            rough = sorted(found[size], key=_speedup)[::-1]
-            nearer = self._weigh_again(rough[:SHORTLIST], prompts, report)
-            best[size] = [*sorted(nearer, key=_speedup)[::-1], *rough[SHORTLIST:]]
+            rough = sorted(found[size], key=_speedup, reverse=True)
+            nearer: list[Forecast] = []
+            while rough and (not nearer or _speedup(rough[0]) > max(map(_speedup, nearer))):
+                nearer += self._weigh_again(rough[:SHORTLIST], prompts, report)
+                del rough[:SHORTLIST]
+            best[size] = [*sorted(nearer, key=_speedup, reverse=True), *rough]
         curve = {
             mode: [f for size in found for f in found[size] if f.setting.mode == mode]
             for mode in weighers
@@ -205,7 +209,7 @@ class Advisor:
         changes = {name: setting.changes for name, setting in settings.items()}
         recorded = self._record(changes, _again(prompts, size), report)
         again = [
-            Weigher(settings[name].mode, *replays, [settings[name]]).best(size)
+            Weigher(settings[name].mode, *replays, [settings[name]]).best(size, rough=False)
             for name, replays in recorded.items()
         ]
         return [forecast for forecast in again if forecast is not None]
