@@ -202,7 +202,7 @@ def draw(advice: Advice, path: Path) -> bytes:
         f"{advice.settings['base_model']}: acceptance to break even (lines), expected (dashed)"
     )
     if advice.curve:
-        axes.legend(ncols=2, fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:], dpi=100)
     return drawn.getvalue()
