@@ -18,7 +18,8 @@ from inferlab.benchmarks.advice import (
     speedup_interval,
 )
 from inferlab.benchmarks.advice_report import draw, report
-from inferlab.benchmarks.advisor import Advisor, _again, _full_groups, _mixed
+from inferlab.benchmarks.advisor import Advisor
+from inferlab.benchmarks.batches import batches_to_time, full_batches, mixed_batches
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
@@ -123,12 +124,12 @@ def test_settings_are_what_the_record_can_say_something_of():
 
 
 def test_batches_are_full_and_hold_all_prompts():
-    assert _full_groups("abc", 2) == [["a", "b"], ["c", "a"]]
-    assert _full_groups("ab", 4) == [["a", "b", "a", "b"]]
-    mixed = _mixed("abcdefgh", (1, 4))
+    assert full_batches("abc", 2) == [["a", "b"], ["c", "a"]]
+    assert full_batches("ab", 4) == [["a", "b", "a", "b"]]
+    mixed = mixed_batches("abcdefgh", (1, 4))
     assert [len(group) for group in mixed] == [4, 1, 1, 1, 1]
     assert sorted(text for group in mixed for text in group) == list("abcdefgh")
-    assert len(_again("abcdefgh", 8)) == 4
+    assert len(batches_to_time("abcdefgh", 8)) == 4
 
 
 # --- the advisor --------------------------------------------------------------------------------

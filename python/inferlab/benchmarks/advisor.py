@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from inferlab.benchmarks.advice import Forecast, Setting, Weigher
+from inferlab.benchmarks.batches import batches_to_time, full_batches, mixed_batches
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import measure
 from inferlab.benchmarks.modes import PLAIN
@@ -38,8 +39,6 @@ CURVE = (1, 2, 4, 8, 16)
 """Batch sizes of break-even curves, beside those that were asked for."""
 SHORTLIST = 2
 """Modes whose best settings are recorded by themselves at a time, for each batch size."""
-LEAST_GROUPS, MOST_GROUPS = 4, 16
-"""Batches of prompts on which these are recorded."""
 MOST_NODES = 32
 """Of a tree that is weighed."""
 WARM_UP_TOKENS = 8
@@ -149,8 +148,10 @@ class Advisor:
     def num_groups(self, num_prompts: int) -> int:
         """How many batches `run` decodes at most, each plainly and in the ways that are weighed."""
         prompts = range(num_prompts)
-        again = sum(len(_again(prompts, size)) for size in self.batch_sizes)
-        return len(_mixed(prompts, self.batch_sizes)) + again * -(-len(self.modes) // SHORTLIST)
+        again = sum(len(batches_to_time(prompts, size)) for size in self.batch_sizes)
+        return len(mixed_batches(prompts, self.batch_sizes)) + again * -(
+            -len(self.modes) // SHORTLIST
+        )
 
     def run(self, prompts: Sequence[str], on_group: Callable[[int], None] | None = None) -> Advice:
         """Records, and says what is best.
@@ -169,7 +170,7 @@ class Advisor:
         self._check(prompts)
         report = on_group or (lambda _: None)
         most = {mode: self._most(mode) for mode in self.modes}
-        recorded = self._record(most, _mixed(prompts, self.batch_sizes), report)
+        recorded = self._record(most, mixed_batches(prompts, self.batch_sizes), report)
         weighers = {mode: Weigher(mode, *replays) for mode, replays in recorded.items()}
         for mode, weigher in weighers.items():
             if weigher.error > UNSURE:
@@ -207,7 +208,7 @@ class Advisor:
         size = rough[0].batch
         settings = {str(forecast.setting): forecast.setting for forecast in rough}
         changes = {name: setting.changes for name, setting in settings.items()}
-        recorded = self._record(changes, _again(prompts, size), report)
+        recorded = self._record(changes, batches_to_time(prompts, size), report)
         again = [
             Weigher(settings[name].mode, *replays, [settings[name]]).best(size, rough=False)
             for name, replays in recorded.items()
@@ -233,7 +234,7 @@ class Advisor:
         for size, forecasts in advice.best.items():
             if not forecasts:
                 continue
-            groups = _full_groups(prompts, size)
+            groups = full_batches(prompts, size)
             drafting = self._pipeline(forecasts[0].setting.changes)
             measured = measure(
                 {"drafted": BatchRunner(drafting), PLAIN: BatchRunner(plain_pipeline(drafting))},
@@ -398,29 +399,3 @@ def _missing(config: SpecdecConfig, mode: str) -> str | None:
             where = flag if flag == "--draft-model" else f"--draft-mode {name} {flag}"
             return f"there is no word of {what} for {config.base_model}; name them with {where}"
     return None
-
-
-def _full_groups(prompts: Sequence[Any], size: int) -> list[list[Any]]:
-    """Batches of ``size``, the last filled up from the first prompts."""
-    count = len(prompts)
-    return [
-        [prompts[place % count] for place in range(first, first + size)]
-        for first in range(0, count, size)
-    ]
-
-
-def _again(prompts: Sequence[Any], size: int) -> list[list[Any]]:
-    """Batches of one size, some of them twice where there are too few to tell times from noise."""
-    groups = _full_groups(prompts, size)
-    return (groups * -(-LEAST_GROUPS // len(groups)))[:MOST_GROUPS]
-
-
-def _mixed(prompts: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Batches of all sizes, on about equally many prompts each, all prompts among them."""
-    groups: list[list[Any]] = []
-    place = 0
-    for size in sorted(sizes, reverse=True):
-        for _ in range(-(-len(prompts) // (size * len(sizes)))):
-            groups.append([prompts[i % len(prompts)] for i in range(place, place + size)])
-            place += size
-    return groups
