@@ -147,9 +147,8 @@ class Advisor:
 
     def num_groups(self, num_prompts: int) -> int:
         """How many batches `run` decodes at most, each plainly and in the ways that are weighed."""
-        prompts = range(num_prompts)
-        again = sum(len(batches_to_time(prompts, size)) for size in self.batch_sizes)
-        return len(mixed_batches(prompts, self.batch_sizes)) + again * -(
+        again = sum(len(batches_to_time(range(num_prompts), size)) for size in self.batch_sizes)
+        return len(mixed_batches(range(num_prompts), self.batch_sizes)) + again * -(
             -len(self.modes) // SHORTLIST
         )
 
