@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "inferlab.benchmarks.advisor": ("Advisor",),
     "inferlab.benchmarks.benchmark": ("BenchmarkRunner",),
     "inferlab.config": (
         "BaselineConfig",
@@ -60,6 +61,7 @@ __all__ = ["__version__", "kernels", *sorted(_MODULE_OF)]
 if TYPE_CHECKING:
     from inferlab import kernels as kernels
     from inferlab.baseline import LocalBaselineRunner as LocalBaselineRunner
+    from inferlab.benchmarks.advisor import Advisor as Advisor
     from inferlab.benchmarks.benchmark import BenchmarkRunner as BenchmarkRunner
     from inferlab.client.ping import VLLMPingClient as VLLMPingClient
     from inferlab.config import BaselineConfig as BaselineConfig

@@ -55,17 +55,17 @@ def _plain(value: Any, levels: int = 100) -> Any:
     return str(value)
 
 
-def write_json(path: str | Path, payload: Any) -> None:
+def write_json(path: str | Path, payload: Any, flag: str = "--output") -> None:
     """Writes ``payload`` to a file, as `write_text` does.
 
     Raises:
         UsageError: the file cannot be written.
     """
-    write_text(path, to_json(payload, indent=2) + "\n")
+    write_text(path, to_json(payload, indent=2) + "\n", flag)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes UTF-8 text to a file of ``--output``, whole or not at all; half of a surrogate pair
+def write_text(path: str | Path, text: str, flag: str = "--output") -> None:
+    """Writes UTF-8 text to the file of a ``flag``, whole or not at all; half of a surrogate pair
     becomes an escape.
 
     A link stays one: the file that it points to is replaced, and keeps its permissions. Devices,
@@ -85,7 +85,7 @@ def write_text(path: str | Path, text: str) -> None:
         else:
             replace_file(Path(os.path.realpath(path)), data)
     except OSError as error:
-        raise _cannot_be_written(path, error) from None
+        raise _cannot_be_written(path, error, flag) from None
 
 
 def is_special(path: str | Path) -> bool:
@@ -97,8 +97,8 @@ def is_special(path: str | Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def check_output(path: str | Path | None) -> None:
-    """Refuses an ``--output`` that cannot be written before the work is done, not after it.
+def check_output(path: str | Path | None, flag: str = "--output") -> None:
+    """Refuses the file of a ``flag`` that cannot be written before the work is done, not after it.
 
     Raises:
         UsageError: its directory does not exist, it is a directory itself, or the permission for
@@ -107,12 +107,12 @@ def check_output(path: str | Path | None) -> None:
     if path is None:
         return
     if Path(path).is_dir():
-        raise UsageError(f"--output: {path} is a directory; give a file")
+        raise UsageError(f"{flag}: {path} is a directory; give a file")
     folder = Path(os.path.realpath(path)).parent
     if not is_special(path) and not folder.is_dir():
-        raise UsageError(f"--output: {path}: its directory does not exist")
+        raise UsageError(f"{flag}: {path}: its directory does not exist")
     if not os.access(path if is_special(path) else folder, os.W_OK):
-        raise UsageError(f"--output: {path} cannot be written: permission denied")
+        raise UsageError(f"{flag}: {path} cannot be written: permission denied")
 
 
 class Journal:
@@ -193,5 +193,5 @@ def replace_file(target: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cannot_be_written(path: str | Path, error: OSError) -> UsageError:
-    return UsageError(f"--output: {path} cannot be written: {error.strerror or error}")
+def _cannot_be_written(path: str | Path, error: OSError, flag: str = "--output") -> UsageError:
+    return UsageError(f"{flag}: {path} cannot be written: {error.strerror or error}")

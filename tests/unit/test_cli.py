@@ -51,7 +51,7 @@ def test_version(capsys):
 def test_help_lists_the_commands(capsys):
     assert run_cli("--help") == 0
     text = capsys.readouterr().out
-    for command in ("baseline", "specdec", "bench", "ping", "train", "replay", "doctor"):
+    for command in ("baseline", "specdec", "advise", "bench", "ping", "train", "replay", "doctor"):
         assert f"\n    {command} " in text
 
 

@@ -12,6 +12,7 @@ from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delt
 from inferlab import SpeculativePipeline, cli, doctor
 from inferlab.cli.schema import COMMANDS, RECORD, schema
 from inferlab.records import record_of, total_stats
+from inferlab.specdec.costs import CostModel, StepCosts
 
 FAKE = ("--impl", "fake", "--max-tokens", "6")
 
@@ -134,6 +135,14 @@ def test_specdec(capsys, tmp_path, more):
 def test_specdec_of_many(capsys, prompts):
     value = printed(capsys, "specdec", *FAKE, "--prompts", prompts, code=1)
     assert [("record" in result) for result in value["results"]] == [True, False, True]
+
+
+def test_advise(capsys, monkeypatch):
+    costs = CostModel(StepCosts((1,), (1.0,)))
+    monkeypatch.setattr(SpeculativePipeline, "costs", lambda self: costs)
+    words = ("advise", *FAKE, "--prompt", "Hello", "--batch", "1", "--verify", "--iterations", "1")
+    value = printed(capsys, *words)
+    assert set(value["best"]) == set(value["verified"]) == {"1"}
 
 
 def test_baseline(capsys, prompts):

@@ -16,6 +16,7 @@ COMMANDS = {
     "specdec": "decode speculatively, on real models or fake ones",
     "baseline": "decode plainly, by Hugging Face generate",
     "chat": "talk to a model at the terminal, decoded speculatively",
+    "advise": "say what to draft with on this machine, and what it is worth",
     "bench": "measure local, speculative or HTTP decoding",
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",

@@ -1,4 +1,5 @@
-"""The flags of speculative decoding, which `specdec`, `bench` and `calibrate` share."""
+"""The flags of speculative decoding, which `specdec`, `bench`, `calibrate` and `advise`
+share."""
 
 from __future__ import annotations
 
@@ -76,18 +77,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_safety_arguments(group)
 
 
-def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for drafter, acceptance policy and controller."""
+def add_speculation_arguments(
+    parser: argparse.ArgumentParser, *, several_modes: bool = False
+) -> None:
+    """Flags for drafter, acceptance policy and controller.
+
+    Args:
+        several_modes: ``--draft-mode`` takes a list of them.
+    """
     group = parser.add_argument_group("speculation")
 
     def one_of(key: str) -> tuple[str, ...]:
         return choices(SpecdecConfig, key)
 
-    group.add_argument(
-        "--draft-mode",
-        choices=one_of("draft_mode"),
-        help="who drafts; none: plain decoding (vanilla: a draft model)",
-    )
+    if several_modes:
+        group.add_argument(
+            "--draft-mode", type=_names, metavar="MODE,...", help="(all that there are weights for)"
+        )
+    else:
+        group.add_argument(
+            "--draft-mode",
+            choices=one_of("draft_mode"),
+            help="who drafts; none: plain decoding (vanilla: a draft model)",
+        )
     group.add_argument(
         "--heads", metavar="MODEL", help="trained heads for --draft-mode medusa or eagle"
     )
@@ -179,6 +191,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_generation_config_argument(group)
     group.add_argument("--seed", type=int, help="the same seed gives the same tokens (1234)")
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def _tree(text: str) -> str | list[int]:

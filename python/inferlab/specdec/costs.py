@@ -161,8 +161,8 @@ class DraftCosts:
             (0, *(n for n, _ in self.reading)), (0.0, *(v for _, v in self.reading)), tokens
         )
 
-    def ms(self, batch: int, nodes: int) -> float:
-        """What a budget of so many nodes adds to a step."""
+    def ms(self, batch: int, nodes: float) -> float:
+        """What a budget of so many nodes adds to a step; ``nodes`` may be a mean."""
         if not self.table:
             return 0.0
         batches = [batch for batch, _ in self.table]

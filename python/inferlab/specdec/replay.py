@@ -46,7 +46,7 @@ class Replayed:
         steps: of the engine.
         ms: of all steps.
         walks: of single requests: each step that decodes one, first tokens included.
-        exact: of these, so many are known exactly.
+        exact, firsts: of these, so many are known exactly, and are of first tokens.
         by_request: the walks of each.
         disagree: recorded walks that come out otherwise when they are walked again.
     """
@@ -56,6 +56,7 @@ class Replayed:
     ms: float = 0.0
     walks: int = 0
     exact: int = 0
+    firsts: int = 0
     by_request: dict[int, list[Walked]] = field(default_factory=dict)
     disagree: int = 0
 
@@ -68,6 +69,12 @@ class Replayed:
     def accepted_length(self) -> float:
         """Tokens per walk, the bonus token and first tokens included: 1.0 is plain decoding."""
         return self.tokens / self.walks if self.walks else 0.0
+
+    @property
+    def decoding_length(self) -> float:
+        """The same of the walks behind first tokens alone, in which there can be drafts."""
+        decoding = self.walks - self.firsts
+        return (self.tokens - self.firsts) / decoding if decoding else 1.0
 
     @property
     def covered(self) -> float:
@@ -241,17 +248,21 @@ class Replay:
             result.add(where[0], Walked(where[1], number, True))
         return result
 
-    def run(self, asker: Asker, rule: Rule | None = None) -> Replayed:
+    def run(self, asker: Asker, rule: Rule | None = None, together: int | None = None) -> Replayed:
         """The run under another setting.
 
         Args:
             asker: how much is drafted.
             rule: who accepts; None: as recorded.
+            together: texts decoded in one batch, one batch behind the other, the last filled up
+                from the first texts; its steps then take what the cost model says, those that
+                read a prompt, too. None: as recorded.
 
         Raises:
             UsageError: the policy cannot be replayed.
         """
-        return _Run(self, asker, (rule or self.rule).check()).decode()
+        run = _Run(self, asker, (rule or self.rule).check())
+        return run.decode() if together is None else run.decode_together(together)
 
     def grid(
         self,
@@ -352,6 +363,22 @@ class _Run:
         self._step_of: list[int] = replay.trees.step.tolist()
         self._first: list[bool] = replay.trees.first.tolist()
         self._ids: list[int] = self.columns["request.id"].tolist()
+        self._as_recorded = True
+
+    def decode_together(self, size: int) -> Replayed:
+        """Batches of ``size`` texts, without a recorded time."""
+        self._as_recorded = False
+        count = len(self._ids)
+        order = [place % count for place in range(-(-count // size) * size)]
+        for first in range(0, len(order), size):
+            running = [self._begin(request) for request in order[first : first + size]]
+            while running:
+                decoding = self._read(running)
+                if decoding:
+                    self._step(decoding)
+                running = [text for text in running if text.at < text.end]
+        self.result.tokens = int(self.replay.trees.lengths[order].sum())
+        return self.result
 
     def decode(self) -> Replayed:
         replay = self.replay
@@ -388,6 +415,7 @@ class _Run:
         others: list[_Text] = []
         steps: set[int] = set()
         times, sizes = self.replay.times.ms, self.columns["step.rows"]
+        read: list[float] = []  # tokens of each text
         for text in running:
             row = self.replay._row_at[text.request].get(int(text.at))
             if text.astray or row is None or not self._first[row]:
@@ -395,12 +423,17 @@ class _Run:
                 continue
             step = self._step_of[row]
             steps.add(step)
-            self.result.ms += float(times[step]) / int(sizes[step])
+            if self._as_recorded:
+                self.result.ms += float(times[step]) / int(sizes[step])
+            read.append(text.at + 1)
             emitted = int(self.columns["row.emitted"][row])
             self._count(text, 0, emitted, True)
+            self.result.firsts += 1
             if emitted == 0:  # it ended in an error
                 text.at = text.end
         self.result.steps += len(steps)
+        if read and not self._as_recorded:
+            self.result.ms += self.replay.times.reading(len(read), sum(read) / len(read))
         return others
 
     def _step(self, texts: list[_Text]) -> None:
@@ -414,13 +447,13 @@ class _Run:
         depths: list[int] = []
         ranks: list[list[int]] = []
         steps: set[int] = set()
-        widest = 0
+        widths: list[int] = []
         usual = rows.usual_nodes if nodes > 0 else 0
         changed = self._changed
         for text in texts:
             row = None if text.astray else replay._row_at[text.request].get(int(text.at))
             if row is None or self._first[row]:
-                widest = max(widest, usual)
+                widths.append(usual)
                 steps.add(-1)
                 self._changed = True
                 text.astray = text.astray or self.rule.policy != "longest_prefix"
@@ -430,7 +463,7 @@ class _Run:
                 continue
             steps.add(self._step_of[row])
             whole = replay.trees.chain or self._step_of[row] >= 0
-            widest = max(widest, rows.nodes[row] if whole else usual)
+            widths.append(rows.nodes[row] if whole else usual)
             exact = rows.exact[row] and not (self._remembers and changed and nodes > 0)
             self._changed = self._changed or not rows.same[row]
             emitted = rows.emitted[row] if exact else rows.expected[row]
@@ -442,11 +475,13 @@ class _Run:
             sure = exact or self.rule.policy == "longest_prefix"
             text.astray = text.astray or not sure or not rows.told[row]
         step = steps.pop() if len(steps) == 1 else -1
-        if step >= 0 and int(self.columns["step.rows"][step]) == len(texts):
-            ms = replay.times.changed(step, levels, widest)
+        width = replay.times.width(widths)
+        known = self._as_recorded and step >= 0
+        if known and int(self.columns["step.rows"][step]) == len(texts):
+            ms = replay.times.changed(step, levels, width)
         else:
             context = sum(text.at for text in texts) / len(texts)
-            ms = replay.times.predicted(len(texts), levels, widest, context)
+            ms = replay.times.predicted(len(texts), levels, width, context)
         result.ms += ms
         result.steps += 1
         self.asker.hear(len(texts), Step(levels, nodes, ms, depths, ranks))

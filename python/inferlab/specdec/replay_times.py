@@ -1,18 +1,53 @@
 """What recorded steps took, and what others would take. No torch.
 
 A recorded step's own ms, times what the cost model says of the other tree against the recorded one;
-steps that were not recorded, by the cost model alone, which is scaled to the run. The model is that
-of the machine (`inferlab.specdec.costs`), kept with the recording, or else fitted to the recorded
-steps, which know only the sizes that they had.
+steps that were not recorded, by the cost model alone, which is scaled to the run, for each batch
+size. The model is that of the machine (`inferlab.specdec.costs`), kept with the recording, or else
+fitted to the recorded steps, which know only the sizes that they had.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.cuts import Trees
 from inferlab.specdec.recorded import CATCHING_UP, FIRST, PHASES, Recording
+
+LEAST = 8
+"""Steps of one batch size that say something of it."""
+
+
+class Scale:
+    """What predicted times are to be multiplied with, by batch size: on lines between recorded
+    sizes, over their logarithms."""
+
+    def __init__(self, sizes: Sequence[float] = (1,), factors: Sequence[float] = (1,)) -> None:
+        self._sizes, self._factors = np.log(sizes), factors
+
+    def __call__(self, batch: Any) -> Any:
+        return np.interp(np.log(batch), self._sizes, self._factors)
+
+    @classmethod
+    def of(
+        cls, batch: np.ndarray, predicted: np.ndarray, real: np.ndarray, least: int = LEAST
+    ) -> Scale:
+        """The ratio of sums, of each batch size that has enough entries; without any, of all."""
+        if min(predicted.sum(), real.sum()) <= 0:
+            return cls()
+        sizes, counts = np.unique(batch, return_counts=True)
+        sums = [(s, real[batch == s].sum(), predicted[batch == s].sum()) for s in sizes.tolist()]
+        found = {
+            size: above / below
+            for (size, above, below), count in zip(sums, counts, strict=True)
+            if count >= least and min(above, below) > 0
+        }
+        if not found:
+            return cls(factors=(real.sum() / predicted.sum(),))
+        return cls(tuple(found), tuple(found.values()))
 
 
 class Times:
@@ -22,6 +57,9 @@ class Times:
         ms: of each recorded step.
         measured: the cost model is the machine's; False: it was fitted to the recorded steps.
         off: median of |predicted / recorded - 1| over the decoding steps.
+        step_scale, reading_scale: what predicted steps are multiplied with, drafting left out, and
+            steps that read texts.
+        error: of the cost model as it was measured, likewise; ``off`` where it was fitted to them.
     """
 
     def __init__(self, recording: Recording, trees: Trees, costs: CostModel | None) -> None:
@@ -34,9 +72,14 @@ class Times:
         self._most_levels = int(self.levels.max(initial=0))
         if not trees.chain:
             self._most_levels = int(trees.tree["levels"])
-        self.nodes = np.zeros(steps, np.int64)
+        self._packs = recording.about["machine"][2] == "cpu"
+        self.nodes: np.ndarray = np.zeros(steps)
         step = trees.step[: trees.real]
-        np.maximum.at(self.nodes, step, trees.drafted[: trees.real])
+        if self._packs:
+            drafted = np.bincount(step, trees.drafted[: trees.real], steps)
+            self.nodes = drafted.astype(np.float64) / np.maximum(self.batch, 1)
+        else:
+            np.maximum.at(self.nodes, step, trees.drafted[: trees.real])
         roots = np.bincount(step, c["row.root"], steps)
         self.context = roots / np.maximum(self.batch, 1)
         kind = c["step.kind"]
@@ -45,22 +88,31 @@ class Times:
             usual = np.flatnonzero((kind != FIRST) & (self.ms > draft))
         self.measured = costs is not None
         self._costs = costs if costs is not None else self._fitted(usual, draft)
-        self._step_scale = self._draft_scale = 1.0
         self.off = 0.0
+        self.step_scale = self._draft_scale = Scale()
         if len(usual):
             step_ms, draft_ms = np.array([self._parts(int(s)) for s in usual]).T
-            self._step_scale = (self.ms - draft)[usual].sum() / max(step_ms.sum(), 1e-9)
-            if draft_ms.sum() > 0 and draft[usual].sum() > 0:
-                self._draft_scale = draft[usual].sum() / draft_ms.sum()
-            predicted = step_ms * self._step_scale + draft_ms * self._draft_scale
+            batch = self.batch[usual]
+            self.step_scale = Scale.of(batch, step_ms, (self.ms - draft)[usual])
+            self._draft_scale = Scale.of(batch, draft_ms, draft[usual])
+            predicted = step_ms * self.step_scale(batch) + draft_ms * self._draft_scale(batch)
             self.off = float(np.median(np.abs(predicted / self.ms[usual] - 1)))
+        firsts = np.flatnonzero(kind == FIRST)
+        read = [self._reading(int(self.batch[s]), self.context[s] + 1) for s in firsts]
+        self.reading_scale = Scale.of(self.batch[firsts], np.array(read), self.ms[firsts], 1)
+        self.error = self._costs.step.error if self.measured else self.off
 
     def _parts(self, step: int) -> tuple[float, float]:
-        batch, nodes = int(self.batch[step]), int(self.nodes[step])
+        batch, nodes = int(self.batch[step]), float(self.nodes[step])
         ms = self._costs.step.ms(batch, 1 + nodes, self.context[step])
         return ms, self._drafting(batch, nodes, int(self.levels[step]))
 
-    def _drafting(self, batch: int, nodes: int, levels: int) -> float:
+    def width(self, nodes: Sequence[int]) -> float:
+        """Draft nodes that each sequence of a step is computed with, from those that each has: on a
+        CPU padding is left out (`inferlab.models.packing`)."""
+        return sum(nodes) / len(nodes) if self._packs else max(nodes)
+
+    def _drafting(self, batch: int, nodes: float, levels: int) -> float:
         """Costs are measured with the most levels that so many nodes can have; each takes as much
         as the others."""
         most = min(nodes, self._most_levels)
@@ -74,7 +126,9 @@ class Times:
         alike: dict[tuple[int, int, int], list[int]] = {}
         for s in usual.tolist():
             context = int(self.context[s]) // 64 * 64 + 32
-            alike.setdefault((int(self.batch[s]), int(self.nodes[s]), context), []).append(s)
+            alike.setdefault((int(self.batch[s]), round(float(self.nodes[s])), context), []).append(
+                s
+            )
         steps = [
             StepTime(b, 1 + n, context, float(np.median((self.ms - draft)[found])))
             for (b, n, context), found in alike.items()
@@ -87,14 +141,22 @@ class Times:
         ]
         return CostModel(StepCosts.fit(steps), DraftCosts.of(times))
 
-    def predicted(self, batch: int, levels: int, nodes: int, context: float) -> float:
+    def predicted(self, batch: int, levels: int, nodes: float, context: float) -> float:
         """A step of any size."""
-        step = self._costs.step.ms(batch, 1 + nodes, context) * self._step_scale
-        return step + self._drafting(batch, nodes, levels) * self._draft_scale
+        step = self._costs.step.ms(batch, 1 + nodes, context) * self.step_scale(batch)
+        return float(step + self._drafting(batch, nodes, levels) * self._draft_scale(batch))
 
-    def changed(self, step: int, levels: int, nodes: int) -> float:
-        """A recorded step, had its largest tree had so many levels and draft nodes."""
-        ms, was = float(self.ms[step]), (int(self.levels[step]), int(self.nodes[step]))
+    def reading(self, batch: int, tokens: float) -> float:
+        """The step that reads a batch of texts, of ``tokens`` each, up to their first tokens."""
+        return float(self._reading(batch, tokens) * self.reading_scale(batch))
+
+    def _reading(self, batch: int, tokens: float) -> float:
+        """As of one step with so many rows, each of which sees half of its text in the mean."""
+        return self._costs.step.ms(batch, tokens, tokens / 2)
+
+    def changed(self, step: int, levels: int, nodes: float) -> float:
+        """A recorded step, had it had so many levels and draft nodes (see `width`)."""
+        ms, was = float(self.ms[step]), (int(self.levels[step]), float(self.nodes[step]))
         if nodes == was[1] and min(levels, nodes) == min(was):
             return ms
         batch, context = int(self.batch[step]), float(self.context[step])
