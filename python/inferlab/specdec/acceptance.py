@@ -156,3 +156,11 @@ def kinds_of(chances: Sequence[float]) -> list[int]:
         odds = math.log(max(chance, 1e-9) / max(1 - chance, 1e-9))
         kinds.append(min(max(int((odds - _LOWEST) * _STEP), 0), _BINS - 1))
     return kinds
+
+
+def kinds_of_logs(logs: np.ndarray) -> np.ndarray:
+    """The same of many nodes at once, told by the logs of their chances."""
+    logs = np.minimum(logs, -1e-9)
+    odds = logs - np.log(-np.expm1(logs))
+    kinds: np.ndarray = ((odds - _LOWEST) * _STEP).clip(0, _BINS - 1).astype(np.int64)
+    return kinds
