@@ -97,8 +97,8 @@ def is_special(path: str | Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def check_output(path: str | Path | None) -> None:
-    """Refuses an ``--output`` that cannot be written before the work is done, not after it.
+def check_output(path: str | Path | None, flag: str = "--output") -> None:
+    """Refuses a file, named by a flag, that cannot be written before the work is done, not after it.
 
     Raises:
         UsageError: its directory does not exist, it is a directory itself, or the permission for
@@ -107,12 +107,12 @@ def check_output(path: str | Path | None) -> None:
     if path is None:
         return
     if Path(path).is_dir():
-        raise UsageError(f"--output: {path} is a directory; give a file")
+        raise UsageError(f"{flag}: {path} is a directory; give a file")
     folder = Path(os.path.realpath(path)).parent
     if not is_special(path) and not folder.is_dir():
-        raise UsageError(f"--output: {path}: its directory does not exist")
+        raise UsageError(f"{flag}: {path}: its directory does not exist")
     if not os.access(path if is_special(path) else folder, os.W_OK):
-        raise UsageError(f"--output: {path} cannot be written: permission denied")
+        raise UsageError(f"{flag}: {path} cannot be written: permission denied")
 
 
 class Journal:

@@ -10,8 +10,9 @@ Each kind has a counter, so it does not matter how the drafter's own numbers are
 * prior: what the drafter says of the kind before anything was seen;
 * trust: nodes of all kinds that were accepted, relative to what the priors had promised.
 
-A sequence's own chances are these times the ratio of what was accepted of its nodes to what was
-expected of them, shrunk towards 1 where there is little evidence.
+A sequence's own chances have the odds of these, times the ratio of what was accepted of its nodes
+to what was expected of them, shrunk towards 1 where there is little evidence. A step's nodes stand
+or fall together, so they count for no more than one that was to be expected.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Acceptance:
     FORGET = 0.98  # weight of what was known, per step
     WEIGHT = 6.0  # of a kind's prior, in nodes
     TRUST = 4.0  # of the priors all together, in accepted nodes
-    OWN = 4.0  # of the chances of all sequences against one's own, in accepted nodes
-    OWN_FORGET = 0.95
+    OWN = 6.0  # of the chances of all sequences against one's own, in accepted nodes
+    OWN_FORGET = 0.9
 
     def __init__(self, priors: Sequence[float], evidence: float = 0.0) -> None:
         self._priors = np.array(priors, dtype=np.float64)
@@ -91,14 +92,15 @@ class Acceptance:
         return self._chances
 
     def factor(self, request_id: int) -> float:
-        """How much likelier a sequence's nodes are accepted than their kinds say."""
+        """How much larger the odds of a sequence's nodes are than their kinds say."""
         accepted, expected = self._own.get(request_id, (0.0, 0.0))
         return (accepted + self.OWN) / (expected + self.OWN)
 
     def of(self, request_id: int, kinds: Sequence[int]) -> list[float]:
         """Chances of a sequence's nodes, given in the order of worth: falling."""
-        chances, factor = self.chances, self.factor(request_id)
-        return list(accumulate((min(chances[k] * factor, MOST) for k in kinds), min))
+        factor = self.factor(request_id)
+        own = [c * factor / (1 + c * (factor - 1)) for c in self.chances]
+        return list(accumulate((min(own[kind], MOST) for kind in kinds), min))
 
     def count(self, verified: int) -> None:
         """A step in which drafts of so many sequences were verified."""
@@ -127,9 +129,11 @@ class Acceptance:
             self._promised += self._unit * float(sum(self._priors[k] for k in of_nodes))
             self._kept += self._unit * len(ranks)
             own, expected = self._own.pop(request_id, (0.0, 0.0))
+            in_step = sum([chances[k] for k in of_nodes])
+            weight = 1 / max(in_step, 1.0)
             self._own[request_id] = (
-                own * self.OWN_FORGET + len(ranks),
-                expected * self.OWN_FORGET + sum(chances[k] for k in of_nodes),
+                own * self.OWN_FORGET + weight * len(ranks),
+                expected * self.OWN_FORGET + weight * in_step,
             )
         self.count(verified)
         if self._unit > 1e9:

@@ -14,6 +14,7 @@ from inferlab.config import MAX_DRAFT
 from inferlab.specdec.acceptance import Acceptance
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, Drift, StepCosts
+from inferlab.specdec.ranks import Ranks
 from inferlab.specdec.tree import NO_DRAFT, Budget
 from inferlab.types import check
 
@@ -53,7 +54,6 @@ class CostController(Controller):
 
     FIRST, SHARE, SAVINGS = 0.6, 0.006, 4.0
     LUCK = 2.5  # plain steps that the account may be short of, where what is certain pays
-    HOPE, UNKNOWN = 0.7, 0.9  # chance of the first node, and of the next relative to the one before
     MARGIN = 1.02  # what another rung must promise before it is taken
     PRUDENCE = 1.05  # what drafts must promise over their price: some of it is not in the model
     TOGETHER = 0.025  # more of it per doubling of a batch that ends with its last sequence
@@ -181,11 +181,10 @@ class CostController(Controller):
         if now.drafting is None:
             now.drafting = self._draft_ms(len(requests))
         size = now.outlook.batch_size
-        chances, factor = self._acceptance.chances, self._acceptance.factor
-        worth = now.worth_of_members
+        of, worth = self._acceptance.of, now.worth_of_members
         hope = self._ranks.again * sum(
             [
-                chances[kind] * factor(request) * value
+                of(request, (kind,))[0] * value
                 for request, kind, value in zip(requests, kinds, worth, strict=True)
             ]
         )
@@ -311,7 +310,7 @@ class CostController(Controller):
         self._plan = None
         known = outlook.known
         self._acceptance = Acceptance(known.by_kind, known.evidence)
-        self._ranks = _Ranks(self._rungs[-1].nodes, known.by_rank, self.HOPE, self.UNKNOWN)
+        self._ranks = Ranks(self._rungs[-1].nodes, known.by_rank)
 
     def _admit(self, outlook: Outlook, plain: float) -> None:
         """New sequences are new luck: they bring their part of an account of their own."""
@@ -499,69 +498,6 @@ class _Timed:
 
     steps: int = 0
     due: int = 1
-
-
-class _Ranks:
-    """Shares of sequences in which the node of each rank was verified, and accepted."""
-
-    FORGET = 0.98
-
-    def __init__(
-        self, nodes: int, priors: Sequence[float], hope: float, unknown: float, weight: float = 2.0
-    ) -> None:
-        chances = list(priors[:nodes])
-        while len(chances) < nodes:
-            chances.append(chances[-1] * unknown if chances else hope)
-        self._priors = np.array(chances)
-        self._weight = weight
-        self._accepted = np.zeros(nodes)
-        self._verified = np.zeros(nodes)
-        self._offered = np.zeros(nodes)
-        self._sums: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes accepted, and verified, of the first n ranks, n from 0 on: per sequence."""
-        if self._sums is None:
-            chances, chance, prior = [0.0], 0.0, 0.0
-            for own, accepted, offered in zip(
-                self._priors.tolist(), self._accepted.tolist(), self._offered.tolist(), strict=True
-            ):
-                # What was never tried is as likely, relative to the one before, as it was said.
-                expected = own if len(chances) == 1 else chance * own / prior
-                prior = max(own, 1e-9)
-                chance = (accepted + self._weight * expected) / (offered + self._weight)
-                chances.append(chance)
-            verified = (self._verified + self._weight) / (self._offered + self._weight)
-            self._sums = np.cumsum(chances), np.cumsum([0.0, *verified])
-        return self._sums
-
-    @property
-    def again(self) -> float:
-        """Chance of a node behind an accepted one."""
-        behind = float(self._accepted[1:].sum())
-        before = float(np.minimum(self._accepted[:-1], self._verified[1:]).sum())
-        return min((behind + 4 * 0.8) / (before + 4), 1.0)
-
-    def learn(
-        self, nodes: int, accepted: Sequence[Sequence[int]], kept: Sequence[int] | None
-    ) -> None:
-        """A step with a budget of so many nodes for each of some sequences; of each the ranks that
-        were accepted, and how many were verified (None: all)."""
-        # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
-        for values in (self._accepted, self._verified, self._offered):
-            values[:nodes] *= self.FORGET
-        self._offered[:nodes] += len(accepted)
-        for ranks in accepted:
-            for rank in ranks:
-                if rank <= nodes:
-                    self._accepted[rank - 1] += 1
-        if kept is None:
-            self._verified[:nodes] += len(accepted)
-        else:
-            for count in kept:
-                self._verified[:count] += 1
-        self._sums = None
 
 
 class _Report:

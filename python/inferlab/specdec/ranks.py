@@ -1,0 +1,80 @@
+"""How likely draft nodes are to be accepted, told apart by their rank alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Ranks:
+    """Shares of sequences in which the node of each rank was verified, and accepted.
+
+    Args:
+        nodes: of the largest tree, below the root.
+        priors: of each rank, the chance before anything was seen; what is missing is assumed.
+    """
+
+    HOPE, UNKNOWN = 0.7, 0.9  # chance of the first node, and of the next relative to the one before
+    FORGET = 0.98  # weight of what was known, per step
+    WEIGHT = 2.0  # of a rank's prior, in sequences
+
+    def __init__(self, nodes: int, priors: Sequence[float]) -> None:
+        chances = list(priors[:nodes])
+        while len(chances) < nodes:
+            chances.append(chances[-1] * self.UNKNOWN if chances else self.HOPE)
+        self._priors = np.array(chances)
+        self._accepted = np.zeros(nodes)
+        self._verified = np.zeros(nodes)
+        self._offered = np.zeros(nodes)
+        self._sums: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes accepted, and verified, of the first n ranks, n from 0 on: per sequence."""
+        if self._sums is None:
+            chances, chance, prior = [0.0], 0.0, 0.0
+            for own, accepted, offered in zip(
+                self._priors.tolist(), self._accepted.tolist(), self._offered.tolist(), strict=True
+            ):
+                # What was never tried is as likely, relative to the one before, as it was said.
+                expected = own if len(chances) == 1 else chance * own / prior
+                prior = max(own, 1e-9)
+                chance = (accepted + self.WEIGHT * expected) / (offered + self.WEIGHT)
+                chances.append(chance)
+            verified = (self._verified + self.WEIGHT) / (self._offered + self.WEIGHT)
+            self._sums = np.cumsum(chances), np.cumsum([0.0, *verified])
+        return self._sums
+
+    @property
+    def chances(self) -> list[float]:
+        """Of each rank."""
+        chances: list[float] = np.diff(self.sums[0]).tolist()
+        return chances
+
+    @property
+    def again(self) -> float:
+        """Chance of a node behind an accepted one."""
+        behind = float(self._accepted[1:].sum())
+        before = float(np.minimum(self._accepted[:-1], self._verified[1:]).sum())
+        return min((behind + 4 * 0.8) / (before + 4), 1.0)
+
+    def learn(
+        self, nodes: int, accepted: Sequence[Sequence[int]], kept: Sequence[int] | None
+    ) -> None:
+        """A step with a budget of so many nodes for each of some sequences; of each the ranks that
+        were accepted, and how many were verified (None: all)."""
+        # A node that the drafter did not offer (no n-gram found, say) counts as not accepted.
+        for values in (self._accepted, self._verified, self._offered):
+            values[:nodes] *= self.FORGET
+        self._offered[:nodes] += len(accepted)
+        for ranks in accepted:
+            for rank in ranks:
+                if rank <= nodes:
+                    self._accepted[rank - 1] += 1
+        if kept is None:
+            self._verified[:nodes] += len(accepted)
+        else:
+            for count in kept:
+                self._verified[:count] += 1
+        self._sums = None
