@@ -98,7 +98,7 @@ def is_special(path: str | Path) -> bool:
 
 
 def check_output(path: str | Path | None, flag: str = "--output") -> None:
-    """Refuses a file, named by a flag, that cannot be written before the work is done, not after it.
+    """Refuses a file that cannot be written before the work is done, not after it.
 
     Raises:
         UsageError: its directory does not exist, it is a directory itself, or the permission for

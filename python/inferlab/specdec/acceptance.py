@@ -58,7 +58,7 @@ class Acceptance:
     FORGET = 0.98  # weight of what was known, per step
     WEIGHT = 6.0  # of a kind's prior, in nodes
     TRUST = 4.0  # of the priors all together, in accepted nodes
-    OWN = 6.0  # of the chances of all sequences against one's own, in accepted nodes
+    OWN = 8.0  # of the chances of all sequences against one's own, in accepted nodes
     OWN_FORGET = 0.9
 
     def __init__(self, priors: Sequence[float], evidence: float = 0.0) -> None:
@@ -99,8 +99,8 @@ class Acceptance:
     def of(self, request_id: int, kinds: Sequence[int]) -> list[float]:
         """Chances of a sequence's nodes, given in the order of worth: falling."""
         factor = self.factor(request_id)
-        own = [c * factor / (1 + c * (factor - 1)) for c in self.chances]
-        return list(accumulate((min(own[kind], MOST) for kind in kinds), min))
+        own = [min(c * factor / (1 + c * (factor - 1)), MOST) for c in self.chances]
+        return list(accumulate([own[kind] for kind in kinds], min))
 
     def count(self, verified: int) -> None:
         """A step in which drafts of so many sequences were verified."""

@@ -82,29 +82,27 @@ def known_of_grown(device: torch.device) -> Known:
     return Known(by_kind=SURE) if device.type == "cpu" else UNKNOWN
 
 
-def grown_tree(
-    grown: GrownTree, links: TreeLinks, levels: int, batch: Batch, judge: Judge | None
-) -> DraftTree:
-    """The trees of a batch, of at most ``levels`` levels.
-
-    Args:
-        judge: says how many of each sequence's nodes are kept; None: all.
-    """
+def grown_tree(grown: GrownTree, links: TreeLinks, levels: int) -> DraftTree:
+    """The trees of a batch, of at most ``levels`` levels."""
     size, nodes = grown.tokens.shape
-    counts = [nodes - 1] * size
-    if judge is not None:
-        kinds = kinds_of_logs(grown.confidence[:, 1:].numpy())
-        counts = judge.keep([request.request_id for request in batch.requests], kinds.tolist())
+    return DraftTree(grown.tokens, links, False, [levels] * size, [nodes] * size)
+
+
+def judged_tree(grown: GrownTree, levels: int, batch: Batch, judge: Judge) -> DraftTree:
+    """Of each of these trees what a judge keeps; on a CPU."""
+    nodes = grown.tokens.shape[1]
+    kinds = kinds_of_logs(grown.confidence[:, 1:].numpy())
+    counts = judge.keep([request.request_id for request in batch.requests], kinds.tolist())
     width = 1 + max(counts)
     if width == 1:
         return DraftTree.root_only(batch.roots)
     if min(counts) == nodes - 1:
-        return DraftTree(grown.tokens, links, False, [levels] * size, [nodes] * size)
+        return grown_tree(grown, build_tree(grown.parents), levels)
     # Numbered by confidence: the first of them are a tree.
     parents = grown.parents[:, :width].contiguous()
     if min(counts) + 1 < width:
         padding = torch.arange(width) > torch.tensor(counts)[:, None]
-        parents.masked_fill_(padding, -2)
+        parents = parents.masked_fill(padding, -2)
     links = build_tree(parents)
     depths = links.depth.amax(dim=1).tolist()
     tokens = grown.tokens[:, :width].contiguous()

@@ -19,7 +19,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import LastFeatures
-from inferlab.specdec.drafters.grown import grown_tree, known_of_grown
+from inferlab.specdec.drafters.grown import grown_tree, judged_tree, known_of_grown
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
 from inferlab.specdec.drafters.writer import Ground
@@ -93,16 +93,18 @@ class MedusaDrafter(Drafter):
                 drawn = self._draw(ground, features, levels, max(shape.widths))
                 return (tree_of_offsets(ground.roots, drawn, shape),)
             grown = self._grow(ground, features, levels, nodes)
-            return *grown, *build_tree(grown.parents)
+            return grown if judge is not None else (*grown, *build_tree(grown.parents))
 
         # A given target's head may be exchanged.
-        key = (shape or (levels, nodes), self.heads.lm_head(0).data_ptr())
+        key = (shape or (levels, nodes, judge is None), self.heads.lm_head(0).data_ptr())
         features = self._features.of(batch)[:, -1]
         drafted = self._graphs.run(key, batch, (features,), write)
         if shape is not None:
             return DraftTree.of_shape(shape, *drafted)
-        grown, links = GrownTree(*drafted[:3]), TreeLinks(*drafted[3:])
-        return grown_tree(grown, links, levels, batch, judge)
+        grown = GrownTree(*drafted[:3])
+        if judge is not None:
+            return judged_tree(grown, levels, batch, judge)
+        return grown_tree(grown, TreeLinks(*drafted[3:]), levels)
 
     def _grow(self, ground: Ground, features: torch.Tensor, levels: int, nodes: int) -> GrownTree:
         """The ``nodes`` tokens that the heads are surest of."""
