@@ -111,7 +111,8 @@ class CostController(Controller):
         worth = self._worth(outlook)
         self._now = _Drafting(plan, outlook, worth, max(self._account, 0.0) - plan.loss)
         everyone = len(plan.members) == size
-        judge = self if outlook.known.by_kind else None
+        # Grown trees that were cut, or merely watched, were slower: see COSTS.md.
+        judge = self if outlook.known.by_kind and outlook.known.asks else None
         return Choice(self._rungs[plan.rung], None if everyone else plan.members, judge)
 
     def _look(self, outlook: Outlook) -> _Plan | None:

@@ -8,8 +8,8 @@ temperature 0 these are the draft's logits. Above it they include the noise that
 too: what matters is not how probable a token is, but whether it wins under that noise, and the gap
 between the perturbed scores says so. A path's confidence is the product along it.
 
-Where the host can read the confidences without waiting for a device, a judge hears of them, and
-each sequence keeps the nodes that are worth verifying.
+Where the host can read the confidences without waiting for a device, a judge may be told of them,
+and says how many of each sequence's nodes are kept.
 """
 
 from __future__ import annotations
