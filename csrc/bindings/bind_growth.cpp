@@ -66,6 +66,7 @@ void grow_tree(Call& c) {
   const int64_t width = c.integer("width");
   const Arg& tree_tokens = c.out("tree_tokens", kI32, {B, nodes});
   const Arg& tree_parents = c.out("tree_parents", kI32, {B, nodes});
+  const Arg& tree_confidence = c.out("tree_confidence", kF32, {B, nodes});
   if (!c.ready()) return;
   if (!c.on_cpu()) return c.decline();
   require(width >= 1 && nodes >= 1 && nodes <= candidates + 1 &&
@@ -86,6 +87,7 @@ void grow_tree(Call& c) {
   p.expanded = expanded.ptr<const int32_t>();
   p.tree_tokens = tree_tokens.ptr<int32_t>();
   p.tree_parents = tree_parents.ptr<int32_t>();
+  p.tree_confidence = tree_confidence.ptr<float>();
   c.cpu([&] { return cpu::grow_tree(p); });
 }
 
@@ -96,6 +98,7 @@ void grow_offsets(Call& c) {
   const Arg& scores = c.in("scores", kF32, {B, depth, width});
   const Arg& tree_tokens = c.out("tree_tokens", kI32, {B, nodes});
   const Arg& tree_parents = c.out("tree_parents", kI32, {B, nodes});
+  const Arg& tree_confidence = c.out("tree_confidence", kF32, {B, nodes});
   if (!c.ready()) return;
   if (!c.on_cpu()) return c.decline();
   int64_t paths = 1, level = 1;
@@ -115,6 +118,7 @@ void grow_offsets(Call& c) {
   p.scores = scores.ptr<const float>();
   p.tree_tokens = tree_tokens.ptr<int32_t>();
   p.tree_parents = tree_parents.ptr<int32_t>();
+  p.tree_confidence = tree_confidence.ptr<float>();
   c.cpu([&] { return cpu::grow_offsets(p); });
 }
 

@@ -87,14 +87,17 @@ void tree_of_one(const GrowTreeParams& p, int64_t b) {
   place.assign(static_cast<size_t>(p.candidates), 0);
   int32_t* tokens = p.tree_tokens + b * p.nodes;
   int32_t* parents = p.tree_parents + b * p.nodes;
+  float* confidence = p.tree_confidence + b * p.nodes;
   tokens[0] = p.roots[b];
   parents[0] = -1;
+  confidence[0] = 0.0f;
   for (int64_t i = 0; i < kept; ++i) {
     const int32_t candidate = order[static_cast<size_t>(i)];
     const int32_t parent = p.expanded[b * p.expansions + candidate / p.width];
     place[static_cast<size_t>(candidate)] = static_cast<int32_t>(i) + 1;
     tokens[i + 1] = p.tokens[b * p.candidates + candidate];
     parents[i + 1] = parent < 0 ? 0 : place[static_cast<size_t>(parent)];
+    confidence[i + 1] = p.confidence[b * p.candidates + candidate];
   }
 }
 
@@ -111,8 +114,7 @@ struct Bud {
 
 void offsets_of_one(const GrowOffsetsParams& p, int64_t b) {
   thread_local std::vector<Sibling> ranked;
-  thread_local std::vector<float> path;  // confidence of the nodes taken
-  thread_local std::vector<Bud> buds;    // a heap
+  thread_local std::vector<Bud> buds;  // a heap
   ranked.resize(static_cast<size_t>(p.depth * p.width));
   for (int64_t d = 0; d < p.depth; ++d) {
     const int64_t at = (b * p.depth + d) * p.width;
@@ -122,15 +124,16 @@ void offsets_of_one(const GrowOffsetsParams& p, int64_t b) {
   }
   int32_t* tokens = p.tree_tokens + b * p.nodes;
   int32_t* parents = p.tree_parents + b * p.nodes;
+  float* path = p.tree_confidence + b * p.nodes;
   tokens[0] = p.roots[b];
   parents[0] = -1;
-  path.assign(1, 0.0f);
+  path[0] = 0.0f;
   buds.clear();
   int32_t order = 0;
   const auto bud = [&](int32_t parent, int32_t depth, int32_t rank) {
     if (depth == p.depth || rank == p.width) return;
     const Sibling& s = ranked[static_cast<size_t>(depth * p.width + rank)];
-    const float sure = path[static_cast<size_t>(parent)] + s.confidence;
+    const float sure = path[parent] + s.confidence;
     buds.push_back({sure, order++, parent, depth, rank});
     std::push_heap(buds.begin(), buds.end());
   };
@@ -141,7 +144,7 @@ void offsets_of_one(const GrowOffsetsParams& p, int64_t b) {
     buds.pop_back();
     tokens[node] = ranked[static_cast<size_t>(taken.depth * p.width + taken.rank)].token;
     parents[node] = taken.parent;
-    path.push_back(taken.confidence);
+    path[node] = taken.confidence;
     bud(taken.parent, taken.depth, taken.rank + 1);
     bud(node, taken.depth + 1, 0);
   }

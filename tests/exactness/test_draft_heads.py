@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any
 
@@ -253,6 +254,37 @@ def test_a_long_sleep_is_caught_up_in_pieces(monkeypatch):
     for prompt, result in zip(PROMPTS, results, strict=True):
         (expected,) = plain.generate([(prompt, long)])
         assert_same_tokens(target, prompt, expected.token_ids, result.token_ids, long, "sleepy")
+
+
+@pairwise(kind=KINDS, params={"greedy": GREEDY, "sampled": SAMPLED}, batch=[1, 4])
+def test_trees_that_a_judge_cuts_change_no_token(kind, params, batch):
+    target, controller = target_of("llama"), Choosy(3)
+    drafter = drafter_of(kind, "llama", True)
+    drafter._check_chain = lambda *_: None  # they may be cut to the root
+    engine = Engine(target, target.new_cache(PAGES), Policy(), controller, drafter, batch)
+    results = engine.generate([(p, params) for p in PROMPTS])
+    for prompt, tokens, result in zip(PROMPTS, plain_tokens("llama", params), results, strict=True):
+        assert_same_tokens(target, prompt, tokens, result.token_ids, params, kind)
+    assert {0, 1} < controller.kept
+
+
+class Choosy(FixedController):
+    """Keeps some of each tree, and looks at what it is told of it."""
+
+    def __init__(self, k):
+        super().__init__(k)
+        self.kept, self.random = set(), random.Random(2)
+
+    def choose(self, outlook):
+        assert outlook.known.by_kind
+        return super().choose(outlook)._replace(judge=self)
+
+    def keep(self, requests, kinds):
+        assert len(requests) == len(kinds)
+        assert all(of == sorted(of, reverse=True) for of in kinds)  # the surest first
+        counts = [self.random.choice((0, 1, 3, len(of_nodes))) for of_nodes in kinds]
+        self.kept |= set(counts)
+        return counts
 
 
 class RarelyAwake(Sleepy):

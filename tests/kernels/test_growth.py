@@ -70,17 +70,19 @@ def test_the_kernel_grows_what_the_torch_operations_grow(
             assert one is other is None
         else:
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(ours[4], theirs[4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours[4][:2], theirs[4][:2], strict=True))
+    assert torch.allclose(ours[4].confidence, theirs[4].confidence, atol=1e-4)
     check_by_hand(*ours, width)
 
 
 def check_by_hand(tokens, confidence, expanded, history, tree, width):
-    tree_tokens, tree_parents = (t.tolist() for t in tree)
+    tree_tokens, tree_parents, tree_confidence = (t.tolist() for t in tree)
     for b in range(tokens.shape[0]):
         count = tokens.shape[1]
         order = sorted(range(count), key=lambda c: (-float(confidence[b, c]), c))
         kept = order[: len(tree_tokens[b]) - 1]
         assert tree_tokens[b][1:] == [int(tokens[b, c]) for c in kept]
+        assert tree_confidence[b] == [0.0, *(float(confidence[b, c]) for c in kept)]
         for node, candidate in enumerate(kept, start=1):
             parent = int(expanded[b, candidate // width])
             expected = 0 if parent < 0 else 1 + kept.index(parent)
@@ -115,9 +117,11 @@ def test_confidence_is_the_product_along_the_path():
     expected = [0.75, 0.25, 0.375, 0.375, 0.225, 0.025]
     assert torch.allclose(confidence[0].exp(), torch.tensor(expected))
     roots = torch.tensor([9], dtype=torch.int32)
-    tree_tokens, parents = grow_tree(roots, tokens, confidence, expanded, 2, 5)
-    assert tree_tokens.tolist() == [[9, 7, 1, 2, 8]]
-    assert parents.tolist() == [[-1, 0, 1, 1, 0]]
+    tree = grow_tree(roots, tokens, confidence, expanded, 2, 5)
+    assert tree.tokens.tolist() == [[9, 7, 1, 2, 8]]
+    assert tree.parents.tolist() == [[-1, 0, 1, 1, 0]]
+    sure = torch.tensor([[1.0, 0.75, 0.375, 0.375, 0.25]])
+    assert torch.allclose(tree.confidence.exp(), sure)
 
 
 def paths_by_hand(drawn, scores, nodes):
@@ -157,11 +161,15 @@ def test_a_tree_of_offsets_has_the_surest_paths(seed, batch, width, depth, nodes
     scores = scores.masked_fill(drawn < 0, -torch.inf)
     roots = torch.arange(100, 100 + batch, dtype=torch.int32)
     ours = grow_offsets(roots, drawn, scores, nodes)
-    for tokens, parents in (ours, TORCH.call(grow_offsets, roots, drawn, scores, nodes)):
-        assert tokens.shape == parents.shape == (batch, nodes)
+    for tree in (ours, TORCH.call(grow_offsets, roots, drawn, scores, nodes)):
+        tokens, parents, confidence = tree
+        assert tokens.shape == parents.shape == confidence.shape == (batch, nodes)
         for b in range(batch):
             wanted = paths_by_hand(drawn[b], scores[b], nodes)
             assert (int(tokens[b, 0]), int(parents[b, 0])) == (100 + b, -1)
+            sure = [0.0, *(path for _, path in wanted)]
+            assert confidence[b, : len(sure)].tolist() == pytest.approx(sure, abs=1e-4)
+            assert all(c < -1e20 for c in confidence[b, len(sure) :].tolist())
             number = {(): 0} | {ranks: i for i, (ranks, _) in enumerate(wanted, start=1)}
             for node, (ranks, _) in enumerate(wanted, start=1):
                 assert int(tokens[b, node]) == int(drawn[b, len(ranks) - 1, ranks[-1]])

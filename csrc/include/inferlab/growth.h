@@ -49,6 +49,7 @@ struct GrowTreeParams {
   const int32_t* expanded;  // [batch, expansions]
   int32_t* tree_tokens;     // [batch, nodes] out, root first, then by confidence
   int32_t* tree_parents;    // [batch, nodes] out
+  float* tree_confidence;   // [batch, nodes] out: log of the path's, 0 at the root
   int64_t batch;
   int64_t width;
   int64_t candidates;
@@ -57,11 +58,12 @@ struct GrowTreeParams {
 };
 
 struct GrowOffsetsParams {
-  const int32_t* roots;   // [batch]
-  const int32_t* drawn;   // [batch, depth, width], best first; -1 where there is none
-  const float* scores;    // [batch, depth, width], what they were drawn by
-  int32_t* tree_tokens;   // [batch, nodes] out, root first, then by confidence
-  int32_t* tree_parents;  // [batch, nodes] out
+  const int32_t* roots;    // [batch]
+  const int32_t* drawn;    // [batch, depth, width], best first; -1 where there is none
+  const float* scores;     // [batch, depth, width], what they were drawn by
+  int32_t* tree_tokens;    // [batch, nodes] out, root first, then by confidence
+  int32_t* tree_parents;   // [batch, nodes] out
+  float* tree_confidence;  // [batch, nodes] out: log of the path's, 0 at the root
   int64_t batch;
   int64_t depth;
   int64_t width;

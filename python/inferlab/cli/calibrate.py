@@ -1,9 +1,10 @@
-"""`inferlab calibrate`: measures which draft tokens are accepted, for `--tree optimal`, or what
-steps cost."""
+"""`inferlab calibrate`: measures which draft tokens are accepted, for `--tree optimal`, whether as
+many are as predicted, or what steps cost."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,36 +14,40 @@ from inferlab.cli.flags import add_config_argument, add_log_arguments
 from inferlab.cli.parser import EXIT_OK
 from inferlab.cli.terminal import setup_logging
 from inferlab.config import SpecdecConfig, load_config
+from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import UsageError
+from inferlab.output import check_output
 from inferlab.prompts import read_prompts
 from inferlab.specdec.calibration import write_acceptance
 from inferlab.specdec.pipeline import SpeculativePipeline
-from inferlab.training.material.corpus import Corpus, training_prompts
+from inferlab.training.material.corpus import Corpus, heldout_prompts, training_prompts
 from inferlab.training.measure.rates import acceptance_rates
+from inferlab.training.measure.reliability import Reliability, draw_reliability, reliability
 
-MEANINGLESS = (
-    "--tree",
-    "--tree-nodes",
-    "--tree-width",
-    "--controller",
-    "--adaptive-K",
-    "--min-k",
-    "--max-k",
-    "--target-acceptance",
-)
+TREES = ("--tree", "--tree-nodes", "--tree-width")
+CONTROLLERS = ("--controller", "--adaptive-K", "--min-k", "--max-k", "--target-acceptance")
 """Flags of `inferlab specdec` that say how much to draft."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``inferlab calibrate``."""
     parser.add_argument(
-        "--prompts", metavar="FILE.jsonl", help="(files of the standard library, not held out)"
+        "--prompts",
+        metavar="FILE.jsonl",
+        help="(files of the standard library; held-out ones with --reliability)",
     )
     parser.add_argument("--num-prompts", type=int, default=60, metavar="N", help="(60)")
     parser.add_argument(
-        "--output", metavar="DIR", help="folder of the draft's weights; needed without --costs"
+        "--output", metavar="DIR", help="folder of the draft's weights, which the rates go to"
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--reliability",
+        action="store_true",
+        help="print instead how often draft nodes are accepted, by the chance that was predicted",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw what --reliability prints")
+    what.add_argument(
         "--costs",
         action="store_true",
         help="measure what steps cost instead, and print how well it is predicted",
@@ -56,54 +61,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab calibrate``; returns the exit code."""
-    if args.costs:
-        _check_for_costs(args)
-    else:
-        _check_for_acceptance(args)
+    _check(args)
     overrides, names = specdec_flags.given_overrides(args)
     config = load_config(SpecdecConfig, args.config, overrides, names=names)
-    return _run_costs(args, config) if args.costs else _run_acceptance(args, config)
+    if args.costs:
+        return _run_costs(args, config)
+    return _run_reliability(args, config) if args.reliability else _run_acceptance(args, config)
 
 
-def _check_for_acceptance(args: argparse.Namespace) -> None:
-    if args.output is None:
-        raise UsageError("--output: missing; name the folder of the draft's weights, or --costs")
-    for flag in MEANINGLESS:
-        if getattr(args, flag[2:].replace("-", "_")):
-            raise UsageError(
-                f"{flag}: has no meaning here; every step drafts the largest tree of --K levels"
-            )
+def _check(args: argparse.Namespace) -> None:
+    """Refuses flags that mean nothing for what is asked."""
+    if args.costs:
+        _refuse(args, ("--output", "--prompts"), "beside --costs, which measures times only")
+    elif args.reliability:
+        _refuse(args, ("--output",), "beside --reliability, which keeps nothing; see --plot")
+        _refuse(args, CONTROLLERS, "here; every step drafts the largest tree of --K levels")
+    elif args.output is None:
+        raise UsageError(
+            "--output: missing; name the folder of the draft's weights, or --reliability or --costs"
+        )
+    else:
+        flags = (*TREES, *CONTROLLERS)
+        _refuse(args, flags, "here; every step drafts the largest tree of --K levels")
+    if args.plot is not None:
+        if not args.reliability:
+            raise UsageError("--plot: has no meaning without --reliability, which it draws")
+        check_output(args.plot, "--plot")
 
 
-def _check_for_costs(args: argparse.Namespace) -> None:
-    for flag in ("--output", "--prompts"):
-        if getattr(args, flag[2:]) is not None:
-            raise UsageError(f"{flag}: has no meaning beside --costs, which measures times only")
+def _refuse(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:
+    for flag in flags:
+        if getattr(args, flag[2:].replace("-", "_")) not in (None, False):
+            raise UsageError(f"{flag}: has no meaning {why}")
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Those of ``--prompts``, else bundled ones."""
+    if args.num_prompts < 1:
+        raise UsageError(f"--num-prompts: {args.num_prompts} is not allowed; must be at least 1")
+    if args.prompts is None:
+        if args.reliability:
+            return heldout_prompts(args.num_prompts)
+        return training_prompts(Corpus.of(), args.num_prompts)
+    given = read_prompts(args.prompts)[: args.num_prompts]
+    for prompt in given:
+        try:
+            prompt.check()
+        except ValueError as error:
+            raise UsageError(f"{prompt.where}: {error}") from None
+    return [prompt.text for prompt in given]
 
 
 def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
     folder = Path(args.output)
     if not folder.is_dir():
         raise UsageError(f"--output: {folder} is no folder; name the one that holds the weights")
-    if args.num_prompts < 1:
-        raise UsageError(f"--num-prompts: {args.num_prompts} is not allowed; must be at least 1")
-    if args.prompts is not None:
-        given = read_prompts(args.prompts)[: args.num_prompts]
-        for prompt in given:
-            try:
-                prompt.check()
-            except ValueError as error:
-                raise UsageError(f"{prompt.where}: {error}") from None
-        prompts = [prompt.text for prompt in given]
-    else:
-        prompts = training_prompts(Corpus.of(), args.num_prompts)
+    prompts = _prompts(args)
     setup_logging(config.log_level, args.verbose)
     rates = acceptance_rates(config, prompts)
     if not rates:
-        raise UsageError(
-            f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "
-            "to measure any rate; give more, or more --max-tokens"
-        )
+        raise _too_few(config, prompts)
     about: dict[str, Any] = {
         "base_model": config.base_model,
         "draft_mode": config.draft_mode,
@@ -115,6 +132,45 @@ def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
     for depth, row in enumerate(rates, start=1):
         print(f"level {depth}: " + " ".join(f"{rate:.3f}" for rate in row))
     return EXIT_OK
+
+
+def _too_few(config: SpecdecConfig, prompts: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "
+        "to measure any rate; give more, or more --max-tokens"
+    )
+
+
+def _run_reliability(args: argparse.Namespace, config: SpecdecConfig) -> int:
+    if not DRAFT_MODES[config.draft_mode].plan:
+        raise UsageError(f"--draft-mode: {config.draft_mode!r} drafts nothing that may be accepted")
+    prompts = _prompts(args)
+    setup_logging(config.log_level, args.verbose)
+    found = reliability(config, prompts)
+    if not found.nodes:
+        raise _too_few(config, prompts)
+    texts = "prompts" if args.prompts is not None else "held-out prompts"
+    print(
+        f"{config.draft_mode}: {len(prompts)} {texts} of {config.max_new_tokens} tokens, "
+        f"temperature {config.effective_temperature:g}"
+    )
+    _print_reliability(found)
+    if args.plot is not None:
+        draw_reliability(Path(args.plot), found, title=config.draft_mode)
+    return EXIT_OK
+
+
+def _print_reliability(found: Reliability) -> None:
+    print("chance      nodes  predicted  accepted    off")
+    for b in found.bins:
+        row = f"{b.low:.1f} - {b.high:.1f} {b.nodes:7}"
+        if b.nodes:
+            off = b.accepted - b.predicted
+            row += f"  {b.predicted:9.3f} {b.accepted:9.3f} {off:+6.3f}"
+        print(row)
+    print(f"expected calibration error: {found.error():.3f} over {found.nodes} nodes", end="")
+    likely = sum(b.nodes for b in found.bins[1:])
+    print(f", {found.error(0.1):.3f} over the {likely} whose chance was 0.1 or more")
 
 
 def _run_costs(args: argparse.Namespace, config: SpecdecConfig) -> int:

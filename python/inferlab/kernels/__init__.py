@@ -3,7 +3,7 @@
 from inferlab.kernels._walk import VerifyResult, verify_workspace
 from inferlab.kernels.attention import attention_workspace, paged_tree_attention
 from inferlab.kernels.build_tree import TreeLinks, build_tree
-from inferlab.kernels.growth import Frontier, grow_level, grow_offsets, grow_tree
+from inferlab.kernels.growth import Frontier, GrownTree, grow_level, grow_offsets, grow_tree
 from inferlab.kernels.kv import (
     advise_large_pages,
     kv_append,
@@ -19,6 +19,7 @@ from inferlab.kernels.verify_lossy import verify_tree_lossy
 
 __all__ = [
     "Frontier",
+    "GrownTree",
     "SamplingTensors",
     "TreeLinks",
     "VerifyResult",

@@ -27,6 +27,26 @@ class Frontier(NamedTuple):
     ancestors: torch.Tensor
 
 
+class GrownTree(NamedTuple):
+    """The surest nodes, numbered by confidence behind the root.
+
+    Attributes:
+        tokens, parents: i32[B, nodes].
+        confidence: f32[B, nodes], log of the path's, 0 at the root; next to none at what merely
+            fills a row.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    confidence: torch.Tensor
+
+    @classmethod
+    def empty(cls, size: int, nodes: int, like: torch.Tensor) -> GrownTree:
+        """To be filled in, where ``like`` is."""
+        tokens, parents = empty((size, nodes), like), empty((size, nodes), like)
+        return cls(tokens, parents, empty((size, nodes), like, torch.float32))
+
+
 def grow_level(
     drawn: torch.Tensor,
     scores: torch.Tensor,
@@ -74,25 +94,22 @@ def grow_tree(
     expanded: torch.Tensor,
     width: int,
     nodes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The surest nodes of a growth as a tree, numbered by confidence behind the root.
+) -> GrownTree:
+    """The surest nodes of a growth as a tree.
 
     Args:
         roots: i32[B].
         tokens, confidence, expanded: what `grow_level` filled in.
         nodes: root included; at most 1 + candidates.
-
-    Returns:
-        tokens and parents, i32[B, nodes].
     """
-    tree = (empty((tokens.shape[0], nodes), tokens), empty((tokens.shape[0], nodes), tokens))
+    tree = GrownTree.empty(tokens.shape[0], nodes, tokens)
     run(tokens, "grow_tree", roots, tokens, confidence, expanded, width, *tree)
     return tree
 
 
 def grow_offsets(
     roots: torch.Tensor, drawn: torch.Tensor, scores: torch.Tensor, nodes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> GrownTree:
     """The surest tree of drafts that guess each depth whatever the path there (Medusa).
 
     A node's confidence is as in `grow_level`; all nodes of a depth have the same children.
@@ -102,10 +119,7 @@ def grow_offsets(
         drawn: i32[B, D, W], the best W tokens of each depth, best first; -1: none.
         scores: f32[B, D, W], what they were drawn by.
         nodes: root included; at most as many as there are paths, 1 + W + W^2 + .. + W^D.
-
-    Returns:
-        tokens and parents, i32[B, nodes], numbered by confidence behind the root.
     """
-    tree = (empty((drawn.shape[0], nodes), drawn), empty((drawn.shape[0], nodes), drawn))
+    tree = GrownTree.empty(drawn.shape[0], nodes, drawn)
     run(drawn, "grow_offsets", roots, drawn, scores, *tree)
     return tree

@@ -10,8 +10,9 @@ Each kind has a counter, so it does not matter how the drafter's own numbers are
 * prior: what the drafter says of the kind before anything was seen;
 * trust: nodes of all kinds that were accepted, relative to what the priors had promised.
 
-A sequence's own chances are these times the ratio of what was accepted of its nodes to what was
-expected of them, shrunk towards 1 where there is little evidence.
+A sequence's own chances have the odds of these, times the ratio of what was accepted of its nodes
+to what was expected of them, shrunk towards 1 where there is little evidence. A step's nodes stand
+or fall together, so they count for no more than one that was to be expected.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
+
+import numpy as np
 
 MOST = 0.99
 """No chance is above it."""
@@ -55,8 +58,8 @@ class Acceptance:
     FORGET = 0.98  # weight of what was known, per step
     WEIGHT = 6.0  # of a kind's prior, in nodes
     TRUST = 4.0  # of the priors all together, in accepted nodes
-    OWN = 4.0  # of the chances of all sequences against one's own, in accepted nodes
-    OWN_FORGET = 0.95
+    OWN = 8.0  # of the chances of all sequences against one's own, in accepted nodes
+    OWN_FORGET = 0.9
 
     def __init__(self, priors: Sequence[float], evidence: float = 0.0) -> None:
         self._priors = [float(prior) for prior in priors]
@@ -90,14 +93,20 @@ class Acceptance:
         return self._chances
 
     def factor(self, request_id: int) -> float:
-        """How much likelier a sequence's nodes are accepted than their kinds say."""
+        """How much larger the odds of a sequence's nodes are than their kinds say."""
         accepted, expected = self._own.get(request_id, (0.0, 0.0))
         return (accepted + self.OWN) / (expected + self.OWN)
 
+    def chance(self, request_id: int, kind: int) -> float:
+        """Of one of a sequence's nodes."""
+        chance, factor = self.chances[kind], self.factor(request_id)
+        return min(chance * factor / (1 + chance * (factor - 1)), MOST)
+
     def of(self, request_id: int, kinds: Sequence[int]) -> list[float]:
         """Chances of a sequence's nodes, given in the order of worth: falling."""
-        chances, factor = self.chances, self.factor(request_id)
-        return list(accumulate((min(chances[k] * factor, MOST) for k in kinds), min))
+        factor = self.factor(request_id)
+        own = [min(c * factor / (1 + c * (factor - 1)), MOST) for c in self.chances]
+        return list(accumulate([own[kind] for kind in kinds], min))
 
     def count(self, verified: int) -> None:
         """A step in which drafts of so many sequences were verified."""
@@ -126,9 +135,11 @@ class Acceptance:
             self._promised += self._unit * sum([self._priors[k] for k in of_nodes])
             self._kept += self._unit * len(ranks)
             own, expected = self._own.pop(request_id, (0.0, 0.0))
+            in_step = sum([chances[k] for k in of_nodes])
+            weight = 1 / max(in_step, 1.0)
             self._own[request_id] = (
-                own * self.OWN_FORGET + len(ranks),
-                expected * self.OWN_FORGET + sum(chances[k] for k in of_nodes),
+                own * self.OWN_FORGET + weight * len(ranks),
+                expected * self.OWN_FORGET + weight * in_step,
             )
         self.count(verified)
         if self._unit > 1e9:
@@ -154,4 +165,12 @@ def kinds_of(chances: Sequence[float]) -> list[int]:
     for chance in chances:
         odds = math.log(max(chance, 1e-9) / max(1 - chance, 1e-9))
         kinds.append(min(max(int((odds - _LOWEST) * _STEP), 0), _BINS - 1))
+    return kinds
+
+
+def kinds_of_logs(logs: np.ndarray) -> np.ndarray:
+    """The same of many nodes at once, told by the logs of their chances."""
+    logs = np.minimum(logs, -1e-9)
+    odds = logs - np.log(-np.expm1(logs))
+    kinds: np.ndarray = ((odds - _LOWEST) * _STEP).clip(0, _BINS - 1).astype(np.int64)
     return kinds

@@ -57,7 +57,6 @@ class CostController(Controller):
     FIRST, SHARE, SAVINGS = 0.6, 0.006, 4.0
     WORST = 1.5  # plain steps that one of the first steps may lose
     LUCK = 2.5  # plain steps that the account may be short of, where what is certain pays
-    HOPE, UNKNOWN = 0.7, 0.9  # chance of the first node, and of the next relative to the one before
     MARGIN = 1.02  # what another rung must promise before it is taken
     PRUDENCE = 1.05  # what drafts must promise over their price: some of it is not in the model
     READY = 16  # tokens that a drafter catches up with in a usual step
@@ -121,12 +120,13 @@ class CostController(Controller):
         if timed.steps >= timed.due:
             timed.due = min(max(4 * timed.due, self.PLAIN_FIRST), timed.steps + 256)
             return ASLEEP  # as without a drafter
-        worth = stragglers.worth(outlook.remaining, self._own_share(outlook))
+        worth = stragglers.worth(outlook.remaining or [1] * size, self._own_share(outlook))
         worth = [plan.useful * value for value in worth]
         account = max(self._account, 0.0)
         self._now = _Drafting(plan, outlook, worth, account - plan.loss, account - plan.worst)
         everyone = len(plan.members) == size
-        judge = self if outlook.known.by_kind else None
+        # Grown trees that were cut, or merely watched, were slower: see COSTS.md.
+        judge = self if outlook.known.by_kind and outlook.known.asks else None
         return Choice(self._rungs[plan.rung], None if everyone else plan.members, judge)
 
     def _look(self, outlook: Outlook) -> _Plan | None:
@@ -209,11 +209,10 @@ class CostController(Controller):
         level = now.level = now.level + 1
         if plan.tries or level + 1 >= len(self._rungs):
             return False
-        chances, factor = self._acceptance.chances, self._acceptance.factor
-        worth = now.worth_of_members
+        chance, worth = self._acceptance.chance, now.worth_of_members
         there = sum(
             [
-                chances[kind] * factor(request) * value
+                chance(request, kind) * value
                 for request, kind, value in zip(requests, kinds, worth, strict=True)
             ]
         )
@@ -353,7 +352,7 @@ class CostController(Controller):
         self._plan = None
         known = outlook.known
         self._acceptance = Acceptance(known.by_kind, known.evidence)
-        self._ranks = Ranks(self._rungs[-1].nodes, known.by_rank, self.HOPE, self.UNKNOWN)
+        self._ranks = Ranks(self._rungs[-1].nodes, known.by_rank)
         self._onward = Onward()
 
     def _admit(self, outlook: Outlook, plain: float) -> None:

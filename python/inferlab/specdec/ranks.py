@@ -11,23 +11,19 @@ class Ranks:
     """Shares of sequences in which the node of each rank was verified, and accepted.
 
     Args:
-        nodes: ranks, from 1 on.
-        priors: chances of the first ranks before anything was seen.
-        hope, unknown: where there are none: chance of the first, and of the next relative to the
-            one before.
-        weight: of the priors, in steps.
+        nodes: of the largest tree, below the root.
+        priors: of each rank, the chance before anything was seen; what is missing is assumed.
     """
 
-    FORGET = 0.98
+    HOPE, UNKNOWN = 0.7, 0.9  # chance of the first node, and of the next relative to the one before
+    FORGET = 0.98  # weight of what was known, per step
+    WEIGHT = 2.0  # of a rank's prior, in sequences
 
-    def __init__(
-        self, nodes: int, priors: Sequence[float], hope: float, unknown: float, weight: float = 2.0
-    ) -> None:
+    def __init__(self, nodes: int, priors: Sequence[float]) -> None:
         chances = list(priors[:nodes])
         while len(chances) < nodes:
-            chances.append(chances[-1] * unknown if chances else hope)
+            chances.append(chances[-1] * self.UNKNOWN if chances else self.HOPE)
         self._priors = np.array(chances)
-        self._weight = weight
         self._seen = np.zeros((3, nodes))
         self._accepted, self._verified, self._offered = self._seen
         self._sums: tuple[np.ndarray, np.ndarray] | None = None
@@ -43,11 +39,17 @@ class Ranks:
                 # What was never tried is as likely, relative to the one before, as it was said.
                 expected = own if len(chances) == 1 else chance * own / prior
                 prior = max(own, 1e-9)
-                chance = (accepted + self._weight * expected) / (offered + self._weight)
+                chance = (accepted + self.WEIGHT * expected) / (offered + self.WEIGHT)
                 chances.append(chance)
-            verified = (self._verified + self._weight) / (self._offered + self._weight)
+            verified = (self._verified + self.WEIGHT) / (self._offered + self.WEIGHT)
             self._sums = np.cumsum(chances), np.cumsum([0.0, *verified])
         return self._sums
+
+    @property
+    def chances(self) -> list[float]:
+        """Of each rank."""
+        chances: list[float] = np.diff(self.sums[0]).tolist()
+        return chances
 
     def learn(
         self, nodes: int, accepted: Sequence[Sequence[int]], kept: Sequence[int] | None

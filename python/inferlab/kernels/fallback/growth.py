@@ -21,12 +21,16 @@ def _write_tree(
     roots: torch.Tensor,
     picked: torch.Tensor,
     parents: torch.Tensor,
+    confidence: torch.Tensor,
     tree_tokens: torch.Tensor,
     tree_parents: torch.Tensor,
+    tree_confidence: torch.Tensor,
 ) -> None:
     torch.cat((roots[:, None], picked), dim=1, out=tree_tokens)
     tree_parents[:, 0] = -1
     tree_parents[:, 1:] = parents
+    tree_confidence[:, 0] = 0.0
+    tree_confidence[:, 1:] = confidence
 
 
 def grow_level(
@@ -81,6 +85,7 @@ def grow_offsets(
     scores: torch.Tensor,
     tree_tokens: torch.Tensor,
     tree_parents: torch.Tensor,
+    tree_confidence: torch.Tensor,
 ) -> None:
     """See inferlab.kernels.growth.grow_offsets.
 
@@ -101,14 +106,15 @@ def grow_offsets(
         confidence.append(path)
         above.append(at // width + first)
         first += 1 if level == 0 else confidence[-2].shape[1]
-    order = torch.cat(confidence, dim=1).sort(dim=1, descending=True, stable=True).indices
-    order = order[:, : nodes - 1]
+    sure = torch.cat(confidence, dim=1).sort(dim=1, descending=True, stable=True)
+    order = sure.indices[:, : nodes - 1]
     candidates = sum(c.shape[1] for c in confidence)
     place = torch.zeros((size, 1 + candidates), dtype=torch.int64, device=order.device)
     place.scatter_(1, order + 1, torch.arange(1, nodes, device=order.device).expand(size, -1))
     parents = place.gather(1, torch.cat(above, dim=1).gather(1, order))
     picked = torch.cat(tokens, dim=1).gather(1, order)
-    _write_tree(roots, picked, parents, tree_tokens, tree_parents)
+    kept = sure.values[:, : nodes - 1]
+    _write_tree(roots, picked, parents, kept, tree_tokens, tree_parents, tree_confidence)
 
 
 def grow_tree(
@@ -119,14 +125,17 @@ def grow_tree(
     width: int,
     tree_tokens: torch.Tensor,
     tree_parents: torch.Tensor,
+    tree_confidence: torch.Tensor,
 ) -> None:
     """See inferlab.kernels.growth.grow_tree."""
     size, count = confidence.shape
     nodes = tree_tokens.shape[1]
-    order = confidence.sort(dim=1, descending=True, stable=True).indices[:, : nodes - 1]
+    sure = confidence.sort(dim=1, descending=True, stable=True)
+    order, kept = sure.indices[:, : nodes - 1], sure.values[:, : nodes - 1]
     numbers = torch.arange(1, nodes, device=order.device).expand(size, -1)
     place = torch.zeros((size, count + 1), dtype=torch.int64, device=order.device)
     place.scatter_(1, order + 1, numbers)  # entry 0: the root, whose number is 0
     parents = expanded.to(torch.int64).gather(1, order // width)
     parents = place.gather(1, parents + 1)
-    _write_tree(roots, tokens.gather(1, order), parents, tree_tokens, tree_parents)
+    picked = tokens.gather(1, order)
+    _write_tree(roots, picked, parents, kept, tree_tokens, tree_parents, tree_confidence)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
-from inferlab.kernels import TreeLinks, build_tree
+from inferlab.kernels import GrownTree, TreeLinks, build_tree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
@@ -20,7 +20,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import PendingFeatures
-from inferlab.specdec.drafters.grown import Growth, grown_tree
+from inferlab.specdec.drafters.grown import Growth, grown_tree, judged_tree, known_of_grown
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
 from inferlab.specdec.drafters.writer import Ground
@@ -76,6 +76,8 @@ class EagleDrafter(Drafter):
         self.max_depth = self.depth
         self._pending = PendingFeatures()
         self._graphs = DraftGraphs(head.device)
+        if shape is None:
+            self.known = known_of_grown(head.device)
 
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
@@ -95,15 +97,18 @@ class EagleDrafter(Drafter):
             hidden = self._process(ground, pairs)
             if shape is not None:
                 return (self._fill(ground, shape, hidden),)
-            tokens, parents = self._grow(ground, levels, nodes, hidden)
-            return tokens, *build_tree(parents)
+            grown = self._grow(ground, levels, nodes, hidden)
+            return grown if judge is not None else (*grown, *build_tree(grown.parents))
 
         # A given target's embeddings and head may be exchanged.
-        key = (shape or (levels, nodes), self.head.weights_at)
-        tokens, *links = self._graphs.run(key, batch, self._take_pending(batch), write)
+        key = (shape or (levels, nodes, judge is None), self.head.weights_at)
+        drafted = self._graphs.run(key, batch, self._take_pending(batch), write)
         if shape is not None:
-            return DraftTree.of_shape(shape, tokens)
-        return grown_tree(tokens, TreeLinks(*links), levels)
+            return DraftTree.of_shape(shape, *drafted)
+        grown = GrownTree(*drafted[:3])
+        if judge is not None:
+            return judged_tree(grown, levels, batch, judge)
+        return grown_tree(grown, TreeLinks(*drafted[3:]), levels)
 
     def _fill(self, ground: Ground, shape: TreeShape, hidden: torch.Tensor) -> torch.Tensor:
         """Tokens [B, N] of a static shape. ``hidden``: [B, 1, H] at the roots."""
@@ -137,10 +142,8 @@ class EagleDrafter(Drafter):
                 )
         return torch.cat(levels, dim=1)
 
-    def _grow(
-        self, ground: Ground, levels: int, nodes: int, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``nodes`` tokens that the head is surest of, and their parents: [B, N]."""
+    def _grow(self, ground: Ground, levels: int, nodes: int, hidden: torch.Tensor) -> GrownTree:
+        """The ``nodes`` tokens that the head is surest of."""
         width = min(self.width, nodes)
         growth = Growth(ground.roots, width, levels)
         positions = ground.seq_lens.to(torch.int64)[:, None]

@@ -7,13 +7,19 @@ How sure: a node's token competes with its siblings by softmax of the scores the
 temperature 0 these are the draft's logits. Above it they include the noise that the target will add
 too: what matters is not how probable a token is, but whether it wins under that noise, and the gap
 between the perturbed scores says so. A path's confidence is the product along it.
+
+Where the host can read the confidences without waiting for a device, a judge may be told of them,
+and says how many of each sequence's nodes are kept.
 """
 
 from __future__ import annotations
 
 import torch
 
-from inferlab.kernels import Frontier, TreeLinks, grow_level, grow_tree
+from inferlab.kernels import Frontier, GrownTree, TreeLinks, build_tree, grow_level, grow_tree
+from inferlab.specdec.acceptance import SURE, UNKNOWN, Known, kinds_of_logs
+from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.tree import DraftTree
 
 
@@ -63,16 +69,41 @@ class Growth:
         self._above = None if frontier is None else frontier.ancestors
         return frontier
 
-    def tree(self, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and parents, [B, N] int32, of the ``nodes`` surest ones, numbered in this order
-        behind the root."""
+    def tree(self, nodes: int) -> GrownTree:
+        """The ``nodes`` surest ones, and the root."""
         nodes = 1 + min(nodes, self._tokens.shape[1])
         return grow_tree(
             self._roots, self._tokens, self._confidence, self._expanded, self._width, nodes
         )
 
 
-def grown_tree(tokens: torch.Tensor, links: TreeLinks, levels: int) -> DraftTree:
-    """Trees numbered by confidence, [B, N] each, of at most ``levels`` levels."""
-    size, nodes = tokens.shape
-    return DraftTree(tokens, links, False, [levels] * size, [nodes] * size)
+def known_of_grown(device: torch.device) -> Known:
+    """What is said of grown trees' nodes: on a CPU, how sure the draft was of each."""
+    return Known(by_kind=SURE) if device.type == "cpu" else UNKNOWN
+
+
+def grown_tree(grown: GrownTree, links: TreeLinks, levels: int) -> DraftTree:
+    """The trees of a batch, of at most ``levels`` levels."""
+    size, nodes = grown.tokens.shape
+    return DraftTree(grown.tokens, links, False, [levels] * size, [nodes] * size)
+
+
+def judged_tree(grown: GrownTree, levels: int, batch: Batch, judge: Judge) -> DraftTree:
+    """Of each of these trees what a judge keeps; on a CPU."""
+    nodes = grown.tokens.shape[1]
+    kinds = kinds_of_logs(grown.confidence[:, 1:].numpy())
+    counts = judge.keep([request.request_id for request in batch.requests], kinds.tolist())
+    width = 1 + max(counts)
+    if width == 1:
+        return DraftTree.root_only(batch.roots)
+    if min(counts) == nodes - 1:
+        return grown_tree(grown, build_tree(grown.parents), levels)
+    # Numbered by confidence: the first of them are a tree.
+    parents = grown.parents[:, :width].contiguous()
+    if min(counts) + 1 < width:
+        padding = torch.arange(width) > torch.tensor(counts)[:, None]
+        parents = parents.masked_fill(padding, -2)
+    links = build_tree(parents)
+    depths = links.depth.amax(dim=1).tolist()
+    tokens = grown.tokens[:, :width].contiguous()
+    return DraftTree(tokens, links, False, depths, [1 + n for n in counts])

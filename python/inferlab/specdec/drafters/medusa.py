@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
-from inferlab.kernels import TreeLinks, build_tree
+from inferlab.kernels import GrownTree, TreeLinks, build_tree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads, load_medusa
@@ -19,7 +19,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import LastFeatures
-from inferlab.specdec.drafters.grown import grown_tree
+from inferlab.specdec.drafters.grown import grown_tree, judged_tree, known_of_grown
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
 from inferlab.specdec.drafters.writer import Ground
@@ -71,7 +71,10 @@ class MedusaDrafter(Drafter):
         self.max_nodes = 1 + self.nodes
         self.max_depth = levels
         self._features = LastFeatures()
-        self._graphs = DraftGraphs(heads.lm_head(0).device)
+        device = heads.lm_head(0).device
+        self._graphs = DraftGraphs(device)
+        if shape is None:
+            self.known = known_of_grown(device)
 
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
@@ -89,21 +92,22 @@ class MedusaDrafter(Drafter):
             if shape is not None:
                 drawn = self._draw(ground, features, levels, max(shape.widths))
                 return (tree_of_offsets(ground.roots, drawn, shape),)
-            tokens, parents = self._grow(ground, features, levels, nodes)
-            return tokens, *build_tree(parents)
+            grown = self._grow(ground, features, levels, nodes)
+            return grown if judge is not None else (*grown, *build_tree(grown.parents))
 
         # A given target's head may be exchanged.
-        key = (shape or (levels, nodes), self.heads.lm_head(0).data_ptr())
+        key = (shape or (levels, nodes, judge is None), self.heads.lm_head(0).data_ptr())
         features = self._features.of(batch)[:, -1]
-        tokens, *links = self._graphs.run(key, batch, (features,), write)
+        drafted = self._graphs.run(key, batch, (features,), write)
         if shape is not None:
-            return DraftTree.of_shape(shape, tokens)
-        return grown_tree(tokens, TreeLinks(*links), levels)
+            return DraftTree.of_shape(shape, *drafted)
+        grown = GrownTree(*drafted[:3])
+        if judge is not None:
+            return judged_tree(grown, levels, batch, judge)
+        return grown_tree(grown, TreeLinks(*drafted[3:]), levels)
 
-    def _grow(
-        self, ground: Ground, features: torch.Tensor, levels: int, nodes: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``nodes`` tokens that the heads are surest of, and their parents: [B, N]."""
+    def _grow(self, ground: Ground, features: torch.Tensor, levels: int, nodes: int) -> GrownTree:
+        """The ``nodes`` tokens that the heads are surest of."""
         width = min(self.GROWN_WIDTH, nodes)
         if levels == 1 or width == 1:
             nodes = min(nodes, width * levels)

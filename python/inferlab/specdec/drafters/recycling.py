@@ -16,6 +16,7 @@ import torch
 
 from inferlab import kernels
 from inferlab.draft_modes import DRAFT_MODES
+from inferlab.specdec.acceptance import Known
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
@@ -65,6 +66,7 @@ class RecyclingDrafter(Drafter):
             f"at most {successors} children wide, the successors kept of each token",
         )
         self.shape = shape
+        self.known = Known(by_rank=shape.chances([ACCEPTANCE]))
         self.successors = successors
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
