@@ -155,6 +155,16 @@ def test_tokens_of_texts_that_are_behind_are_worth_more():
     assert controller._own_share(outlook._replace(waiting=True)) == 1 > own
 
 
+def test_what_plain_steps_save_up_is_bounded():
+    """However long nothing was drafted, what may be lost at once is a few plain steps."""
+    world = World(acceptance=0.0, draft_ms=1000.0)
+    controller = CostController(8, world.costs())
+    world.run(controller, 5000)
+    assert sum(world.chosen) == 0
+    controller.choose(Outlook(CHAIN, [world.first], 32.0, [64]))
+    assert controller._account <= 1.2 * controller.SAVINGS * world.plain_ms
+
+
 def test_it_says_what_it_did():
     world = World(acceptance=0.9)
     controller = CostController(8, world.costs())

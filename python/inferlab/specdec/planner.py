@@ -135,6 +135,7 @@ class CostController(Controller):
         size = outlook.batch_size
         times = self._times.verify(size, outlook.context)
         plain = float(times[size])
+        self._account = min(self._account, self.SAVINGS * plain)
         self._admit(outlook, plain)
         members, reading = self._members(outlook, times)
         rates, ms, gains = self._rates(outlook, times, members)
@@ -287,11 +288,10 @@ class CostController(Controller):
             tokens = stragglers.progress(now.outlook.remaining or gained, gained, own)
             tokens = 1 + plan.useful * (tokens - 1)
             drafted = step.draft_ms if step.caught_up else plan.drafting[now.level or plan.rung]
-            took = plan.times[min(step.rows, len(plan.times) - 1)] + drafted
+            took = plan.times[min(_rows(step), len(plan.times) - 1)] + drafted
             if step.step_ms > self.SURPRISE * took:
                 took, at_once, self._plan = step.step_ms, True, None
-            gain = self._account + tokens * plan.plain - took
-            self._account = min(gain, self.SAVINGS * plan.plain)
+            self._account += tokens * plan.plain - took
         self._pending.append((now, step, tokens))
         if at_once or len(self._pending) >= self.LOOK_EVERY:
             self._digest()
@@ -304,7 +304,7 @@ class CostController(Controller):
             verify_ms = step.step_ms - step.draft_ms
             if now is None and step.heard:
                 verify_ms -= self.costs.draft.ms(size, 0)  # what keeping up takes
-            self._times.verified(size, step.rows or size, verify_ms)
+            self._times.verified(size, _rows(step), verify_ms)
             if now is not None:
                 self._learn(now, step)
             self._report.count(step, tokens * self._times.step(size, size))
@@ -448,6 +448,11 @@ class CostController(Controller):
             return 1.0
         all_ms, one_ms = self._times.model(size, size), self._times.model(1, 1)
         return min(max((all_ms - one_ms) / (size - 1), 0.0) * size / all_ms, 1.0)
+
+
+def _rows(step: StepObservation) -> int:
+    """Of the target's forward; all that the budget allows where it is not told."""
+    return step.rows or step.batch_size * (1 + step.budget.nodes)
 
 
 class _Plan(NamedTuple):
