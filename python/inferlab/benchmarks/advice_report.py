@@ -11,6 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from inferlab.benchmarks.advice import Forecast
 from inferlab.benchmarks.advisor import Advice, Verified
+from inferlab.plots import new_figure
 
 PLOTS = (".svg", ".png")
 HEADS = ("batch", "mode", "K", "nodes", "x plain (95 %)", "tokens/s", "length", "needed",
@@ -180,11 +181,7 @@ def draw(advice: Advice, path: Path) -> bytes:
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is missing; pip install 'llm-inference-lab[train]'") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for number, (mode, found) in enumerate(advice.curve.items()):
         color = f"C{number}"

@@ -62,5 +62,4 @@ class DraftGraphs:
 
         inputs = (*start, *sampling, *more)
         key = (key, ground.allowed_vocab)
-        results = self._graphs.run(key, inputs, call, table=2, copied=False)
-        return [t for t in results if t is not None]
+        return list(self._graphs.run(key, inputs, call, table=2, copied=False))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from inferlab.plots import new_figure
+
 
 def draw_curve(file: Path, history: list[dict[str, Any]], *, title: str) -> None:
     """Writes a PNG: loss by update, acceptance by position and accepted length by update.
@@ -16,14 +18,10 @@ def draw_curve(file: Path, history: list[dict[str, Any]], *, title: str) -> None
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is missing; pip install 'llm-inference-lab[train]'") from error
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     measured = [entry for entry in history if "heldout_length" in entry]
     steps = [entry["step"] for entry in measured]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure(12, 3.6)
     loss, shares, lengths = figure.subplots(1, 3)
     loss.plot(*zip(*losses, strict=True) if losses else ((), ()))
     loss.set(title="training loss", xlabel="update", ylabel="nats")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from inferlab.config import SpecdecConfig
 from inferlab.models import TargetModel
+from inferlab.plots import new_figure
 from inferlab.specdec.acceptance import Acceptance
 from inferlab.specdec.control import Choice, Outlook, StepObservation
 from inferlab.specdec.controllers import FixedController
@@ -155,11 +156,7 @@ def draw_reliability(file: Path, found: Reliability, *, title: str) -> None:
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is missing; pip install 'llm-inference-lab[train]'") from error
-    figure = Figure(figsize=(5, 6), layout="constrained")
+    figure = new_figure(5, 6)
     share, count = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     seen = [b for b in found.bins if b.nodes]
     share.plot((0, 1), (0, 1), color="gray", linestyle=":")
