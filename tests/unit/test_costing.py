@@ -5,7 +5,7 @@ import pytest
 from inferlab import SpeculativePipeline
 from inferlab.cli import main
 from inferlab.models import FakeLM
-from inferlab.specdec import cost_cache
+from inferlab.specdec import cost_cache, costing
 from inferlab.specdec.cost_cache import describe_costs, kept_costs
 from inferlab.specdec.costing import GRID, Bench, NoRoomError, measure, of_nodes
 from inferlab.specdec.costs import CostModel, StepCosts, StepTime
@@ -21,12 +21,17 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "inferlab" / "costs"
 
 
+def bench_of(num_pages):
+    model = FakeLM()
+    return Bench(model, Policy(), model.new_cache(num_pages, 16))
+
+
 def test_the_steps_that_were_asked_for_are_timed():
-    bench = Bench(FakeLM(), Policy(), 64, 16)
+    bench = bench_of(64)
     budgets = [of_nodes(1), of_nodes(4), of_nodes(20)]
     assert budgets == [NO_DRAFT, Budget(3, 3), Budget(8, 19)]
-    steps = list(bench.steps(3, 30, budgets, repeats=2))
-    assert [budget for budget, _, _ in steps] == budgets * 2
+    steps = list(bench.steps(3, 30, budgets))
+    assert [budget for budget, _, _ in steps] == budgets
     for _, ms, phases in steps:
         assert 0 < phases["verify"] <= ms
     allocator = bench.engine.scheduler.allocator
@@ -35,9 +40,9 @@ def test_the_steps_that_were_asked_for_are_timed():
 
 def test_what_has_no_room_is_not_measured():
     with pytest.raises(NoRoomError, match="pages, there are 20"):
-        list(Bench(FakeLM(), Policy(), 20, 16).steps(4, 32, [NO_DRAFT]))
+        list(bench_of(20).steps(4, 32, [NO_DRAFT]))
     with pytest.raises(NoRoomError, match="the cache has 8"):
-        list(Bench(FakeLM(), Policy(), 8, 16).steps(1, 32, [NO_DRAFT]))
+        list(bench_of(8).steps(1, 32, [NO_DRAFT]))
     assert measure(FakeLM(), Policy(), 4, 16) is None
 
 
@@ -60,6 +65,19 @@ def test_a_model_that_fails_is_named_and_not_waited_for(good):
     model.good = good
     with pytest.raises(ValueError, match="are NaN"):
         measure(model, Policy(), 2048, 16)
+
+
+def test_what_takes_long_is_measured_once_and_the_rest_several_times(monkeypatch):
+    def forwards():
+        model = Broken()
+        model.good = 10**6
+        assert measure(model, Policy(), 2048, 16, max_batch=1) is not None
+        return model.forwards
+
+    monkeypatch.setattr(costing, "ENOUGH_S", 0.0)
+    once = forwards()
+    monkeypatch.setattr(costing, "ENOUGH_S", float("inf"))
+    assert forwards() == costing.PASSES * once > once > 7
 
 
 @pytest.mark.parametrize("mode", ["ngram", "recycling", "medusa-lite", "eagle-lite", "medusa"])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from inferlab.config import MAX_DRAFT, MAX_TREE_NODES
-from inferlab.models import TargetModel
+from inferlab.models import KVCache, TargetModel
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Choice, Controller, Judge, Outlook
@@ -22,16 +22,17 @@ from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, NO_DRAFT, Budget, DraftTree, TreeShape
 from inferlab.types import SamplingParams
 
-SHORT, LONG = 32, 256
+SHORT, LONG = 32, 192
 """Tokens before the measured steps."""
-GRID = ((1, SHORT, 64), (1, LONG, 4), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
+GRID = ((1, SHORT, 64), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
 """Sequences, their context, and the nodes up to which trees of 2^i are measured."""
 MOST_ROWS = 128
 """Of steps with the real drafter."""
 MOST_TOKENS = 512
 """Of a text, behind its context: more pages than for as many are not taken."""
-REPEATS = 3
-"""Steps of each kind, the median of which counts; the first of a batch is not counted at all."""
+PASSES, ENOUGH_S = 3, 0.6
+"""All is measured so often, unless more time has passed, and the least counts: machines are
+disturbed for longer than a step takes, and times are compared with each other."""
 
 
 class NoRoomError(ValueError):
@@ -77,50 +78,50 @@ class RandomDrafter(Drafter):
         return {"drafter": self.name}
 
 
+Timed = tuple[Budget, float, dict[str, float]]
+"""A step: what was drafted at most, ms of all of it, and by phase."""
+
+
+class Least(dict[Any, float]):
+    """The least time of each kind."""
+
+    def keep(self, kind: Any, ms: float) -> None:
+        self[kind] = min(ms, self.get(kind, math.inf))
+
+
 class Bench:
     """Steps of an engine, timed.
 
     Args:
         target: whose steps they are.
         policy: walks the trees.
-        num_pages, page_size: of the K/V cache that there may be; it takes what GRID needs.
-        drafter: from a number of pages to who drafts; None: random tokens.
+        cache: K/V pages, which others may use between its steps.
+        drafter: who drafts; None: random tokens.
     """
 
     def __init__(
-        self,
-        target: TargetModel,
-        policy: Policy,
-        num_pages: int,
-        page_size: int,
-        drafter: Callable[[int], Drafter] | None = None,
+        self, target: TargetModel, policy: Policy, cache: KVCache, drafter: Drafter | None = None
     ) -> None:
         self.target = target
         self.settles = drafter is not None  # a step first catches up with the one before
-        most = max(batch * (context + MOST_TOKENS) for batch, context, _ in GRID)
-        num_pages = min(num_pages, -(-most // page_size))
-        self.drafter = drafter(num_pages) if drafter else RandomDrafter(target.vocab_size)
+        self.drafter = drafter or RandomDrafter(target.vocab_size)
         self._script = Scripted()
-        cache = target.new_cache(num_pages, page_size)
         self.engine = Engine(target, cache, policy, self._script, self.drafter, max_batch=1024)
         self._generator = torch.Generator().manual_seed(1)
-        self.prefill_ms: dict[int, float] = {}
-        """By batch, of the texts measured last."""
-        self.caught_up_ms: dict[int, float] = {}
-        """By batch, what the first draft for them took."""
+        self.prefill_ms = Least()
+        """By batch and context."""
+        self.caught_up_ms = Least()
+        """By batch, context and nodes, what the first draft for texts took."""
 
-    def steps(
-        self, batch: int, context: int, budgets: Sequence[Budget], repeats: int = REPEATS
-    ) -> Iterator[tuple[Budget, float, dict[str, float]]]:
-        """Steps of ``batch`` texts, a budget after the other: each with the ms of the whole step
-        and by phase. The texts repeat themselves, so that there is something to draft.
+    def steps(self, batch: int, context: int, budgets: Sequence[Budget]) -> Iterator[Timed]:
+        """Steps of ``batch`` texts, a budget after the other. The texts repeat themselves, so that
+        there is something to draft.
 
         Raises:
             NoRoomError: the context or the cache is too small for it.
             ValueError: a text ended in an error, such as logits that are NaN.
         """
-        rounds = 1 + repeats * (2 if self.settles else 1)
-        tokens = 2 + rounds * sum(1 + budget.levels for budget in budgets)
+        tokens = 2 + (3 if self.settles else 2) * sum(1 + budget.levels for budget in budgets)
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         requests = []
         for _ in range(batch):
@@ -140,20 +141,21 @@ class Bench:
             before = self.engine.clock.totals["prefill"]
             while any(r.num_output == 0 and not r.finished for r in requests):
                 self.engine.step()
-            self.prefill_ms[batch] = self.engine.clock.totals["prefill"] - before
-            for budget in budgets[:1]:
-                self._timed(budget)
-            for _ in range(repeats):
-                for budget in budgets:
-                    if self.settles:
-                        first = self._timed(budget)[1]["draft"]
-                        if budget != NO_DRAFT and batch not in self.caught_up_ms:
-                            self.caught_up_ms[batch] = first
-                    timed = self._timed(budget)
-                    for request in requests:
-                        if request.finished:
-                            raise ValueError(request.error or "a text ended before it was timed")
-                    yield (budget, *timed)
+            spent = self.engine.clock.totals["prefill"] - before
+            self.prefill_ms.keep((batch, context), spent)
+            self._timed(budgets[0])  # a first step takes longer
+            catches_up = True
+            for budget in budgets:
+                if self.settles:
+                    first = self._timed(budget)[1]["draft"]
+                    if budget != NO_DRAFT and catches_up:
+                        self.caught_up_ms.keep((batch, context, budget.nodes), first)
+                        catches_up = False
+                timed = self._timed(budget)
+                for request in requests:
+                    if request.finished:
+                        raise ValueError(request.error or "a text ended before it was timed")
+                yield (budget, *timed)
         finally:
             for request in requests:
                 self.engine.abort(request.request_id)
@@ -189,38 +191,75 @@ def measure(
         max_batch: larger batches are not measured.
         max_k: levels that will be drafted at most.
     """
-    bench = Bench(target, policy, num_pages, page_size)
-    keeping: dict[int, float] = {}  # ms of committing, without a drafter's state
-    steps = []
-    for batch, context, most in GRID:
-        if batch > max_batch:
-            continue
-        budgets = [of_nodes(2**i) for i in range(most.bit_length())]
-        for budget, ms, phases in _medians(bench, batch, context, budgets, REPEATS):
-            steps.append(StepTime(batch, 1 + budget.nodes, context, ms - phases["draft"]))
-            keeping[batch] = min(phases["commit"], keeping.get(batch, math.inf))
+    num_pages, cache = _cache(target, num_pages, page_size)
+    bench = Bench(target, policy, cache)
+    own = Bench(target, policy, cache, drafter(num_pages)) if drafter is not None else None
+    steps, keeping, drafts, kept = Least(), Least(), Least(), Least()
+    for _ in _passes():
+        for batch, context, most in GRID:
+            if batch > max_batch:
+                continue
+            budgets = [of_nodes(2**i) for i in range(most.bit_length())]
+            for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
+                steps.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
+                keeping.keep(batch, phases["commit"])
+            if own is not None and context == SHORT and batch in keeping:
+                for budget, _, phases in _drafted(own, batch, max_k):
+                    drafts.keep((batch, budget.nodes), phases["draft"])
+                    kept.keep((batch, budget.nodes), phases["commit"])
     if not steps:
         return None
-    times, reading = [], []
-    if drafter is not None:
-        plain_prefill = bench.prefill_ms
-        bench = Bench(target, policy, num_pages, page_size, drafter)
-        ladder = [b for b in bench.drafter.ladder() if b.levels <= max_k]
-        for batch in keeping:
-            fitting = [b for b in ladder[1:] if batch * (1 + b.nodes) <= MOST_ROWS]
-            budgets = [*ladder[:1], *fitting[len(fitting) // 2 :: max(1, len(fitting) // 2)]]
-            found = _medians(bench, batch, SHORT, [NO_DRAFT, *budgets], 2)
-            if not found:  # texts of a short context have no room for all of them
-                found = _medians(bench, batch, SHORT // 2, [NO_DRAFT, *ladder[:1]], 1)
-            for budget, _, phases in found:
-                more = max(phases["commit"] - keeping[batch], 0.0)
-                times.append(DraftTime(batch, budget.nodes, phases["draft"] + more))
-            if len(found) > 1:
-                # Texts are read when they are first drafted for, or with the target.
-                late = bench.caught_up_ms[batch] - found[1][2]["draft"]
-                beside = bench.prefill_ms[batch] - plain_prefill[batch]
-                reading.append((batch * SHORT, max(late, 0.0) + max(beside, 0.0)))
-    return CostModel(StepCosts.fit(steps), DraftCosts.of(times, reading))
+    drafting = [
+        # Committing takes longer with a drafter's state.
+        DraftTime(batch, nodes, ms + max(kept[batch, nodes] - keeping[batch], 0.0))
+        for (batch, nodes), ms in drafts.items()
+    ]
+    reading = _reading(bench, own, drafts) if own is not None else []
+    fitted = StepCosts.fit([StepTime(*kind, ms) for kind, ms in steps.items()])
+    return CostModel(fitted, DraftCosts.of(drafting, reading))
+
+
+def _cache(target: TargetModel, num_pages: int, page_size: int) -> tuple[int, KVCache]:
+    """K/V pages for all that is measured, as far as there may be so many; their number."""
+    most = max(batch * (context + MOST_TOKENS) for batch, context, _ in GRID)
+    num_pages = min(num_pages, -(-most // page_size))
+    return num_pages, target.new_cache(num_pages, page_size)
+
+
+def _passes() -> Iterator[int]:
+    started = time.perf_counter()
+    for i in range(PASSES):
+        yield i
+        if time.perf_counter() - started > ENOUGH_S:
+            return
+
+
+def _fitting(steps: Iterator[Timed]) -> Iterator[Timed]:
+    """None where there is no room for them."""
+    with suppress(NoRoomError):
+        yield from steps
+
+
+def _drafted(bench: Bench, batch: int, max_k: int) -> list[Timed]:
+    """Plain steps, and those of the smallest rung, of the largest and of one in the middle."""
+    ladder = [b for b in bench.drafter.ladder() if b.levels <= max_k]
+    fitting = [b for b in ladder[1:] if batch * (1 + b.nodes) <= MOST_ROWS]
+    budgets = [*ladder[:1], *fitting[len(fitting) // 2 :: max(1, len(fitting) // 2)]]
+    steps = list(_fitting(bench.steps(batch, SHORT, [NO_DRAFT, *budgets])))
+    # Texts of a short context have no room for all of them.
+    return steps or list(_fitting(bench.steps(batch, SHORT // 2, [NO_DRAFT, *ladder[:1]])))
+
+
+def _reading(bench: Bench, own: Bench, drafts: Least) -> list[tuple[int, float]]:
+    """By tokens, what texts take that a drafter reads: when they are first drafted for, or beside
+    the target."""
+    found = []
+    for (batch, context, nodes), first in own.caught_up_ms.items():
+        late = first - drafts[batch, nodes]
+        together = own.prefill_ms[batch, context]
+        beside = together - bench.prefill_ms.get((batch, context), together)
+        found.append((batch * context, max(late, 0.0) + max(beside, 0.0)))
+    return found
 
 
 CHECKED = ((1, 20), (1, 200), (3, 60), (8, 40), (8, 200), (16, 60))
@@ -237,32 +276,14 @@ def check(
     max_batch: int = 32,
 ) -> list[tuple[StepTime, float]]:
     """Steps measured now, each with its predicted ms."""
-    bench = Bench(target, policy, num_pages, page_size)
-    checked = []
-    for batch, context in CHECKED:
-        if batch <= max_batch:
-            budgets = [of_nodes(nodes) for nodes in (1, 3, 6, 12, 24, 48) if batch * nodes <= 128]
-            for budget, ms, phases in _medians(bench, batch, context, budgets, REPEATS):
-                step = StepTime(batch, 1 + budget.nodes, context, ms - phases["draft"])
-                checked.append((step, costs.ms(*step[:3])))
-    return checked
-
-
-def _medians(
-    bench: Bench, batch: int, context: int, budgets: Sequence[Budget], repeats: int
-) -> list[tuple[Budget, float, dict[str, float]]]:
-    """Of the steps of each budget; of none where they do not fit."""
-    seen: dict[Budget, list[tuple[float, dict[str, float]]]] = {}
-    try:
-        for budget, ms, phases in bench.steps(batch, context, budgets, repeats):
-            seen.setdefault(budget, []).append((ms, phases))
-    except NoRoomError:
-        return []
-    return [
-        (
-            budget,
-            median(ms for ms, _ in found),
-            {phase: median(phases[phase] for _, phases in found) for phase in found[0][1]},
-        )
-        for budget, found in seen.items()
-    ]
+    bench = Bench(target, policy, _cache(target, num_pages, page_size)[1])
+    measured = Least()
+    for _ in _passes():
+        for batch, context in CHECKED:
+            if batch > max_batch:
+                continue
+            budgets = [of_nodes(n) for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
+            for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
+                measured.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
+    steps = [StepTime(*kind, ms) for kind, ms in measured.items()]
+    return [(step, costs.ms(*step[:3])) for step in steps]

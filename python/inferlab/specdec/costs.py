@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-VERSION = 2
-"""Of the file format."""
+VERSION = 3
+"""Of the file format, and of how times are measured."""
 
 
 class StepTime(NamedTuple):
