@@ -200,8 +200,26 @@ class CostModel:
             raise ValueError(f"no costs: {error!r}") from error
 
 
+class Pace:
+    """How slow a machine is just now, relative to the times that are known of it."""
+
+    LAST = 5
+
+    def __init__(self) -> None:
+        self._last: list[float] = []
+        self.factor = 1.0
+        """What predictions are to be multiplied with."""
+
+    def observe(self, predicted: float, measured: float) -> None:
+        """A time, of whatever kind, and what it was to be at a factor of 1."""
+        if min(predicted, measured) > 0:
+            self._last.append(math.log(measured / predicted))
+            del self._last[: -self.LAST]
+            self.factor = math.exp(_median(self._last))
+
+
 class Drift:
-    """How far real times are from predicted ones: machines are shared, texts differ.
+    """How far real times are from predicted ones, one kind more than another.
 
     What is of one kind is corrected by the median of its own last ratios, the fewer there are the
     more by what all kinds have in common. Once is chance; two in a row that are far off in the same

@@ -65,6 +65,7 @@ class CostController(Controller):
     LEARN_AT_ONCE = 8  # steps that drafted, at first
     SURPRISE = 1.5  # times what was planned: it is looked at again
     SLEEP = 32  # steps without drafts that are decided on at once, at most
+    WAKING = 3  # the last of them tell how fast the machine is
 
     def __init__(self, max_k: int = 8, costs: CostModel | None = None) -> None:
         check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
@@ -274,7 +275,7 @@ class CostController(Controller):
             now = None  # also near the end of all texts, whatever was chosen
         if len(self._rungs) == 1:
             return
-        if self._asleep > 0 and now is None:
+        if self._asleep > self.WAKING and now is None:
             self._report.count(step, step.step_ms)
             self._account += self.SHARE * step.step_ms
             return

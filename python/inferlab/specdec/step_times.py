@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from inferlab.specdec.costs import CostModel, Drift
+from inferlab.specdec.costs import CostModel, Drift, Pace
 from inferlab.specdec.tree import Budget
 
 
 class StepTimes:
     """Milliseconds of verifying, drafting and reading, by kinds of steps that are off alike.
+
+    A machine that others use is slow for some steps, then fast again. That concerns all kinds, so it
+    is told by the last few steps, whichever they were; what kinds are off beyond it is lasting.
 
     Attributes:
         context: tokens behind a sequence, on average, that `verify` was last asked about.
@@ -24,6 +27,7 @@ class StepTimes:
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
         self.context = 0.0
+        self._pace = Pace()
         self._verifying, self._drafting, self._reading = Drift(), Drift(), Drift()
         self._rungs: Sequence[Budget] = ()
         self._tables: dict[Any, Any] = {}
@@ -41,7 +45,8 @@ class StepTimes:
 
     def step(self, size: int, rows: int) -> float:
         """A step's without drafting, corrected."""
-        return self.model(size, rows) * self._verifying.factor(_kind(size, rows))
+        off = self._pace.factor * self._verifying.factor(_kind(size, rows))
+        return self.model(size, rows) * off
 
     def verify(self, size: int, context: float) -> np.ndarray:
         """The same of all numbers of rows from 0 on, never falling."""
@@ -59,7 +64,7 @@ class StepTimes:
         ms, kinds = table
         bits, factor = size.bit_length(), self._verifying.factor
         factors = np.array([factor((bits, i - 1)) for i in range(kinds[-1] + 1)])
-        corrected: np.ndarray = ms * factors[kinds]
+        corrected: np.ndarray = ms * (self._pace.factor * factors)[kinds]
         return np.maximum.accumulate(corrected)
 
     def draft(self, members: int) -> np.ndarray:
@@ -69,28 +74,32 @@ class StepTimes:
             costs = self.costs.draft
             ms = [costs.ms(members, b.nodes) if members else 0.0 for b in self._rungs]
             table = self._tables[members] = np.array(ms)
-        bits, factor = members.bit_length(), self._drafting.factor
-        return table * np.array([factor((bits, b)) for b in self._rungs])
+        bits, factor, pace = members.bit_length(), self._drafting.factor, self._pace.factor
+        return table * np.array([pace * factor((bits, b)) for b in self._rungs])
 
     def read(self, tokens: int) -> float:
         """What a drafter takes to read so many."""
-        return self.costs.draft.reading_ms(tokens) * self._reading.factor(None)
+        off = self._pace.factor * self._reading.factor(None)
+        return self.costs.draft.reading_ms(tokens) * off
 
     # What was measured.
 
     def verified(self, size: int, rows: int, ms: float) -> float:
         """A step's time without drafting; returns what such a one takes."""
-        self._verifying.observe(_kind(size, rows), self.model(size, rows), ms)
+        kind, usual = _kind(size, rows), self.model(size, rows)
+        self._pace.observe(usual * self._verifying.factor(kind), ms)
+        self._verifying.observe(kind, usual * self._pace.factor, ms)
         return self.step(size, rows)
 
     def drafted(self, members: int, drafted: Budget, ms: float, read: int | None) -> float:
         """What drafting for so many took, ``read`` tokens read before (None: nothing that counts);
         returns what it takes in such a step."""
-        usual = self.costs.draft.ms(members, drafted.nodes)
+        usual = self.costs.draft.ms(members, drafted.nodes) * self._pace.factor
         kind = (members.bit_length(), drafted)
         if read is not None:
             reading = max(ms - usual * self._drafting.factor(kind), 1e-6)
-            self._reading.observe(None, self.costs.draft.reading_ms(read), reading)
+            known = self.costs.draft.reading_ms(read) * self._pace.factor
+            self._reading.observe(None, known, reading)
             return ms
         self._drafting.observe(kind, usual, ms)
         return usual * self._drafting.factor(kind)
