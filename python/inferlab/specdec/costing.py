@@ -30,7 +30,7 @@ MOST_ROWS = 128
 """Of steps with the real drafter."""
 MOST_TOKENS = 512
 """Of a text, behind its context: more pages than for as many are not taken."""
-PASSES, ENOUGH_S = 3, 0.6
+PASSES, ENOUGH_S = 4, 0.7
 """All is measured so often, unless more time has passed, and the least counts: machines are
 disturbed for longer than a step takes, and times are compared with each other."""
 
@@ -103,7 +103,7 @@ class Bench:
         self, target: TargetModel, policy: Policy, cache: KVCache, drafter: Drafter | None = None
     ) -> None:
         self.target = target
-        self.settles = drafter is not None  # a step first catches up with the one before
+        self.reads = drafter is not None  # texts, before the first draft for them
         self.drafter = drafter or RandomDrafter(target.vocab_size)
         self._script = Scripted()
         self.engine = Engine(target, cache, policy, self._script, self.drafter, max_batch=1024)
@@ -113,7 +113,9 @@ class Bench:
         self.caught_up_ms = Least()
         """By batch, context and nodes, what the first draft for texts took."""
 
-    def steps(self, batch: int, context: int, budgets: Sequence[Budget]) -> Iterator[Timed]:
+    def steps(
+        self, batch: int, context: int, budgets: Sequence[Budget], repeats: int = 1
+    ) -> Iterator[Timed]:
         """Steps of ``batch`` texts, a budget after the other. The texts repeat themselves, so that
         there is something to draft.
 
@@ -121,7 +123,7 @@ class Bench:
             NoRoomError: the context or the cache is too small for it.
             ValueError: a text ended in an error, such as logits that are NaN.
         """
-        tokens = 2 + (3 if self.settles else 2) * sum(1 + budget.levels for budget in budgets)
+        tokens = 2 + (1 + repeats) * sum(1 + budget.levels for budget in budgets)
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         requests = []
         for _ in range(batch):
@@ -144,13 +146,10 @@ class Bench:
             spent = self.engine.clock.totals["prefill"] - before
             self.prefill_ms.keep((batch, context), spent)
             self._timed(budgets[0])  # a first step takes longer
-            catches_up = True
-            for budget in budgets:
-                if self.settles:
-                    first = self._timed(budget)[1]["draft"]
-                    if budget != NO_DRAFT and catches_up:
-                        self.caught_up_ms.keep((batch, context, budget.nodes), first)
-                        catches_up = False
+            for budget in [b for b in budgets if b != NO_DRAFT and self.reads][:1]:
+                first = self._timed(budget)[1]["draft"]
+                self.caught_up_ms.keep((batch, context, budget.nodes), first)
+            for budget in [*budgets] * repeats:
                 timed = self._timed(budget)
                 for request in requests:
                     if request.finished:
@@ -214,9 +213,11 @@ def measure(
         DraftTime(batch, nodes, ms + max(kept[batch, nodes] - keeping[batch], 0.0))
         for (batch, nodes), ms in drafts.items()
     ]
-    reading = _reading(bench, own, drafts) if own is not None else []
-    fitted = StepCosts.fit([StepTime(*kind, ms) for kind, ms in steps.items()])
-    return CostModel(fitted, DraftCosts.of(drafting, reading))
+    fitted = StepCosts.fit([StepTime(b, n, context, ms) for (b, n, context), ms in steps.items()])
+    if own is None:
+        return CostModel(fitted)
+    chains = all(b.levels == b.nodes for b in own.drafter.ladder())
+    return CostModel(fitted, DraftCosts.of(drafting, _reading(bench, own, drafts), chains=chains))
 
 
 def _cache(target: TargetModel, num_pages: int, page_size: int) -> tuple[int, KVCache]:
@@ -245,7 +246,7 @@ def _drafted(bench: Bench, batch: int, max_k: int) -> list[Timed]:
     ladder = [b for b in bench.drafter.ladder() if b.levels <= max_k]
     fitting = [b for b in ladder[1:] if batch * (1 + b.nodes) <= MOST_ROWS]
     budgets = [*ladder[:1], *fitting[len(fitting) // 2 :: max(1, len(fitting) // 2)]]
-    steps = list(_fitting(bench.steps(batch, SHORT, [NO_DRAFT, *budgets])))
+    steps = list(_fitting(bench.steps(batch, SHORT, [NO_DRAFT, *budgets], repeats=2)))
     # Texts of a short context have no room for all of them.
     return steps or list(_fitting(bench.steps(batch, SHORT // 2, [NO_DRAFT, *ladder[:1]])))
 
@@ -285,5 +286,5 @@ def check(
             budgets = [of_nodes(n) for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
             for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 measured.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
-    steps = [StepTime(*kind, ms) for kind, ms in measured.items()]
+    steps = [StepTime(b, n, context, ms) for (b, n, context), ms in measured.items()]
     return [(step, costs.ms(*step[:3])) for step in steps]

@@ -138,13 +138,23 @@ class DraftCosts:
 
     @classmethod
     def of(
-        cls, times: Sequence[DraftTime], reading: Sequence[tuple[int, float]] = ()
+        cls,
+        times: Sequence[DraftTime],
+        reading: Sequence[tuple[int, float]] = (),
+        *,
+        chains: bool = False,
     ) -> DraftCosts:
         """More nodes, and more tokens, never take less: what was measured so is noise. (Texts are
-        read once each, so noise there is a first time, which is longer.)"""
+        read once each, so noise there is a first time, which is longer.)
+
+        Args:
+            chains: a node is a level, and all levels take the same.
+        """
         table = []
         for batch in sorted({t.batch for t in times}):
             row = sorted((t.nodes, t.ms) for t in times if t.batch == batch)
+            if chains:
+                row = _straightened(row)
             rising = np.maximum.accumulate([max(ms, 0.0) for _, ms in row])
             table.append(
                 (batch, tuple((n, float(v)) for (n, _), v in zip(row, rising, strict=True)))
@@ -283,6 +293,16 @@ def _on_line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
     i = min(bisect_right(xs, x), len(xs) - 1)
     slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
     return ys[i - 1] + slope * (x - xs[i - 1])
+
+
+def _straightened(row: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Times of one node and more on the line that fits them best: their differences decide."""
+    drafted = [(nodes, ms) for nodes, ms in row if nodes > 0]
+    if len(drafted) < 3:
+        return row
+    nodes, times = np.array(drafted).T
+    slope, first = np.polyfit(nodes, times, 1)
+    return [(n, float(first + slope * n) if n > 0 else ms) for n, ms in row]
 
 
 def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ from inferlab.specdec.tree import Budget
 class StepTimes:
     """Milliseconds of verifying, drafting and reading, by kinds of steps that are off alike.
 
-    A machine that others use is slow for some steps, then fast again. That concerns all kinds, so it
-    is told by the last few steps, whichever they were; what kinds are off beyond it is lasting.
+    A machine that others use is slow for some steps, then fast again. That concerns all kinds, so
+    it is told by the last few steps, whichever they were; what kinds are off beyond it is lasting.
 
     Attributes:
         context: tokens behind a sequence, on average, that `verify` was last asked about.
@@ -30,11 +30,13 @@ class StepTimes:
         self._pace = Pace()
         self._verifying, self._drafting, self._reading = Drift(), Drift(), Drift()
         self._rungs: Sequence[Budget] = ()
+        self._chains = False
         self._tables: dict[Any, Any] = {}
 
     def climb(self, rungs: Sequence[Budget]) -> None:
         """From here on drafts are as large as these."""
         self._rungs = rungs
+        self._chains = all(b.levels == b.nodes for b in rungs)
         self._tables.clear()
 
     # What is predicted.
@@ -58,13 +60,15 @@ class StepTimes:
             most = size * (1 + self._rungs[-1].nodes)
             ms = self.costs.step.ms_up_to(size, most, context)
             rows = np.maximum(np.arange(most + 1), size)
-            kinds = np.rint(2 * np.log2(rows / size)).astype(int) + 1
+            kinds = 2 * np.log2(rows / size) + 1
             kinds[rows == size] = 0
-            table = self._tables[size, context] = np.maximum(ms, 1e-6), kinds
-        ms, kinds = table
+            count = int(np.rint(kinds[-1])) + 1
+            table = self._tables[size, context] = np.maximum(ms, 1e-6), kinds, np.arange(count)
+        ms, kinds, all_kinds = table
         bits, factor = size.bit_length(), self._verifying.factor
-        factors = np.array([factor((bits, i - 1)) for i in range(kinds[-1] + 1)])
-        corrected: np.ndarray = ms * (self._pace.factor * factors)[kinds]
+        factors = [self._pace.factor * factor((bits, i - 1)) for i in range(len(all_kinds))]
+        # Between kinds on a line: it is differences that decide.
+        corrected: np.ndarray = ms * np.interp(kinds, all_kinds, factors)
         return np.maximum.accumulate(corrected)
 
     def draft(self, members: int) -> np.ndarray:
@@ -74,8 +78,11 @@ class StepTimes:
             costs = self.costs.draft
             ms = [costs.ms(members, b.nodes) if members else 0.0 for b in self._rungs]
             table = self._tables[members] = np.array(ms)
-        bits, factor, pace = members.bit_length(), self._drafting.factor, self._pace.factor
-        return table * np.array([pace * factor((bits, b)) for b in self._rungs])
+        factor, pace = self._drafting.factor, self._pace.factor
+        if self._chains:
+            return table * (pace * factor(self._kind_of_draft(members, self._rungs[-1])))
+        factors = [factor(self._kind_of_draft(members, b)) for b in self._rungs]
+        return table * (pace * np.array(factors))
 
     def read(self, tokens: int) -> float:
         """What a drafter takes to read so many."""
@@ -95,7 +102,7 @@ class StepTimes:
         """What drafting for so many took, ``read`` tokens read before (None: nothing that counts);
         returns what it takes in such a step."""
         usual = self.costs.draft.ms(members, drafted.nodes) * self._pace.factor
-        kind = (members.bit_length(), drafted)
+        kind = self._kind_of_draft(members, drafted)
         if read is not None:
             reading = max(ms - usual * self._drafting.factor(kind), 1e-6)
             known = self.costs.draft.reading_ms(read) * self._pace.factor
@@ -103,6 +110,10 @@ class StepTimes:
             return ms
         self._drafting.observe(kind, usual, ms)
         return usual * self._drafting.factor(kind)
+
+    def _kind_of_draft(self, members: int, drafted: Budget) -> tuple[int, Budget | None]:
+        """Levels of chains take the same each, so chains of any length are off alike."""
+        return members.bit_length(), None if self._chains else drafted
 
 
 def _kind(size: int, rows: int) -> tuple[int, int]:
