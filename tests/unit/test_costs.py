@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
+from inferlab.specdec.step_times import StepTimes
 
 GRID = [
     (batch, nodes, context)
@@ -112,3 +113,35 @@ def edited(**step) -> str:
 def test_what_holds_no_costs_is_refused(text):
     with pytest.raises(ValueError, match=re.compile(r"costs|version|Expecting|must", re.I)):
         CostModel.from_json(text)
+
+
+def test_levels_of_a_chain_take_the_same_each():
+    noisy = [DraftTime(1, 0, 0.1), DraftTime(1, 1, 1.4), DraftTime(1, 4, 2.4), DraftTime(1, 8, 5.2)]
+    costs = DraftCosts.of(noisy, chains=True)
+    levels = [costs.ms(1, n + 1) - costs.ms(1, n) for n in range(1, 8)]
+    assert levels == pytest.approx([levels[0]] * 7)
+    assert costs.ms(1, 0) == 0.1
+    assert DraftCosts.of(noisy).ms(1, 4) == 2.4, "trees are not chains"
+
+
+def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
+    times = StepTimes(CostModel(StepCosts((1, 8), (2.0, 4.0))))
+    for _ in range(20):
+        times.verified(1, 1, 2.0)
+        times.verified(1, 8, 4.0)
+    for _ in range(3):
+        times.verified(1, 8, 8.0)
+    assert times.step(1, 1) == pytest.approx(4.0, rel=0.1), "which was not timed meanwhile"
+    for _ in range(3):
+        times.verified(1, 8, 4.0)
+    assert times.step(1, 1) == pytest.approx(2.0, rel=0.1)
+
+
+def test_one_kind_that_is_off_does_not_change_the_others():
+    times = StepTimes(CostModel(StepCosts((1, 8), (2.0, 4.0))))
+    for _ in range(40):
+        times.verified(1, 1, 2.0)
+        times.verified(1, 8, 6.0)
+        times.verified(1, 1, 2.0)
+    assert times.step(1, 1) == pytest.approx(2.0, rel=0.05)
+    assert times.step(1, 8) == pytest.approx(6.0, rel=0.1)

@@ -155,6 +155,18 @@ def test_tokens_of_texts_that_are_behind_are_worth_more():
     assert controller._own_share(outlook._replace(waiting=True)) == 1 > own
 
 
+def test_tokens_that_bring_one_text_further_ahead_are_worth_less_to_all():
+    first, *later = stragglers.lead(8, 2.0)
+    assert stragglers.lead(8, 2.0)[2] == 1
+    assert all(a > b for a, b in zip([first, *later], later, strict=False))
+    deep = []
+    for waiting in (True, False):  # where others wait for places, all tokens are worth the same
+        world = World(acceptance=0.9, sure=True, draft_ms=0.2, row_ms=0.3, flat=1)
+        world.run(CostController(8, world.costs()), 400, 4, waiting=waiting)
+        deep.append(median(nodes for nodes in world.chosen if nodes))
+    assert deep[0] >= deep[1]
+
+
 def test_what_plain_steps_save_up_is_bounded():
     """However long nothing was drafted, what may be lost at once is a few plain steps."""
     world = World(acceptance=0.0, draft_ms=1000.0)

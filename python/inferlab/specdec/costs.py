@@ -213,7 +213,7 @@ class CostModel:
 class Pace:
     """How slow a machine is just now, relative to the times that are known of it."""
 
-    LAST = 5
+    LAST = 3
 
     def __init__(self) -> None:
         self._last: list[float] = []

@@ -121,10 +121,13 @@ class CostController(Controller):
         if timed.steps >= timed.due:
             timed.due = min(max(4 * timed.due, self.PLAIN_FIRST), timed.steps + 256)
             return ASLEEP  # as without a drafter
-        worth = stragglers.worth(outlook.remaining or [1] * size, self._own_share(outlook))
+        own = self._own_share(outlook)
+        worth = stragglers.worth(outlook.remaining or [1] * size, own)
         worth = [plan.useful * value for value in worth]
         account = max(self._account, 0.0)
-        self._now = _Drafting(plan, outlook, worth, account - plan.loss, account - plan.worst)
+        self._now = _Drafting(
+            plan, outlook, worth, plan.useful * own, account - plan.loss, account - plan.worst
+        )
         everyone = len(plan.members) == size
         # Grown trees that were cut, or merely watched, were slower: see COSTS.md.
         judge = self if outlook.known.by_kind and outlook.known.asks else None
@@ -175,6 +178,7 @@ class CostController(Controller):
             plain,
             price,
             useful,
+            stragglers.lead(len(self._rungs), brought),
             sure,
             tries,
             reading,
@@ -211,7 +215,7 @@ class CostController(Controller):
         level = now.level = now.level + 1
         if plan.tries or level + 1 >= len(self._rungs):
             return False
-        chance, worth = self._acceptance.chance, now.worth_of_members
+        chance, worth = self._acceptance.chance, now.worth(level + 1)
         there = sum(
             [
                 chance(request, kind) * value
@@ -224,7 +228,7 @@ class CostController(Controller):
         hope = there * self._onward.share
         # Another level, and at least a row where it is worth something.
         more = plan.drafting[level + 1] - plan.drafting[level]
-        rows = len(now.worth) + len(requests) * level
+        rows = now.outlook.batch_size + len(requests) * level
         if rows + 1 < len(plan.times):
             more += plan.times[rows + 1] - plan.times[rows]
         now.left -= more - plan.sure * hope
@@ -245,8 +249,12 @@ class CostController(Controller):
     def _worth_verifying(self, now: _Drafting, chances: list[list[float]]) -> list[int]:
         """How many nodes of each sequence: the likeliest of all, as many as pay."""
         plan, size, packs = now.plan, now.outlook.batch_size, now.outlook.packs
-        worth = now.worth_of_members
-        chances = [[c * value for c in of] for of, value in zip(chances, worth, strict=True)]
+        # A chain: its n-th node is the n-th token that the step brings.
+        worth = [now.worth(n) for n in range(1, len(self._rungs))]
+        chances = [
+            [c * worth[min(n, len(worth) - 1)][s] for n, c in enumerate(of)]
+            for s, of in enumerate(chances)
+        ]
         if packs:
             found = sorted([(c, s) for s, of in enumerate(chances) for c in of], reverse=True)
             gains, rows = [c for c, _ in found], 1
@@ -466,6 +474,7 @@ class _Plan(NamedTuple):
     plain: float  # ms
     price: float  # tokens per ms
     useful: float  # of the tokens that drafts bring: the rest waits for those that are behind
+    lead: list[float]  # weight of what the n-th token of a step is worth to all
     sure: float  # ms that an accepted token saves, times how certain it is to come
     tries: bool  # to learn, not to gain
     reading: int  # tokens
@@ -477,17 +486,28 @@ class _Drafting:
     """The step under way."""
 
     def __init__(
-        self, plan: _Plan, outlook: Outlook, worth: list[float], left: float, room: float
+        self,
+        plan: _Plan,
+        outlook: Outlook,
+        worth: list[float],
+        own: float,
+        left: float,
+        room: float,
     ) -> None:
         self.plan = plan
         self.outlook = outlook
-        self.worth = worth  # of a token of each sequence
-        self.worth_of_members = [worth[i] for i in plan.members]
+        self._own = own  # what a token is worth to its own sequence
+        self._shared = [worth[i] - own for i in plan.members]  # and to all of them
         self.left = left  # of the account, if only what is certain comes
         self.room = room  # and if nothing comes
         self.level = 0  # drafted so far
         self.above = 0.0  # tokens to be expected of the last level
         self.kinds: list[list[int]] | None = None  # of the nodes that are verified
+
+    def worth(self, nth: int) -> list[float]:
+        """Of the n-th token that the step brings each member, n from 1 on."""
+        lead = self.plan.lead[min(nth, len(self.plan.lead) - 1)]
+        return [self._own + lead * shared for shared in self._shared]
 
 
 @dataclass

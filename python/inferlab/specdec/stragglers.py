@@ -19,6 +19,7 @@ import numpy as np
 
 SPREAD = 0.3
 BEHIND = 6.0  # tokens by which a sequence is behind others that matter less
+AHEAD = 3.0  # tokens that a step brings one sequence more than others, to count so much less
 
 
 def worth(remaining: Sequence[int], own: float) -> list[float]:
@@ -34,6 +35,12 @@ def worth(remaining: Sequence[int], own: float) -> list[float]:
     behind = [math.exp((n - most) / BEHIND) for n in remaining]
     scale = (1 - own) * len(remaining) / sum(behind)
     return [own + scale * value for value in behind]
+
+
+def lead(levels: int, gained: float) -> list[float]:
+    """What a token is worth to the others where it is the n-th that a step brings a sequence, n
+    from 0 on, and the sequences gain ``gained`` on average: the further ahead, the less."""
+    return [math.exp((gained - n) / AHEAD) for n in range(levels + 1)]
 
 
 def progress(remaining: Sequence[int], gained: Sequence[int], own: float) -> float:
