@@ -190,9 +190,9 @@ def measure(
         max_batch: larger batches are not measured.
         max_k: levels that will be drafted at most.
     """
-    num_pages, cache = _cache(target, num_pages, page_size)
+    cache = _cache(target, num_pages, page_size)
     bench = Bench(target, policy, cache)
-    own = Bench(target, policy, cache, drafter(num_pages)) if drafter is not None else None
+    own = Bench(target, policy, cache, drafter(cache.num_pages)) if drafter is not None else None
     steps, keeping, drafts, kept = Least(), Least(), Least(), Least()
     for _ in _passes():
         for batch, context, most in GRID:
@@ -213,18 +213,22 @@ def measure(
         DraftTime(batch, nodes, ms + max(kept[batch, nodes] - keeping[batch], 0.0))
         for (batch, nodes), ms in drafts.items()
     ]
-    fitted = StepCosts.fit([StepTime(b, n, context, ms) for (b, n, context), ms in steps.items()])
+    fitted = StepCosts.fit(_step_times(steps))
     if own is None:
         return CostModel(fitted)
     chains = all(b.levels == b.nodes for b in own.drafter.ladder())
     return CostModel(fitted, DraftCosts.of(drafting, _reading(bench, own, drafts), chains=chains))
 
 
-def _cache(target: TargetModel, num_pages: int, page_size: int) -> tuple[int, KVCache]:
-    """K/V pages for all that is measured, as far as there may be so many; their number."""
+def _cache(target: TargetModel, num_pages: int, page_size: int) -> KVCache:
+    """Pages for all that is measured, as far as there may be so many."""
     most = max(batch * (context + MOST_TOKENS) for batch, context, _ in GRID)
-    num_pages = min(num_pages, -(-most // page_size))
-    return num_pages, target.new_cache(num_pages, page_size)
+    return target.new_cache(min(num_pages, -(-most // page_size)), page_size)
+
+
+def _step_times(least: Least) -> list[StepTime]:
+    """Of times by sequences, rows of each, and context."""
+    return [StepTime(batch, nodes, context, ms) for (batch, nodes, context), ms in least.items()]
 
 
 def _passes() -> Iterator[int]:
@@ -277,7 +281,7 @@ def check(
     max_batch: int = 32,
 ) -> list[tuple[StepTime, float]]:
     """Steps measured now, each with its predicted ms."""
-    bench = Bench(target, policy, _cache(target, num_pages, page_size)[1])
+    bench = Bench(target, policy, _cache(target, num_pages, page_size))
     measured = Least()
     for _ in _passes():
         for batch, context in CHECKED:
@@ -286,5 +290,4 @@ def check(
             budgets = [of_nodes(n) for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
             for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 measured.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
-    steps = [StepTime(b, n, context, ms) for (b, n, context), ms in measured.items()]
-    return [(step, costs.ms(*step[:3])) for step in steps]
+    return [(step, costs.ms(*step[:3])) for step in _step_times(measured)]

@@ -178,7 +178,7 @@ class CostController(Controller):
             plain,
             price,
             useful,
-            stragglers.lead(len(self._rungs), brought),
+            stragglers.lead(len(self._rungs) - 1, brought),
             sure,
             tries,
             reading,
@@ -250,11 +250,8 @@ class CostController(Controller):
         """How many nodes of each sequence: the likeliest of all, as many as pay."""
         plan, size, packs = now.plan, now.outlook.batch_size, now.outlook.packs
         # A chain: its n-th node is the n-th token that the step brings.
-        worth = [now.worth(n) for n in range(1, len(self._rungs))]
-        chances = [
-            [c * worth[min(n, len(worth) - 1)][s] for n, c in enumerate(of)]
-            for s, of in enumerate(chances)
-        ]
+        worth = [now.worth(n) for n in range(1, 1 + max(map(len, chances), default=0))]
+        chances = [[c * worth[n][s] for n, c in enumerate(of)] for s, of in enumerate(chances)]
         if packs:
             found = sorted([(c, s) for s, of in enumerate(chances) for c in of], reverse=True)
             gains, rows = [c for c, _ in found], 1
