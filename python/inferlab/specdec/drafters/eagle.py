@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
-from inferlab.kernels import GrownTree, TreeLinks, build_tree
+from inferlab.kernels import GrownTree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
@@ -20,7 +20,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import PendingFeatures
-from inferlab.specdec.drafters.grown import Growth, grown_tree, judged_tree, known_of_grown
+from inferlab.specdec.drafters.grown import Growth, drafted_of, drafted_tree, known_of_grown
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
 from inferlab.specdec.drafters.writer import Ground
@@ -98,17 +98,14 @@ class EagleDrafter(Drafter):
             if shape is not None:
                 return (self._fill(ground, shape, hidden),)
             grown = self._grow(ground, levels, nodes, hidden)
-            return grown if judge is not None else (*grown, *build_tree(grown.parents))
+            return drafted_of(grown, judge)
 
         # A given target's embeddings and head may be exchanged.
         key = (shape or (levels, nodes, judge is None), self.head.weights_at)
         drafted = self._graphs.run(key, batch, self._take_pending(batch), write)
         if shape is not None:
             return DraftTree.of_shape(shape, *drafted)
-        grown = GrownTree(*drafted[:3])
-        if judge is not None:
-            return judged_tree(grown, levels, batch, judge)
-        return grown_tree(grown, TreeLinks(*drafted[3:]), levels)
+        return drafted_tree(drafted, levels, batch, judge)
 
     def _fill(self, ground: Ground, shape: TreeShape, hidden: torch.Tensor) -> torch.Tensor:
         """Tokens [B, N] of a static shape. ``hidden``: [B, 1, H] at the roots."""

@@ -14,6 +14,8 @@ and says how many of each sequence's nodes are kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from inferlab.kernels import Frontier, GrownTree, TreeLinks, build_tree, grow_level, grow_tree
@@ -80,6 +82,22 @@ class Growth:
 def known_of_grown(device: torch.device) -> Known:
     """What is said of grown trees' nodes: on a CPU, how sure the draft was of each."""
     return Known(by_kind=SURE) if device.type == "cpu" else UNKNOWN
+
+
+def drafted_of(grown: GrownTree, judge: Judge | None) -> Sequence[torch.Tensor]:
+    """The tensors that a captured draft hands to `drafted_tree`: links too, where no judge is to
+    cut the trees."""
+    return grown if judge is not None else (*grown, *build_tree(grown.parents))
+
+
+def drafted_tree(
+    drafted: Sequence[torch.Tensor], levels: int, batch: Batch, judge: Judge | None
+) -> DraftTree:
+    """The trees of a batch, of at most ``levels`` levels, from what `drafted_of` gave."""
+    grown = GrownTree(*drafted[:3])
+    if judge is not None:
+        return judged_tree(grown, levels, batch, judge)
+    return grown_tree(grown, TreeLinks(*drafted[3:]), levels)
 
 
 def grown_tree(grown: GrownTree, links: TreeLinks, levels: int) -> DraftTree:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from inferlab import kernels
-from inferlab.kernels import GrownTree, TreeLinks, build_tree
+from inferlab.kernels import GrownTree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads, load_medusa
@@ -19,7 +19,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import LastFeatures
-from inferlab.specdec.drafters.grown import grown_tree, judged_tree, known_of_grown
+from inferlab.specdec.drafters.grown import drafted_of, drafted_tree, known_of_grown
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, tree_of_offsets
 from inferlab.specdec.drafters.writer import Ground
@@ -93,7 +93,7 @@ class MedusaDrafter(Drafter):
                 drawn = self._draw(ground, features, levels, max(shape.widths))
                 return (tree_of_offsets(ground.roots, drawn, shape),)
             grown = self._grow(ground, features, levels, nodes)
-            return grown if judge is not None else (*grown, *build_tree(grown.parents))
+            return drafted_of(grown, judge)
 
         # A given target's head may be exchanged.
         key = (shape or (levels, nodes, judge is None), self.heads.lm_head(0).data_ptr())
@@ -101,10 +101,7 @@ class MedusaDrafter(Drafter):
         drafted = self._graphs.run(key, batch, (features,), write)
         if shape is not None:
             return DraftTree.of_shape(shape, *drafted)
-        grown = GrownTree(*drafted[:3])
-        if judge is not None:
-            return judged_tree(grown, levels, batch, judge)
-        return grown_tree(grown, TreeLinks(*drafted[3:]), levels)
+        return drafted_tree(drafted, levels, batch, judge)
 
     def _grow(self, ground: Ground, features: torch.Tensor, levels: int, nodes: int) -> GrownTree:
         """The ``nodes`` tokens that the heads are surest of."""
