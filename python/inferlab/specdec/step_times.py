@@ -91,25 +91,23 @@ class StepTimes:
 
     # What was measured.
 
-    def verified(self, size: int, rows: int, ms: float) -> float:
-        """A step's time without drafting; returns what such a one takes."""
+    def verified(self, size: int, rows: int, ms: float) -> None:
+        """A step's time without drafting."""
         kind, usual = _kind(size, rows), self.model(size, rows)
         self._pace.observe(usual * self._verifying.factor(kind), ms)
         self._verifying.observe(kind, usual * self._pace.factor, ms)
-        return self.step(size, rows)
 
-    def drafted(self, members: int, drafted: Budget, ms: float, read: int | None) -> float:
-        """What drafting for so many took, ``read`` tokens read before (None: nothing that counts);
-        returns what it takes in such a step."""
+    def drafted(self, members: int, drafted: Budget, ms: float, read: int | None) -> None:
+        """What drafting for so many took, ``read`` tokens read before (None: nothing that counts).
+        """
         usual = self.costs.draft.ms(members, drafted.nodes) * self._pace.factor
         kind = self._kind_of_draft(members, drafted)
-        if read is not None:
+        if read is None:
+            self._drafting.observe(kind, usual, ms)
+        else:
             reading = max(ms - usual * self._drafting.factor(kind), 1e-6)
             known = self.costs.draft.reading_ms(read) * self._pace.factor
             self._reading.observe(None, known, reading)
-            return ms
-        self._drafting.observe(kind, usual, ms)
-        return usual * self._drafting.factor(kind)
 
     def _kind_of_draft(self, members: int, drafted: Budget) -> tuple[int, Budget | None]:
         """Levels of chains take the same each, so chains of any length are off alike."""
