@@ -98,8 +98,7 @@ class StepTimes:
         self._verifying.observe(kind, usual * self._pace.factor, ms)
 
     def drafted(self, members: int, drafted: Budget, ms: float, read: int | None) -> None:
-        """What drafting for so many took, ``read`` tokens read before (None: nothing that counts).
-        """
+        """What drafting for so many took, ``read`` tokens read before (None: none that count)."""
         usual = self.costs.draft.ms(members, drafted.nodes) * self._pace.factor
         kind = self._kind_of_draft(members, drafted)
         if read is None:
