@@ -3,6 +3,7 @@
 import random
 from statistics import median
 
+import numpy as np
 import pytest
 
 from helpers.simulation import CHAIN, World
@@ -147,12 +148,33 @@ def test_tokens_of_texts_that_are_behind_are_worth_more():
     controller = CostController(8, world.costs())
     outlook = Outlook(CHAIN, [0, 1, 2, 3], 32.0, [60, 60, 40, 20])
     controller.choose(outlook)
-    own = controller._own_share(outlook)
-    worth = stragglers.worth(outlook.remaining, own)
-    assert sum(worth) == pytest.approx(4)
-    assert worth[0] == worth[1] > worth[2] > worth[3] > 0
-    assert stragglers.worth(outlook.remaining, 1.0) == [1.0] * 4
-    assert controller._own_share(outlook._replace(waiting=True)) == 1 > own
+    own = controller._prospects.own_share(outlook)
+    gained = np.ones((4, 1))
+    pull = stragglers.course(outlook.remaining, gained, [0.0] * 4, own).pull[:, 0]
+    assert pull.sum() == pytest.approx(4)
+    assert pull[0] == pull[1] > pull[2] > pull[3] > 0
+    alike = stragglers.course(outlook.remaining, gained, [0.0] * 4, 1.0)
+    assert alike.pull.tolist() == [[1.0]] * 4
+    assert controller._prospects.own_share(outlook._replace(waiting=True)) == 1 > own
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16, 32])
+def test_the_last_text_of_a_batch_is_told_beforehand(size):
+    """Against runs of texts that differ as they are said to."""
+    rng, remaining, mean = np.random.default_rng(size), 64, 1.5
+    steps = []
+    for _ in range(400):
+        texts = np.maximum(rng.normal(mean, stragglers.TEXTS * mean, size), 0.1)
+        left, count = np.full(size, float(remaining)), 0
+        while left.max() > 0:
+            spread = stragglers.STEPS * texts
+            left -= 1 + np.maximum(rng.normal(texts, spread), 0)
+            count += 1
+        steps.append(count)
+    told = stragglers.course([remaining] * size, np.full((size, 1), mean), [0.0] * size, 0.0)
+    assert told.steps[0] == pytest.approx(np.mean(steps), rel=0.12)
+    plain = stragglers.course([remaining] * size, np.zeros((size, 1)), [0.0] * size, 0.0)
+    assert plain.steps[0] == pytest.approx(remaining, rel=1e-3)
 
 
 def test_tokens_that_bring_one_text_further_ahead_are_worth_less_to_all():
@@ -174,7 +196,7 @@ def test_what_plain_steps_save_up_is_bounded():
     world.run(controller, 5000)
     assert sum(world.chosen) == 0
     controller.choose(Outlook(CHAIN, [world.first], 32.0, [64]))
-    assert controller._account <= 1.2 * controller.SAVINGS * world.plain_ms
+    assert controller._account.ms <= 1.2 * controller._account.SAVINGS * world.plain_ms
 
 
 def test_it_says_what_it_did():
@@ -208,10 +230,8 @@ def test_a_step_that_was_cut_short_is_no_rung():
     for _ in range(20):
         choice = controller.choose(outlook)
         if choice.budget != NO_DRAFT:
-            controller.observe(
-                StepObservation(1, Budget(1, choice.budget.nodes), 3.0, [1], [[]], rows=2)
-            )
-    assert controller._ranks._offered.sum() == 0
+            controller.observe(StepObservation(1, Budget(1, 4), 3.0, [1], [[]], rows=2))
+    assert controller._prospects.ranks._offered.sum() == 0
 
 
 # Chances

@@ -58,7 +58,7 @@ class Acceptance:
     FORGET = 0.98  # weight of what was known, per step
     WEIGHT = 6.0  # of a kind's prior, in nodes
     TRUST = 4.0  # of the priors all together, in accepted nodes
-    OWN = 8.0  # of the chances of all sequences against one's own, in accepted nodes
+    OWN = 6.0  # of the chances of all sequences against one's own, in accepted nodes
     OWN_FORGET = 0.9
 
     def __init__(self, priors: Sequence[float], evidence: float = 0.0) -> None:
@@ -97,6 +97,11 @@ class Acceptance:
         accepted, expected = self._own.get(request_id, (0.0, 0.0))
         return (accepted + self.OWN) / (expected + self.OWN)
 
+    def own(self, request_id: int) -> tuple[float, float]:
+        """`factor`, and in [0, 1) how far it is known."""
+        accepted, expected = self._own.get(request_id, (0.0, 0.0))
+        return (accepted + self.OWN) / (expected + self.OWN), expected / (expected + self.OWN)
+
     def chance(self, request_id: int, kind: int) -> float:
         """Of one of a sequence's nodes."""
         chance, factor = self.chances[kind], self.factor(request_id)
@@ -108,7 +113,7 @@ class Acceptance:
         own = [min(c * factor / (1 + c * (factor - 1)), MOST) for c in self.chances]
         return list(accumulate([own[kind] for kind in kinds], min))
 
-    def count(self, verified: int) -> None:
+    def count(self, verified: float) -> None:
         """A step in which drafts of so many sequences were verified."""
         self.observations = self.observations * self.FORGET + verified
 
@@ -120,21 +125,22 @@ class Acceptance:
     ) -> None:
         """A step: of each request the kinds of the nodes that were verified, by rank, and which
         ranks, from 1 on, its walk went through."""
-        self._unit /= self.FORGET
         chances = self.chances
-        verified = 0
+        verified = 0.0
         for request_id, of_nodes, ranks in zip(requests, kinds, accepted, strict=True):
             if not of_nodes:
                 continue
-            verified += 1
+            own, expected = self._own.pop(request_id, (0.0, 0.0))
+            news = self.OWN / (expected + self.OWN)
+            unit = news * self._unit
+            verified += news
             for kind in of_nodes:
-                self._offered[kind] += self._unit
+                self._offered[kind] += unit
             for rank in ranks:
                 if rank <= len(of_nodes):
-                    self._accepted[of_nodes[rank - 1]] += self._unit
-            self._promised += self._unit * sum([self._priors[k] for k in of_nodes])
-            self._kept += self._unit * len(ranks)
-            own, expected = self._own.pop(request_id, (0.0, 0.0))
+                    self._accepted[of_nodes[rank - 1]] += unit
+            self._promised += unit * sum([self._priors[k] for k in of_nodes])
+            self._kept += unit * len(ranks)
             in_step = sum([chances[k] for k in of_nodes])
             weight = 1 / max(in_step, 1.0)
             self._own[request_id] = (
@@ -142,6 +148,7 @@ class Acceptance:
                 expected * self.OWN_FORGET + weight * in_step,
             )
         self.count(verified)
+        self._unit /= self.FORGET ** (verified / max(len(requests), 1))
         if self._unit > 1e9:
             self._accepted = [value / self._unit for value in self._accepted]
             self._offered = [value / self._unit for value in self._offered]

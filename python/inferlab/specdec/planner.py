@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from inferlab.config import MAX_DRAFT
 from inferlab.specdec import stragglers
-from inferlab.specdec.acceptance import Acceptance
+from inferlab.specdec.account import Account
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
-from inferlab.specdec.ranks import Onward, Ranks
+from inferlab.specdec.drafting import Drafting, Plan
+from inferlab.specdec.prospects import SOME, Prospects, Rates
 from inferlab.specdec.step_times import StepTimes
 from inferlab.specdec.tree import NO_DRAFT, Budget
 from inferlab.specdec.verdict import Report
@@ -31,21 +31,17 @@ ASLEEP = Choice(NO_DRAFT, asleep=True)
 class CostController(Controller):
     """Takes draft nodes while the tokens to be expected of them are worth their time.
 
-    The price of a millisecond is the rate of the best budget, in tokens per ms:
+    The price of a millisecond is the rate of the best budget, in tokens per ms, plain decoding
+    among them: how far it gets the batch (`Prospects`), over the time of the cost model, corrected
+    by how far steps were off lately. At that price a draft model goes on to the next level while
+    what it may bring to all sequences is worth its forward, and of the nodes of all sequences those
+    are verified, likeliest first, whose chance is worth the rows they add (`Drafting`).
 
-        rate(n nodes) = (B + members * sum of chances of ranks <= n) / (draft + verify ms)
-
-    with the times of the cost model, corrected by how far steps were off lately, and with chances
-    by rank, what the judge left out included. At that price a draft model goes on to the next level
-    while what it may bring to all sequences is worth its forward, and of the nodes of all sequences
-    those are verified, likeliest first, whose chance is worth the rows they add.
-
-    What is not drafted teaches nothing, and what was promised may not come. So there is an account
-    of the time that was lost against decoding plainly: it begins with ``FIRST`` plain steps,
-    ``SHARE`` of all time is added, and what drafts gained, up to ``SAVINGS`` plain steps. A step
-    whose drafts are not sure to pay is taken only while the account covers what it would lose if
-    only the certain part of its gain came. Texts that the drafter would first have to read are
-    weighed by the tokens still to come, and count as such a loss.
+    What is not drafted teaches nothing, and what was promised may not come. So there is an
+    `Account` of the time that was lost against decoding plainly: a step is taken only while it
+    covers what is lost if only the sure part of the gain comes. Texts that the drafter would first
+    have to read are weighed by the tokens still to come. Where drafting is all but free, what it
+    finds decides: where that is worth nothing, it rests for ever more steps.
 
     Where drafting pays, a plain step is timed at first and now and then.
 
@@ -54,11 +50,11 @@ class CostController(Controller):
         costs: what steps take; None: nothing is known before the first.
     """
 
-    FIRST, SHARE, SAVINGS = 0.6, 0.006, 4.0
-    WORST = 1.5  # plain steps that one of the first steps may lose
-    LUCK = 2.5  # plain steps that the account may be short of, where what is certain pays
+    RETURN = 3.0  # times what it takes, that texts must promise to be read for
+    CHEAP = 0.1  # plain steps: drafting that takes no more shows by what it finds if it pays
+    REST = 8  # steps without drafting where it found nothing, at most
     MARGIN = 1.02  # what another rung must promise before it is taken
-    PRUDENCE = 1.05  # what drafts must promise over their price: some of it is not in the model
+    PRUDENCE = 1.05  # what drafts must promise over plain decoding: not all is in the model
     READY = 16  # tokens that a drafter catches up with in a usual step
     PLAIN_FIRST = 8  # drafted steps until a second plain one is timed; then four times as many
     LOOK_EVERY = 4  # steps: deciding takes as long as some ops of a small model
@@ -71,18 +67,18 @@ class CostController(Controller):
         check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = max_k
         self._times = StepTimes(UNMEASURED if costs is None else costs)
-        self._account = 0.0  # ms
-        self._newest = -1  # the last request that was seen
+        self._account = Account()
         self._timed: dict[int, _Timed] = {}  # by doublings of the batch size
         self._asleep = 0  # steps without a look
         self._looked_at = 0  # the batch size that was looked at
         self._given: Sequence[Budget] = ()
         self._rungs: list[Budget] = [NO_DRAFT]
         self._last: dict[int, int] = {}  # by batch size, the rung taken last
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._steps_left = 0  # until it is looked at again
-        self._now: _Drafting | None = None
-        self._pending: list[tuple[_Drafting | None, StepObservation, float]] = []
+        self._in_vain = self._rest = 0  # steps in a row that found nothing; and so many to rest
+        self._now: Drafting | None = None
+        self._pending: list[tuple[Drafting | None, StepObservation, float]] = []
         self._learnt = 0  # steps that drafted
         self._report = Report()
 
@@ -103,7 +99,7 @@ class CostController(Controller):
         if len(self._rungs) == 1:
             return NOT_DRAFTED
         size = outlook.batch_size
-        same = size == self._looked_at and max(outlook.requests) <= self._newest
+        same = size == self._looked_at and self._account.knows(outlook.requests)
         if same and self._asleep > 0:
             self._asleep -= 1
             return ASLEEP
@@ -113,36 +109,38 @@ class CostController(Controller):
             plan = self._plan = self._look(outlook)
             self._looked_at, self._steps_left = size, self.LOOK_EVERY
         self._steps_left -= 1
-        if plan is None or not self._covers(plan.loss, plan.plain):
+        if plan is None or plan.loss > self._account.may_lose(smallest=True):
             self._plan = None
             return ASLEEP if self._asleep > 0 else NOT_DRAFTED
-        timed = self._timed.setdefault(size.bit_length(), _Timed())
-        timed.steps += 1
-        if timed.steps >= timed.due:
-            timed.due = min(max(4 * timed.due, self.PLAIN_FIRST), timed.steps + 256)
+        if self._rests(plan, size):
             return ASLEEP  # as without a drafter
-        own = self._own_share(outlook)
-        worth = stragglers.worth(outlook.remaining or [1] * size, own)
-        worth = [plan.useful * value for value in worth]
-        account = max(self._account, 0.0)
-        self._now = _Drafting(
-            plan, outlook, worth, plan.useful * own, account - plan.loss, account - plan.worst
-        )
+        stake = self._account.may_lose(smallest=False)
+        self._now = Drafting(plan, outlook, self._prospects, stake)
         everyone = len(plan.members) == size
         # Grown trees that were cut, or merely watched, were slower: see COSTS.md.
         judge = self if outlook.known.by_kind and outlook.known.asks else None
         return Choice(self._rungs[plan.rung], None if everyone else plan.members, judge)
 
-    def _look(self, outlook: Outlook) -> _Plan | None:
+    def _rests(self, plan: Plan, size: int) -> bool:
+        """Whether nothing is drafted this time, although it pays by and large."""
+        if plan.asked:
+            self._rest -= 1
+            return self._rest >= 0
+        timed = self._timed.setdefault(size.bit_length(), _Timed())
+        timed.steps += 1
+        if timed.steps < timed.due:
+            return False
+        timed.due = min(max(4 * timed.due, self.PLAIN_FIRST), timed.steps + 256)
+        return True
+
+    def _look(self, outlook: Outlook) -> Plan | None:
         """What is best as far as is known; None: not to draft."""
         self._digest()
-        size = outlook.batch_size
-        times = self._times.verify(size, outlook.context)
-        plain = float(times[size])
-        self._account = min(self._account, self.SAVINGS * plain)
-        self._admit(outlook, plain)
-        members, reading = self._members(outlook, times)
-        rates, ms, gains = self._rates(outlook, times, members)
+        size, account, prospects = outlook.batch_size, self._account, self._prospects
+        account.admit(outlook.requests, self._plain(outlook))
+        members, reading = self._members(outlook)
+        found = prospects.rates(outlook, members)
+        rates, plain = found.rates, found.plain
         best = int(rates.argmax())
         last = self._last.get(size, 0)
         if rates[best] < rates[last] * self.MARGIN:
@@ -151,39 +149,43 @@ class CostController(Controller):
             best = 0
         self._last[size] = best
         self._report.promise(float(rates[best] / rates[0]))
-        tries = best == 0
-        if tries:
-            best = self._smallest_worth_trying(plain, ms)
-        if outlook.known.asks and best > 0:
-            best = 1  # the rest is asked for
-        best, loss, worst = self._covered(best, plain, ms, gains, reading)
-        if best == 0 or not members:
-            if tries or not members:
-                # Until the account might cover a try; it need not be looked at before.
-                least = float(ms[1] - plain) - self._account if members else plain
-                self._asleep = min(int(least / (self.SHARE * plain)), self.SLEEP)
-            return None
-        if outlook.known.asks:
+        asks = outlook.known.asks
+        asked = asks and bool(members) and found.drafting[1] <= self.CHEAP * plain
+        tries = best == 0 and not asked
+        sure, loss = prospects.sure(len(members)), 0.0
+        if not asked:
+            saved = plain - found.ms[best] / (1 + found.gains[best])
+            to_come = max(outlook.remaining, default=SOME)
+            account.expect(saved * to_come, size, prospects.acceptance.certainty)
+            if tries:
+                best = self._smallest_worth_trying(found)
+            if asks:
+                best = min(best, 1)  # the rest is asked for
+            best, loss = self._covered(best, found, sure, reading)
+            if best == 0 or not members:
+                if tries or not members:
+                    # Until the account might cover a try; it need not be looked at before.
+                    least = float(found.ms[1] - plain) - account.ms if members else plain
+                    self._asleep = min(int(least / (account.SHARE * plain)), self.SLEEP)
+                return None
+        if asks:
             best = len(self._rungs) - 1
-        price = max(float(rates.max()), size / plain) * self.PRUDENCE
-        sure = self._acceptance.certainty * plain / size
-        drafting = self._times.draft(len(members)).tolist()
-        brought = float(self._ranks.sums[0][self._nodes[best]]) * len(members) / size
-        useful = min(float(gains[best]) / brought, 1.0) if brought > 0 else 1.0
-        return _Plan(
-            members,
-            best,
-            times.tolist(),
-            drafting,
-            plain,
-            price,
-            useful,
-            stragglers.lead(len(self._rungs) - 1, brought),
-            sure,
-            tries,
-            reading,
-            loss,
-            worst,
+        brought = float(prospects.ranks.sums[0][prospects.nodes[best]]) * len(members) / size
+        return Plan(
+            members=members,
+            rung=best,
+            times=found.times.tolist(),
+            drafting=found.drafting.tolist(),
+            plain=plain,
+            price=max(float(rates.max()), size / plain),
+            worth=found.pull[:, best].tolist(),
+            own=found.own,
+            lead=stragglers.lead(len(self._rungs) - 1, brought),
+            sure=sure * plain / size,
+            loss=loss,
+            reading=reading,
+            tries=tries,
+            asked=asked,
         )
 
     def follows(self, tokens: int, outlook: Outlook) -> bool:
@@ -192,87 +194,28 @@ class CostController(Controller):
         if len(self._rungs) == 1:
             return False
         self._digest()
-        size = outlook.batch_size
-        times = self._times.verify(size, outlook.context)
-        plain = float(times[size])
-        self._admit(outlook, plain)
-        rates, ms, gains = self._rates(outlook, times, range(size))
-        best = int(rates.argmax())
+        self._account.admit(outlook.requests, self._plain(outlook))
+        found = self._prospects.rates(outlook, range(outlook.batch_size))
+        best = int(found.rates.argmax())
+        gain = 1 + found.gains[best]
         cost = self._times.read(tokens)
-        saved = plain * (1 + gains[best]) - ms[best]
-        steps = sum(outlook.remaining) / (size * (1 + gains[best]))
-        sure = self._acceptance.certainty
+        saved = found.plain * gain - found.ms[best]
+        steps = sum(outlook.remaining) / (outlook.batch_size * gain)
+        sure = self._prospects.acceptance.certainty
         if saved * steps <= cost:
             # Nothing to be gained, as far as is known: tried where it is all but free.
-            return cost + ms[1] - plain <= self._account and sure < 0.5
-        return cost * (1 - sure) <= self._account
+            return cost + found.ms[1] - found.plain <= self._account.ms and sure < 0.5
+        return cost * (1 - sure) <= self._account.ms
 
     def goes_on(self, requests: Sequence[int], kinds: Sequence[int]) -> bool:
-        now = self._now
-        if now is None:
-            return True
-        plan = now.plan
-        level = now.level = now.level + 1
-        if plan.tries or level + 1 >= len(self._rungs):
-            return False
-        chance, worth = self._acceptance.chance, now.worth(level + 1)
-        there = sum(
-            [
-                chance(request, kind) * value
-                for request, kind, value in zip(requests, kinds, worth, strict=True)
-            ]
-        )
-        if level > 1:
-            self._onward.observe(now.above, there)
-        now.above = there
-        hope = there * self._onward.share
-        # Another level, and at least a row where it is worth something.
-        more = plan.drafting[level + 1] - plan.drafting[level]
-        rows = now.outlook.batch_size + len(requests) * level
-        if rows + 1 < len(plan.times):
-            more += plan.times[rows + 1] - plan.times[rows]
-        now.left -= more - plan.sure * hope
-        now.room -= more
-        return hope > plan.price * more and now.left >= 0 and now.room >= 0
+        return self._now is None or self._now.goes_on(requests, kinds)
 
     def keep(self, requests: Sequence[int], kinds: Sequence[Sequence[int]]) -> list[int]:
-        now = self._now
-        if now is None:
+        if self._now is None:
             return [len(of_nodes) for of_nodes in kinds]
-        chances = [self._acceptance.of(r, k) for r, k in zip(requests, kinds, strict=True)]
-        counts = (
-            [len(c) for c in chances] if now.plan.tries else self._worth_verifying(now, chances)
-        )
-        now.kinds = [list(k[:n]) for k, n in zip(kinds, counts, strict=True)]
-        return counts
+        return self._now.keep(requests, kinds)
 
-    def _worth_verifying(self, now: _Drafting, chances: list[list[float]]) -> list[int]:
-        """How many nodes of each sequence: the likeliest of all, as many as pay."""
-        plan, size, packs = now.plan, now.outlook.batch_size, now.outlook.packs
-        # A chain: its n-th node is the n-th token that the step brings.
-        worth = [now.worth(n) for n in range(1, 1 + max(map(len, chances), default=0))]
-        chances = [[c * worth[n][s] for n, c in enumerate(of)] for s, of in enumerate(chances)]
-        if packs:
-            found = sorted([(c, s) for s, of in enumerate(chances) for c in of], reverse=True)
-            gains, rows = [c for c, _ in found], 1
-        else:
-            most = max(map(len, chances), default=0)
-            gains, rows = [sum(c[n] for c in chances if n < len(c)) for n in range(most)], size
-        times, last, plain = plan.times, len(plan.times) - 1, plan.plain
-        account = max(self._account, 0.0) + 1e-9
-        best, best_value, brought = 0, 0.0, 0.0
-        for n, gain in enumerate(gains, start=1):
-            brought += gain
-            spent = times[min(size + n * rows, last)] - plain
-            value = brought - plan.price * spent
-            if value > best_value and spent <= account + plan.sure * brought:
-                best, best_value = n, value
-        if not packs:
-            return [min(best, len(c)) for c in chances]
-        counts = [0] * len(chances)
-        for _, sequence in found[:best]:
-            counts[sequence] += 1
-        return counts
+    # What is learnt from steps.
 
     def observe(self, step: StepObservation) -> None:
         now, self._now = self._now, None
@@ -280,24 +223,25 @@ class CostController(Controller):
             now = None  # also near the end of all texts, whatever was chosen
         if len(self._rungs) == 1:
             return
+        self._account.passed(step.step_ms)
         if self._asleep > self.WAKING and now is None:
             self._report.count(step, step.step_ms)
-            self._account += self.SHARE * step.step_ms
             return
         tokens = 1.0  # of plain steps that would have got as far
         at_once = self._learnt < self.LEARN_AT_ONCE
-        self._account += self.SHARE * step.step_ms
         if now is not None:
             plan = now.plan
-            gained = [1 + len(ranks) for ranks in step.accepted]
-            own = self._own_share(now.outlook)
-            tokens = stragglers.progress(now.outlook.remaining or gained, gained, own)
-            tokens = 1 + plan.useful * (tokens - 1)
+            if plan.asked:
+                vain = now.value < plan.price * plan.drafting[1]
+                self._in_vain = self._in_vain + 1 if vain else 0
+                self._rest = min(2**self._in_vain, self.REST) - 1
+            brought = [len(r) * worth for r, worth in zip(step.accepted, plan.worth, strict=True)]
+            tokens += sum(brought) / step.batch_size
             drafted = step.draft_ms if step.caught_up else plan.drafting[now.level or plan.rung]
-            took = plan.times[min(_rows(step), len(plan.times) - 1)] + drafted
+            took = plan.verifying(_rows(step)) + drafted
             if step.step_ms > self.SURPRISE * took:
-                took, at_once, self._plan = step.step_ms, True, None
-            self._account += tokens * plan.plain - took
+                at_once, self._plan = True, None
+            self._account.ms += tokens * plan.plain - took
         self._pending.append((now, step, tokens))
         if at_once or len(self._pending) >= self.LOOK_EVERY:
             self._digest()
@@ -315,19 +259,22 @@ class CostController(Controller):
                 self._learn(now, step)
             self._report.count(step, tokens * self._times.step(size, size))
 
-    def _learn(self, now: _Drafting, step: StepObservation) -> None:
+    def _learn(self, now: Drafting, step: StepObservation) -> None:
         """From a step that drafted."""
         self._learnt += 1
         members, rung = now.plan.members, now.plan.rung
+        acceptance = self._prospects.acceptance
         accepted = [step.accepted[i] for i in members]
+        requests = [now.outlook.requests[i] for i in members]
+        # What is known of a text already tells nothing new of others.
+        news = [1 - acceptance.own(request)[1] for request in requests]
         if now.kinds is not None:
-            requests = [now.outlook.requests[i] for i in members]
-            self._acceptance.learn(requests, now.kinds, accepted)
+            acceptance.learn(requests, now.kinds, accepted)
         else:
-            self._acceptance.count(len(members))
+            acceptance.count(len(members))
         if step.budget == self._rungs[rung]:
             kept = None if now.kinds is None else [len(k) for k in now.kinds]
-            self._ranks.learn(step.budget.nodes, accepted, kept)
+            self._prospects.ranks.learn(step.budget.nodes, accepted, kept, news)
         # Where it was asked, so many levels were drafted.
         drafted = self._rungs[now.level] if now.level > 0 else step.budget
         read = now.plan.reading if step.caught_up else None
@@ -352,23 +299,17 @@ class CostController(Controller):
         if all(b.levels == b.nodes for b in ladder):  # a chain: nodes are levels
             rungs = [b for b in rungs if b.nodes <= self.max_k]
         self._rungs = [NO_DRAFT, *rungs]
-        self._nodes = np.array([b.nodes for b in self._rungs])
         self._times.climb(self._rungs)
         self._last.clear()
         self._plan = None
-        known = outlook.known
-        self._acceptance = Acceptance(known.by_kind, known.evidence)
-        self._ranks = Ranks(self._rungs[-1].nodes, known.by_rank)
-        self._onward = Onward()
+        self._prospects = Prospects(self._rungs, outlook.known, self._times)
 
-    def _admit(self, outlook: Outlook, plain: float) -> None:
-        """New sequences are new luck: they bring their part of an account of their own."""
-        new = sum(request > self._newest for request in outlook.requests)
-        if new:
-            self._newest = max(outlook.requests)
-            self._account = max(self._account, self.FIRST * plain * new / outlook.batch_size)
+    def _plain(self, outlook: Outlook) -> float:
+        """Ms of a step without drafts."""
+        size = outlook.batch_size
+        return float(self._times.verify(size, outlook.context)[size])
 
-    def _members(self, outlook: Outlook, times: np.ndarray) -> tuple[list[int], int]:
+    def _members(self, outlook: Outlook) -> tuple[list[int], int]:
         """For whom to draft, by place, and how many tokens must be read for it."""
         size, unread = outlook.batch_size, outlook.unread
         able = range(size) if outlook.able is None else outlook.able
@@ -376,19 +317,19 @@ class CostController(Controller):
             return list(able), 0
         members = [i for i in able if unread[i] <= self.READY]
         waiting = sorted((unread[i], i) for i in able if unread[i] > self.READY)
-        plain, account = float(times[size]), self._account
-        rates, ms, gains = self._rates(outlook, times, range(size))
-        best = int(rates.argmax())
-        saved = (plain * (1 + gains[best]) - ms[best]) / size
-        sure, reading = self._acceptance.certainty, 0
-        together = self._own_share(outlook) < 1
+        found = self._prospects.rates(outlook, range(size))
+        best = int(found.rates.argmax())
+        gain, account = 1 + found.gains[best], self._account.ms
+        saved = (found.plain * gain - found.ms[best]) / size
+        sure, reading = self._prospects.acceptance.certainty, 0
+        together = found.own < 1
         if together and sure > 0.5:
-            account += self.WORST * plain
+            account += found.plain
         joined: list[int] = []
         for tokens, i in waiting:
             cost = self._times.read(reading + tokens) - self._times.read(reading)
-            benefit = saved * outlook.remaining[i] / (1 + gains[best])
-            if benefit < 1.2 * cost and (members or joined or sure > 0.5):
+            benefit = saved * outlook.remaining[i] / gain
+            if benefit < self.RETURN * cost and (members or joined or sure > 0.5):
                 break
             account -= cost * (1 - sure)
             if account < 0:
@@ -401,110 +342,28 @@ class CostController(Controller):
             reading = sum(unread[i] for i in joined)
         return sorted([*members, *joined]), reading
 
-    def _rates(
-        self, outlook: Outlook, times: np.ndarray, members: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each rung, for some of the batch, by place: tokens per ms, ms, and how many plain
-        steps one is worth beyond the first."""
-        size, count = outlook.batch_size, len(members)
-        accepted, kept = self._ranks.sums
-        own = self._own_share(outlook)
-        remaining = outlook.remaining or [1] * size
-        accepted = accepted[self._nodes]
-        gains = stragglers.expected_progress(remaining, members, accepted, own) - 1
-        rows = size + count * kept[self._nodes] if outlook.packs else size * (1 + self._nodes)
-        verify = times[np.minimum(np.ceil(rows).astype(int), len(times) - 1)]
-        ms = verify + self._times.draft(count)
-        return size * (1 + gains) / ms, ms, gains
-
-    def _smallest_worth_trying(self, plain: float, ms: np.ndarray) -> int:
+    def _smallest_worth_trying(self, found: Rates) -> int:
         """The first rung that would pay if every level were accepted."""
-        for rung in range(1, len(self._rungs)):
-            if (1 + self._rungs[rung].levels) * plain > ms[rung]:
-                return rung
-        return 0
+        levels = np.array([b.levels for b in self._rungs])
+        pays = (1 + levels) * found.plain > found.ms
+        return int(pays[1:].argmax()) + 1 if pays[1:].any() else 0
 
-    def _covered(
-        self, rung: int, plain: float, ms: np.ndarray, gains: np.ndarray, reading: int
-    ) -> tuple[int, float, float]:
-        """The largest rung up to this one whose possible losses the account covers, and the losses:
-        where only what is certain comes, and where nothing comes, less the ``WORST`` plain steps
-        that one of the first steps may lose so."""
-        sure = self._acceptance.certainty
-        read = self._times.read(reading)
+    def _covered(self, rung: int, found: Rates, sure: float, reading: int) -> tuple[int, float]:
+        """The largest rung up to this one whose possible loss the account covers, and the loss: if
+        only so much of what is gained comes as is ``sure``."""
+        certainty = self._prospects.acceptance.certainty
+        read = (1 - certainty) * self._times.read(reading)
         while rung > 0:
-            loss = float(ms[rung] - plain * (1 + sure * gains[rung])) + (1 - sure) * read
-            worst = -math.inf
-            if self._learnt < self.LEARN_AT_ONCE:
-                worst = float(ms[rung]) - plain + read - self.WORST * plain
-            if self._covers(loss, plain) and worst <= max(self._account, 0.0):
-                return rung, loss, worst
+            loss = float(found.ms[rung] - found.plain * (1 + sure * found.gains[rung])) + read
+            if loss <= self._account.may_lose(smallest=rung == 1):
+                return rung, loss
             rung -= 1
-        return 0, 0.0, 0.0
-
-    def _covers(self, loss: float, plain: float) -> bool:
-        """Whether the account covers a possible loss, in ms."""
-        luck = self.LUCK * plain / math.sqrt(max(self._looked_at, 1))
-        return loss <= (self._account if loss > 0 else self._account + luck)
-
-    def _own_share(self, outlook: Outlook) -> float:
-        """Of a plain step's time, what it takes for single sequences; 1 where each token counts."""
-        size = outlook.batch_size
-        if size == 1 or outlook.waiting or len(outlook.remaining) != size:
-            return 1.0
-        all_ms, one_ms = self._times.model(size, size), self._times.model(1, 1)
-        return min(max((all_ms - one_ms) / (size - 1), 0.0) * size / all_ms, 1.0)
+        return 0, 0.0
 
 
 def _rows(step: StepObservation) -> int:
     """Of the target's forward; all that the budget allows where it is not told."""
     return step.rows or step.batch_size * (1 + step.budget.nodes)
-
-
-class _Plan(NamedTuple):
-    """What was decided for some steps."""
-
-    members: list[int]
-    rung: int
-    times: list[float]  # ms of verifying, by rows
-    drafting: list[float]  # ms by rung
-    plain: float  # ms
-    price: float  # tokens per ms
-    useful: float  # of the tokens that drafts bring: the rest waits for those that are behind
-    lead: list[float]  # weight of what the n-th token of a step is worth to all
-    sure: float  # ms that an accepted token saves, times how certain it is to come
-    tries: bool  # to learn, not to gain
-    reading: int  # tokens
-    loss: float  # ms, if only what is certain comes
-    worst: float  # ms that may not come back, beyond what may be lost at first
-
-
-class _Drafting:
-    """The step under way."""
-
-    def __init__(
-        self,
-        plan: _Plan,
-        outlook: Outlook,
-        worth: list[float],
-        own: float,
-        left: float,
-        room: float,
-    ) -> None:
-        self.plan = plan
-        self.outlook = outlook
-        self._own = own  # what a token is worth to its own sequence
-        self._shared = [worth[i] - own for i in plan.members]  # and to all of them
-        self.left = left  # of the account, if only what is certain comes
-        self.room = room  # and if nothing comes
-        self.level = 0  # drafted so far
-        self.above = 0.0  # tokens to be expected of the last level
-        self.kinds: list[list[int]] | None = None  # of the nodes that are verified
-
-    def worth(self, nth: int) -> list[float]:
-        """Of the n-th token that the step brings each member, n from 1 on."""
-        lead = self.plan.lead[min(nth, len(self.plan.lead) - 1)]
-        return [self._own + lead * shared for shared in self._shared]
 
 
 @dataclass

@@ -15,6 +15,7 @@ import numpy as np
 
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.cuts import Trees
+from inferlab.specdec.padding import rows_run
 from inferlab.specdec.recorded import CATCHING_UP, FIRST, PHASES, Recording
 
 LEAST = 8
@@ -73,13 +74,13 @@ class Times:
         if not trees.chain:
             self._most_levels = int(trees.tree["levels"])
         self._packs = recording.about["machine"][2] == "cpu"
-        self.nodes: np.ndarray = np.zeros(steps)
         step = trees.step[: trees.real]
-        if self._packs:
-            drafted = np.bincount(step, trees.drafted[: trees.real], steps)
-            self.nodes = drafted.astype(np.float64) / np.maximum(self.batch, 1)
-        else:
-            np.maximum.at(self.nodes, step, trees.drafted[: trees.real])
+        drafted = trees.drafted[: trees.real].astype(np.int64)
+        most = np.zeros(steps, np.int64)
+        np.maximum.at(most, step, drafted)
+        drafts = np.bincount(step, drafted, steps).astype(np.int64)
+        sizes = zip(self.batch.tolist(), most.tolist(), drafts.tolist(), strict=True)
+        self.nodes: np.ndarray = np.array([self._width(*of) for of in sizes])
         roots = np.bincount(step, c["row.root"], steps)
         self.context = roots / np.maximum(self.batch, 1)
         kind = c["step.kind"]
@@ -108,9 +109,12 @@ class Times:
         return ms, self._drafting(batch, nodes, int(self.levels[step]))
 
     def width(self, nodes: Sequence[int]) -> float:
-        """Draft nodes that each sequence of a step is computed with, from those that each has: on a
-        CPU padding is left out (`inferlab.models.packing`)."""
-        return sum(nodes) / len(nodes) if self._packs else max(nodes)
+        """Draft nodes that each sequence of a step is computed with, from those that each has."""
+        return self._width(len(nodes), round(max(nodes)), round(sum(nodes)))
+
+    def _width(self, size: int, most: int, drafts: int) -> float:
+        size = max(size, 1)
+        return rows_run(size * (1 + most), size + drafts, self._packs) / size - 1
 
     def _drafting(self, batch: int, nodes: float, levels: int) -> float:
         """Costs are measured with the most levels that so many nodes can have; each takes as much

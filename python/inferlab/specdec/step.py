@@ -15,13 +15,10 @@ import torch
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.padding import rows_run
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import DraftTree
 from inferlab.specdec.walk import Walk
-
-# Packing a batch's rows costs a forward of the bundled target what three rows and a twentieth of
-# all rows cost: with so much padding, an eighth of the rows at least, it is a gain.
-LEAST_PADDING = 8
 
 PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
@@ -82,9 +79,8 @@ def forward(
 
 def num_rows(tree: DraftTree, device: torch.device) -> int:
     """Rows of a forward: without padding where leaving it out is worth it."""
-    rows, real = len(tree.node_counts) * tree.num_nodes, sum(tree.node_counts)
-    packs = device.type == "cpu" and rows - real >= max(LEAST_PADDING, rows // 8)
-    return real if packs else rows
+    padded = len(tree.node_counts) * tree.num_nodes
+    return rows_run(padded, sum(tree.node_counts), device.type == "cpu")
 
 
 def _real_rows(tree: DraftTree, device: torch.device) -> torch.Tensor | None:
