@@ -22,8 +22,8 @@ class Plan(NamedTuple):
         drafting: ms, by rung.
         plain: ms of a step without drafts.
         price: tokens per ms.
-        worth: of a token of each sequence, relative to one for all; ``own`` to itself alone.
-        lead: what the n-th token that a step brings a sequence is worth to the others.
+        worth: of a token of each sequence, relative to one for all.
+        worth_of: of the n-th token that a step brings each member, n from 0 on.
         sure: ms that are sure to be saved for each accepted token to be expected.
         loss: ms, if only what is sure comes.
         reading: tokens that the drafter reads first.
@@ -38,8 +38,7 @@ class Plan(NamedTuple):
     plain: float
     price: float
     worth: list[float]
-    own: float
-    lead: list[float]
+    worth_of: list[list[float]]
     sure: float
     loss: float
     reading: int
@@ -49,11 +48,6 @@ class Plan(NamedTuple):
     def verifying(self, rows: int) -> float:
         """Ms."""
         return self.times[min(rows, len(self.times) - 1)]
-
-    def worth_of(self, nth: int) -> list[float]:
-        """Of the n-th token that the step brings each member, n from 1 on."""
-        lead = self.lead[min(nth, len(self.lead) - 1)]
-        return [self.own + lead * (self.worth[i] - self.own) for i in self.members]
 
 
 class Drafting:
@@ -83,8 +77,8 @@ class Drafting:
         chance, onward = self._prospects.acceptance.chance, self._prospects.onward
         chances = [chance(r, kind) for r, kind in zip(requests, kinds, strict=True)]
         if level > 1:
-            onward.observe(self._above, sum(map(mul, chances, plan.worth_of(level))))
-        self._above = sum(map(mul, chances, plan.worth_of(level + 1)))
+            onward.observe(self._above, sum(map(mul, chances, plan.worth_of[level])))
+        self._above = sum(map(mul, chances, plan.worth_of[level + 1]))
         hope = self._above * onward.share
         # Another level, and at least a row where it is worth something.
         size = self.outlook.batch_size
@@ -108,7 +102,7 @@ class Drafting:
         plan, size, packs = self.plan, self.outlook.batch_size, self.outlook.packs
         # A chain: its n-th node is the n-th token that the step brings.
         most = max(map(len, chances), default=0)
-        worth = [plan.worth_of(n) for n in range(1, 1 + most)]
+        worth = plan.worth_of[1:]
         chances = [[c * worth[n][s] for n, c in enumerate(of)] for s, of in enumerate(chances)]
         alike = list(accumulate([sum(c[n] for c in chances if n < len(c)) for n in range(most)]))
         found = sorted([(-c, n, s) for s, of in enumerate(chances) for n, c in enumerate(of)])

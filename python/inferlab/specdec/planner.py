@@ -58,6 +58,7 @@ class CostController(Controller):
     READY = 16  # tokens that a drafter catches up with in a usual step
     PLAIN_FIRST = 8  # drafted steps until a second plain one is timed; then four times as many
     LOOK_EVERY = 4  # steps: deciding takes as long as some ops of a small model
+    SETTLED = 32  # drafted steps, from which on it is looked at half as often
     LEARN_AT_ONCE = 8  # steps that drafted, at first
     SURPRISE = 1.5  # times what was planned: it is looked at again
     SLEEP = 32  # steps without drafts that are decided on at once, at most
@@ -107,7 +108,7 @@ class CostController(Controller):
         plan = self._plan
         if not (same and ready and plan is not None and self._steps_left > 0):
             plan = self._plan = self._look(outlook)
-            self._looked_at, self._steps_left = size, self.LOOK_EVERY
+            self._looked_at, self._steps_left = size, self._look_every
         self._steps_left -= 1
         if plan is None or plan.loss > self._account.may_lose(smallest=True):
             self._plan = None
@@ -179,8 +180,7 @@ class CostController(Controller):
             plain=plain,
             price=max(float(rates.max()), size / plain),
             worth=found.pull[:, best].tolist(),
-            own=found.own,
-            lead=stragglers.lead(len(self._rungs) - 1, brought),
+            worth_of=self._worth_of(found, best, members, brought),
             sure=sure * plain / size,
             loss=loss,
             reading=reading,
@@ -243,7 +243,7 @@ class CostController(Controller):
                 at_once, self._plan = True, None
             self._account.ms += tokens * plan.plain - took
         self._pending.append((now, step, tokens))
-        if at_once or len(self._pending) >= self.LOOK_EVERY:
+        if at_once or len(self._pending) >= self._look_every:
             self._digest()
 
     def _digest(self) -> None:
@@ -304,6 +304,10 @@ class CostController(Controller):
         self._plan = None
         self._prospects = Prospects(self._rungs, outlook.known, self._times)
 
+    @property
+    def _look_every(self) -> int:
+        return self.LOOK_EVERY if self._learnt < self.SETTLED else 2 * self.LOOK_EVERY
+
     def _plain(self, outlook: Outlook) -> float:
         """Ms of a step without drafts."""
         size = outlook.batch_size
@@ -347,6 +351,15 @@ class CostController(Controller):
         levels = np.array([b.levels for b in self._rungs])
         pays = (1 + levels) * found.plain > found.ms
         return int(pays[1:].argmax()) + 1 if pays[1:].any() else 0
+
+    def _worth_of(
+        self, found: Rates, rung: int, members: list[int], brought: float
+    ) -> list[list[float]]:
+        """[n, members] of the n-th token that a step brings, where steps bring ``brought``."""
+        lead = stragglers.lead(int(self._prospects.nodes[-1]), brought)
+        shared = found.pull[members, rung] - found.own
+        worth: list[list[float]] = (found.own + np.outer(lead, shared)).tolist()
+        return worth
 
     def _covered(self, rung: int, found: Rates, sure: float, reading: int) -> tuple[int, float]:
         """The largest rung up to this one whose possible loss the account covers, and the loss: if

@@ -14,7 +14,6 @@ is ``SOFT`` of their deviation. The slope of E[max n] tells who is likely to be 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,7 +64,8 @@ def course(
     return Course(own * mean + (1 - own) * last, pull)
 
 
-def lead(levels: int, gained: float) -> list[float]:
+def lead(levels: int, gained: float) -> np.ndarray:
     """What a token is worth to the others where it is the n-th that a step brings a sequence, n
     from 0 on, and the sequences gain ``gained`` on average: the further ahead, the less."""
-    return [math.exp((gained - n) / AHEAD) for n in range(levels + 1)]
+    ahead: np.ndarray = np.exp((gained - np.arange(levels + 1)) / AHEAD)
+    return ahead
