@@ -43,7 +43,7 @@ class CostController(Controller):
     have to read are weighed by the tokens still to come. Where drafting is all but free, what it
     finds decides: where that is worth nothing, it rests for ever more steps.
 
-    Where drafting pays, a plain step is timed at first and now and then.
+    Where drafting pays, a plain step is timed now and then; at first where costs are not known.
 
     Args:
         max_k: levels to draft at most.
@@ -56,7 +56,7 @@ class CostController(Controller):
     MARGIN = 1.02  # what another rung must promise before it is taken
     PRUDENCE = 1.05  # what drafts must promise over plain decoding: not all is in the model
     READY = 16  # tokens that a drafter catches up with in a usual step
-    PLAIN_FIRST = 8  # drafted steps until a second plain one is timed; then four times as many
+    PLAIN_FIRST = 8  # drafted steps until a plain one is timed; then four times as many
     LOOK_EVERY = 4  # steps: deciding takes as long as some ops of a small model
     SETTLED = 32  # drafted steps, from which on it is looked at half as often
     LEARN_AT_ONCE = 8  # steps that drafted, at first
@@ -127,7 +127,8 @@ class CostController(Controller):
         if plan.asked:
             self._rest -= 1
             return self._rest >= 0
-        timed = self._timed.setdefault(size.bit_length(), _Timed())
+        due = 1 if self.costs is UNMEASURED else self.PLAIN_FIRST
+        timed = self._timed.setdefault(size.bit_length(), _Timed(due))
         timed.steps += 1
         if timed.steps < timed.due:
             return False
@@ -383,5 +384,5 @@ def _rows(step: StepObservation) -> int:
 class _Timed:
     """When the next plain step is due, in steps that were to draft."""
 
+    due: int
     steps: int = 0
-    due: int = 1
