@@ -134,6 +134,16 @@ def test_what_is_not_known_is_tried_on_one_text_first():
     assert 1 <= len(choice.members) < 4
 
 
+def test_texts_are_not_read_for_while_others_join_the_batch():
+    world = World(acceptance=0.9, reading_ms=4.0, draft_ms=0.2)
+    outlook = Outlook(CHAIN, [0, 1], 32.0, [200] * 2, [32] * 2, joining=True, packs=True)
+    controller = CostController(8, world.costs())
+    for _ in range(3):
+        assert controller.choose(outlook).budget == NO_DRAFT
+    later = [controller.choose(outlook._replace(joining=False)) for _ in range(40)]
+    assert any(choice.budget != NO_DRAFT for choice in later)
+
+
 def test_drafters_that_hear_all_are_told_of_texts_where_it_pays():
     known = Known(by_rank=[0.8 * 0.9**i for i in range(8)], evidence=50.0)
     outlook = Outlook(CHAIN, [0], 32.0, [200], known=known)

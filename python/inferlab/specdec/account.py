@@ -13,7 +13,7 @@ class Account:
     ``SAVINGS`` plain steps.
     """
 
-    FIRST, SHARE, SAVINGS = 1.5, 0.004, 4.0
+    FIRST, SHARE, SAVINGS = 1.2, 0.004, 4.0
     RISK = 0.15  # of what drafting is expected to save, that may be lost before it is given up
     STAKE = 0.5  # of what may be lost, by one step; all of it with the smallest drafts
 

@@ -21,6 +21,7 @@ class Outlook(NamedTuple):
         able: for whom the drafter can draft at all, by place; None: for all.
         unread: tokens of each that the drafter must read before it can draft.
         waiting: other requests wait for the place of those that end.
+        joining: others are being read, to be in the batch soon.
         packs: rows that are padding cost nothing.
         known: what the drafter says of its nodes.
     """
@@ -32,6 +33,7 @@ class Outlook(NamedTuple):
     unread: Sequence[int] = ()
     able: Sequence[int] | None = None
     waiting: bool = False
+    joining: bool = False
     packs: bool = False
     known: Known = UNKNOWN
 

@@ -439,6 +439,7 @@ class Engine:
             unread=unread,
             able=able,
             waiting=bool(self.scheduler.waiting),
+            joining=len(self.scheduler.running) > len(requests),
             packs=self.target.device.type == "cpu",
             known=self.drafter.known,
         )

@@ -52,7 +52,7 @@ class CostController(Controller):
 
     RETURN = 3.0  # times what it takes, that texts must promise to be read for
     CHEAP = 0.1  # plain steps: drafting that takes no more shows by what it finds if it pays
-    REST = 8  # steps without drafting where it found nothing, at most
+    IN_VAIN = 0.005  # of all time, for drafting that finds nothing
     MARGIN = 1.02  # what another rung must promise before it is taken
     PRUDENCE = 1.05  # what drafts must promise over plain decoding: not all is in the model
     READY = 16  # tokens that a drafter catches up with in a usual step
@@ -179,7 +179,7 @@ class CostController(Controller):
             times=found.times.tolist(),
             drafting=found.drafting.tolist(),
             plain=plain,
-            price=max(float(rates.max()), size / plain),
+            price=max(float(rates.max()), size / plain) * (self.PRUDENCE if asked else 1.0),
             worth=found.pull[:, best].tolist(),
             worth_of=self._worth_of(found, best, members, brought),
             sure=sure * plain / size,
@@ -234,8 +234,9 @@ class CostController(Controller):
             plan = now.plan
             if plan.asked:
                 vain = now.value < plan.price * plan.drafting[1]
-                self._in_vain = self._in_vain + 1 if vain else 0
-                self._rest = min(2**self._in_vain, self.REST) - 1
+                self._in_vain = min(self._in_vain + 1, 16) if vain else 0
+                most = plan.drafting[1] / (self.IN_VAIN * plan.plain)
+                self._rest = int(min(2**self._in_vain - 1, most))
             brought = [len(r) * worth for r, worth in zip(step.accepted, plan.worth, strict=True)]
             tokens += sum(brought) / step.batch_size
             drafted = step.draft_ms if step.caught_up else plan.drafting[now.level or plan.rung]
@@ -321,6 +322,8 @@ class CostController(Controller):
         if not unread or max(unread) <= self.READY:
             return list(able), 0
         members = [i for i in able if unread[i] <= self.READY]
+        if outlook.joining:
+            return members, 0  # what pays, is up to how many will be there
         waiting = sorted((unread[i], i) for i in able if unread[i] > self.READY)
         found = self._prospects.rates(outlook, range(size))
         best = int(found.rates.argmax())
