@@ -15,6 +15,7 @@ from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
 from inferlab.models.graphs import Tensors
 from inferlab.scheduler import Request
+from inferlab.specdec.acceptance import UNKNOWN, Known
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
@@ -46,6 +47,7 @@ class EagleDrafter(Drafter):
         depth, width, nodes: of grown trees: levels; nodes expanded per level and children of each;
             nodes below the root.
         coupled: draw with the target's noise; False: with noise of its own.
+        known: what was measured of its nodes.
     """
 
     name = "eagle"
@@ -61,6 +63,7 @@ class EagleDrafter(Drafter):
         width: int = 4,
         nodes: int = 31,
         coupled: bool = True,
+        known: Known = UNKNOWN,
     ) -> None:
         self.head = head
         self.cache = cache
@@ -76,8 +79,7 @@ class EagleDrafter(Drafter):
         self.max_depth = self.depth
         self._pending = PendingFeatures()
         self._graphs = DraftGraphs(head.device)
-        if shape is None:
-            self.known = known_of_grown(head.device)
+        self.known = known if shape is not None else known_of_grown(known, head.device)
 
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
@@ -304,6 +306,7 @@ def plan(request: DraftRequest) -> DrafterPlan:
         )
     paged = PagedEagle(head)
     shape = None if request.grows else request.shape("grown", request.max_levels, name)
+    known = request.known(shape, name, request.max_levels)
 
     def build(pages: int) -> Drafter:
         return EagleDrafter(
@@ -314,6 +317,7 @@ def plan(request: DraftRequest) -> DrafterPlan:
             width=config.tree_width,
             nodes=config.nodes,
             coupled=config.coupled_noise,
+            known=known,
         )
 
     return DrafterPlan(build, paged.new_cache(1, config.page_size).bytes_per_token, name)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from inferlab.kernels import Frontier, GrownTree, TreeLinks, build_tree, grow_level, grow_tree
-from inferlab.specdec.acceptance import SURE, UNKNOWN, Known, kinds_of_logs
+from inferlab.specdec.acceptance import SURE, Known, kinds_of_logs
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.tree import DraftTree
@@ -79,9 +79,9 @@ class Growth:
         )
 
 
-def known_of_grown(device: torch.device) -> Known:
-    """What is said of grown trees' nodes: on a CPU, how sure the draft was of each."""
-    return Known(by_kind=SURE) if device.type == "cpu" else UNKNOWN
+def known_of_grown(known: Known, device: torch.device) -> Known:
+    """What is said of grown trees' nodes: on a CPU also how sure the draft was of each."""
+    return known._replace(by_kind=SURE) if device.type == "cpu" else known
 
 
 def drafted_of(grown: GrownTree, judge: Judge | None) -> Sequence[torch.Tensor]:

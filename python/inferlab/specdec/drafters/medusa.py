@@ -14,6 +14,7 @@ from inferlab.models import FINAL_HIDDEN, ForwardOutput
 from inferlab.models.draft_heads import MedusaHeads, load_medusa
 from inferlab.models.graphs import Tensors
 from inferlab.scheduler import Request
+from inferlab.specdec.acceptance import UNKNOWN, Known
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
@@ -41,6 +42,7 @@ class MedusaDrafter(Drafter):
         nodes: of grown trees, below the root.
         depth: of grown trees; all heads where it is left out.
         coupled: draw with the target's noise; False: with noise of its own.
+        known: what was measured of its nodes.
     """
 
     name = "medusa"
@@ -57,6 +59,7 @@ class MedusaDrafter(Drafter):
         nodes: int = 31,
         depth: int | None = None,
         coupled: bool = True,
+        known: Known = UNKNOWN,
     ) -> None:
         levels = shape.depth if shape is not None else depth or heads.num_heads
         if levels > heads.num_heads:
@@ -73,8 +76,7 @@ class MedusaDrafter(Drafter):
         self._features = LastFeatures()
         device = heads.lm_head(0).device
         self._graphs = DraftGraphs(device)
-        if shape is None:
-            self.known = known_of_grown(device)
+        self.known = known if shape is not None else known_of_grown(known, device)
 
     def ladder(self) -> Sequence[Budget]:
         if self.shape is None:
@@ -171,9 +173,15 @@ def plan(request: DraftRequest) -> DrafterPlan:
         )
     depth = min(request.max_levels, heads.num_heads)
     shape = None if request.grows else request.shape("grown", depth, name)
+    known = request.known(shape, name, depth)
     return DrafterPlan(
         lambda _: MedusaDrafter(
-            heads, shape, nodes=config.nodes, depth=depth, coupled=config.coupled_noise
+            heads,
+            shape,
+            nodes=config.nodes,
+            depth=depth,
+            coupled=config.coupled_noise,
+            known=known,
         ),
         model=name,
     )

@@ -66,11 +66,15 @@ class DraftRequest:
         acceptance = measured_acceptance(drafts) or [list(ASSUMED_ACCEPTANCE)]
         return TreeShape.best(acceptance, config.nodes, depth)
 
-    def known(self, shape: TreeShape, drafts: str) -> Known:
-        """What was measured about the nodes of this tree, if it was; ``drafts`` as above."""
+    def known(self, shape: TreeShape | None, drafts: str, depth: int | None = None) -> Known:
+        """What was measured about the nodes of this tree, if it was; ``drafts`` and ``depth`` as
+        above. None: of trees that are grown, whose n surest nodes are accepted as the n best of a
+        static tree are, if not more often."""
         measured = measured_acceptance(drafts)
         if measured is None:
             return UNKNOWN
+        if shape is None:
+            shape = TreeShape.best(measured, self.config.nodes, depth)
         return Known(by_rank=shape.chances(measured), evidence=MEASURED)
 
     @property
