@@ -9,7 +9,9 @@ import pytest
 from helpers.simulation import CHAIN, World
 from inferlab.specdec import stragglers
 from inferlab.specdec.acceptance import SURE, Acceptance, Known, kinds_of
+from inferlab.specdec.account import Account
 from inferlab.specdec.control import Outlook, StepObservation
+from inferlab.specdec.padding import rows_run
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.tree import NO_DRAFT, Budget
 
@@ -197,6 +199,55 @@ def test_tokens_that_bring_one_text_further_ahead_are_worth_less_to_all():
         world.run(CostController(8, world.costs()), 400, 4, waiting=waiting)
         deep.append(median(nodes for nodes in world.chosen if nodes))
     assert deep[0] >= deep[1]
+
+
+def test_drafting_that_is_all_but_free_is_judged_by_what_it_finds():
+    """It asks on while nothing is found, at a bounded price, and is there when texts change."""
+    world = World(acceptance=0.0, sure=True, draft_ms=0.05, row_ms=1.0)
+    controller = CostController(8, world.costs())
+    assert against_plain(world, controller, 300, 4) > 0.98
+    assert sum(map(bool, world.chosen[100:])) < 60
+    world.acceptance = 0.95
+    before = len(world.chosen)
+    world.run(controller, 64, 4)
+    assert sum(world.chosen[before : before + 10]) > 0
+    assert len(world.chosen) - before < 40
+
+
+@pytest.mark.parametrize(("size", "packs"), [(4, True), (16, True), (4, False)])
+def test_nodes_take_the_place_of_padding_that_is_computed(size, packs):
+    controller = CostController(4, World(row_ms=0.3, flat=1).costs())
+    sure, hopeless = kinds_of([0.97] * 4), kinds_of([0.02] * 4)
+    outlook = Outlook(
+        CHAIN[:4], list(range(size)), 32.0, [64] * size, packs=packs,
+        known=Known(by_rank=[0.7] * 4, by_kind=SURE, evidence=100.0, asks=True),
+    )  # fmt: skip
+    choice = controller.choose(outlook)
+    assert choice.budget != NO_DRAFT
+    counts = controller.keep(outlook.requests, [sure] + [hopeless] * (size - 1))
+    padded, real = size * (1 + max(counts)), size + sum(counts)
+    if rows_run(padded, real, packs) == padded:
+        assert counts == [max(counts)] * size
+    else:
+        assert counts[0] > max(counts[1:])
+    assert counts[0] > 0
+
+
+def test_a_new_text_begins_with_an_account_of_its_own():
+    account = Account()
+    account.admit([0], 10.0)
+    assert account.ms == account.FIRST * 10
+    account.ms = 35.0
+    account.admit([0], 10.0)
+    assert account.ms == 35
+    account.admit([0, 1], 10.0)
+    assert account.ms == (35 + account.FIRST * 10) / 2
+    account.ms = -50.0
+    assert account.may_lose(smallest=True) == 0
+    account.admit([2], 10.0)
+    assert account.ms == account.FIRST * 10
+    account.expect(100.0, 1, 0.5)
+    assert account.may_lose(smallest=False) == pytest.approx(account.STAKE * (12 + 7.5))
 
 
 def test_what_plain_steps_save_up_is_bounded():
