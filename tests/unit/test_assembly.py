@@ -35,6 +35,20 @@ def test_recycling_takes_the_best_nodes_by_its_own_rates(tree):
     assert drafter_of(draft_mode="recycling", tree=[3, 1]).shape == TreeShape.regular([3, 1])
 
 
+@pytest.mark.parametrize("mode", ["eagle", "medusa"])
+@pytest.mark.parametrize("tree", [None, [2, 1]])
+def test_what_was_measured_of_bundled_heads_is_known_of_their_trees(mode, tree):
+    """So that the controller need not find out whether they pay."""
+    drafter = SpeculativePipeline(
+        draft_mode=mode, tree=tree, controller="fixed", cost_cache=False
+    ).engine.drafter
+    known = drafter.known
+    assert known.evidence > 0
+    assert len(known.by_rank) == (drafter.nodes if tree is None else 4)
+    assert all(0 < chance < 1 for chance in known.by_rank)
+    assert tree is not None or list(known.by_rank) == sorted(known.by_rank, reverse=True)
+
+
 def test_an_ensembles_members_keep_to_k():
     options = {"draft_mode": "ensemble", "ensemble": {"drafters": ["vanilla", "ngram"]}}
     assert [d.max_depth for d in drafter_of(**options).drafters] == [4, 8]

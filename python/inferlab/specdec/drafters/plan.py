@@ -74,7 +74,8 @@ class DraftRequest:
         if measured is None:
             return UNKNOWN
         if shape is None:
-            shape = TreeShape.best(measured, self.config.nodes, depth)
+            best = TreeShape.best(measured, self.config.nodes, depth).chances(measured)
+            return Known(by_rank=sorted(best, reverse=True), evidence=MEASURED)
         return Known(by_rank=shape.chances(measured), evidence=MEASURED)
 
     @property
