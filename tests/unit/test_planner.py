@@ -224,7 +224,7 @@ def test_nodes_take_the_place_of_padding_that_is_computed(size, packs):
     )  # fmt: skip
     choice = controller.choose(outlook)
     assert choice.budget != NO_DRAFT
-    counts = controller.keep(outlook.requests, [sure] + [hopeless] * (size - 1))
+    counts = choice.judge.keep(outlook.requests, [sure] + [hopeless] * (size - 1))
     padded, real = size * (1 + max(counts)), size + sum(counts)
     if rows_run(padded, real, packs) == padded:
         assert counts == [max(counts)] * size

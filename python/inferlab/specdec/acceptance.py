@@ -97,10 +97,11 @@ class Acceptance:
         accepted, expected = self._own.get(request_id, (0.0, 0.0))
         return (accepted + self.OWN) / (expected + self.OWN)
 
-    def own(self, request_id: int) -> tuple[float, float]:
-        """`factor`, and in [0, 1) how far it is known."""
-        accepted, expected = self._own.get(request_id, (0.0, 0.0))
-        return (accepted + self.OWN) / (expected + self.OWN), expected / (expected + self.OWN)
+    def known(self, request_id: int) -> float:
+        """In [0, 1), how far a sequence's `factor` is known: so much less its steps tell of
+        others."""
+        _, expected = self._own.get(request_id, (0.0, 0.0))
+        return expected / (expected + self.OWN)
 
     def chance(self, request_id: int, kind: int) -> float:
         """Of one of a sequence's nodes."""
@@ -130,8 +131,8 @@ class Acceptance:
         for request_id, of_nodes, ranks in zip(requests, kinds, accepted, strict=True):
             if not of_nodes:
                 continue
+            news = 1 - self.known(request_id)
             own, expected = self._own.pop(request_id, (0.0, 0.0))
-            news = self.OWN / (expected + self.OWN)
             unit = news * self._unit
             verified += news
             for kind in of_nodes:

@@ -119,7 +119,7 @@ class CostController(Controller):
         self._now = Drafting(plan, outlook, self._prospects, stake)
         everyone = len(plan.members) == size
         # Grown trees that were cut, or merely watched, were slower: see COSTS.md.
-        judge = self if outlook.known.by_kind and outlook.known.asks else None
+        judge = self._now if outlook.known.by_kind and outlook.known.asks else None
         return Choice(self._rungs[plan.rung], None if everyone else plan.members, judge)
 
     def _rests(self, plan: Plan, size: int) -> bool:
@@ -139,7 +139,7 @@ class CostController(Controller):
         """What is best as far as is known; None: not to draft."""
         self._digest()
         size, account, prospects = outlook.batch_size, self._account, self._prospects
-        account.admit(outlook.requests, self._plain(outlook))
+        account.admit(outlook.requests, self._times.plain(size, outlook.context))
         members, reading = self._members(outlook)
         found = prospects.rates(outlook, members)
         rates, plain = found.rates, found.plain
@@ -195,7 +195,9 @@ class CostController(Controller):
         if len(self._rungs) == 1:
             return False
         self._digest()
-        self._account.admit(outlook.requests, self._plain(outlook))
+        self._account.admit(
+            outlook.requests, self._times.plain(outlook.batch_size, outlook.context)
+        )
         found = self._prospects.rates(outlook, range(outlook.batch_size))
         best = int(found.rates.argmax())
         gain = 1 + found.gains[best]
@@ -207,14 +209,6 @@ class CostController(Controller):
             # Nothing to be gained, as far as is known: tried where it is all but free.
             return cost + found.ms[1] - found.plain <= self._account.ms and sure < 0.5
         return cost * (1 - sure) <= self._account.ms
-
-    def goes_on(self, requests: Sequence[int], kinds: Sequence[int]) -> bool:
-        return self._now is None or self._now.goes_on(requests, kinds)
-
-    def keep(self, requests: Sequence[int], kinds: Sequence[Sequence[int]]) -> list[int]:
-        if self._now is None:
-            return [len(of_nodes) for of_nodes in kinds]
-        return self._now.keep(requests, kinds)
 
     # What is learnt from steps.
 
@@ -269,7 +263,7 @@ class CostController(Controller):
         accepted = [step.accepted[i] for i in members]
         requests = [now.outlook.requests[i] for i in members]
         # What is known of a text already tells nothing new of others.
-        news = [1 - acceptance.own(request)[1] for request in requests]
+        news = [1 - acceptance.known(request) for request in requests]
         if now.kinds is not None:
             acceptance.learn(requests, now.kinds, accepted)
         else:
@@ -309,11 +303,6 @@ class CostController(Controller):
     @property
     def _look_every(self) -> int:
         return self.LOOK_EVERY if self._learnt < self.SETTLED else 2 * self.LOOK_EVERY
-
-    def _plain(self, outlook: Outlook) -> float:
-        """Ms of a step without drafts."""
-        size = outlook.batch_size
-        return float(self._times.verify(size, outlook.context)[size])
 
     def _members(self, outlook: Outlook) -> tuple[list[int], int]:
         """For whom to draft, by place, and how many tokens must be read for it."""

@@ -65,7 +65,8 @@ class Prospects:
         by_rank = np.diff(accepted)
         gained, known = np.zeros((size, len(nodes))), [0.0] * size
         for place in members:
-            factor, known[place] = self.acceptance.own(outlook.requests[place])
+            request = outlook.requests[place]
+            factor, known[place] = self.acceptance.factor(request), self.acceptance.known(request)
             chances = by_rank * factor / (1 + by_rank * (factor - 1))
             gained[place, 1:] = np.cumsum(chances)[nodes[1:] - 1]
         times = self._times.verify(size, outlook.context)

@@ -19,7 +19,7 @@ class StepTimes:
     it is told by the last few steps, whichever they were; what kinds are off beyond it is lasting.
 
     Attributes:
-        context: tokens behind a sequence, on average, that `verify` was last asked about.
+        context: tokens behind a sequence, on average, that was last asked about.
     """
 
     MOST_TABLES = 256
@@ -50,9 +50,14 @@ class StepTimes:
         off = self._pace.factor * self._verifying.factor(_kind(size, rows))
         return self.model(size, rows) * off
 
+    def plain(self, size: int, context: float) -> float:
+        """A step's without drafts, corrected."""
+        self.context = _rounded(context)
+        return self.step(size, size)
+
     def verify(self, size: int, context: float) -> np.ndarray:
         """The same of all numbers of rows from 0 on, never falling."""
-        self.context = context = 64.0 * round(context / 64)
+        self.context = context = _rounded(context)
         table = self._tables.get((size, context))
         if table is None:
             if len(self._tables) > self.MOST_TABLES:
@@ -111,6 +116,10 @@ class StepTimes:
     def _kind_of_draft(self, members: int, drafted: Budget) -> tuple[int, Budget | None]:
         """Levels of chains take the same each, so chains of any length are off alike."""
         return members.bit_length(), None if self._chains else drafted
+
+
+def _rounded(context: float) -> float:
+    return 64.0 * round(context / 64)
 
 
 def _kind(size: int, rows: int) -> tuple[int, int]:
