@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, m) {
   inferlab::bind_layer(m);
   inferlab::bind_suffix(m);
   inferlab::bind_growth(m);
+  inferlab::bind_planner(m);
 }

@@ -135,7 +135,7 @@ class World:
         controller.observe(
             StepObservation(
                 len(at), choice.budget, ms, depths, walks, bool(read), rows, draft_ms,
-                not choice.asleep,
+                levels > 0,
             )
         )  # fmt: skip
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inferlab import _C
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
-from inferlab.specdec.step_times import StepTimes
 
 GRID = [
     (batch, nodes, context)
@@ -125,7 +125,9 @@ def test_levels_of_a_chain_take_the_same_each():
 
 
 def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
-    times = StepTimes(CostModel(StepCosts((1, 8), (2.0, 4.0))))
+    times = _C.planner.StepTimes(
+        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0), _C.planner.DraftCosts([], [])
+    )
     for _ in range(20):
         times.verified(1, 1, 2.0)
         times.verified(1, 8, 4.0)
@@ -138,7 +140,9 @@ def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
 
 
 def test_one_kind_that_is_off_does_not_change_the_others():
-    times = StepTimes(CostModel(StepCosts((1, 8), (2.0, 4.0))))
+    times = _C.planner.StepTimes(
+        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0), _C.planner.DraftCosts([], [])
+    )
     for _ in range(40):
         times.verified(1, 1, 2.0)
         times.verified(1, 8, 6.0)

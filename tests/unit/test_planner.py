@@ -5,11 +5,10 @@ from statistics import median
 
 import numpy as np
 import pytest
+from inferlab._C.planner import STEPS, TEXTS, Account, course, lead
 
 from helpers.simulation import CHAIN, World
-from inferlab.specdec import stragglers
 from inferlab.specdec.acceptance import SURE, Acceptance, Known, kinds_of
-from inferlab.specdec.account import Account
 from inferlab.specdec.control import Outlook, StepObservation
 from inferlab.specdec.padding import rows_run
 from inferlab.specdec.planner import CostController
@@ -160,14 +159,18 @@ def test_tokens_of_texts_that_are_behind_are_worth_more():
     controller = CostController(8, world.costs())
     outlook = Outlook(CHAIN, [0, 1, 2, 3], 32.0, [60, 60, 40, 20])
     controller.choose(outlook)
-    own = controller._prospects.own_share(outlook)
-    gained = np.ones((4, 1))
-    pull = stragglers.course(outlook.remaining, gained, [0.0] * 4, own).pull[:, 0]
-    assert pull.sum() == pytest.approx(4)
+
+    def own_share(waiting: bool) -> float:
+        return controller._planner.own_share(outlook.requests, 32.0, outlook.remaining, waiting)
+
+    own = own_share(waiting=False)
+    _, pulls = course(outlook.remaining, [[1.0]] * 4, [0.0] * 4, own)
+    pull = [of_one for (of_one,) in pulls]
+    assert sum(pull) == pytest.approx(4)
     assert pull[0] == pull[1] > pull[2] > pull[3] > 0
-    alike = stragglers.course(outlook.remaining, gained, [0.0] * 4, 1.0)
-    assert alike.pull.tolist() == [[1.0]] * 4
-    assert controller._prospects.own_share(outlook._replace(waiting=True)) == 1 > own
+    _, alike = course(outlook.remaining, [[1.0]] * 4, [0.0] * 4, 1.0)
+    assert alike == [[1.0]] * 4
+    assert own_share(waiting=True) == 1 > own
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 16, 32])
@@ -176,22 +179,21 @@ def test_the_last_text_of_a_batch_is_told_beforehand(size):
     rng, remaining, mean = np.random.default_rng(size), 64, 1.5
     steps = []
     for _ in range(400):
-        texts = np.maximum(rng.normal(mean, stragglers.TEXTS * mean, size), 0.1)
+        texts = np.maximum(rng.normal(mean, TEXTS * mean, size), 0.1)
         left, count = np.full(size, float(remaining)), 0
         while left.max() > 0:
-            spread = stragglers.STEPS * texts
+            spread = STEPS * texts
             left -= 1 + np.maximum(rng.normal(texts, spread), 0)
             count += 1
         steps.append(count)
-    told = stragglers.course([remaining] * size, np.full((size, 1), mean), [0.0] * size, 0.0)
-    assert told.steps[0] == pytest.approx(np.mean(steps), rel=0.12)
-    plain = stragglers.course([remaining] * size, np.zeros((size, 1)), [0.0] * size, 0.0)
-    assert plain.steps[0] == pytest.approx(remaining, rel=1e-3)
+    (told, plain), _ = course([remaining] * size, [[mean, 0.0]] * size, [0.0] * size, 0.0)
+    assert told == pytest.approx(np.mean(steps), rel=0.12)
+    assert plain == pytest.approx(remaining, rel=1e-3)
 
 
 def test_tokens_that_bring_one_text_further_ahead_are_worth_less_to_all():
-    first, *later = stragglers.lead(8, 2.0)
-    assert stragglers.lead(8, 2.0)[2] == 1
+    first, *later = lead(8, 2.0)
+    assert later[1] == 1
     assert all(a > b for a, b in zip([first, *later], later, strict=False))
     deep = []
     for waiting in (True, False):  # where others wait for places, all tokens are worth the same
@@ -257,7 +259,7 @@ def test_what_plain_steps_save_up_is_bounded():
     world.run(controller, 5000)
     assert sum(world.chosen) == 0
     controller.choose(Outlook(CHAIN, [world.first], 32.0, [64]))
-    assert controller._account.ms <= 1.2 * controller._account.SAVINGS * world.plain_ms
+    assert controller._planner.account_ms <= 1.2 * Account.SAVINGS * world.plain_ms
 
 
 def test_it_says_what_it_did():
@@ -292,7 +294,24 @@ def test_a_step_that_was_cut_short_is_no_rung():
         choice = controller.choose(outlook)
         if choice.budget != NO_DRAFT:
             controller.observe(StepObservation(1, Budget(1, 4), 3.0, [1], [[]], rows=2))
-    assert controller._prospects.ranks._offered.sum() == 0
+    assert sum(controller._planner.offered) == 0
+
+
+def test_a_judge_hears_of_nodes_of_the_step_under_way_alone():
+    outlook = Outlook(CHAIN[:4], [0, 1], 32.0, [50] * 2, known=Known(by_kind=SURE, asks=True))
+    controller = CostController(4, World(acceptance=0.9, draft_ms=0.1).costs())
+    judge = controller.choose(outlook).judge
+    assert judge is not None
+    with pytest.raises(ValueError, match="is of 1 sequences; the step has 2"):
+        judge.keep([0], [[1]])
+    with pytest.raises(ValueError, match="kinds has 12; the drafter named 12"):
+        judge.goes_on([0, 1], [1, 12])
+    with pytest.raises(ValueError, match="more nodes than the largest budget"):
+        judge.keep([0, 1], [[1] * 5, [1]])
+    assert judge.keep([0, 1], [[11] * 4, [11]]) == [4, 1]
+    controller.observe(StepObservation(2, NO_DRAFT, 3.0, [0, 0], [[], []]))
+    with pytest.raises(ValueError, match="nothing is drafted"):
+        judge.goes_on([0, 1], [1, 1])
 
 
 # Chances

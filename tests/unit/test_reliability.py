@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from inferlab import cli
-from inferlab.specdec.acceptance import SURE, UNKNOWN, Acceptance, Known, kinds_of, kinds_of_logs
+from inferlab.specdec.acceptance import (
+    SURE,
+    UNKNOWN,
+    Acceptance,
+    Known,
+    Ranks,
+    kinds_of,
+    kinds_of_logs,
+)
 from inferlab.specdec.control import Outlook, StepObservation
-from inferlab.specdec.ranks import Ranks
 from inferlab.specdec.tree import Budget
 from inferlab.training.measure.reliability import PredictingController, Reliability
 
@@ -82,7 +89,7 @@ def test_chances_by_rank_are_found():
     for _ in range(1000):
         walk = [rank for rank, chance in enumerate(truth, start=1) if rng.random() < chance]
         found.add(ranks.chances, walk)
-        ranks.learn(6, [walk], None)
+        ranks.learn(6, [walk])
     assert found.error() <= 0.05
 
 

@@ -66,13 +66,11 @@ class Choice(NamedTuple):
         budget: for each sequence at most: ``NO_DRAFT``, a rung of the ladder, or any other.
         members: for which sequences, by their place in the batch; None: for all.
         judge: who is asked about drafts; None: all that the budget allows is verified.
-        asleep: nothing will be drafted for a while: a drafter that can catch up hears no more.
     """
 
     budget: Budget
     members: Sequence[int] | None = None
     judge: Judge | None = None
-    asleep: bool = False
 
 
 class StepObservation(NamedTuple):

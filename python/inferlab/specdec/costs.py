@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from inferlab import _C
 
 VERSION = 3
 """Of the file format, and of how times are measured."""
@@ -98,24 +100,7 @@ class StepCosts:
 
     def ms(self, batch: int, nodes: float, context: float) -> float:
         """Predicted time of a step, without drafting; ``nodes`` may be a mean."""
-        rows = batch * nodes
-        return (
-            _on_line(self.rows, self.own, rows)
-            + self.per_sequence * (batch - 1)
-            + self.per_key * batch * context
-            + self.per_product * rows * context
-        )
-
-    def ms_up_to(self, batch: int, rows: int, context: float) -> np.ndarray:
-        """Predicted times of steps with 0, 1, ... ``rows`` rows in all; below ``batch`` as with one
-        for each sequence."""
-        count = np.maximum(np.arange(rows + 1), batch)
-        own = np.interp(count, self.rows, self.own)
-        if len(self.rows) > 1:
-            slope = (self.own[-1] - self.own[-2]) / (self.rows[-1] - self.rows[-2])
-            own += slope * np.maximum(count - self.rows[-1], 0)
-        fixed = self.per_sequence * (batch - 1) + self.per_key * batch * context
-        ms: np.ndarray = own + fixed + self.per_product * count * context
+        ms: float = _compiled_step(self).ms(batch, batch * nodes, context)
         return ms
 
 
@@ -163,24 +148,10 @@ class DraftCosts:
         read = zip(sorted(reading), falling[::-1], strict=True)
         return cls(tuple(table), tuple((tokens, float(v)) for (tokens, _), v in read))
 
-    def reading_ms(self, tokens: int) -> float:
-        """What reading so many tokens takes, of however many texts."""
-        if not self.reading or tokens <= 0:
-            return 0.0
-        return _on_line(
-            (0, *(n for n, _ in self.reading)), (0.0, *(v for _, v in self.reading)), tokens
-        )
-
     def ms(self, batch: int, nodes: float) -> float:
         """What a budget of so many nodes adds to a step; ``nodes`` may be a mean."""
-        if not self.table:
-            return 0.0
-        batches = [batch for batch, _ in self.table]
-        by_batch = []
-        for _, row in self.table:
-            offered, ms = zip(*row, strict=True)
-            by_batch.append(_on_line(offered, ms, nodes))
-        return _on_line(batches, by_batch, batch)
+        ms: float = _compiled_draft(self).ms(batch, nodes)
+        return ms
 
 
 @dataclass(frozen=True)
@@ -193,6 +164,10 @@ class CostModel:
     def ms(self, batch: int, nodes: int, context: float) -> float:
         """A step that drafts ``nodes`` for each sequence (0: none) and verifies them."""
         return self.step.ms(batch, 1 + nodes, context) + self.draft.ms(batch, nodes)
+
+    def planner(self, measured: bool = True) -> Any:
+        """The compiled one that decides by these: ``csrc/planner/planner.h``."""
+        return _C.planner.Planner(_compiled_step(self.step), _compiled_draft(self.draft), measured)
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1)
@@ -210,89 +185,16 @@ class CostModel:
             raise ValueError(f"no costs: {error!r}") from error
 
 
-class Pace:
-    """How slow a machine is just now, relative to the times that are known of it."""
-
-    LAST = 3
-
-    def __init__(self) -> None:
-        self._last: list[float] = []
-        self.factor = 1.0
-        """What predictions are to be multiplied with."""
-
-    def observe(self, predicted: float, measured: float) -> None:
-        """A time, of whatever kind, and what it was to be at a factor of 1."""
-        if min(predicted, measured) > 0:
-            self._last.append(math.log(measured / predicted))
-            del self._last[: -self.LAST]
-            self.factor = math.exp(_median(self._last))
+@lru_cache(maxsize=64)
+def _compiled_step(costs: StepCosts) -> Any:
+    own = list(zip(costs.rows, costs.own, strict=True))
+    return _C.planner.StepCosts(own, costs.per_sequence, costs.per_key, costs.per_product)
 
 
-class Drift:
-    """How far real times are from predicted ones, one kind more than another.
-
-    What is of one kind is corrected by the median of its own last ratios, the fewer there are the
-    more by what all kinds have in common. Once is chance; two in a row that are far off in the same
-    direction say that times have changed, and what was before is forgotten.
-    """
-
-    KEPT = 15
-    FAR = math.log(1.6)
-    SHARED = 1.5  # weight of what is common, in observations
-
-    def __init__(self) -> None:
-        self._of_kind: dict[Any, list[float]] = {}
-        self._common: list[float] = []
-        self._middle = 0.0  # of what is common
-        self._near: dict[Any, float] = {}  # of each kind
-        self._known: dict[Any, float] = {}  # factors
-
-    def observe(self, kind: Any, predicted: float, measured: float) -> None:
-        """``kind``: anything hashable, such as batch size and budget."""
-        if min(predicted, measured) <= 0:
-            return
-        ratio = math.log(measured / predicted)
-        own = self._of_kind.setdefault(kind, [])
-        self._near[kind] = self._add(own, ratio)
-        self._middle = self._add(self._common, ratio)
-        self._known.clear()
-
-    def _add(self, ratios: list[float], ratio: float) -> float:
-        """Adds one; returns the median."""
-        ratios.append(ratio)
-        del ratios[: -self.KEPT]
-        middle = _median(ratios)
-        if len(ratios) > 3:
-            far = [value - middle for value in ratios[-2:]]
-            if min(map(abs, far)) > self.FAR and far[0] * far[1] > 0:
-                del ratios[:-2]
-                middle = _median(ratios)
-        return middle
-
-    def factor(self, kind: Any) -> float:
-        """What a prediction is to be multiplied with."""
-        found = self._known.get(kind)
-        if found is None:
-            own = len(self._of_kind.get(kind, ()))
-            log = own * self._near.get(kind, 0.0) + self.SHARED * self._middle
-            found = self._known[kind] = math.exp(log / (own + self.SHARED))
-        return found
-
-
-def _median(values: Sequence[float]) -> float:
-    """`statistics.median` at a tenth of its price: it is asked in every step."""
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])
-
-
-def _on_line(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
-    """On the lines between points; beyond the last as from the last but one, before the first
-    flat."""
-    if len(xs) == 1 or x <= xs[0]:
-        return ys[0]
-    i = min(bisect_right(xs, x), len(xs) - 1)
-    slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
-    return ys[i - 1] + slope * (x - xs[i - 1])
+@lru_cache(maxsize=64)
+def _compiled_draft(costs: DraftCosts) -> Any:
+    reading = [(0, 0.0), *costs.reading] if costs.reading else []
+    return _C.planner.DraftCosts(costs.table, reading)
 
 
 def _straightened(row: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -297,7 +297,7 @@ class Engine:
             members = self._members_of(batch, choice.members)
         drafter = self.drafter
         if (members is not None and not members.places) or (
-            choice.asleep and drafter is not None and not drafter.hears_all
+            choice.budget == NO_DRAFT and drafter is not None and not drafter.hears_all
         ):
             drafter = None
         spent = self.clock.lap("commit")

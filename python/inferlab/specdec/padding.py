@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-# Packing a batch's rows costs a forward of the bundled target what three rows and a twentieth of
-# all rows cost: with so much padding, an eighth of the rows at least, it is a gain.
-LEAST_PADDING = 8
+from inferlab import _C
 
 
 def rows_run(padded: int, real: int, packs: bool) -> int:
@@ -13,4 +11,5 @@ def rows_run(padded: int, real: int, packs: bool) -> int:
     Args:
         packs: whether it ever is, see `inferlab.models.packing`.
     """
-    return real if packs and padded - real >= max(LEAST_PADDING, padded // 8) else padded
+    rows: int = _C.planner.rows_run(padded, real, packs)
+    return rows

@@ -16,11 +16,10 @@ from typing import NamedTuple
 from inferlab.config import SpecdecConfig
 from inferlab.models import TargetModel
 from inferlab.plots import new_figure
-from inferlab.specdec.acceptance import Acceptance
+from inferlab.specdec.acceptance import Acceptance, Ranks
 from inferlab.specdec.control import Choice, Outlook, StepObservation
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.pipeline import SpeculativePipeline
-from inferlab.specdec.ranks import Ranks
 from inferlab.specdec.tree import Budget
 
 BINS = 10
@@ -128,7 +127,7 @@ class PredictingController(FixedController):
             predicted = self._by_rank.chances
             for ranks in step.accepted:
                 self.found.add(predicted, ranks)
-            self._by_rank.learn(len(predicted), step.accepted, None)
+            self._by_rank.learn(len(predicted), step.accepted)
 
 
 def reliability(

@@ -1,0 +1,286 @@
+#include "planner.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <utility>
+
+#include "stragglers.h"
+
+namespace inferlab::planner {
+namespace {
+
+int largest(const std::vector<int>& values, int otherwise) {
+  return values.empty() ? otherwise : *std::max_element(values.begin(), values.end());
+}
+
+int doublings(int size) {
+  int count = 0;
+  for (; size > 0; size >>= 1) ++count;
+  return count;
+}
+
+// Of the target's forward; all that the budget allows where it is not told.
+int rows_of(const Step& step) {
+  return step.rows > 0 ? step.rows : step.size * (1 + step.budget.nodes);
+}
+
+}  // namespace
+
+void Planner::climb(std::vector<Budget> rungs, const Known& known) {
+  rungs_ = std::move(rungs);
+  now_.reset();
+  last_.clear();
+  times_.climb(rungs_);
+  prospects_.emplace(rungs_, known, times_);
+  asks_ = known.asks;
+  by_kind_ = !known.by_kind.empty();
+}
+
+// What is asked before and while drafting.
+
+Decision Planner::choose(Outlook outlook) {
+  now_.reset();
+  if (rungs_.size() == 1) return {};
+  std::optional<Plan> plan = look(outlook);
+  if (!plan || rests(*plan, outlook.size())) return {};
+  Decision decision{plan->rung, plan->members, by_kind_ && asks_};
+  now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
+  return decision;
+}
+
+bool Planner::goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds) {
+  return now_->goes_on(*prospects_, requests, kinds);
+}
+
+std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
+                               const std::vector<std::vector<int>>& kinds) {
+  return now_->keep(*prospects_, requests, kinds);
+}
+
+// Whether nothing is drafted this time, although it pays by and large.
+bool Planner::rests(const Plan& plan, int size) {
+  if (plan.asked) return --rest_ >= 0;
+  Timed& timed =
+      timed_.try_emplace(doublings(size), Timed{measured_ ? kPlainFirst : 1}).first->second;
+  if (++timed.steps < timed.due) return false;
+  timed.due = std::min(std::max(4 * timed.due, kPlainFirst), timed.steps + kPlainLast);
+  return true;
+}
+
+// What is best as far as is known; nothing: not to draft.
+std::optional<Plan> Planner::look(const Outlook& outlook) {
+  const int size = outlook.size();
+  Prospects& prospects = *prospects_;
+  account_.admit(outlook.requests, times_.plain(size, outlook.context));
+  int reading = 0;
+  const std::vector<int> members = members_of(outlook, reading);
+  const Rates found = prospects.rates(outlook, members);
+  const std::vector<double>& rates = found.rates;
+  const double plain = found.plain;
+  int best = found.best();
+  int& last = last_[size];
+  if (rates[best] < rates[last] * kMargin) best = last;
+  if (rates[best] < rates[0] * kPrudence) best = 0;
+  last = best;
+  promised_ = rates[best] / rates[0];
+  if (members.empty()) return std::nullopt;
+  const int count = static_cast<int>(members.size());
+  const bool asked = asks_ && found.drafting[1] <= kCheap * plain;
+  const bool tries = best == 0 && !asked;
+  const double sure = prospects.sure(count);
+  double loss = 0;
+  if (!asked) {
+    const double saved = plain - found.ms[best] / (1 + found.gains[best]);
+    account_.expect(saved * largest(outlook.remaining, kSome), size,
+                    prospects.acceptance.certainty());
+    if (tries) best = smallest_worth_trying(found);
+    if (asks_) best = std::min(best, 1);  // the rest is asked for
+    best = covered(best, found, sure, reading, loss);
+    if (best == 0) return std::nullopt;
+  }
+  if (asks_) best = static_cast<int>(rungs_.size()) - 1;
+  const double brought = prospects.ranks.accepted()[prospects.nodes[best]] * count / size;
+  Plan plan;
+  plan.members = members;
+  plan.rung = best;
+  plan.times = times_.verify(size, outlook.context);
+  plan.drafting = found.drafting;
+  plan.plain = plain;
+  plan.price = std::max(*std::max_element(rates.begin(), rates.end()), size / plain) *
+               (asked ? kPrudence : 1);
+  for (const auto& pull : found.pull) plan.worth.push_back(pull[best]);
+  plan.worth_of = worth_of(found, best, members, brought);
+  plan.sure = sure * plain / size;
+  plan.loss = loss;
+  plan.reading = reading;
+  plan.tries = tries;
+  plan.asked = asked;
+  return plan;
+}
+
+bool Planner::follows(int tokens, const Outlook& outlook) {
+  if (rungs_.size() == 1) return false;
+  const int size = outlook.size();
+  account_.admit(outlook.requests, times_.plain(size, outlook.context));
+  std::vector<int> everyone(size);
+  std::iota(everyone.begin(), everyone.end(), 0);
+  const Rates found = prospects_->rates(outlook, everyone);
+  const int best = found.best();
+  const double gain = 1 + found.gains[best], cost = times_.read(tokens);
+  const double saved = found.plain * gain - found.ms[best];
+  const auto& remaining = outlook.remaining;
+  const double steps = std::accumulate(remaining.begin(), remaining.end(), 0.0) / (size * gain);
+  const double sure = prospects_->acceptance.certainty();
+  if (saved * steps <= cost) {
+    // Nothing to be gained, as far as is known: tried where it is all but free.
+    return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
+  }
+  return cost * (1 - sure) <= account_.ms;
+}
+
+// What is learnt from steps.
+
+double Planner::observe(const Step& step) {
+  std::optional<Drafting> now = std::move(now_);
+  now_.reset();
+  if (step.budget == Budget{}) now.reset();  // near the end of all texts, whatever was chosen
+  if (rungs_.size() == 1) return step.ms;
+  account_.passed(step.ms);
+  double tokens = 1;  // of plain steps that would have got as far
+  double verify_ms = step.ms - step.draft_ms;
+  if (now) {
+    const Plan& plan = now->plan;
+    if (plan.asked) {
+      const bool vain = now->value < plan.price * plan.drafting[1];
+      in_vain_ = vain ? std::min(in_vain_ + 1, 16) : 0;
+      const double most = plan.drafting[1] / (kInVain * plan.plain);
+      rest_ = static_cast<int>(std::min((1 << in_vain_) - 1.0, most));
+    }
+    double brought = 0;
+    for (int i = 0; i < step.size; ++i) brought += step.accepted[i].size() * plan.worth[i];
+    tokens += brought / step.size;
+    const double drafted =
+        step.caught_up ? step.draft_ms : plan.drafting[now->level > 0 ? now->level : plan.rung];
+    account_.ms += tokens * plan.plain - plan.verifying(rows_of(step)) - drafted;
+  } else if (step.heard) {
+    verify_ms -= times_.keeping_up(step.size);
+  }
+  times_.verified(step.size, rows_of(step), verify_ms);
+  if (now) learn(*now, step);
+  return tokens * times_.step(step.size, step.size);
+}
+
+// From a step that drafted.
+void Planner::learn(const Drafting& now, const Step& step) {
+  const std::vector<int>& members = now.plan.members;
+  Acceptance& acceptance = prospects_->acceptance;
+  std::vector<std::vector<int>> accepted;
+  std::vector<int64_t> requests;
+  std::vector<double> news;  // what is known of a text already tells nothing new of others
+  for (const int place : members) {
+    accepted.push_back(step.accepted[place]);
+    requests.push_back(now.outlook.requests[place]);
+    news.push_back(1 - acceptance.known(requests.back()));
+  }
+  if (now.judged) {
+    acceptance.learn(requests, now.kinds, accepted);
+  } else {
+    acceptance.count(static_cast<double>(members.size()));
+  }
+  if (step.budget == rungs_[now.plan.rung]) {
+    std::vector<int> kept;
+    for (const auto& kinds : now.kinds) kept.push_back(static_cast<int>(kinds.size()));
+    prospects_->ranks.learn(step.budget.nodes, accepted, kept, news);
+  }
+  // Where it was asked, so many levels were drafted.
+  const Budget drafted = now.level > 0 ? rungs_[now.level] : step.budget;
+  times_.drafted(static_cast<int>(members.size()), drafted, step.draft_ms,
+                 step.caught_up ? now.plan.reading : -1);
+}
+
+// How a choice is made.
+
+// For whom to draft, by place, and how many tokens must be read for it.
+std::vector<int> Planner::members_of(const Outlook& outlook, int& reading) {
+  reading = 0;
+  const std::vector<int>& unread = outlook.unread;
+  if (largest(unread, 0) <= kReady) return outlook.able;
+  std::vector<int> members;
+  std::vector<std::pair<int, int>> waiting;  // tokens, place
+  for (const int i : outlook.able) {
+    if (unread[i] <= kReady) {
+      members.push_back(i);
+    } else {
+      waiting.emplace_back(unread[i], i);
+    }
+  }
+  if (outlook.joining) return members;  // what pays, is up to how many will be there
+  std::sort(waiting.begin(), waiting.end());
+  const int size = outlook.size();
+  std::vector<int> everyone(size);
+  std::iota(everyone.begin(), everyone.end(), 0);
+  const Rates found = prospects_->rates(outlook, everyone);
+  const int best = found.best();
+  const double gain = 1 + found.gains[best];
+  const double saved = (found.plain * gain - found.ms[best]) / size;
+  const double sure = prospects_->acceptance.certainty();
+  const bool together = found.own < 1;
+  double account = account_.ms;
+  if (together && sure > 0.5) account += found.plain;
+  std::vector<int> joined;
+  for (const auto& [tokens, i] : waiting) {
+    const double cost = times_.read(reading + tokens) - times_.read(reading);
+    const int to_come = outlook.remaining.empty() ? kSome : outlook.remaining[i];
+    const double benefit = saved * to_come / gain;
+    const bool known = !members.empty() || !joined.empty() || sure > 0.5;
+    if (benefit < kReturn * cost && known) break;
+    account -= cost * (1 - sure);
+    if (account < 0) break;
+    joined.push_back(i);
+    reading += tokens;
+  }
+  if (together && joined.size() < waiting.size()) {
+    // Who is left behind decides how many steps there are: one at most, to learn.
+    joined.resize(members.empty() && sure <= 0.5 ? std::min<size_t>(joined.size(), 1) : 0);
+    reading = joined.empty() ? 0 : unread[joined.front()];
+  }
+  members.insert(members.end(), joined.begin(), joined.end());
+  std::sort(members.begin(), members.end());
+  return members;
+}
+
+// The first rung that would pay if every level were accepted; 0: none.
+int Planner::smallest_worth_trying(const Rates& found) const {
+  for (size_t rung = 1; rung < rungs_.size(); ++rung) {
+    if ((1 + rungs_[rung].levels) * found.plain > found.ms[rung]) return static_cast<int>(rung);
+  }
+  return 0;
+}
+
+// The largest rung up to this one whose possible loss the account covers, and the loss: if only so
+// much of what is gained comes as is `sure`.
+int Planner::covered(int rung, const Rates& found, double sure, int reading, double& loss) const {
+  const double read = (1 - prospects_->acceptance.certainty()) * times_.read(reading);
+  for (; rung > 0; --rung) {
+    loss = found.ms[rung] - found.plain * (1 + sure * found.gains[rung]) + read;
+    if (loss <= account_.may_lose(rung == 1)) return rung;
+  }
+  return 0;
+}
+
+// [n][member] of the n-th token that a step brings, where steps bring `brought`.
+std::vector<std::vector<double>> Planner::worth_of(const Rates& found, int rung,
+                                                   const std::vector<int>& members,
+                                                   double brought) const {
+  std::vector<std::vector<double>> worth;
+  for (const double ahead : lead(prospects_->nodes.back(), brought)) {
+    worth.emplace_back();
+    for (const int i : members) {
+      worth.back().push_back(found.own + ahead * (found.pull[i][rung] - found.own));
+    }
+  }
+  return worth;
+}
+
+}  // namespace inferlab::planner

@@ -1,0 +1,115 @@
+// The controller that knows what steps cost: it drafts where that pays, at a bounded price.
+//
+// Each step takes draft nodes while the tokens to be expected of them are worth their time. The
+// price of a millisecond is the rate of the best budget, in tokens per ms, plain decoding among
+// them: how far it gets the batch (`Prospects`), over the time of the cost model, corrected by how
+// far steps were off lately. At that price a draft model goes on to the next level while what it
+// may bring to all sequences is worth its forward, and of the nodes of all sequences those are
+// verified, likeliest first, whose chance is worth the rows they add (`Drafting`).
+//
+// What is not drafted teaches nothing, and what was promised may not come. So there is an `Account`
+// of the time that was lost against decoding plainly: a step is taken only while it covers what is
+// lost if only the sure part of the gain comes. Texts that the drafter would first have to read are
+// weighed by the tokens still to come. Where drafting is all but free, what it finds decides: where
+// that is worth nothing, it rests for ever more steps. Where drafting pays, a plain step is timed
+// now and then; at first where costs are not known.
+//
+// All of it takes a few microseconds: the steps of small models take no more than a millisecond.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <vector>
+
+#include "account.h"
+#include "drafting.h"
+#include "prospects.h"
+#include "times.h"
+
+namespace inferlab::planner {
+
+struct Decision {
+  int rung = 0;  // 0: nothing is drafted
+  std::vector<int> members;
+  bool judged = false;  // drafts are to be told while they are made
+};
+
+// What a step told: see `StepObservation` in specdec/control.py.
+struct Step {
+  int size = 0;
+  Budget budget;
+  double ms = 0;
+  std::vector<std::vector<int>> accepted;
+  bool caught_up = false;
+  int rows = 0;
+  double draft_ms = 0;
+  bool heard = false;
+};
+
+class Planner {
+ public:
+  // What steps take, and whether that was measured.
+  Planner(StepCosts step, DraftCosts draft, bool measured)
+      : times_(std::move(step), std::move(draft)), measured_(measured) {}
+  Planner(const Planner&) = delete;
+
+  // A drafter: its budgets, the first without drafts, and what it says of its nodes.
+  void climb(std::vector<Budget> rungs, const Known& known);
+
+  Decision choose(Outlook outlook);
+  bool goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds);
+  std::vector<int> keep(const std::vector<int64_t>& requests,
+                        const std::vector<std::vector<int>>& kinds);
+  // Learns from a step; returns the ms that plain decoding would have taken to get as far.
+  double observe(const Step& step);
+  // Whether the drafter is to hear of texts that are about to be read, so many tokens in all, so
+  // that it can draft for them.
+  bool follows(int tokens, const Outlook& outlook);
+
+  double promised() const { return promised_; }  // the best rate by that of plain decoding
+  double account_ms() const { return account_.ms; }
+  Prospects& prospects() { return prospects_.value(); }
+  // The step under way; null: it does not draft.
+  const Drafting* drafting() const { return now_ ? &*now_ : nullptr; }
+
+ private:
+  static constexpr double kReturn = 3;       // times what it takes, must texts promise to be read
+  static constexpr double kCheap = 0.1;      // plain steps: so cheap drafts show if they pay
+  static constexpr double kInVain = 0.005;   // of all time, for drafting that finds nothing
+  static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
+  static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
+                                             // model
+  static constexpr int kReady = 16;       // tokens that a drafter catches up with in a usual step
+  static constexpr int kPlainFirst = 8;   // drafted steps until a plain one is timed; then four
+  static constexpr int kPlainLast = 256;  // times as many, up to so many more
+
+  struct Timed {  // when the next plain step is due, in steps that were to draft
+    int due;
+    int steps = 0;
+  };
+
+  std::optional<Plan> look(const Outlook& outlook);
+  bool rests(const Plan& plan, int size);
+  std::vector<int> members_of(const Outlook& outlook, int& reading);
+  int smallest_worth_trying(const Rates& found) const;
+  int covered(int rung, const Rates& found, double sure, int reading, double& loss) const;
+  std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
+                                            const std::vector<int>& members, double brought) const;
+  void learn(const Drafting& now, const Step& step);
+
+  StepTimes times_;
+  bool measured_;
+  bool asks_ = false, by_kind_ = false;  // of the drafter: see `Known`
+  Account account_;
+  std::vector<Budget> rungs_{Budget{}};
+  std::optional<Prospects> prospects_;
+  std::optional<Drafting> now_;
+  std::map<int, Timed> timed_;  // by doublings of the batch size
+  std::map<int, int> last_;     // by batch size, the rung taken last
+  int in_vain_ = 0;             // steps in a row that found nothing,
+  int rest_ = 0;                // and so many to rest
+  double promised_ = 1;
+};
+
+}  // namespace inferlab::planner
