@@ -48,7 +48,7 @@ SANITIZER_OPTIONS = {
 # -O1 -g1: quick to compile, and the sanitizers' traces can be read.
 BASE = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-CLASSES = (CSRC / "cpu" / "suffix_automaton.cpp",)
+CLASSES = (CSRC / "cpu" / "suffix_automaton.cpp", *sorted((CSRC / "planner").glob("*.cpp")))
 DEFINES = [
     "-DINFERLAB_WITH_CUDA=1",
     "-DINFERLAB_CUDA_SHIM=1",
@@ -83,7 +83,7 @@ def build(variant: str = "plain", cuda_dir: Path = CUDA, units: Sequence[str] = 
     import pybind11
 
     python = (pybind11.get_include(), sysconfig.get_path("include"))
-    include = [CSRC / "include", CSRC / "bindings", CSRC / "cpu"]
+    include = [CSRC, CSRC / "include", CSRC / "bindings", CSRC / "cpu"]
     bindings = [
         Job(source, [*BASE, "-g0", *DEFINES], include, python)
         # The CPU's ops are resolved when they are called, which nobody does. A class cannot wait.
