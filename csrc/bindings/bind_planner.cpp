@@ -161,7 +161,6 @@ void bind_planner(py::module_& parent) {
           return py::make_tuple(std::move(found.steps), std::move(found.pull));
         });
   m.def("lead", &lead);
-  m.def("rows_run", &rows_run);
   m.attr("TEXTS") = kTexts;
   m.attr("STEPS") = kSteps;
 

@@ -14,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
   inferlab::bind_suffix(m);
   inferlab::bind_growth(m);
   inferlab::bind_planner(m);
+  inferlab::bind_decoder(m);
 }

@@ -5,14 +5,13 @@
 #include "inferlab/attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <new>
-#include <vector>
 
 #include "attention_task.h"
+#include "attention_tasks.h"
 #include "isa.h"
 #include "parallel.h"
+#include "workspace.h"
 
 namespace inferlab::cpu {
 
@@ -27,63 +26,6 @@ constexpr int64_t kRowsPerTask = 32;
 // it.
 constexpr int64_t kAmxRowsPerTask = 256;
 
-// Grows and never shrinks, so that a decoding loop allocates nothing.
-class Workspace {
- public:
-  float* get(int64_t floats) {
-    const auto need = static_cast<size_t>(floats) + 16;
-    if (data_.size() < need) {
-      try {
-        data_.clear();
-        data_.resize(need + need / 4);
-      } catch (const std::bad_alloc&) {
-        return nullptr;
-      }
-    }
-    const uintptr_t address = reinterpret_cast<uintptr_t>(data_.data());
-    return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::vector<float> data_;
-};
-
-thread_local Workspace t_scratch;
-thread_local Workspace t_partials;
-
-struct Plan {
-  const AttentionParams& p;
-  int64_t nodes_per_block;
-  int64_t blocks = 0, heads_per_task = 0, head_groups = 0, splits = 0;
-  int64_t state_floats = 0, scratch_floats = 0;
-  float* partials = nullptr;
-  std::atomic<bool> out_of_memory{false};
-
-  // Task index -> sequence, KV heads, block; later blocks, which see more, first.
-  AttentionTask task(int64_t i) const {
-    AttentionTask t{};
-    const int64_t block = blocks - 1 - i % blocks;
-    i /= blocks;
-    t.head_begin = i % head_groups * heads_per_task;
-    t.head_end = std::min(t.head_begin + heads_per_task, p.kv_heads);
-    t.b = i / head_groups;
-    t.node_begin = block * nodes_per_block;
-    t.node_end = std::min(t.node_begin + nodes_per_block, p.nodes);
-    t.split_begin = 0;
-    t.split_end = splits;
-    return t;
-  }
-
-  void run(AttentionTask t, void (*kernel)(const AttentionParams&, const AttentionTask&)) {
-    t.scratch = t_scratch.get(scratch_floats);
-    if (t.scratch == nullptr) {
-      out_of_memory.store(true, std::memory_order_relaxed);
-      return;
-    }
-    kernel(p, t);
-  }
-};
-
 void block_kernel(const AttentionParams& p, const AttentionTask& t) {
   INFERLAB_DISPATCH(attention_block, p, t);
 }
@@ -93,8 +35,9 @@ void merge_kernel(const AttentionParams& p, const AttentionTask& t) {
 
 }  // namespace
 
-Status paged_tree_attention(const AttentionParams& p) {
-  if (p.batch == 0 || p.nodes == 0) return Status::kOk;
+AttentionTasks::AttentionTasks(const AttentionParams& p, const int64_t* row_starts)
+    : p_(p), row_starts_(row_starts) {
+  if (p.batch == 0 || p.nodes == 0) return;
   const int64_t group = p.q_heads / p.kv_heads;
   int64_t positions = 0, longest = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -103,51 +46,88 @@ Status paged_tree_attention(const AttentionParams& p) {
     positions += seen;
     longest = std::max(longest, end);
   }
-  Plan plan{p, std::clamp<int64_t>(kRowsPerBlock / group, 1, p.nodes)};
-  const int64_t rows = plan.nodes_per_block * group;
-  plan.blocks = (p.nodes + plan.nodes_per_block - 1) / plan.nodes_per_block;
-  plan.splits = (longest + kSplit - 1) / kSplit;
+  nodes_per_block_ = std::clamp<int64_t>(kRowsPerBlock / group, 1, p.nodes);
+  const int64_t rows = nodes_per_block_ * group;
+  blocks_ = (p.nodes + nodes_per_block_ - 1) / nodes_per_block_;
+  splits_ = (longest + kSplit - 1) / kSplit;
   const bool amx =
       active_isa() == Isa::kAmx && p.dtype == DType::kBF16 && p.head_dim % kAmxChannels == 0;
-  plan.heads_per_task =
+  heads_per_task_ =
       std::clamp<int64_t>((amx ? kAmxRowsPerTask : kRowsPerTask) / rows, 1, p.kv_heads);
-  const int64_t units = p.batch * plan.blocks * plan.splits;
+  const int64_t units = p.batch * blocks_ * splits_;
   const int64_t wanted = (2 * num_threads() + units - 1) / units;  // head groups, for balance
   if (wanted > 1) {
-    plan.heads_per_task =
-        std::clamp<int64_t>((p.kv_heads + wanted - 1) / wanted, 1, plan.heads_per_task);
+    heads_per_task_ = std::clamp<int64_t>((p.kv_heads + wanted - 1) / wanted, 1, heads_per_task_);
   }
-  plan.head_groups = (p.kv_heads + plan.heads_per_task - 1) / plan.heads_per_task;
-  plan.state_floats = attention_state_floats(plan.heads_per_task * rows, p.head_dim);
-  plan.scratch_floats = attention_scratch_floats(plan.heads_per_task, plan.nodes_per_block, group,
-                                                 p.head_dim, p.words);
-
-  const int64_t tasks = p.batch * plan.head_groups * plan.blocks;
+  head_groups_ = (p.kv_heads + heads_per_task_ - 1) / heads_per_task_;
+  state_floats_ = attention_state_floats(heads_per_task_ * rows, p.head_dim);
+  scratch_floats_ =
+      attention_scratch_floats(heads_per_task_, nodes_per_block_, group, p.head_dim, p.words);
+  tasks_ = p.batch * head_groups_ * blocks_;
   const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * dtype_size(p.dtype);
   const int64_t products = positions * p.nodes * p.q_heads * p.head_dim * 2;
-  // In parallel_for's measure, where less than 64 KB, here about 60 us, is not worth a second
-  // thread.
-  const int64_t work = (bytes + products) / 32;
-  if (tasks >= 2 * num_threads() || plan.splits == 1 || num_threads() == 1) {
-    parallel_for(tasks, work, [&plan](int64_t i) { plan.run(plan.task(i), block_kernel); });
-  } else {
-    float* partials = t_partials.get(tasks * plan.splits * plan.state_floats);
-    if (partials == nullptr) return Status::kOutOfMemory;
-    plan.partials = partials;
-    parallel_for(tasks * plan.splits, work, [&plan](int64_t i) {
-      AttentionTask t = plan.task(i / plan.splits);
-      t.split_begin = i % plan.splits;
-      t.split_end = t.split_begin + 1;
-      t.partials = plan.partials + i / plan.splits * plan.splits * plan.state_floats;
-      plan.run(t, block_kernel);
-    });
-    parallel_for(tasks, tasks * plan.splits * plan.state_floats * 4, [&plan](int64_t i) {
-      AttentionTask t = plan.task(i);
-      t.partials = plan.partials + i * plan.splits * plan.state_floats;
-      plan.run(t, merge_kernel);
-    });
-  }
-  return plan.out_of_memory.load() ? Status::kOutOfMemory : Status::kOk;
+  work_ = (bytes + products) / 32;
+  split_ = tasks_ < 2 * num_threads() && splits_ > 1 && num_threads() > 1;
+}
+
+// Task index -> sequence, KV heads, block; later blocks, which see more, first.
+AttentionTask AttentionTasks::task(int64_t i) const {
+  AttentionTask t{};
+  const int64_t block = blocks_ - 1 - i % blocks_;
+  i /= blocks_;
+  t.head_begin = i % head_groups_ * heads_per_task_;
+  t.head_end = std::min(t.head_begin + heads_per_task_, p_.kv_heads);
+  t.b = i / head_groups_;
+  const int64_t nodes = row_starts_ != nullptr && p_.num_nodes != nullptr
+                            ? static_cast<int64_t>(p_.num_nodes[t.b])
+                            : p_.nodes;
+  t.node_begin = block * nodes_per_block_;
+  t.node_end = std::min(t.node_begin + nodes_per_block_, nodes);
+  t.q_begin = row_starts_ != nullptr ? row_starts_[t.b] * p_.q_stride[1] : t.b * p_.q_stride[0];
+  t.out_row = row_starts_ != nullptr ? row_starts_[t.b] : t.b * p_.nodes;
+  t.split_begin = 0;
+  t.split_end = splits_;
+  return t;
+}
+
+bool AttentionTasks::call(AttentionTask t,
+                          void (*kernel)(const AttentionParams&, const AttentionTask&)) const {
+  if (t.node_begin >= t.node_end) return true;
+  thread_local Workspace scratch;
+  t.scratch = scratch.get(scratch_floats_);
+  if (t.scratch == nullptr) return false;
+  kernel(p_, t);
+  return true;
+}
+
+bool AttentionTasks::run(int64_t i, float* partials) const {
+  if (!split_) return call(task(i), block_kernel);
+  AttentionTask t = task(i / splits_);
+  t.split_begin = i % splits_;
+  t.split_end = t.split_begin + 1;
+  t.partials = partials + i / splits_ * splits_ * state_floats_;
+  return call(t, block_kernel);
+}
+
+bool AttentionTasks::merge(int64_t i, float* partials) const {
+  AttentionTask t = task(i);
+  t.partials = partials + i * splits_ * state_floats_;
+  return call(t, merge_kernel);
+}
+
+Status paged_tree_attention(const AttentionParams& params) {
+  thread_local Workspace memory;
+  const AttentionTasks tasks(params);
+  float* partials = memory.get(tasks.partial_floats());
+  if (partials == nullptr) return Status::kOutOfMemory;
+  std::atomic<bool> ran{true};
+  parallel_for(tasks.count(), tasks.work(), [&](int64_t i) {
+    if (!tasks.run(i, partials)) ran.store(false, std::memory_order_relaxed);
+  });
+  parallel_for(tasks.merge_count(), tasks.partial_floats() * 4, [&](int64_t i) {
+    if (!tasks.merge(i, partials)) ran.store(false, std::memory_order_relaxed);
+  });
+  return ran.load() ? Status::kOk : Status::kOutOfMemory;
 }
 
 }  // namespace inferlab::cpu

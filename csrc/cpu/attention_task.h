@@ -35,6 +35,8 @@ struct AttentionTask {
   int64_t head_begin, head_end;
   int64_t node_begin, node_end;
   int64_t split_begin, split_end;
+  int64_t q_begin;  // its sequence's node 0 in q, in elements
+  int64_t out_row;  // and in out, in rows of all heads
   // attention_scratch_floats, 64-byte aligned
   float* scratch;
   // Null: finish the rows. Otherwise attention_state_floats for each split, counted from split 0.

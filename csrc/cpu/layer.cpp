@@ -4,14 +4,10 @@
 //   rope_append   B * N * (Hq + 2 * Hkv) * D read and written
 #include "inferlab/layer.h"
 
-#include "isa.h"
+#include "layer_rows.h"
 #include "parallel.h"
 
 namespace inferlab::cpu {
-
-INFERLAB_DECLARE_KERNEL(void, rms_norm_row, const RmsNormParams&, int64_t)
-INFERLAB_DECLARE_KERNEL(void, silu_mul_row, const SiluMulParams&, int64_t)
-INFERLAB_DECLARE_KERNEL(void, rope_append_token, const RopeAppendParams&, int64_t, int64_t)
 
 Status rms_norm(const RmsNormParams& p) {
   parallel_for(p.rows, 2 * p.rows * p.dim * dtype_size(p.dtype),
@@ -31,7 +27,13 @@ Status rope_append(const RopeAppendParams& p) {
                [&](int64_t i) {
                  const int64_t b = i / p.nodes, n = i % p.nodes;
                  if (p.num_nodes != nullptr && n >= p.num_nodes[b]) return;
-                 INFERLAB_DISPATCH(rope_append_token, p, b, n);
+                 const RopeRow row{b * p.q_stride[0] + n * p.q_stride[1],
+                                   b * p.k_stride[0] + n * p.k_stride[1],
+                                   b * p.v_stride[0] + n * p.v_stride[1],
+                                   b * p.cos_stride / p.rotary + n,
+                                   b,
+                                   n};
+                 INFERLAB_DISPATCH(rope_append_row, p, row);
                });
   return Status::kOk;
 }

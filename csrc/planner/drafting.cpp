@@ -24,7 +24,7 @@ bool Drafting::goes_on(Prospects& prospects, const std::vector<int64_t>& request
   const double hope = next * prospects.onward.share();
   // Another level, and at least a row where it is worth something.
   const int size = outlook.size(), rows = size + static_cast<int>(requests.size()) * level;
-  const int deeper = rows_run(size * (2 + level), rows + 1, outlook.packs);
+  const int deeper = outlook.packs ? rows + 1 : size * (2 + level);
   const double more = plan.drafting[level + 1] - plan.drafting[level] + plan.verifying(deeper) -
                       plan.verifying(rows);
   left_ -= more - plan.sure * hope;
@@ -66,21 +66,19 @@ std::vector<int> Drafting::worth_verifying(std::vector<std::vector<double>> chan
   for (size_t n = 1; n < alike.size(); ++n) alike[n] += alike[n - 1];
   std::sort(found.begin(), found.end());
   int best = 0, depth = 0;
-  bool ragged = true;
   double brought = 0;
   for (int count = 1; count <= static_cast<int>(found.size()); ++count) {
     const auto [lost, n, s] = found[count - 1];
     depth = std::max(depth, n + 1);
     brought -= lost;
-    const int padded = size * (1 + depth), rows = rows_run(padded, size + count, outlook.packs);
     // Where padding is computed anyway, nodes take its place.
-    const double gained = rows == padded ? alike[depth - 1] : brought;
+    const int rows = outlook.packs ? size + count : size * (1 + depth);
+    const double gained = outlook.packs ? brought : alike[depth - 1];
     const double spent = plan.verifying(rows) - plan.plain;
     const double worth = gained - plan.price * spent;
     const bool covered = !plan.asked || spent - plan.sure * gained <= stake_;
     if (worth > value && covered) {
       best = count;
-      ragged = rows < padded;
       value = worth;
     }
   }
@@ -89,7 +87,7 @@ std::vector<int> Drafting::worth_verifying(std::vector<std::vector<double>> chan
     const auto [lost, n, s] = found[i];
     counts[s] = n + 1;
   }
-  if (!ragged) {
+  if (!outlook.packs) {
     const int deepest = *std::max_element(counts.begin(), counts.end());
     for (size_t s = 0; s < counts.size(); ++s) {
       counts[s] = std::min(deepest, static_cast<int>(chances[s].size()));

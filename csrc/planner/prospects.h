@@ -35,15 +35,6 @@ struct Known {
   bool asks = false;
 };
 
-// Rows that a forward of ragged trees is computed with, of `padded` ones, `real` of which are
-// nodes: padding is left out where that is a gain, if it ever is (`packs`). Packing a batch's rows
-// costs a forward of the bundled target what three rows and a twentieth of all rows cost.
-constexpr int rows_run(int padded, int real, bool packs) {
-  constexpr int kLeastPadding = 8;
-  const int least = kLeastPadding > padded / 8 ? kLeastPadding : padded / 8;
-  return packs && padded - real >= least ? real : padded;
-}
-
 // Of drafting for some of a batch, by rung.
 struct Rates {
   double plain;                           // ms of a step without drafts

@@ -108,7 +108,6 @@ def test_shapes_do_not_share_a_graph():
         batch_of([[5, 6]], 3, scored=torch.tensor([1])),
         batch_of([[5, 6]], 3, node_offset=1),
         batch_of([[5, 6]], 3, num_nodes=counts),
-        batch_of([[5, 6]], 3, num_nodes=counts, real_rows=torch.tensor([0])),
         batch_of([[5, 6]], 3, ancestors=torch.tensor([[[1], [3]]])),
         batch_of([[5]], 3),
         batch_of([[5], [6]], 3),

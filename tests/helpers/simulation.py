@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from inferlab.specdec.acceptance import SURE, UNKNOWN, Known, kinds_of
 from inferlab.specdec.control import Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
-from inferlab.specdec.padding import rows_run
 from inferlab.specdec.tree import Budget
 
 CHAIN = tuple(Budget(k, k) for k in range(1, 65))
@@ -117,8 +116,7 @@ class World:
         for i, of, count in zip(members, chances, counts, strict=True):
             while len(walks[i]) < count and self.random.random() < of[len(walks[i])]:
                 walks[i].append(len(walks[i]) + 1)
-        padded = len(at) * (1 + max(counts, default=0))
-        rows = rows_run(padded, len(at) + sum(counts), packs=True)
+        rows = len(at) + sum(counts)
         factor = self.random.uniform(1 - self.noise, 1 + self.noise)
         draft_ms = factor * (levels * self.draft_ms + len(read) * self.reading_ms)
         ms = factor * self.verify_ms(rows) + draft_ms

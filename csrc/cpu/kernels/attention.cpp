@@ -94,7 +94,7 @@ class Block {
     for (int64_t h = t_.head_begin; h < t_.head_end; ++h) {
       for (int64_t n = t_.node_begin; n < t_.node_end; ++n) {
         T* out = static_cast<T*>(p_.out) +
-                 ((t_.b * p_.nodes + n) * p_.q_heads + h * rows_.group) * p_.head_dim;
+                 ((t_.out_row + n) * p_.q_heads + h * rows_.group) * p_.head_dim;
         for (int64_t g = 0; g < rows_.group; ++g, ++r, out += p_.head_dim) {
           const float* acc = row_.acc + r * rows_.stride;
           if (row_.m[r] == kNegInf) {  // padding

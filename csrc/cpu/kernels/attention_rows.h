@@ -81,8 +81,7 @@ struct Rows {
   void each_query(const F& f) const {
     for (int64_t i = 0; i < nodes; ++i) {
       for (int64_t h = 0; h < heads; ++h) {
-        const T* q = static_cast<const T*>(p.q) + t.b * p.q_stride[0] +
-                     (t.node_begin + i) * p.q_stride[1] +
+        const T* q = static_cast<const T*>(p.q) + t.q_begin + (t.node_begin + i) * p.q_stride[1] +
                      (t.head_begin + h) * group * p.q_stride[2];
         for (int64_t g = 0; g < group; ++g, q += p.q_stride[2]) f(h, i * group + g, q);
       }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "layer_rows.h"
 #include "simd.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {
@@ -96,24 +97,24 @@ void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t half, int64_
 }
 
 template <typename T>
-void rope_append(const RopeAppendParams& p, int64_t b, int64_t n) {
+void rope_append(const RopeAppendParams& p, const RopeRow& row) {
   const int64_t half = p.rotary / 2;
-  const T* cos = static_cast<const T*>(p.cos) + b * p.cos_stride + n * p.rotary;
-  const T* sin = static_cast<const T*>(p.sin) + b * p.cos_stride + n * p.rotary;
-  T* q = static_cast<T*>(p.q) + b * p.q_stride[0] + n * p.q_stride[1];
+  const T* cos = static_cast<const T*>(p.cos) + row.angles * p.rotary;
+  const T* sin = static_cast<const T*>(p.sin) + row.angles * p.rotary;
+  T* q = static_cast<T*>(p.q) + row.q;
   for (int64_t h = 0; h < p.q_heads; ++h) {
     rotate(q + h * p.head_dim, cos, sin, q + h * p.head_dim, half, p.head_dim);
   }
-  const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + n * p.k_stride[1];
-  const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + n * p.v_stride[1];
-  const int64_t slot = p.seq_lens[b] + p.node_offset + n;
-  const int64_t page = p.block_table[b * p.table_stride + slot / p.page_size];
-  const int64_t row = (page * p.page_size + slot % p.page_size) * p.kv_heads * p.head_dim;
-  T* k_out = static_cast<T*>(p.k_pages) + row;
+  const T* k = static_cast<const T*>(p.k) + row.k;
+  const T* v = static_cast<const T*>(p.v) + row.v;
+  const int64_t slot = p.seq_lens[row.b] + p.node_offset + row.n;
+  const int64_t page = p.block_table[row.b * p.table_stride + slot / p.page_size];
+  const int64_t into = (page * p.page_size + slot % p.page_size) * p.kv_heads * p.head_dim;
+  T* k_out = static_cast<T*>(p.k_pages) + into;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     rotate(k + h * p.head_dim, cos, sin, k_out + h * p.head_dim, half, p.head_dim);
   }
-  std::memcpy(static_cast<T*>(p.v_pages) + row, v,
+  std::memcpy(static_cast<T*>(p.v_pages) + into, v,
               static_cast<size_t>(p.kv_heads * p.head_dim) * sizeof(T));
 }
 
@@ -135,8 +136,8 @@ void silu_mul_row(const SiluMulParams& p, int64_t row) {
   });
 }
 
-void rope_append_token(const RopeAppendParams& p, int64_t b, int64_t n) {
-  with_dtype(p.dtype, [&](auto zero) { rope_append<decltype(zero)>(p, b, n); });
+void rope_append_row(const RopeAppendParams& p, const RopeRow& row) {
+  with_dtype(p.dtype, [&](auto zero) { rope_append<decltype(zero)>(p, row); });
 }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA

@@ -46,9 +46,6 @@ class ForwardBatch:
         prompt_lens: [B] i32, tokens of the text that `generate` reads in one forward, these nodes
             among them: what scales positions by length takes all of them as that long (see
             `rotary`). None: every node is read in a forward of its own, as decoding does.
-        real_rows: [R] i64, which of the B * N rows are no padding, the same as ``num_nodes`` says;
-            given where R is so much smaller that computing those alone is worth packing them (see
-            `packing`; a model may compute all). None: all are computed.
     """
 
     tokens: torch.Tensor
@@ -60,7 +57,6 @@ class ForwardBatch:
     node_offset: int = 0
     scored: torch.Tensor | None = None
     prompt_lens: torch.Tensor | None = None
-    real_rows: torch.Tensor | None = None
 
 
 def last_rows(tokens: torch.Tensor, num_nodes: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -25,6 +25,8 @@ from transformers.activations import SiLUActivation
 from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
 from inferlab.models.attention_hook import LayerSpec, Pass
 from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
+from inferlab.models.kv_cache import KVCache
+from inferlab.models.native import NativeDecoder
 from inferlab.models.untouched import HELPERS, has_weights, is_own_function, is_untouched
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
@@ -36,38 +38,57 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 
 
 class FusedDecoder:
-    """Runs embedding to logits of one model; made by `of`."""
+    """Runs embedding to logits of one model; made by `of`. On a CPU that is one call (`native`)."""
 
-    def __init__(self, model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: tuple[LayerSpec, ...], limit: int | None
+    ) -> None:
         self._model = model.model
         self._head = model.lm_head
         self._vocab = model.lm_head.weight.shape[0]
         self._norm_weight = self._model.norm.weight
         self._norm_eps = self._model.norm.variance_epsilon
+        self._specs = layers
         self._layers = [
             DecoderLayer(layer, spec)
             for layer, spec in zip(self._model.layers, layers, strict=True)
         ]
+        self._native = None
+        if self._norm_weight.is_cpu:
+            self._native = NativeDecoder(model, self._layers, limit)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> FusedDecoder | None:
-        """The fused decoder of `model`, or None where its modules must run themselves."""
-        return cls(model, layers) if _is_known(model, layers) else None
+    def of(
+        cls, model: PreTrainedModel, layers: tuple[LayerSpec, ...], limit: int | None
+    ) -> FusedDecoder | None:
+        """The fused decoder of `model`, or None where its modules must run themselves.
+
+        Args:
+            limit: the model's context length; None: there is none.
+        """
+        return cls(model, layers, limit) if _is_known(model, layers) else None
 
     def first(self, count: int) -> FusedDecoder:
         """The first ``count`` layers alone, then norm and head; with the same weights."""
         shallow = copy.copy(self)
-        shallow._layers = self._layers[:count]
+        shallow._layers, shallow._specs = self._layers[:count], self._specs[:count]
+        shallow._native = None if self._native is None else self._native.first(count)
         return shallow
 
     def forward(
-        self, batch: ForwardBatch, ongoing: Pass, feature_layers: tuple[int, ...] = ()
+        self,
+        batch: ForwardBatch,
+        cache: KVCache,
+        feature_layers: tuple[int, ...] = (),
+        *,
+        by_length: bool = False,
     ) -> ForwardOutput:
-        """See `HFModel.forward`."""
+        """See `HFModel.forward`. ``by_length``: angles depend on more than the position."""
+        if self._native is not None:
+            return self._native.forward(batch, cache, feature_layers, by_length=by_length)
         size, nodes = batch.tokens.shape
-        packing = ongoing.packing
-        tokens = batch.tokens if packing is None else packing.pack(batch.tokens)
-        hidden = self._model.embed_tokens(tokens)
+        ongoing = Pass.of(batch, cache, self._specs)
+        hidden = self._model.embed_tokens(batch.tokens)
         cos, sin = self._model.rotary_emb(hidden, batch.positions)
         hidden = hidden.view(-1, hidden.shape[-1])
         features: dict[int, torch.Tensor] = {}
@@ -84,8 +105,6 @@ class FusedDecoder:
             hidden = hidden[scored]
         logits = product(hidden, self._head.weight, self._head.bias)
         wanted = [features[index] for index in feature_layers]
-        if packing is not None:
-            logits, wanted = packing.pad(logits), [packing.pad(each) for each in wanted]
         logits = logits.view(*((size, nodes) if batch.scored is None else (-1, 1)), self._vocab)
         if not wanted:
             return ForwardOutput(logits)
@@ -122,7 +141,7 @@ class DecoderLayer:
         index: int,
     ) -> torch.Tensor:
         """hidden: [B * N, H] -> [B * N, H], may be overwritten; K/V goes to the pages of layer
-        `index`. Where the pass is packed, hidden is [R, H]."""
+        `index`."""
         normed = rms_norm(hidden, self.norm.weight, self.norm.variance_epsilon)
         return self.attend(normed, hidden, size, nodes, cos, sin, ongoing, index)
 
@@ -140,14 +159,11 @@ class DecoderLayer:
         """All behind the first norm.
 
         Args:
-            x: [B * N, inputs of q, k, v], or [R, ..] where the pass is packed.
-            hidden: [B * N, H] or [R, H], what it is added to; may be overwritten.
+            x: [B * N, inputs of q, k, v].
+            hidden: [B * N, H], what it is added to; may be overwritten.
         """
         k_pages, v_pages = ongoing.pages[index]
-        packing = ongoing.packing
         qkv = product(x, *self.qkv)
-        if packing is not None:
-            qkv = packing.pad(qkv)
         qkv = qkv.view(size, nodes, -1, self.head_dim)
         q = qkv[:, :, : self.q_heads]
         k = qkv[:, :, self.q_heads : self.q_heads + self.kv_heads]
@@ -171,8 +187,6 @@ class DecoderLayer:
             softcap=self.softcap,
             **where,
         )
-        if packing is not None:
-            attended = packing.pack(attended)
         attended = attended.view(len(hidden), -1)
         hidden = add_product(hidden, attended, self.out.weight, self.out.bias)
         normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)

@@ -123,7 +123,6 @@ _TENSORS = (
     "num_nodes",
     "scored",
     "prompt_lens",
-    "real_rows",
 )
 
 

@@ -197,13 +197,13 @@ class HFModel:
             return self._run(batch, cache, layers)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
-        ongoing = Pass.of(batch, cache, self._plan.layers)
-        if self._can_pack:
-            ongoing.packing = Packing.of(batch)
-        rotary = self._rotary
+        rotary, by_length = self._rotary, self._rotary is not None
         with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):
             if self._fused is not None:
-                return self._fused.forward(batch, ongoing, layers)
+                return self._fused.forward(batch, cache, layers, by_length=by_length)
+            ongoing = Pass.of(batch, cache, self._plan.layers)
+            if self._can_pack:
+                ongoing.packing = Packing.of(batch)
             return self._run_modules(batch, ongoing, layers)
 
     def _run_modules(
@@ -249,8 +249,8 @@ class HFModel:
         turn(self._model)
         self._plan = plan_forward(self._model, self.device, self.name)
         self.vocab_size: int = self._plan.vocab_size
-        self._fused = FusedDecoder.of(self._model, self.layers)
-        self._can_pack = self._fused is not None or works_by_rows(self._model)
+        self._fused = FusedDecoder.of(self._model, self.layers, self.context_length)
+        self._can_pack = works_by_rows(self._model)
         self._graphs = self._new_graphs()
         self._stable: AbstractContextManager[Any] = (
             StableProducts() if self.device.type == "cpu" else nullcontext()

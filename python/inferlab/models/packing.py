@@ -30,11 +30,17 @@ class Packing:
 
     @classmethod
     def of(cls, batch: ForwardBatch) -> Packing | None:
-        """None where all rows are to be run: also of a prompt, whose rows are few pieces of padding
-        and whose ``scored`` and ``prompt_lens`` count in B and N."""
-        if batch.real_rows is None or batch.scored is not None or batch.prompt_lens is not None:
+        """None where all rows are to be run: without padding; on another device than a CPU, whose
+        graphs are kept by shape; of a prompt, whose rows are few pieces of padding and whose
+        ``scored`` and ``prompt_lens`` count in B and N."""
+        counts = batch.num_nodes
+        if counts is None or not counts.is_cpu:
             return None
-        return cls(batch.real_rows, *batch.tokens.shape)
+        if batch.scored is not None or batch.prompt_lens is not None:
+            return None
+        size, nodes = batch.tokens.shape
+        rows = (torch.arange(nodes) < counts[:, None]).flatten().nonzero().flatten()
+        return cls(rows, size, nodes) if len(rows) < size * nodes else None
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """[B, N, ..] -> [R, ..]"""

@@ -15,7 +15,6 @@ import numpy as np
 
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.cuts import Trees
-from inferlab.specdec.padding import rows_run
 from inferlab.specdec.recorded import CATCHING_UP, FIRST, PHASES, Recording
 
 LEAST = 8
@@ -113,8 +112,7 @@ class Times:
         return self._width(len(nodes), round(max(nodes)), round(sum(nodes)))
 
     def _width(self, size: int, most: int, drafts: int) -> float:
-        size = max(size, 1)
-        return rows_run(size * (1 + most), size + drafts, self._packs) / size - 1
+        return drafts / max(size, 1) if self._packs else most
 
     def _drafting(self, batch: int, nodes: float, levels: int) -> float:
         """Costs are measured with the most levels that so many nodes can have; each takes as much

@@ -15,7 +15,6 @@ import torch
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.padding import rows_run
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import DraftTree
 from inferlab.specdec.walk import Walk
@@ -70,7 +69,6 @@ def forward(
             block_table=batch.block_table,
             ancestors=None if tree.is_chain else tree.links.ancestors,
             num_nodes=num_nodes,
-            real_rows=_real_rows(tree, batch.device),
         ),
         cache,
         feature_layers,
@@ -78,20 +76,11 @@ def forward(
 
 
 def num_rows(tree: DraftTree, device: torch.device) -> int:
-    """Rows of a forward: without padding where leaving it out is worth it."""
-    padded = len(tree.node_counts) * tree.num_nodes
-    return rows_run(padded, sum(tree.node_counts), device.type == "cpu")
-
-
-def _real_rows(tree: DraftTree, device: torch.device) -> torch.Tensor | None:
-    """The rows of B * N that are nodes, [R] int64, where leaving the padding out is worth it.
-
-    On a CUDA device it is not: graphs are kept by shape, and R would be another in every step.
-    """
-    if num_rows(tree, device) == len(tree.node_counts) * tree.num_nodes:
-        return None
-    is_node = np.arange(tree.num_nodes) < np.array(tree.node_counts)[:, None]
-    return upload(np.flatnonzero(is_node), np.int64, device)
+    """Rows of a forward: on a CPU without padding. Graphs of a CUDA device are kept by shape, which
+    the nodes of ragged trees would make another in every step."""
+    if device.type == "cpu":
+        return sum(tree.node_counts)
+    return len(tree.node_counts) * tree.num_nodes
 
 
 def verify(policy: Policy, output: ForwardOutput, tree: DraftTree, batch: Batch) -> Walk:

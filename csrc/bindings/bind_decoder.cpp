@@ -1,0 +1,267 @@
+// The decoder: weights are taken once, with everything about them checked; a forward checks what
+// changes from call to call.
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bind.h"
+#include "block_table.h"
+#include "inferlab/decoder.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace inferlab {
+namespace {
+
+// None leaves a tensor that is not given.
+void view_optional(Tensor& tensor, py::handle object, const char* name) {
+  if (!object.is_none()) tensor.view(object, name);
+}
+
+// A model's weights, which stay where they are while it lives.
+class CompiledDecoder {
+ public:
+  CompiledDecoder(py::object embedding, py::object norm, double norm_eps, py::object head,
+                  py::object head_bias) {
+    const Tensor table(embedding, "embedding");
+    table.dims(2).contiguous().cpu();
+    decoder_.embedding = table.data();
+    decoder_.vocab = table.size(0);
+    decoder_.hidden = table.size(1);
+    decoder_.dtype = table.float_dtype();
+    keep(std::move(embedding));
+    decoder_.norm = norm_of(std::move(norm), norm_eps, decoder_.hidden, "norm");
+    decoder_.head = matrix_of(std::move(head), std::move(head_bias), decoder_.hidden, "head");
+  }
+
+  void add_layer(py::object input_norm, double input_eps, py::object post_norm, double post_eps,
+                 py::object q_norm, double q_eps, py::object k_norm, double k_eps, py::object qkv,
+                 py::object qkv_bias, py::object output, py::object output_bias, py::object gate_up,
+                 py::object gate_up_bias, py::object down, py::object down_bias, int64_t q_heads,
+                 int64_t kv_heads, int64_t head_dim, double scale, int64_t window, double softcap) {
+    const int64_t hidden = decoder_.hidden;
+    cpu::DecoderLayer layer;
+    layer.q_heads = q_heads;
+    layer.kv_heads = kv_heads;
+    layer.head_dim = head_dim;
+    layer.window = window;
+    layer.scale = static_cast<float>(scale);
+    layer.softcap = static_cast<float>(softcap);
+    layer.input_norm = norm_of(std::move(input_norm), input_eps, hidden, "input_norm");
+    layer.post_norm = norm_of(std::move(post_norm), post_eps, hidden, "post_norm");
+    if (!q_norm.is_none()) layer.q_norm = norm_of(std::move(q_norm), q_eps, head_dim, "q_norm");
+    if (!k_norm.is_none()) layer.k_norm = norm_of(std::move(k_norm), k_eps, head_dim, "k_norm");
+    layer.qkv = matrix_of(std::move(qkv), std::move(qkv_bias), hidden, "qkv");
+    layer.output =
+        matrix_of(std::move(output), std::move(output_bias), q_heads * head_dim, "output");
+    layer.gate_up = matrix_of(std::move(gate_up), std::move(gate_up_bias), hidden, "gate_up");
+    layer.down = matrix_of(std::move(down), std::move(down_bias), layer.gate_up.out / 2, "down");
+    require(head_dim > 0 && head_dim % 8 == 0 && kv_heads > 0 && q_heads % kv_heads == 0,
+            "head_dim must be a multiple of 8, and q_heads one of kv_heads");
+    require(layer.qkv.out == (q_heads + 2 * kv_heads) * head_dim && layer.output.out == hidden &&
+                layer.gate_up.out % 2 == 0 && layer.down.out == hidden,
+            "the weights of a layer do not fit each other");
+    decoder_.layers.push_back(layer);
+  }
+
+  // The same with its first layers alone.
+  std::unique_ptr<CompiledDecoder> first(size_t layers) const {
+    require(layers <= decoder_.layers.size(), "there are not so many layers");
+    auto shallow = std::make_unique<CompiledDecoder>(*this);
+    shallow->decoder_.layers.resize(layers);
+    return shallow;
+  }
+
+  // 0, or how many positions cos and sin would have to have: then nothing was done.
+  int64_t forward(py::handle tokens, py::handle positions, py::handle cos, py::handle sin,
+                  py::handle seq_lens, py::handle block_table, py::handle ancestors,
+                  py::handle num_nodes, int64_t node_offset, py::handle k_pages, py::handle v_pages,
+                  py::handle scored, py::handle logits, std::vector<int> feature_layers,
+                  py::handle features) const {
+    const Tensor ids(tokens, "tokens"), cosines(cos, "cos"), sines(sin, "sin"),
+        lens(seq_lens, "seq_lens"), table(block_table, "block_table"), keys(k_pages, "k_pages"),
+        values(v_pages, "v_pages"), out(logits, "logits");
+    Tensor places, tree, counts, asked, seen;
+    view_optional(places, positions, "positions");
+    view_optional(tree, ancestors, "ancestors");
+    view_optional(counts, num_nodes, "num_nodes");
+    view_optional(asked, scored, "scored");
+    view_optional(seen, features, "features");
+    ids.dims(2).i64().contiguous().cpu();
+    cpu::DecoderPass p;
+    p.batch = ids.size(0);
+    p.nodes = ids.size(1);
+    p.tokens = ids.ptr<const int64_t>();
+    lens.i32().shape({p.batch}).contiguous().cpu();
+    p.seq_lens = lens.ptr<const int32_t>();
+    check_seq_lens(lens);
+    if (counts.given()) {
+      counts.i32().shape({p.batch}).contiguous().cpu();
+      p.num_nodes = counts.ptr<const int32_t>();
+      check_num_nodes(p.num_nodes, p.batch, p.nodes);
+    }
+    check_offset(node_offset);
+    p.node_offset = node_offset;
+    take_pages(keys, values, table, p);
+    if (tree.given()) {
+      tree.i64().dims(3).shape({p.batch, p.nodes, Tensor::kAny}).contiguous().cpu();
+      p.ancestors = tree.ptr<const uint64_t>();
+      p.words = tree.size(2);
+    }
+    const int64_t missing = take_angles(places, cosines, sines, p);
+    if (missing > 0) return missing;
+    check_tokens(p);
+    if (asked.given()) {
+      asked.i64().dims(1).contiguous().cpu();
+      p.all_scored = false;
+      p.scored = asked.ptr<const int64_t>();
+      p.num_scored = asked.size(0);
+      for (int64_t i = 0; i < p.num_scored; ++i) {
+        const int64_t place = p.scored[i];
+        require(place >= 0 && place < p.batch * p.nodes && is_real(p, place),
+                "scored has a row that is none, or padding");
+      }
+    }
+    const int64_t scores = asked.given() ? p.num_scored : p.batch * p.nodes;
+    require(out.float_dtype() == decoder_.dtype && out.numel() == scores * decoder_.head.out,
+            "logits must hold a row of the head's size for each that is scored");
+    out.contiguous().cpu();
+    p.logits = out.data();
+    if (!feature_layers.empty()) {
+      seen.contiguous().cpu();
+      require(seen.float_dtype() == decoder_.dtype &&
+                  seen.numel() == p.batch * p.nodes * static_cast<int64_t>(feature_layers.size()) *
+                                      decoder_.hidden,
+              "features must hold all feature layers of each row");
+      p.features = seen.data();
+      p.feature_layers = std::move(feature_layers);
+    }
+    run_cpu("decoder", [&] { return cpu::forward(decoder_, p); });
+    return 0;
+  }
+
+ private:
+  void keep(py::object owner) { owners_.push_back(std::move(owner)); }
+
+  cpu::Norm norm_of(py::object weight, double eps, int64_t size, const char* name) {
+    const Tensor t(weight, name);
+    t.shape({size}).contiguous().cpu();
+    require(t.float_dtype() == decoder_.dtype, "all weights must be of one type");
+    keep(std::move(weight));
+    return {t.data(), static_cast<float>(eps)};
+  }
+
+  cpu::Matrix matrix_of(py::object weight, py::object bias, int64_t in, const char* name) {
+    const Tensor w(weight, name);
+    Tensor b;
+    view_optional(b, bias, name);
+    w.shape({Tensor::kAny, in}).contiguous().cpu();
+    require(w.float_dtype() == decoder_.dtype, "all weights must be of one type");
+    cpu::Matrix matrix{w.data(), nullptr, w.size(0), in};
+    if (b.given()) {
+      b.shape({matrix.out}).contiguous().cpu();
+      require(b.float_dtype() == decoder_.dtype, "all weights must be of one type");
+      matrix.bias = b.data();
+      keep(std::move(bias));
+    }
+    keep(std::move(weight));
+    return matrix;
+  }
+
+  static bool is_real(const cpu::DecoderPass& p, int64_t place) {
+    return p.num_nodes == nullptr || place % p.nodes < p.num_nodes[place / p.nodes];
+  }
+
+  void take_pages(const Tensor& keys, const Tensor& values, const Tensor& table,
+                  cpu::DecoderPass& p) const {
+    const auto layers = static_cast<int64_t>(decoder_.layers.size());
+    const cpu::DecoderLayer& layer = decoder_.layers.front();
+    for (const Tensor* pages : {&keys, &values}) {
+      pages->dims(5)
+          .shape({Tensor::kAny, keys.size(1), keys.size(2), layer.kv_heads, layer.head_dim})
+          .contiguous()
+          .cpu();
+      require(pages->size(0) >= layers && pages->float_dtype() == decoder_.dtype,
+              "the pages are of another model");
+    }
+    table.i32().dims(2).shape({p.batch, Tensor::kAny}).last_dim_contiguous().cpu();
+    p.k_pages = keys.data();
+    p.v_pages = values.data();
+    p.layer_bytes = keys.bytes() / keys.size(0);
+    p.block_table = table.ptr<const int32_t>();
+    p.table_stride = table.stride(0);
+    p.max_pages = table.size(1);
+    const PagedLayout layout = paged_layout(keys);
+    p.pages = layout.pages;
+    p.page_size = layout.page_size;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t count = p.num_nodes != nullptr ? p.num_nodes[b] : p.nodes;
+      if (count > 0) check_slots(table, b, 0, p.seq_lens[b] + p.node_offset + count, layout);
+    }
+  }
+
+  int64_t take_angles(const Tensor& places, const Tensor& cos, const Tensor& sin,
+                      cpu::DecoderPass& p) const {
+    cos.dims(2);
+    p.rotary = cos.size(1);
+    require(p.rotary % 2 == 0 && p.rotary <= decoder_.layers.front().head_dim,
+            "cos and sin are wider than a head");
+    for (const Tensor* angles : {&cos, &sin}) {
+      angles->shape({Tensor::kAny, p.rotary}).contiguous().cpu();
+      require(angles->float_dtype() == decoder_.dtype && angles->size(0) == cos.size(0),
+              "cos and sin must be of the model's type, and of one size");
+    }
+    p.cos = cos.data();
+    p.sin = sin.data();
+    if (!places.given()) {
+      require(cos.size(0) == p.batch * p.nodes, "without positions there must be angles per row");
+      return 0;
+    }
+    places.i64().shape({p.batch, p.nodes}).contiguous().cpu();
+    p.angles = places.ptr<const int64_t>();
+    int64_t last = 0;
+    for (int64_t place = 0; place < p.batch * p.nodes; ++place) {
+      if (!is_real(p, place)) continue;
+      require(p.angles[place] >= 0, "positions must be at least 0");
+      last = std::max(last, p.angles[place]);
+    }
+    return last < cos.size(0) ? 0 : last + 1;
+  }
+
+  void check_tokens(const cpu::DecoderPass& p) const {
+    for (int64_t place = 0; place < p.batch * p.nodes; ++place) {
+      const int64_t token = p.tokens[place];
+      if ((token < 0 || token >= decoder_.vocab) && is_real(p, place)) {
+        throw py::index_error("tokens has " + std::to_string(token) +
+                              "; the model's ids are in [0, " + std::to_string(decoder_.vocab) +
+                              ")");
+      }
+    }
+  }
+
+  cpu::Decoder decoder_;
+  std::vector<py::object> owners_;
+};
+
+}  // namespace
+
+void bind_decoder(py::module_& m) {
+  py::class_<CompiledDecoder>(m, "Decoder", py::module_local())
+      .def(py::init<py::object, py::object, double, py::object, py::object>(), py::arg("embedding"),
+           py::arg("norm"), py::arg("norm_eps"), py::arg("head"), py::arg("head_bias"))
+      .def("add_layer", &CompiledDecoder::add_layer, py::kw_only(), py::arg("input_norm"),
+           py::arg("input_eps"), py::arg("post_norm"), py::arg("post_eps"), py::arg("q_norm"),
+           py::arg("q_eps"), py::arg("k_norm"), py::arg("k_eps"), py::arg("qkv"),
+           py::arg("qkv_bias"), py::arg("output"), py::arg("output_bias"), py::arg("gate_up"),
+           py::arg("gate_up_bias"), py::arg("down"), py::arg("down_bias"), py::arg("q_heads"),
+           py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"),
+           py::arg("softcap"))
+      .def("first", &CompiledDecoder::first)
+      .def("forward", &CompiledDecoder::forward);
+}
+
+}  // namespace inferlab

@@ -1,0 +1,345 @@
+// All threads go through the layers together (stages.h): a stage per product, per norm, per layer
+// of attention. Rows are packed: sequence b's stand at [starts[b], starts[b + 1]).
+#include "inferlab/decoder.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "attention_tasks.h"
+#include "layer_rows.h"
+#include "linear_tasks.h"
+#include "stages.h"
+#include "workspace.h"
+
+namespace inferlab::cpu {
+namespace {
+
+constexpr int64_t kSerialBytes = 256 * 1024;  // of weights: not worth a second thread
+constexpr int64_t kRowBytes = 16 * 1024;      // of rows that a task of a norm is worth
+constexpr size_t kStagesPerLayer = 16;
+
+// A real row: its sequence, node, and place among B * N.
+struct Row {
+  int64_t b, n, place;
+};
+
+// What a layer does in this pass.
+struct LayerTasks {
+  LinearTasks qkv, output, gate_up, down;
+  AttentionTasks attention;
+  RopeAppendParams rope{};
+};
+
+class Forward {
+ public:
+  Forward(const Decoder& decoder, const DecoderPass& pass)
+      : d_(decoder), p_(pass), size_(dtype_size(decoder.dtype)) {
+    starts_.reserve(pass.batch + 1);
+    for (int64_t b = 0; b < pass.batch; ++b) {
+      starts_.push_back(static_cast<int64_t>(rows_.size()));
+      const int64_t count = pass.num_nodes != nullptr ? pass.num_nodes[b] : pass.nodes;
+      for (int64_t n = 0; n < count; ++n) rows_.push_back({b, n, b * pass.nodes + n});
+    }
+    ragged_ = count() < pass.batch * pass.nodes;
+    if (!pass.all_scored) find_scored();
+    const bool all_normed = pass.all_scored || wants(-1);
+    normed_rows_ = all_normed ? count() : pass.num_scored;
+  }
+
+  Status run() {
+    if (!take_memory()) return Status::kOutOfMemory;
+    int64_t bytes = d_.head.out * d_.head.in * size_;
+    for (const LayerTasks& layer : layers_) {
+      bytes +=
+          layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+    }
+    const int threads = bytes < kSerialBytes ? 1 : num_threads();
+    Stages::run(threads, kStagesPerLayer * (layers_.size() + 2),
+                [&](Stages::Walk walk) { this->walk(walk); });
+    if (!enough_memory_.load()) return Status::kOutOfMemory;
+    spread_logits();
+    return Status::kOk;
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(rows_.size()); }
+  bool wants(int layer) const {
+    return std::find(p_.feature_layers.begin(), p_.feature_layers.end(), layer) !=
+           p_.feature_layers.end();
+  }
+
+  void find_scored() {
+    for (int64_t i = 0; i < p_.num_scored; ++i) {
+      const int64_t place = p_.scored[i];
+      scored_.push_back(starts_[place / p_.nodes] + place % p_.nodes);
+    }
+  }
+
+  // Buffers for rows, and what the products and attention need beside them.
+  bool take_memory() {
+    const int64_t rows = std::max(count(), p_.num_scored);
+    int64_t qkv = 0, heads = 0, gates = 0, gated = 0;
+    for (const DecoderLayer& layer : d_.layers) {
+      qkv = std::max(qkv, layer.qkv.out);
+      heads = std::max(heads, layer.output.in);
+      gates = std::max(gates, layer.gate_up.out);
+      gated = std::max(gated, layer.down.in);
+    }
+    const auto floats = [&](int64_t width) { return (rows * width * size_ + 63) / 64 * 16; };
+    thread_local Workspace memory, products, partials;
+    float* at = memory.get(floats(d_.hidden) * 2 + floats(qkv) + floats(heads) + floats(gates) +
+                           floats(gated));
+    if (at == nullptr) return false;
+    const auto take = [&](int64_t width) {
+      char* taken = reinterpret_cast<char*>(at);
+      at += floats(width);
+      return taken;
+    };
+    hidden_ = take(d_.hidden);
+    normed_ = take(d_.hidden);
+    qkv_ = take(qkv);
+    attended_ = take(heads);
+    gates_ = take(gates);
+    gated_ = take(gated);
+    layers_.reserve(d_.layers.size());
+    for (size_t i = 0; i < d_.layers.size(); ++i) plan(static_cast<int64_t>(i));
+    head_ = product(d_.head, !p_.all_scored && wants(-1) ? gathered() : normed_, d_.head.in,
+                    nullptr, p_.logits, !p_.all_scored ? p_.num_scored : count());
+    int64_t most_scratch = head_.scratch_floats(), most_partials = 0;
+    for (const LayerTasks& layer : layers_) {
+      for (const LinearTasks* each : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+        most_scratch = std::max(most_scratch, each->scratch_floats());
+      }
+      most_partials = std::max(most_partials, layer.attention.partial_floats());
+    }
+    scratch_ = products.get(most_scratch);
+    partials_ = partials.get(most_partials);
+    return scratch_ != nullptr && partials_ != nullptr;
+  }
+
+  // Where the scored ones of all normed rows go: the layers are through with it.
+  char* gathered() const { return hidden_; }
+
+  LinearTasks product(const Matrix& matrix, const void* x, int64_t x_stride, const void* residual,
+                      void* y, int64_t rows) const {
+    return LinearTasks({x, matrix.weight, matrix.bias, residual, y, rows, matrix.in, matrix.out,
+                        x_stride, d_.dtype, true});
+  }
+
+  void plan(int64_t index) {
+    const DecoderLayer& layer = d_.layers[index];
+    const int64_t width = layer.qkv.out;
+    const int64_t rows = count();
+    LayerTasks& tasks = layers_.emplace_back();
+    tasks.qkv = product(layer.qkv, normed_, d_.hidden, nullptr, qkv_, rows);
+    tasks.output = product(layer.output, attended_, layer.output.in, hidden_, hidden_, rows);
+    tasks.gate_up = product(layer.gate_up, normed_, d_.hidden, nullptr, gates_, rows);
+    tasks.down = product(layer.down, gated_, layer.down.in, hidden_, hidden_, rows);
+
+    RopeAppendParams& rope = tasks.rope;
+    rope.q = rope_base(0);
+    rope.k = rope_base(layer.q_heads * layer.head_dim);
+    rope.v = rope_base((layer.q_heads + layer.kv_heads) * layer.head_dim);
+    rope.cos = p_.cos;
+    rope.sin = p_.sin;
+    rope.k_pages = static_cast<char*>(p_.k_pages) + index * p_.layer_bytes;
+    rope.v_pages = static_cast<char*>(p_.v_pages) + index * p_.layer_bytes;
+    rope.block_table = p_.block_table;
+    rope.table_stride = p_.table_stride;
+    rope.seq_lens = p_.seq_lens;
+    rope.q_heads = layer.q_heads;
+    rope.kv_heads = layer.kv_heads;
+    rope.head_dim = layer.head_dim;
+    rope.rotary = p_.rotary;
+    rope.page_size = p_.page_size;
+    rope.node_offset = p_.node_offset;
+    rope.dtype = d_.dtype;
+
+    AttentionParams attention{};
+    attention.q = qkv_;
+    attention.q_stride[1] = width;
+    attention.q_stride[2] = layer.head_dim;
+    attention.k_pages = rope.k_pages;
+    attention.v_pages = rope.v_pages;
+    attention.block_table = p_.block_table;
+    attention.table_stride = p_.table_stride;
+    attention.seq_lens = p_.seq_lens;
+    attention.ancestors = p_.ancestors;
+    attention.num_nodes = p_.num_nodes;
+    attention.out = attended_;
+    attention.batch = p_.batch;
+    attention.nodes = p_.nodes;
+    attention.words = p_.words;
+    attention.q_heads = layer.q_heads;
+    attention.kv_heads = layer.kv_heads;
+    attention.head_dim = layer.head_dim;
+    attention.pages = p_.pages;
+    attention.max_pages = p_.max_pages;
+    attention.page_size = p_.page_size;
+    attention.node_offset = p_.node_offset;
+    attention.window = layer.window;
+    attention.scale = layer.scale;
+    attention.softcap = layer.softcap;
+    attention.dtype = d_.dtype;
+    tasks.attention = AttentionTasks(attention, starts_.data());
+  }
+
+  void* rope_base(int64_t elements) const { return qkv_ + elements * size_; }
+
+  // What every thread does.
+  void walk(Stages::Walk& walk) {
+    each_row(walk, count(), d_.hidden, [&](int64_t row) {
+      const char* from = static_cast<const char*>(d_.embedding);
+      std::memcpy(hidden_ + row * d_.hidden * size_,
+                  from + p_.tokens[rows_[row].place] * d_.hidden * size_, d_.hidden * size_);
+    });
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      run_layer(walk, d_.layers[i], layers_[i]);
+      if (wants(static_cast<int>(i))) keep_features(walk, static_cast<int>(i), hidden_);
+    }
+    const bool gathers = !p_.all_scored && !wants(-1);
+    each_row(walk, normed_rows_, d_.hidden, [&](int64_t row) {
+      norm_row(d_.norm, hidden_, normed_, d_.hidden, gathers ? scored_[row] : row, row);
+    });
+    if (wants(-1)) keep_features(walk, -1, normed_);
+    if (!p_.all_scored && wants(-1)) {
+      each_row(walk, p_.num_scored, d_.hidden, [&](int64_t row) {
+        std::memcpy(gathered() + row * d_.hidden * size_,
+                    normed_ + scored_[row] * d_.hidden * size_, d_.hidden * size_);
+      });
+    }
+    run_product(walk, head_);
+  }
+
+  void run_layer(Stages::Walk& walk, const DecoderLayer& layer, const LayerTasks& tasks) {
+    norm(walk, layer.input_norm);
+    run_product(walk, tasks.qkv);
+    const int64_t width = layer.qkv.out;
+    each_row(walk, count(), width, [&](int64_t row) {
+      char* x = qkv_ + row * width * size_;
+      norm_heads(layer.q_norm, x, layer.q_heads, layer.head_dim);
+      norm_heads(layer.k_norm, x + layer.q_heads * layer.head_dim * size_, layer.kv_heads,
+                 layer.head_dim);
+      const auto [b, n, place] = rows_[row];
+      const RopeRow at{row * width, row * width,
+                       row * width, p_.angles != nullptr ? p_.angles[place] : place,
+                       b,           n};
+      INFERLAB_DISPATCH(rope_append_row, tasks.rope, at);
+    });
+    const AttentionTasks& attention = tasks.attention;
+    walk.stage(attention.count(), [&](int64_t i) { check(attention.run(i, partials_)); });
+    if (attention.merge_count() > 0) {
+      walk.stage(attention.merge_count(), [&](int64_t i) { check(attention.merge(i, partials_)); });
+    }
+    run_product(walk, tasks.output);
+    norm(walk, layer.post_norm);
+    run_product(walk, tasks.gate_up);
+    const SiluMulParams gate{gates_, gated_, count(), layer.down.in, d_.dtype};
+    each_row(walk, count(), 2 * layer.down.in,
+             [&](int64_t row) { INFERLAB_DISPATCH(silu_mul_row, gate, row); });
+    run_product(walk, tasks.down);
+  }
+
+  void run_product(Stages::Walk& walk, const LinearTasks& tasks) {
+    if (tasks.scratch_floats() > 0) walk.stage(1, [&](int64_t) { tasks.prepare(scratch_); });
+    walk.stage(tasks.count(), [&](int64_t i) { tasks.run(i, scratch_); });
+  }
+
+  // body(row) for all rows, some in a task.
+  template <typename F>
+  void each_row(Stages::Walk& walk, int64_t rows, int64_t width, const F& body) {
+    const int64_t some = std::max<int64_t>(1, kRowBytes / (width * size_));
+    walk.stage((rows + some - 1) / some, [&](int64_t task) {
+      const int64_t end = std::min(rows, (task + 1) * some);
+      for (int64_t row = task * some; row < end; ++row) body(row);
+    });
+  }
+
+  void norm(Stages::Walk& walk, const Norm& norm) {
+    each_row(walk, count(), d_.hidden,
+             [&](int64_t row) { norm_row(norm, hidden_, normed_, d_.hidden, row, row); });
+  }
+
+  void norm_row(const Norm& norm, const char* x, char* out, int64_t dim, int64_t from,
+                int64_t to) const {
+    const RmsNormParams params{x + from * dim * size_,
+                               norm.weight,
+                               out + to * dim * size_,
+                               1,
+                               dim,
+                               dim,
+                               dim,
+                               norm.eps,
+                               0,
+                               d_.dtype};
+    INFERLAB_DISPATCH(rms_norm_row, params, 0);
+  }
+
+  void norm_heads(const Norm& norm, char* x, int64_t heads, int64_t dim) const {
+    if (norm.weight == nullptr) return;
+    for (int64_t head = 0; head < heads; ++head) norm_row(norm, x, x, dim, head, head);
+  }
+
+  void check(bool ran) {
+    if (!ran) enough_memory_.store(false, std::memory_order_relaxed);
+  }
+
+  void keep_features(Stages::Walk& walk, int layer, const char* from) {
+    const auto& wanted = p_.feature_layers;
+    const int64_t bytes = d_.hidden * size_, all = static_cast<int64_t>(wanted.size()) * bytes;
+    each_row(walk, count(), d_.hidden, [&](int64_t row) {
+      char* to = static_cast<char*>(p_.features) + rows_[row].place * all;
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        if (wanted[i] == layer) std::memcpy(to + i * bytes, from + row * bytes, bytes);
+      }
+    });
+  }
+
+  // From the front to where they belong, and zeros between them.
+  void spread_logits() const {
+    if (!ragged_) return;
+    const int64_t features = static_cast<int64_t>(p_.feature_layers.size()) * d_.hidden * size_;
+    int64_t row = count() - 1;
+    for (int64_t place = p_.batch * p_.nodes - 1; place >= 0; --place) {
+      const bool real = row >= 0 && rows_[row].place == place;
+      if (!real && features > 0) {
+        std::memset(static_cast<char*>(p_.features) + place * features, 0, features);
+      }
+      if (p_.all_scored) {
+        const int64_t bytes = d_.head.out * size_;
+        char* logits = static_cast<char*>(p_.logits);
+        if (!real) {
+          std::memset(logits + place * bytes, 0, bytes);
+        } else if (row != place) {
+          std::memcpy(logits + place * bytes, logits + row * bytes, bytes);
+        }
+      }
+      row -= real;
+    }
+  }
+
+  const Decoder& d_;
+  const DecoderPass& p_;
+  const int64_t size_;
+  std::vector<Row> rows_;
+  std::vector<int64_t> starts_, scored_;
+  std::vector<LayerTasks> layers_;
+  LinearTasks head_;
+  bool ragged_ = false;
+  int64_t normed_rows_ = 0;
+  char *hidden_ = nullptr, *normed_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr,
+       *gates_ = nullptr, *gated_ = nullptr;
+  float *scratch_ = nullptr, *partials_ = nullptr;
+  std::atomic<bool> enough_memory_{true};
+};
+
+}  // namespace
+
+Status forward(const Decoder& decoder, const DecoderPass& pass) {
+  if (pass.batch == 0 || pass.nodes == 0) return Status::kOk;
+  return Forward(decoder, pass).run();
+}
+
+}  // namespace inferlab::cpu
