@@ -189,7 +189,8 @@ void bind_planner(py::module_& parent) {
                                         std::move(unread), able, waiting, joining, packs));
              std::optional<std::vector<int>> members;
              if (decision.members.size() < size) members = std::move(decision.members);
-             return py::make_tuple(decision.rung, std::move(members), decision.judged);
+             return py::make_tuple(decision.rung, std::move(members), decision.judged,
+                                   decision.steps, decision.gives_up);
            })
       .def("follows",
            [](Planner& self, int tokens, std::vector<int64_t> requests, double context,
@@ -217,6 +218,7 @@ void bind_planner(py::module_& parent) {
              }
              return self.keep(requests, kinds);
            })
+      .def("rested", &Planner::rested)
       .def("observe",
            [](Planner& self, int size, Levels budget, double ms,
               std::vector<std::vector<int>> accepted, bool caught_up, int rows, double draft_ms,

@@ -41,11 +41,24 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
 
 Decision Planner::choose(Outlook outlook) {
   now_.reset();
-  if (rungs_.size() == 1) return {};
+  if (rungs_.size() == 1) return not_drafted(kSleep);
   std::optional<Plan> plan = look(outlook);
-  if (!plan || rests(*plan, outlook.size())) return {};
-  Decision decision{plan->rung, plan->members, by_kind_ && asks_};
+  if (!plan) {
+    Decision decision = not_drafted(std::min(asleep_, kSleep) - kWaking);
+    const int heard = std::min(asleep_, largest(outlook.remaining, kSome));
+    decision.gives_up = heard * times_.keeping_up(outlook.size()) > account_.may_lose(true);
+    return decision;
+  }
+  if (plan->asked && rest_ > 0) return not_drafted(std::exchange(rest_, 0));
+  if (!plan->asked && is_due(outlook.size())) return not_drafted(1);
+  Decision decision{plan->rung, 1, false, plan->members, by_kind_ && asks_};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
+  return decision;
+}
+
+Decision Planner::not_drafted(int steps) {
+  Decision decision;
+  decision.steps = std::max(steps, 1);
   return decision;
 }
 
@@ -58,9 +71,8 @@ std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
   return now_->keep(*prospects_, requests, kinds);
 }
 
-// Whether nothing is drafted this time, although it pays by and large.
-bool Planner::rests(const Plan& plan, int size) {
-  if (plan.asked) return --rest_ >= 0;
+// Whether a plain step is to be timed, although drafting pays.
+bool Planner::is_due(int size) {
   Timed& timed =
       timed_.try_emplace(doublings(size), Timed{measured_ ? kPlainFirst : 1}).first->second;
   if (++timed.steps < timed.due) return false;
@@ -84,12 +96,17 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   if (rates[best] < rates[0] * kPrudence) best = 0;
   last = best;
   promised_ = rates[best] / rates[0];
-  if (members.empty()) return std::nullopt;
+  asleep_ = 0;
+  const auto sleep = [&](double ms) {
+    asleep_ = static_cast<int>(std::clamp(ms / (Account::kShare * plain), 0.0, 1e6));
+    return std::nullopt;
+  };
+  if (members.empty()) return sleep(plain);
   const int count = static_cast<int>(members.size());
   const bool asked = asks_ && found.drafting[1] <= kCheap * plain;
   const bool tries = best == 0 && !asked;
   const double sure = prospects.sure(count);
-  double loss = 0;
+  double loss = plain;
   if (!asked) {
     const double saved = plain - found.ms[best] / (1 + found.gains[best]);
     account_.expect(saved * largest(outlook.remaining, kSome), size,
@@ -97,7 +114,7 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
     if (tries) best = smallest_worth_trying(found);
     if (asks_) best = std::min(best, 1);  // the rest is asked for
     best = covered(best, found, sure, reading, loss);
-    if (best == 0) return std::nullopt;
+    if (best == 0) return sleep(loss - account_.may_lose(true));
   }
   if (asks_) best = static_cast<int>(rungs_.size()) - 1;
   const double brought = prospects.ranks.accepted()[prospects.nodes[best]] * count / size;
@@ -107,12 +124,14 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   plan.times = times_.verify(size, outlook.context);
   plan.drafting = found.drafting;
   plan.plain = plain;
-  plan.price = std::max(*std::max_element(rates.begin(), rates.end()), size / plain) *
-               (asked ? kPrudence : 1);
+  // What a rate promises, counts as far as it is known.
+  const double highest = *std::max_element(rates.begin(), rates.end()), least = size / plain;
+  plan.price = least + prospects.acceptance.certainty() * std::max(highest - least, 0.0);
+  if (asked) plan.price *= kPrudence;
   for (const auto& pull : found.pull) plan.worth.push_back(pull[best]);
   plan.worth_of = worth_of(found, best, members, brought);
   plan.sure = sure * plain / size;
-  plan.loss = loss;
+  plan.loss = asked ? 0 : loss;
   plan.reading = reading;
   plan.tries = tries;
   plan.asked = asked;
@@ -136,7 +155,9 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
     return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
   }
-  return cost * (1 - sure) <= account_.ms;
+  double loss = 0;
+  return cost * (1 - sure) <= account_.ms &&
+         covered(best, found, prospects_->sure(size), 0, loss) > 0;
 }
 
 // What is learnt from steps.

@@ -30,7 +30,9 @@
 namespace inferlab::planner {
 
 struct Decision {
-  int rung = 0;  // 0: nothing is drafted
+  int rung = 0;   // 0: nothing is drafted
+  int steps = 1;  // of this batch, for which that holds: it need not be asked or told of the others
+  bool gives_up = false;  // hearing of these texts until they might be drafted for costs too much
   std::vector<int> members;
   bool judged = false;  // drafts are to be told while they are made
 };
@@ -63,6 +65,8 @@ class Planner {
                         const std::vector<std::vector<int>>& kinds);
   // Learns from a step; returns the ms that plain decoding would have taken to get as far.
   double observe(const Step& step);
+  // Steps that it was not told of took so long, all together.
+  void rested(double ms) { account_.passed(ms); }
   // Whether the drafter is to hear of texts that are about to be read, so many tokens in all, so
   // that it can draft for them.
   bool follows(int tokens, const Outlook& outlook);
@@ -80,7 +84,9 @@ class Planner {
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
   static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
                                              // model
-  static constexpr int kReady = 16;       // tokens that a drafter catches up with in a usual step
+  static constexpr int kReady = 16;  // tokens that a drafter catches up with in a usual step
+  static constexpr int kSleep = 32;  // steps without drafts that are decided on at once, at most
+  static constexpr int kWaking = 3;  // the last of them tell how fast the machine is
   static constexpr int kPlainFirst = 8;   // drafted steps until a plain one is timed; then four
   static constexpr int kPlainLast = 256;  // times as many, up to so many more
 
@@ -90,7 +96,8 @@ class Planner {
   };
 
   std::optional<Plan> look(const Outlook& outlook);
-  bool rests(const Plan& plan, int size);
+  static Decision not_drafted(int steps);
+  bool is_due(int size);
   std::vector<int> members_of(const Outlook& outlook, int& reading);
   int smallest_worth_trying(const Rates& found) const;
   int covered(int rung, const Rates& found, double sure, int reading, double& loss) const;
@@ -109,6 +116,7 @@ class Planner {
   std::map<int, int> last_;     // by batch size, the rung taken last
   int in_vain_ = 0;             // steps in a row that found nothing,
   int rest_ = 0;                // and so many to rest
+  int asleep_ = 0;              // steps until the account might cover a try
   double promised_ = 1;
 };
 

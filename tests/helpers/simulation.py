@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 
 from inferlab.specdec.acceptance import SURE, UNKNOWN, Known, kinds_of
-from inferlab.specdec.control import Outlook, StepObservation
+from inferlab.specdec.control import Choice, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
-from inferlab.specdec.tree import Budget
+from inferlab.specdec.tree import NO_DRAFT, Budget
 
 CHAIN = tuple(Budget(k, k) for k in range(1, 65))
 
@@ -48,6 +48,7 @@ class World:
         self.tokens = 0
         self.chosen: list[int] = []
         self.first = 0  # number of the next text
+        self._asleep, self._asleep_with = 0, []  # steps that the controller is not asked about
 
     def verify_ms(self, rows: int) -> float:
         return self.plain_ms + self.row_ms * max(rows - self.flat, 0)
@@ -96,7 +97,10 @@ class World:
             self._step(controller, outlook, at, left, unread)
 
     def _step(self, controller, outlook, at, left, unread) -> None:
-        choice = controller.choose(outlook)
+        asleep = self._asleep_with == outlook.requests and self._asleep > 0
+        choice = Choice(NO_DRAFT) if asleep else controller.choose(outlook)
+        self._asleep = self._asleep - 1 if asleep else choice.steps - 1
+        self._asleep_with = outlook.requests
         members = range(len(at)) if choice.members is None else choice.members
         levels = choice.budget.levels
         read = [i for i in members if levels and unread[at[i]]]
@@ -127,6 +131,9 @@ class World:
         for i, walk in zip(at, walks, strict=True):
             self.tokens += min(1 + len(walk), left[i])
             left[i] -= 1 + len(walk)
+        if asleep:
+            controller.rested(1, len(at), ms)
+            return
         depths = [0] * len(at)
         for i, count in zip(members, counts, strict=True):
             depths[i] = count

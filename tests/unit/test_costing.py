@@ -7,7 +7,14 @@ from inferlab.cli import main
 from inferlab.models import FakeLM
 from inferlab.specdec import cost_cache, costing
 from inferlab.specdec.cost_cache import describe_costs, kept_costs
-from inferlab.specdec.costing import GRID, Bench, NoRoomError, measure, of_nodes
+from inferlab.specdec.costing import (
+    GRID,
+    Bench,
+    NoRoomError,
+    RandomDrafter,
+    measure,
+    of_nodes,
+)
 from inferlab.specdec.costs import CostModel, StepCosts, StepTime
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import NO_DRAFT, Budget
@@ -23,7 +30,8 @@ def folder(tmp_path, monkeypatch):
 
 def bench_of(num_pages):
     model = FakeLM()
-    return Bench(model, Policy(), model.new_cache(num_pages, 16))
+    drafter = RandomDrafter(model.vocab_size)
+    return Bench(model, Policy(), model.new_cache(num_pages, 16), drafter)
 
 
 def test_the_steps_that_were_asked_for_are_timed():

@@ -66,11 +66,16 @@ class Choice(NamedTuple):
         budget: for each sequence at most: ``NO_DRAFT``, a rung of the ladder, or any other.
         members: for which sequences, by their place in the batch; None: for all.
         judge: who is asked about drafts; None: all that the budget allows is verified.
+        steps: with ``NO_DRAFT``, how many steps of these requests this holds for: the controller
+            is asked again and told of steps only behind them, see `Controller.rested`.
+        gives_up: a drafter that must hear of every step hears no more of these texts.
     """
 
     budget: Budget
     members: Sequence[int] | None = None
     judge: Judge | None = None
+    steps: int = 1
+    gives_up: bool = False
 
 
 class StepObservation(NamedTuple):
@@ -119,6 +124,10 @@ class Controller(ABC):
 
     def observe(self, step: StepObservation) -> None:
         """Hears of a step."""
+        return
+
+    def rested(self, steps: int, batch_size: int, ms: float) -> None:
+        """Hears of steps without drafts that it was not told of one by one."""
         return
 
     @abstractmethod

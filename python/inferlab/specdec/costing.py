@@ -26,6 +26,8 @@ SHORT, LONG = 32, 192
 """Tokens before the measured steps."""
 GRID = ((1, SHORT, 64), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
 """Sequences, their context, and the nodes up to which trees of 2^i are measured."""
+TREE_DEPTH = 8
+"""Of trees of random tokens."""
 MOST_ROWS = 128
 """Of steps with the real drafter."""
 MOST_TOKENS = 512
@@ -55,16 +57,25 @@ class Scripted(Controller):
 
 
 class RandomDrafter(Drafter):
-    """Any tokens, in a tree of a usual shape."""
+    """Any tokens.
+
+    Args:
+        chains: in chains; else in trees of a usual shape, whose K/V must be moved.
+    """
 
     name = "random"
     max_nodes = MAX_TREE_NODES
-    max_depth = 8
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, *, chains: bool = False) -> None:
         self._generator = torch.Generator().manual_seed(0)
         self._vocab_size = vocab_size
-        self._shape = TreeShape.best([list(ASSUMED_ACCEPTANCE)], MAX_TREE_NODES - 1, self.max_depth)
+        self.max_depth = self.max_nodes - 1 if chains else TREE_DEPTH
+        if chains:
+            self._shape = TreeShape.chain(self.max_depth)
+        else:
+            self._shape = TreeShape.best(
+                [list(ASSUMED_ACCEPTANCE)], self.max_nodes - 1, self.max_depth
+            )
 
     def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         shape = self._shape.within(budget)
@@ -96,15 +107,17 @@ class Bench:
         target: whose steps they are.
         policy: walks the trees.
         cache: K/V pages, which others may use between its steps.
-        drafter: who drafts; None: random tokens.
+        drafter: who drafts.
     """
 
     def __init__(
-        self, target: TargetModel, policy: Policy, cache: KVCache, drafter: Drafter | None = None
+        self, target: TargetModel, policy: Policy, cache: KVCache, drafter: Drafter
     ) -> None:
         self.target = target
-        self.reads = drafter is not None  # texts, before the first draft for them
-        self.drafter = drafter or RandomDrafter(target.vocab_size)
+        self.drafter = drafter
+        self.reads = not isinstance(
+            drafter, RandomDrafter
+        )  # texts, before it first drafts for them
         self._script = Scripted()
         self.engine = Engine(target, cache, policy, self._script, self.drafter, max_batch=1024)
         self._generator = torch.Generator().manual_seed(1)
@@ -167,9 +180,14 @@ class Bench:
         return spent, {p: ms - before[p] for p, ms in self.engine.clock.totals.items()}
 
 
-def of_nodes(nodes: int) -> Budget:
+def of_nodes(nodes: int, most_levels: int = TREE_DEPTH) -> Budget:
     """A budget of so many nodes, the root included."""
-    return Budget(min(nodes - 1, RandomDrafter.max_depth), nodes - 1)
+    return Budget(min(nodes - 1, most_levels), nodes - 1)
+
+
+def are_chains(drafter: Drafter | None) -> bool:
+    """Whether all that it drafts is chains."""
+    return drafter is not None and all(b.levels == b.nodes for b in drafter.ladder())
 
 
 def measure(
@@ -191,14 +209,16 @@ def measure(
         max_k: levels that will be drafted at most.
     """
     cache = _cache(target, num_pages, page_size)
-    bench = Bench(target, policy, cache)
     own = Bench(target, policy, cache, drafter(cache.num_pages)) if drafter is not None else None
+    chains = own is not None and are_chains(own.drafter)
+    bench = Bench(target, policy, cache, RandomDrafter(target.vocab_size, chains=chains))
+    levels = bench.drafter.max_depth
     steps, keeping, drafts, kept = Least(), Least(), Least(), Least()
     for _ in _passes():
         for batch, context, most in GRID:
             if batch > max_batch:
                 continue
-            budgets = [of_nodes(2**i) for i in range(most.bit_length())]
+            budgets = [of_nodes(2**i, levels) for i in range(most.bit_length())]
             for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 steps.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
                 keeping.keep(batch, phases["commit"])
@@ -206,6 +226,8 @@ def measure(
                 for budget, _, phases in _drafted(own, batch, max_k):
                     drafts.keep((batch, budget.nodes), phases["draft"])
                     kept.keep((batch, budget.nodes), phases["commit"])
+                if batch == 1:  # reading takes its time, however short the text
+                    list(_fitting(own.steps(1, LONG, [NO_DRAFT, *own.drafter.ladder()[:1]])))
     if not steps:
         return None
     drafting = [
@@ -216,7 +238,6 @@ def measure(
     fitted = StepCosts.fit(_step_times(steps))
     if own is None:
         return CostModel(fitted)
-    chains = all(b.levels == b.nodes for b in own.drafter.ladder())
     return CostModel(fitted, DraftCosts.of(drafting, _reading(bench, own, drafts), chains=chains))
 
 
@@ -279,15 +300,18 @@ def check(
     page_size: int,
     *,
     max_batch: int = 32,
+    chains: bool = False,
 ) -> list[tuple[StepTime, float]]:
-    """Steps measured now, each with its predicted ms."""
-    bench = Bench(target, policy, _cache(target, num_pages, page_size))
+    """Steps measured now, each with its predicted ms. ``chains``: as for the costs."""
+    drafter = RandomDrafter(target.vocab_size, chains=chains)
+    bench = Bench(target, policy, _cache(target, num_pages, page_size), drafter)
     measured = Least()
     for _ in _passes():
         for batch, context in CHECKED:
             if batch > max_batch:
                 continue
-            budgets = [of_nodes(n) for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
+            sizes = [n for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
+            budgets = [of_nodes(n, drafter.max_depth) for n in sizes]
             for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 measured.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
     return [(step, costs.ms(*step[:3])) for step in _step_times(measured)]

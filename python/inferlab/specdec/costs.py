@@ -27,7 +27,7 @@ import numpy as np
 
 from inferlab import _C
 
-VERSION = 3
+VERSION = 4
 """Of the file format, and of how times are measured."""
 
 

@@ -27,6 +27,8 @@ from inferlab.specdec.turns import Turns
 from inferlab.specdec.walk import Outcome
 from inferlab.types import GenerationResult, SamplingParams
 
+ASLEEP = Choice(NO_DRAFT)
+
 
 class Engine:
     """Decodes requests in a batch, with or without speculation: plain decoding is a tree of N = 1.
@@ -74,6 +76,8 @@ class Engine:
         self._turns = Turns(self)
         self._batch: Batch | None = None
         self._members: Members | None = None  # the last, of some of a batch
+        self._asleep = 0  # steps of this batch, of which the controller has decided already
+        self._slept: list[float] = []  # ms of those that were
         self._unheard: set[int] = set()  # requests that the drafter was not told of
         self._stops: dict[int, StopStrings] = {}
         self._special_tokens: dict[int, str] | None = None
@@ -246,6 +250,7 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         """Lets go of what is known of a request but its tokens."""
+        self._wake()
         self._batch = self._members = None
         self._unheard.discard(request.request_id)
         if self.drafter is not None:
@@ -290,9 +295,11 @@ class Engine:
         """One step for requests that are read up to their roots."""
         batch = self._batch
         if batch is None or batch.requests != requests:
+            self._wake()
             batch = self._batch = Batch.of(requests, self.target)
         members = self._told(batch)
-        choice, lagging = self._choose(batch, members)
+        asleep = self._asleep > 0
+        choice, lagging = (ASLEEP, False) if asleep else self._choose(batch, members)
         if choice.budget != NO_DRAFT and choice.members is not None:
             members = self._members_of(batch, choice.members)
         drafter = self.drafter
@@ -315,6 +322,16 @@ class Engine:
         outcomes, after = self._conclude(
             batch, tree, output, drafter, members, own, choice.budget, lagging
         )
+        if asleep:
+            self._slept.append(spent + after)
+            self._asleep -= 1
+            if self._asleep == 0:
+                self._wake()
+            return
+        self._asleep = choice.steps - 1
+        if choice.gives_up and drafter is not None and drafter.hears_all:
+            self._unheard |= {request.request_id for request in requests}
+            self._members = None
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
         self.controller.observe(
             StepObservation(
@@ -329,6 +346,13 @@ class Engine:
                 drafter is not None,
             )
         )
+
+    def _wake(self) -> None:
+        """Tells the controller of the steps that it did not hear of."""
+        if self._slept and self._batch is not None:
+            self.controller.rested(len(self._slept), len(self._batch), sum(self._slept))
+        self._slept.clear()
+        self._asleep = 0
 
     def _conclude(
         self,

@@ -26,7 +26,7 @@ from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.control import Controller
 from inferlab.specdec.controllers import make_controller
 from inferlab.specdec.cost_cache import describe_costs, kept_costs, model_facts
-from inferlab.specdec.costing import check, measure
+from inferlab.specdec.costing import are_chains, check, measure
 from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
@@ -257,7 +257,13 @@ class SpeculativePipeline:
         c = self.config
         pages = self._num_pages()
         return check(
-            costs.step, self.target, self.policy, pages, c.page_size, max_batch=c.max_batch
+            costs.step,
+            self.target,
+            self.policy,
+            pages,
+            c.page_size,
+            max_batch=c.max_batch,
+            chains=are_chains(self.engine.drafter),
         )
 
     def generate(

@@ -16,8 +16,6 @@ UNMEASURED = CostModel(StepCosts((1, 128), (1.0, 4.0)), DraftCosts(((1, ((0, 0.0
 """Where nothing could be measured: rows take a little more than none, and what steps really take
 is learnt from them."""
 
-NOT_DRAFTED = Choice(NO_DRAFT)
-
 
 class CostController(Controller):
     """Takes draft nodes while the tokens to be expected of them are worth their time.
@@ -51,7 +49,7 @@ class CostController(Controller):
     def choose(self, outlook: Outlook) -> Choice:
         if outlook.ladder is not self._given:
             self._climb(outlook)
-        rung, members, judged = self._planner.choose(
+        rung, members, judged, steps, gives_up = self._planner.choose(
             outlook.requests,
             outlook.context,
             outlook.remaining,
@@ -62,7 +60,7 @@ class CostController(Controller):
             outlook.packs,
         )
         if rung == 0:
-            return NOT_DRAFTED
+            return Choice(NO_DRAFT, steps=steps, gives_up=gives_up)
         return Choice(self._rungs[rung], members, self._planner if judged else None)
 
     def follows(self, tokens: int, outlook: Outlook) -> bool:
@@ -90,7 +88,11 @@ class CostController(Controller):
             step.draft_ms,
             step.heard,
         )
-        self._report.count(step, plain_ms)
+        self._report.count(step.budget.nodes, step.batch_size, step.step_ms, plain_ms)
+
+    def rested(self, steps: int, batch_size: int, ms: float) -> None:
+        self._planner.rested(ms)
+        self._report.count(0, batch_size, ms, ms, steps)
 
     def describe(self) -> dict[str, Any]:
         return {

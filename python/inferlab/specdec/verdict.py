@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from inferlab.specdec.control import StepObservation
-
 
 class Report:
     """What was decided, and what came of it."""
@@ -16,11 +14,14 @@ class Report:
         self._spent = self._plain = 0.0  # ms of all steps, and of plain ones for as many tokens
         self._largest = 0
 
-    def count(self, step: StepObservation, plain_ms: float) -> None:
-        self._steps[step.budget.nodes] += 1
-        self._spent += step.step_ms
+    def count(
+        self, nodes: int, batch_size: int, ms: float, plain_ms: float, steps: int = 1
+    ) -> None:
+        """Steps that took so long, and plain ones for as many tokens."""
+        self._steps[nodes] += steps
+        self._spent += ms
         self._plain += plain_ms
-        self._largest = max(self._largest, step.batch_size)
+        self._largest = max(self._largest, batch_size)
 
     def describe(self, promised: float) -> dict[str, Any]:
         """``promised``: the speedup that was predicted last."""
