@@ -293,6 +293,37 @@ class RarelyAwake(Sleepy):
         return Choice(Budget(3, 3) if self.step % 19 == 0 else NO_DRAFT)
 
 
+class GivingUp(FixedController):
+    """Drafts in three steps of each batch, then no more."""
+
+    def choose(self, outlook):
+        assert outlook.able is None or outlook.able  # it is not asked where there is nobody
+        self.steps = self.steps + 1 if getattr(self, "last", None) == outlook.requests else 1
+        self.last = outlook.requests
+        if self.steps <= 3:
+            return super().choose(outlook)
+        return Choice(NO_DRAFT, gives_up=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_that_are_given_up_are_heard_of_no_more(kind, monkeypatch):
+    target = target_of("llama")
+    drafter = drafter_of(kind, "llama", False)
+    heard = []
+    commit = drafter.commit
+    monkeypatch.setattr(drafter, "commit", lambda *args: (heard.append(1), commit(*args)))
+    engine = Engine(target, target.new_cache(PAGES), Policy(), GivingUp(3), drafter, 1)
+    long = SamplingParams(max_tokens=40, ignore_eos=True)
+    plain = Engine(target, target.new_cache(PAGES), Policy(), FixedController(0))
+    for prompt in PROMPTS[:2]:  # the second text begins anew
+        heard.clear()
+        (result,) = engine.generate([(prompt, long)])
+        (expected,) = plain.generate([(prompt, long)])
+        assert_same_tokens(target, prompt, expected.token_ids, result.token_ids, long, kind)
+        assert len(heard) == 1 + 3 + 1  # the first token, its drafts, and the step that gave it up
+        assert result.stats.draft_nodes > 0
+
+
 def test_more_levels_than_heads_are_refused():
     with pytest.raises(ValueError, match="3 Medusa heads"):
         MedusaDrafter(medusa_heads(target_of("llama")), TreeShape.chain(4))

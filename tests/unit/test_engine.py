@@ -7,11 +7,12 @@ import torch
 
 from inferlab.errors import Interrupted
 from inferlab.models import FakeLM, ForwardOutput
+from inferlab.specdec.control import Choice
 from inferlab.specdec.controllers import FixedController, make_controller
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy, make_policy
-from inferlab.specdec.tree import TreeShape
+from inferlab.specdec.tree import NO_DRAFT, TreeShape
 from inferlab.types import SamplingParams
 
 PAGES = 512
@@ -337,3 +338,47 @@ def test_a_draft_with_a_shorter_context_stops_drafting_there():
     engine = Engine(target, target.new_cache(PAGES), Policy(), FixedController(4), drafter)
     params = SamplingParams(max_tokens=60)
     assert tokens_of(engine, params) == tokens_of(make_engine("none"), params)
+
+
+class Sleeping(FixedController):
+    """Drafts in no step, and decides that for five at once."""
+
+    def __init__(self):
+        super().__init__(4)
+        self.asked, self.told, self.rests = [], 0, []
+
+    def choose(self, outlook):
+        self.asked.append(outlook.batch_size)
+        return Choice(NO_DRAFT, steps=5)
+
+    def observe(self, step):
+        self.told += 1
+
+    def rested(self, steps, batch_size, ms):
+        assert ms > 0
+        self.rests.append((steps, batch_size))
+
+
+def test_a_controller_that_sleeps_is_asked_and_told_no_more_than_it_said():
+    controller = Sleeping()
+    engine = make_engine(controller=controller)
+    expected = tokens_of(make_engine("none"), SamplingParams(max_tokens=18, ignore_eos=True))
+    assert tokens_of(engine, SamplingParams(max_tokens=18, ignore_eos=True)) == expected
+    size = len(PROMPTS)
+    assert controller.asked == [size] * 4  # 17 steps behind the first token
+    assert controller.told == 4
+    assert controller.rests == [(4, size)] * 3 + [(1, size)]
+
+
+def test_another_batch_wakes_a_controller():
+    controller = Sleeping()
+    engine = make_engine(controller=controller)
+    lengths = (4, 9)
+    engine.generate(
+        [
+            (p, SamplingParams(max_tokens=n, ignore_eos=True))
+            for p, n in zip(PROMPTS, lengths, strict=False)
+        ]
+    )
+    assert controller.asked == [2, 1]
+    assert controller.rests == [(2, 2), (4, 1)]
