@@ -2,6 +2,7 @@
 // changes from call to call.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
@@ -10,6 +11,8 @@
 #include "bind.h"
 #include "block_table.h"
 #include "inferlab/decoder.h"
+#include "inferlab/draft_chain.h"
+#include "planner/watch.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -144,6 +147,69 @@ class CompiledDecoder {
     return 0;
   }
 
+  // Chains of R sequences, by `draft_chain`: fills tokens [R, 1 + levels] behind the roots. Returns
+  // how many positions cos and sin would have to have (0: they do), the levels, and how many tokens
+  // of each the planner wants verified (None without one).
+  py::tuple draft_chain(py::handle tokens, py::handle logits, int64_t allowed_vocab,
+                        py::handle roots, py::handle seq_lens, py::handle cos, py::handle sin,
+                        py::handle block_table, py::handle k_pages, py::handle v_pages,
+                        py::handle temperature, py::handle top_k, py::handle top_p,
+                        py::handle min_p, py::handle seed, uint32_t purpose,
+                        planner::Planner* planner, std::vector<int64_t> requests) const {
+    const Tensor out(tokens, "tokens"), scores(logits, "logits"), first(roots, "roots"),
+        lens(seq_lens, "seq_lens"), cosines(cos, "cos"), sines(sin, "sin"),
+        table(block_table, "block_table"), keys(k_pages, "k_pages"), values(v_pages, "v_pages"),
+        heat(temperature, "temperature"), most(top_k, "top_k"), mass(top_p, "top_p"),
+        share(min_p, "min_p"), seeds(seed, "seed");
+    out.i32().dims(2).contiguous().cpu();
+    const int64_t size = out.size(0), levels = out.size(1) - 1;
+    require(size > 0 && levels > 0, "tokens must have a row for each sequence, and a level");
+    scores.shape({size, 1, decoder_.head.out}).last_dim_contiguous().cpu();
+    require(scores.float_dtype() == decoder_.dtype, "logits must be of the model's type");
+    cpu::DraftChain chain;
+    cpu::DecoderPass& p = chain.pass;
+    p.batch = size;
+    p.nodes = levels;
+    lens.i32().shape({size}).contiguous().cpu();
+    p.seq_lens = lens.ptr<const int32_t>();
+    check_seq_lens(lens);
+    take_pages(keys, values, table, p);
+    take_tables(cosines, sines, p);
+    const int64_t longest = *std::max_element(p.seq_lens, p.seq_lens + size) + levels;
+    if (longest > cosines.size(0)) return py::make_tuple(longest, 0, py::none());
+    first.i32().shape({size}).contiguous().cpu();
+    for (const Tensor* each : {&heat, &mass, &share}) each->f32().shape({size}).contiguous().cpu();
+    most.i32().shape({size}).contiguous().cpu();
+    seeds.i64().shape({size}).contiguous().cpu();
+    SampleParams& sample = chain.sample;
+    sample.logits = {scores.data(), decoder_.dtype, scores.stride(0), 0,
+                     std::min(allowed_vocab, decoder_.head.out)};
+    require(allowed_vocab >= 1 && requests.size() == static_cast<size_t>(size),
+            "allowed_vocab must be at least 1, and requests one number for each sequence");
+    sample.sampling = {};
+    sample.sampling.temperature = heat.ptr<const float>();
+    sample.sampling.top_k = most.ptr<const int32_t>();
+    sample.sampling.top_p = mass.ptr<const float>();
+    sample.sampling.min_p = share.ptr<const float>();
+    sample.sampling.seed = seeds.ptr<const int64_t>();
+    sample.batch = size;
+    sample.nodes = 1;
+    sample.purpose = purpose;
+    chain.decoder = &decoder_;
+    chain.roots = first.ptr<const int32_t>();
+    chain.levels = levels;
+    chain.tokens = out.ptr<int32_t>();
+    std::optional<planner::Watch> watch;
+    if (planner != nullptr) {
+      watch.emplace(*planner, std::move(requests));
+      chain.goes_on = [&](const float* best) { return watch->goes_on(best); };
+    }
+    int64_t drafted = 0;
+    run_cpu("draft_chain", [&] { return cpu::draft_chain(chain, &drafted); });
+    if (!watch) return py::make_tuple(0, drafted, py::none());
+    return py::make_tuple(0, drafted, watch->counts());
+  }
+
  private:
   void keep(py::object owner) { owners_.push_back(std::move(owner)); }
 
@@ -204,8 +270,7 @@ class CompiledDecoder {
     }
   }
 
-  int64_t take_angles(const Tensor& places, const Tensor& cos, const Tensor& sin,
-                      cpu::DecoderPass& p) const {
+  void take_tables(const Tensor& cos, const Tensor& sin, cpu::DecoderPass& p) const {
     cos.dims(2);
     p.rotary = cos.size(1);
     require(p.rotary % 2 == 0 && p.rotary <= decoder_.layers.front().head_dim,
@@ -217,6 +282,11 @@ class CompiledDecoder {
     }
     p.cos = cos.data();
     p.sin = sin.data();
+  }
+
+  int64_t take_angles(const Tensor& places, const Tensor& cos, const Tensor& sin,
+                      cpu::DecoderPass& p) const {
+    take_tables(cos, sin, p);
     if (!places.given()) {
       require(cos.size(0) == p.batch * p.nodes, "without positions there must be angles per row");
       return 0;
@@ -261,7 +331,8 @@ void bind_decoder(py::module_& m) {
            py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"),
            py::arg("softcap"))
       .def("first", &CompiledDecoder::first)
-      .def("forward", &CompiledDecoder::forward);
+      .def("forward", &CompiledDecoder::forward)
+      .def("draft_chain", &CompiledDecoder::draft_chain);
 }
 
 }  // namespace inferlab

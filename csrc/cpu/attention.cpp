@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "arena.h"
 #include "attention_task.h"
 #include "attention_tasks.h"
 #include "isa.h"
 #include "parallel.h"
-#include "workspace.h"
 
 namespace inferlab::cpu {
 
@@ -93,7 +93,7 @@ AttentionTask AttentionTasks::task(int64_t i) const {
 bool AttentionTasks::call(AttentionTask t,
                           void (*kernel)(const AttentionParams&, const AttentionTask&)) const {
   if (t.node_begin >= t.node_end) return true;
-  thread_local Workspace scratch;
+  thread_local Arena scratch;
   t.scratch = scratch.get(scratch_floats_);
   if (t.scratch == nullptr) return false;
   kernel(p_, t);
@@ -116,7 +116,7 @@ bool AttentionTasks::merge(int64_t i, float* partials) const {
 }
 
 Status paged_tree_attention(const AttentionParams& params) {
-  thread_local Workspace memory;
+  thread_local Arena memory;
   const AttentionTasks tasks(params);
   float* partials = memory.get(tasks.partial_floats());
   if (partials == nullptr) return Status::kOutOfMemory;

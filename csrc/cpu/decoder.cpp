@@ -7,11 +7,11 @@
 #include <cstring>
 #include <vector>
 
+#include "arena.h"
 #include "attention_tasks.h"
 #include "layer_rows.h"
 #include "linear_tasks.h"
 #include "stages.h"
-#include "workspace.h"
 
 namespace inferlab::cpu {
 namespace {
@@ -88,7 +88,7 @@ class Forward {
       gated = std::max(gated, layer.down.in);
     }
     const auto floats = [&](int64_t width) { return (rows * width * size_ + 63) / 64 * 16; };
-    thread_local Workspace memory, products, partials;
+    thread_local Arena memory, products, partials;
     float* at = memory.get(floats(d_.hidden) * 2 + floats(qkv) + floats(heads) + floats(gates) +
                            floats(gated));
     if (at == nullptr) return false;

@@ -3,10 +3,10 @@
 // Bytes: out * in * s (the weight, once), rows * (in + out) * s.
 #include "inferlab/linear.h"
 
+#include "arena.h"
 #include "isa.h"
 #include "linear_tasks.h"
 #include "parallel.h"
-#include "workspace.h"
 
 namespace inferlab::cpu {
 
@@ -32,7 +32,7 @@ void LinearTasks::run(int64_t task, const float* scratch) const {
 }
 
 Status linear(const LinearParams& params) {
-  thread_local Workspace memory;
+  thread_local Arena memory;
   const LinearTasks tasks(params);
   float* scratch = memory.get(tasks.scratch_floats());
   if (scratch == nullptr) return Status::kOutOfMemory;

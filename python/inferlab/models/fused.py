@@ -111,6 +111,11 @@ class FusedDecoder:
         wanted = [each.view(size, nodes, -1) for each in wanted]
         return ForwardOutput(logits, wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1))
 
+    @property
+    def native(self) -> NativeDecoder | None:
+        """What it runs in on a CPU."""
+        return self._native
+
 
 class DecoderLayer:
     """Weights and sizes of one decoder layer. ``layer`` may do without ``input_layernorm``."""

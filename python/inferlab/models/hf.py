@@ -196,6 +196,16 @@ class HFModel:
                 return self._graphs.forward(batch, cache, layers)
             return self._run(batch, cache, layers)
 
+    @torch.inference_mode()
+    def draft_chain(self, *args: Any) -> tuple[int, list[int] | None] | None:
+        """See `NativeDecoder.draft_chain`; None where the model does not run in one, or its angles
+        depend on the length of a text."""
+        with self._lock:
+            native = None if self._fused is None else self._fused.native
+            if native is None or self._rotary is not None:
+                return None
+            return native.draft_chain(*args)
+
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
         rotary, by_length = self._rotary, self._rotary is not None
         with nullcontext() if rotary is None else rotary.standing_in(batch.prompt_lens):

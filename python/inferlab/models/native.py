@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inferlab import _C
+from inferlab.kernels import SamplingTensors
 from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 
@@ -118,6 +119,57 @@ class NativeDecoder:
                 angles.grow(missing)
                 run(positions, angles.cos, angles.sin)
         return ForwardOutput(logits, features)
+
+    def draft_chain(
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        allowed_vocab: int,
+        roots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        cache: KVCache,
+        sampling: SamplingTensors,
+        purpose: int,
+        judge: Any,
+        requests: Sequence[int],
+    ) -> tuple[int, list[int] | None]:
+        """Chains of tokens that this model draws and reads, level by level.
+
+        Args:
+            tokens: [R, 1 + levels] int32, the roots first; what is drafted is written behind them.
+            logits: [R, 1, V], at the roots.
+            allowed_vocab: of the ids that are drafted.
+            roots: [R] int32, their positions, which key the noise.
+            seq_lens, block_table: of the cache, up to the roots.
+            sampling: without penalties or bias.
+            judge: a compiled planner, or None.
+            requests: what it calls the sequences.
+
+        Returns:
+            Levels that were drafted, and how many tokens of each chain the judge wants verified.
+        """
+        (pool,) = cache.pools
+        while True:
+            missing, drafted, counts = self._compiled.draft_chain(
+                tokens,
+                logits,
+                allowed_vocab,
+                roots,
+                seq_lens,
+                self._angles.cos,
+                self._angles.sin,
+                block_table,
+                pool.k,
+                pool.v,
+                *sampling.flat[:5],
+                purpose,
+                judge,
+                requests,
+            )
+            if not missing:
+                return drafted, counts
+            self._angles.grow(missing)
 
 
 class Angles:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferlab.models import ForwardBatch, KVCache, TargetModel, last_rows
+from inferlab import _C
+from inferlab.models import ForwardBatch, HFModel, KVCache, TargetModel, last_rows
 from inferlab.models.transfer import upload
 from inferlab.scheduler import READ_TOKENS, Chunk, Request
 from inferlab.specdec.acceptance import SURE, UNKNOWN, Known
@@ -79,11 +80,52 @@ class ModelDrafter(Drafter):
         logits = self._catch_up(batch)
         ground = Ground.of(batch)
         vocabulary = SameVocabulary(batch.vocab_size)
+        if shape.is_chain and (tree := self._native_chains(ground, shape, logits, judge, batch)):
+            return tree
         if judge is not None and shape.is_chain:
             watched = Watched(judge, batch)
             tokens, kept = self._writer.write(ground, shape, logits, vocabulary, watched)
             return DraftTree.chains(tokens, watched.counts(), kept)
         return DraftTree.of_shape(shape, *self._writer.write(ground, shape, logits, vocabulary))
+
+    def _native_chains(
+        self,
+        ground: Ground,
+        shape: TreeShape,
+        logits: torch.Tensor,
+        judge: Judge | None,
+        batch: Batch,
+    ) -> DraftTree | None:
+        """Chains that are drafted in one call; None where that does not cover what is wanted."""
+        vocab = batch.vocab_size or logits.shape[-1]
+        if not isinstance(self.model, HFModel) or self._writer.keep_logits:
+            return None
+        if logits.shape[-1] < vocab or ground.sampling.changes_logits:
+            return None
+        if judge is not None and not isinstance(judge, _C.planner.Planner):
+            return None
+        tokens = torch.empty((len(batch), shape.num_nodes), dtype=torch.int32)
+        tokens[:, 0] = ground.roots
+        drafted = self.model.draft_chain(
+            tokens,
+            logits,
+            vocab if batch.allowed_vocab is None else min(batch.allowed_vocab, vocab),
+            ground.positions,
+            ground.seq_lens,
+            ground.block_table,
+            self.cache,
+            ground.sampling,
+            self._writer.purpose,
+            judge,
+            [request.request_id for request in batch.requests],
+        )
+        if drafted is None:
+            return None
+        levels, counts = drafted
+        tokens = tokens[:, : 1 + levels]
+        if counts is None:
+            return DraftTree.of_shape(shape, tokens)
+        return DraftTree.chains(tokens, counts)
 
     def _catch_up(self, batch: Batch) -> torch.Tensor:
         """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V].

@@ -113,6 +113,11 @@ class TreeWriter:
         self.coupled = coupled
         self.keep_logits = keep_logits
 
+    @property
+    def purpose(self) -> int:
+        """What its draws are for."""
+        return PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT
+
     def write(
         self,
         ground: Ground,
@@ -136,7 +141,6 @@ class TreeWriter:
         tokens = torch.empty((size, shape.num_nodes), dtype=torch.int32, device=device)
         tokens[:, 0] = ground.roots
         kept: list[torch.Tensor] = []
-        purpose = PURPOSE_TOKEN if self.coupled else PURPOSE_DRAFT
         sampling = ground.sampling.without_penalties() if self.keep_logits else ground.sampling
         positions = _ahead(ground.positions, shape.depth)
         places = positions
@@ -154,7 +158,7 @@ class TreeWriter:
                 scores,
                 _for_each(positions[depth], count),
                 sampling,
-                purpose=purpose,
+                purpose=self.purpose,
                 num_samples=shape.widths[depth] if rivals is None else 2,
                 allowed_vocab=ground.allowed_vocab,
                 scores=rivals,

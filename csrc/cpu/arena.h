@@ -8,7 +8,7 @@
 
 namespace inferlab::cpu {
 
-class Workspace {
+class Arena {
  public:
   // 64-byte aligned, with what it had lost where it grew; null where there is no memory.
   float* get(int64_t floats) {

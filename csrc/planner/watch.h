@@ -1,0 +1,32 @@
+// How sure a draft model is of its chains, told to a planner level by level: as specdec/drafters/
+// watched.py does for other judges.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "planner.h"
+
+namespace inferlab::planner {
+
+// The kind of a node that its drafter gives this chance: see `kinds_of` in specdec/acceptance.py.
+int kind_of(double chance);
+
+class Watch {
+ public:
+  Watch(Planner& planner, std::vector<int64_t> requests)
+      : planner_(planner), requests_(std::move(requests)), sure_(requests_.size(), 1.0) {}
+
+  // Takes the scores [R][2] of a level's two best tokens; whether to draft another one.
+  bool goes_on(const float* scores);
+  // How many tokens of each chain are to be verified.
+  std::vector<int> counts();
+
+ private:
+  Planner& planner_;
+  std::vector<int64_t> requests_;
+  std::vector<double> sure_;
+  std::vector<std::vector<int>> kinds_{requests_.size()};  // of each chain
+};
+
+}  // namespace inferlab::planner
