@@ -1,11 +1,10 @@
-"""The decoder layers of Llama-shaped models in few calls: what makes small models fast on a CPU,
-and keeps a GPU from waiting for the host.
+"""The decoder layers of Llama-shaped models in few calls, or in one.
 
 Hugging Face's layer is some thirty small torch calls around four matrix products; for a model of
 some million parameters they take several times as long as the products. Here a layer is nine
-calls: Q, K and V are one product, gate and up another, and what lies between is fused
-(`kernels.rms_norm`, `silu_mul`, `rope_append`). The weights are Hugging Face's own tensors, as
-views into the joint ones. Off the CPU the products are torch's.
+calls, on a GPU: Q, K and V are one product, gate and up another, and what lies between is fused
+(`kernels.rms_norm`, `silu_mul`, `rope_append`). On a CPU the whole forward is one call (`native`).
+The weights are Hugging Face's own tensors, as views into the joint ones.
 
 Only modules that are exactly the classes whose forward is known are taken over, all the way down
 and with nothing changed about them (`untouched`); all others run through their own forward.
