@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t kRowsPerBlock = 64;  // of one KV head
 constexpr int64_t kRowsPerTask = 32;
+constexpr int64_t kSharedWork = 16 * 1024;  // in `work`'s measure: some 15 us
 // Where AMX takes the products, what of a slot is read at a time can be as long as streaming wants
 // it.
 constexpr int64_t kAmxRowsPerTask = 256;
@@ -46,7 +47,14 @@ AttentionTasks::AttentionTasks(const AttentionParams& p, const int64_t* row_star
     positions += seen;
     longest = std::max(longest, end);
   }
+  const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * dtype_size(p.dtype);
+  const int64_t products = positions * p.nodes * p.q_heads * p.head_dim * 2;
+  work_ = (bytes + products) / 32;
   nodes_per_block_ = std::clamp<int64_t>(kRowsPerBlock / group, 1, p.nodes);
+  if (work_ >= kSharedWork) {  // where sequences and heads are few: a block for each thread
+    const int64_t shares = (num_threads() + p.batch * p.kv_heads - 1) / (p.batch * p.kv_heads);
+    nodes_per_block_ = std::min(nodes_per_block_, (p.nodes + shares - 1) / shares);
+  }
   const int64_t rows = nodes_per_block_ * group;
   blocks_ = (p.nodes + nodes_per_block_ - 1) / nodes_per_block_;
   splits_ = (longest + kSplit - 1) / kSplit;
@@ -64,9 +72,6 @@ AttentionTasks::AttentionTasks(const AttentionParams& p, const int64_t* row_star
   scratch_floats_ =
       attention_scratch_floats(heads_per_task_, nodes_per_block_, group, p.head_dim, p.words);
   tasks_ = p.batch * head_groups_ * blocks_;
-  const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * dtype_size(p.dtype);
-  const int64_t products = positions * p.nodes * p.q_heads * p.head_dim * 2;
-  work_ = (bytes + products) / 32;
   split_ = tasks_ < 2 * num_threads() && splits_ > 1 && num_threads() > 1;
 }
 

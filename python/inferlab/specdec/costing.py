@@ -24,7 +24,7 @@ from inferlab.types import SamplingParams
 
 SHORT, LONG = 32, 192
 """Tokens before the measured steps."""
-GRID = ((1, SHORT, 64), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
+GRID = ((1, SHORT, 64), (1, LONG, 8), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
 """Sequences, their context, and the nodes up to which trees of 2^i are measured."""
 TREE_DEPTH = 8
 """Of trees of random tokens."""
