@@ -55,14 +55,6 @@ void require_sizes(const char* name, size_t found, size_t expected) {
   });
 }
 
-size_t members_of(const Planner& planner) {
-  const Drafting* now = planner.drafting();
-  require(now != nullptr,
-          "nothing is drafted in this step; a judge hears of drafts between choose "
-          "and observe");
-  return now->plan.members.size();
-}
-
 void require_kinds(const std::vector<int>& kinds, size_t count) {
   for (const int kind : kinds) {
     require(kind >= 0 && kind < static_cast<int>(count), [&] {
@@ -202,7 +194,6 @@ void bind_planner(py::module_& parent) {
       .def("goes_on",
            [](Planner& self, const std::vector<int64_t>& requests, const std::vector<int>& kinds) {
              require_sizes("kinds", kinds.size(), requests.size());
-             require_sizes("requests", requests.size(), members_of(self));
              require_kinds(kinds, self.prospects().acceptance.chances().size());
              return self.goes_on(requests, kinds);
            })
@@ -210,7 +201,6 @@ void bind_planner(py::module_& parent) {
            [](Planner& self, const std::vector<int64_t>& requests,
               const std::vector<std::vector<int>>& kinds) {
              require_sizes("kinds", kinds.size(), requests.size());
-             require_sizes("requests", requests.size(), members_of(self));
              const auto most = static_cast<size_t>(self.prospects().nodes.back());
              for (const auto& of_one : kinds) {
                require_kinds(of_one, self.prospects().acceptance.chances().size());

@@ -16,7 +16,7 @@
 namespace inferlab::cpu {
 namespace {
 
-constexpr int64_t kSerialBytes = 256 * 1024;  // of weights: not worth a second thread
+constexpr int64_t kThreadBytes = 256 * 1024;  // of weights that a thread is worth
 constexpr int64_t kRowBytes = 16 * 1024;      // of rows that a task of a norm is worth
 constexpr size_t kStagesPerLayer = 16;
 
@@ -55,8 +55,8 @@ class Forward {
       bytes +=
           layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes();
     }
-    const int threads = bytes < kSerialBytes ? 1 : num_threads();
-    Stages::run(threads, kStagesPerLayer * (layers_.size() + 2),
+    const auto threads = std::clamp<int64_t>(bytes / kThreadBytes, 1, num_threads());
+    Stages::run(static_cast<int>(threads), kStagesPerLayer * (layers_.size() + 2),
                 [&](Stages::Walk walk) { this->walk(walk); });
     if (!enough_memory_.load()) return Status::kOutOfMemory;
     spread_logits();

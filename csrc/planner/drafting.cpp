@@ -9,6 +9,12 @@ namespace inferlab::planner {
 Drafting::Drafting(Plan decided, Outlook seen, double stake)
     : plan(std::move(decided)), outlook(std::move(seen)), stake_(stake), left_(stake - plan.loss) {}
 
+bool Drafting::is_of(const std::vector<int64_t>& requests) const {
+  const auto same = [&](int64_t request, int place) { return request == outlook.requests[place]; };
+  return std::equal(requests.begin(), requests.end(), plan.members.begin(), plan.members.end(),
+                    same);
+}
+
 bool Drafting::goes_on(Prospects& prospects, const std::vector<int64_t>& requests,
                        const std::vector<int>& kinds) {
   ++level;
@@ -34,7 +40,10 @@ bool Drafting::goes_on(Prospects& prospects, const std::vector<int64_t>& request
 std::vector<int> Drafting::keep(const Prospects& prospects, const std::vector<int64_t>& requests,
                                 const std::vector<std::vector<int>>& offered) {
   std::vector<int> counts;
-  if (plan.tries) {
+  const bool all_known = std::all_of(offered.begin(), offered.end(), [&](const auto& of) {
+    return of.size() < plan.worth_of.size();
+  });
+  if (plan.tries || !all_known) {
     for (const auto& of : offered) counts.push_back(static_cast<int>(of.size()));
   } else {
     std::vector<std::vector<double>> chances;

@@ -34,6 +34,9 @@ class Drafting {
  public:
   Drafting(Plan plan, Outlook outlook, double stake);
 
+  // Whether it is these that are drafted for.
+  bool is_of(const std::vector<int64_t>& requests) const;
+
   bool goes_on(Prospects& prospects, const std::vector<int64_t>& requests,
                const std::vector<int>& kinds);
   std::vector<int> keep(const Prospects& prospects, const std::vector<int64_t>& requests,

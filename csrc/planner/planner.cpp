@@ -28,6 +28,7 @@ int rows_of(const Step& step) {
 }  // namespace
 
 void Planner::climb(std::vector<Budget> rungs, const Known& known) {
+  const std::lock_guard lock(mutex_);
   rungs_ = std::move(rungs);
   now_.reset();
   last_.clear();
@@ -40,6 +41,7 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
 // What is asked before and while drafting.
 
 Decision Planner::choose(Outlook outlook) {
+  const std::lock_guard lock(mutex_);
   now_.reset();
   if (rungs_.size() == 1) return not_drafted(kSleep);
   std::optional<Plan> plan = look(outlook);
@@ -63,12 +65,22 @@ Decision Planner::not_drafted(int steps) {
 }
 
 bool Planner::goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds) {
-  return now_->goes_on(*prospects_, requests, kinds);
+  const std::lock_guard lock(mutex_);
+  return now_ && now_->is_of(requests) && now_->goes_on(*prospects_, requests, kinds);
 }
 
 std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
                                const std::vector<std::vector<int>>& kinds) {
-  return now_->keep(*prospects_, requests, kinds);
+  const std::lock_guard lock(mutex_);
+  if (now_ && now_->is_of(requests)) return now_->keep(*prospects_, requests, kinds);
+  std::vector<int> all;
+  for (const auto& of_one : kinds) all.push_back(static_cast<int>(of_one.size()));
+  return all;
+}
+
+void Planner::rested(double ms) {
+  const std::lock_guard lock(mutex_);
+  account_.passed(ms);
 }
 
 // Whether a plain step is to be timed, although drafting pays.
@@ -139,6 +151,7 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
 }
 
 bool Planner::follows(int tokens, const Outlook& outlook) {
+  const std::lock_guard lock(mutex_);
   if (rungs_.size() == 1) return false;
   const int size = outlook.size();
   account_.admit(outlook.requests, times_.plain(size, outlook.context));
@@ -163,9 +176,11 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
 // What is learnt from steps.
 
 double Planner::observe(const Step& step) {
+  const std::lock_guard lock(mutex_);
   std::optional<Drafting> now = std::move(now_);
   now_.reset();
-  if (step.budget == Budget{}) now.reset();  // near the end of all texts, whatever was chosen
+  // Near the end of all texts nothing is drafted, whatever was chosen; or it is another's step.
+  if (step.budget == Budget{} || (now && now->outlook.size() != step.size)) now.reset();
   if (rungs_.size() == 1) return step.ms;
   account_.passed(step.ms);
   double tokens = 1;  // of plain steps that would have got as far

@@ -15,10 +15,14 @@
 // now and then; at first where costs are not known.
 //
 // All of it takes a few microseconds: the steps of small models take no more than a millisecond.
+//
+// It may serve several engines, also of several threads; it then learns of all of them, and of a
+// step that another engine's came between, it judges no drafts.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -66,7 +70,7 @@ class Planner {
   // Learns from a step; returns the ms that plain decoding would have taken to get as far.
   double observe(const Step& step);
   // Steps that it was not told of took so long, all together.
-  void rested(double ms) { account_.passed(ms); }
+  void rested(double ms);
   // Whether the drafter is to hear of texts that are about to be read, so many tokens in all, so
   // that it can draft for them.
   bool follows(int tokens, const Outlook& outlook);
@@ -74,8 +78,6 @@ class Planner {
   double promised() const { return promised_; }  // the best rate by that of plain decoding
   double account_ms() const { return account_.ms; }
   Prospects& prospects() { return prospects_.value(); }
-  // The step under way; null: it does not draft.
-  const Drafting* drafting() const { return now_ ? &*now_ : nullptr; }
 
  private:
   static constexpr double kReturn = 3;       // times what it takes, must texts promise to be read
@@ -105,6 +107,7 @@ class Planner {
                                             const std::vector<int>& members, double brought) const;
   void learn(const Drafting& now, const Step& step);
 
+  std::mutex mutex_;
   StepTimes times_;
   bool measured_;
   bool asks_ = false, by_kind_ = false;  // of the drafter: see `Known`

@@ -34,6 +34,10 @@ class CostController(Controller):
         self._report = Report()
         self.costs = UNMEASURED if costs is None else costs
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins anew."""
+        return type(self), (self.max_k, None if self.costs is UNMEASURED else self.costs)
+
     @property
     def costs(self) -> CostModel:
         """What steps take; to be set before the first."""
