@@ -477,6 +477,9 @@ def test_a_prefix_that_is_no_file(tmp_path, capsys):
     assert "is no file; PREFIX.json and PREFIX.csv are written" in capsys.readouterr().err
     assert main([*FAKE, "--prompt", "x", "--output", str(tmp_path / "r")]) == 2
     assert "r.csv is a directory" in capsys.readouterr().err
+    for folder in (".", "..", "/"):
+        assert main([*FAKE, "--prompt", "x", "--output", folder]) == 2
+        assert f"--output: {folder} is a directory; give a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,9 @@ def _check_prefix(prefix: str) -> tuple[Path, Path]:
     """The files that ``--output`` means; refused where they cannot be written."""
     if is_special(prefix):
         raise UsageError(f"--output: {prefix} is no file; PREFIX.json and PREFIX.csv are written")
+    check_output(prefix)
     paths = output_paths(prefix)
-    for path in (prefix, *paths):
+    for path in paths:
         check_output(path)
     return paths
 
