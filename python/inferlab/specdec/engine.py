@@ -140,9 +140,11 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Emission]:
+        started = time.perf_counter()
         done = self._retire()  # of those that ended before their first step
         self._restart_outgrown()
         plan = self.scheduler.plan()
+        before_ms = (time.perf_counter() - started) * 1e3
         self.clock.start()
         for request in plan.preempted:
             self._forget(request)
@@ -152,9 +154,13 @@ class Engine:
             self.target.notice_changes()
         if plan.chunks:
             self._read(plan)
-        if plan.decode:
-            self._decode(plan.decode)
+        decoded = self._decode(plan.decode) if plan.decode else None
         emissions = {r.request_id: Emission.of(r) for r in (*plan.started, *plan.decode)}
+        if decoded is not None:
+            # All of a step counts, as it does where steps were measured beforehand.
+            observed, asleep = decoded
+            spent = before_ms + observed.step_ms + self.clock.since_lap()
+            self._tell(observed._replace(step_ms=spent), asleep)
         for request in (*done, *self._retire()):
             emissions.setdefault(request.request_id, Emission.of(request))
         return list(emissions.values())
@@ -291,8 +297,9 @@ class Engine:
             self._unheard |= {chunk.request.request_id for chunk in plan.chunks}
         return told
 
-    def _decode(self, requests: list[Request]) -> None:
-        """One step for requests that are read up to their roots."""
+    def _decode(self, requests: list[Request]) -> tuple[StepObservation, bool]:
+        """One step for requests that are read up to their roots; what the controller is to hear of
+        it, and whether it had decided on it together with others."""
         batch = self._batch
         if batch is None or batch.requests != requests:
             self._wake()
@@ -322,30 +329,32 @@ class Engine:
         outcomes, after = self._conclude(
             batch, tree, output, drafter, members, own, choice.budget, lagging
         )
-        if asleep:
-            self._slept.append(spent + after)
-            self._asleep -= 1
-            if self._asleep == 0:
-                self._wake()
-            return
-        self._asleep = choice.steps - 1
+        self._asleep = self._asleep - 1 if asleep else choice.steps - 1
         if choice.gives_up and drafter is not None and drafter.hears_all:
             self._unheard |= {request.request_id for request in requests}
             self._members = None
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
-        self.controller.observe(
-            StepObservation(
-                len(batch),
-                choice.budget,
-                spent + after,
-                list(tree.depths),
-                visited,
-                lagging,
-                step.num_rows(tree, batch.device),
-                draft_ms,
-                drafter is not None,
-            )
+        observed = StepObservation(
+            len(batch),
+            choice.budget,
+            spent + after,
+            list(tree.depths),
+            visited,
+            lagging,
+            step.num_rows(tree, batch.device),
+            draft_ms,
+            drafter is not None,
         )
+        return observed, asleep
+
+    def _tell(self, observed: StepObservation, asleep: bool) -> None:
+        """The controller hears of a step, or, where it sleeps, of several together."""
+        if not asleep:
+            self.controller.observe(observed)
+            return
+        self._slept.append(observed.step_ms)
+        if self._asleep == 0:
+            self._wake()
 
     def _wake(self) -> None:
         """Tells the controller of the steps that it did not hear of."""
