@@ -184,7 +184,7 @@ double Planner::observe(const Step& step) {
   if (rungs_.size() == 1) return step.ms;
   account_.passed(step.ms);
   double tokens = 1;  // of plain steps that would have got as far
-  double verify_ms = step.ms - step.draft_ms;
+  double verify_ms = step.ms - step.draft_ms, drafting_ms = 0;
   if (now) {
     const Plan& plan = now->plan;
     if (plan.asked) {
@@ -198,12 +198,17 @@ double Planner::observe(const Step& step) {
     tokens += brought / step.size;
     const double drafted =
         step.caught_up ? step.draft_ms : plan.drafting[now->level > 0 ? now->level : plan.rung];
-    account_.ms += tokens * plan.plain - plan.verifying(rows_of(step)) - drafted;
+    drafting_ms = drafted;
   } else if (step.heard) {
     verify_ms -= times_.keeping_up(step.size);
   }
   times_.verified(step.size, rows_of(step), verify_ms);
-  if (now) learn(*now, step);
+  if (now) {
+    // What such steps take, as far as that is known by now: one may be slow by chance.
+    account_.ms += tokens * times_.step(step.size, step.size) -
+                   times_.step(step.size, rows_of(step)) - drafting_ms;
+    learn(*now, step);
+  }
   return tokens * times_.step(step.size, step.size);
 }
 
