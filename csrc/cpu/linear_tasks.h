@@ -13,7 +13,6 @@ class LinearTasks {
   LinearTasks() = default;
   explicit LinearTasks(const LinearParams& params);
 
-  const LinearParams& params() const { return p_; }
   // The weight's, times what rows add: for parallel_for.
   int64_t bytes() const { return bytes_; }
   // What rows are widened or laid out in before the tasks run, 64-byte aligned; 0: they are not.

@@ -6,6 +6,11 @@
 
 namespace inferlab::planner {
 
+int kind_of(double chance) {
+  const double odds = std::log(std::max(chance, 1e-9) / std::max(1 - chance, 1e-9));
+  return std::clamp(static_cast<int>((odds - kLowestOdds) * kKindStep), 0, kKinds - 1);
+}
+
 Acceptance::Acceptance(std::vector<double> priors, double evidence)
     : priors_(std::move(priors)),
       accepted_(priors_.size()),

@@ -22,13 +22,18 @@
 
 namespace inferlab::planner {
 
+// Kinds of nodes whose drafter knows their chances: bins of log odds.
+constexpr int kKinds = 12;
+constexpr double kKindStep = 1.2, kLowestOdds = -4;
+
+// The kind of a node that its drafter gives this chance.
+int kind_of(double chance);
+
 class Acceptance {
  public:
   // Of each kind the chance before anything was seen, and how many observations that is worth.
   explicit Acceptance(std::vector<double> priors, double evidence = 0);
 
-  // Sequences whose drafts were verified, forgetting.
-  double observations() const { return observations_; }
   // In [0, 1): how much of the chances is observation.
   double certainty() const { return observations_ / (observations_ + 8); }
   // Of each kind, of a sequence like all others.
@@ -72,8 +77,8 @@ class Acceptance {
   double weight_;
   double promised_ = 0, kept_ = 0;
   std::map<int64_t, Own> own_;
-  double unit_ = 1;  // weight of an observation now: instead of making the old ones lighter
-  double observations_;
+  double unit_ = 1;      // weight of an observation now: instead of making the old ones lighter
+  double observations_;  // sequences whose drafts were verified, forgetting
 };
 
 }  // namespace inferlab::planner

@@ -14,12 +14,6 @@ int largest(const std::vector<int>& values, int otherwise) {
   return values.empty() ? otherwise : *std::max_element(values.begin(), values.end());
 }
 
-int doublings(int size) {
-  int count = 0;
-  for (; size > 0; size >>= 1) ++count;
-  return count;
-}
-
 // Of the target's forward; all that the budget allows where it is not told.
 int rows_of(const Step& step) {
   return step.rows > 0 ? step.rows : step.size * (1 + step.budget.nodes);
@@ -35,7 +29,6 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
   times_.climb(rungs_);
   prospects_.emplace(rungs_, known, times_);
   asks_ = known.asks;
-  by_kind_ = !known.by_kind.empty();
 }
 
 // What is asked before and while drafting.
@@ -53,7 +46,8 @@ Decision Planner::choose(Outlook outlook) {
   }
   if (plan->asked && rest_ > 0) return not_drafted(std::exchange(rest_, 0));
   if (!plan->asked && is_due(outlook.size())) return not_drafted(1);
-  Decision decision{plan->rung, 1, false, plan->members, by_kind_ && asks_};
+  Decision decision{plan->rung, 1, false, plan->members,
+                    asks_ && !prospects_->acceptance.chances().empty()};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
   return decision;
 }

@@ -110,7 +110,7 @@ class Planner {
   std::mutex mutex_;
   StepTimes times_;
   bool measured_;
-  bool asks_ = false, by_kind_ = false;  // of the drafter: see `Known`
+  bool asks_ = false;  // of the drafter: see `Known`
   Account account_;
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;

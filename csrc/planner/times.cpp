@@ -4,13 +4,14 @@
 #include <cmath>
 
 namespace inferlab::planner {
-namespace {
 
-int bits(int value) {
+int doublings(int size) {
   int count = 0;
-  for (; value > 0; value >>= 1) ++count;
+  for (; size > 0; size >>= 1) ++count;
   return count;
 }
+
+namespace {
 
 double rounded(double context) { return 64 * std::nearbyint(context / 64); }
 
@@ -18,7 +19,7 @@ double halves(int size, double rows) { return 2 * std::log2(rows / size); }
 
 // Steps that are off alike: sequences by doublings, and rows for each by halves of them.
 Drift::Kind kind_of(int size, int half) {
-  return static_cast<Drift::Kind>(bits(size)) << 32 | static_cast<uint32_t>(half + 1);
+  return static_cast<Drift::Kind>(doublings(size)) << 32 | static_cast<uint32_t>(half + 1);
 }
 
 Drift::Kind kind_of_step(int size, int rows) {
@@ -160,7 +161,7 @@ void StepTimes::drafted(int members, Budget drafted, double ms, int read) {
 
 // Levels of chains take the same each, so chains of any length are off alike.
 Drift::Kind StepTimes::kind_of_draft(int members, Budget drafted) const {
-  const Drift::Kind size = static_cast<Drift::Kind>(bits(members)) << 32;
+  const Drift::Kind size = static_cast<Drift::Kind>(doublings(members)) << 32;
   return chains_ ? size : size | static_cast<uint32_t>(drafted.levels + 1) << 16 | drafted.nodes;
 }
 

@@ -18,6 +18,9 @@
 
 namespace inferlab::planner {
 
+// Bits of a number: sizes of as many are alike.
+int doublings(int size);
+
 // How slow a machine is just now, relative to the times that are known of it.
 class Pace {
  public:

@@ -5,13 +5,6 @@
 
 namespace inferlab::planner {
 
-int kind_of(double chance) {
-  constexpr int kBins = 12;
-  constexpr double kStep = 1.2, kLowest = -4;  // of log odds
-  const double odds = std::log(std::max(chance, 1e-9) / std::max(1 - chance, 1e-9));
-  return std::clamp(static_cast<int>((odds - kLowest) * kStep), 0, kBins - 1);
-}
-
 bool Watch::goes_on(const float* scores) {
   std::vector<int> kinds;
   for (size_t i = 0; i < sure_.size(); ++i) {

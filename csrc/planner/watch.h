@@ -9,9 +9,6 @@
 
 namespace inferlab::planner {
 
-// The kind of a node that its drafter gives this chance: see `kinds_of` in specdec/acceptance.py.
-int kind_of(double chance);
-
 class Watch {
  public:
   Watch(Planner& planner, std::vector<int64_t> requests)

@@ -37,7 +37,11 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 
 
 class FusedDecoder:
-    """Runs embedding to logits of one model; made by `of`. On a CPU that is one call (`native`)."""
+    """Runs embedding to logits of one model; made by `of`.
+
+    Attributes:
+        native: what does it in one call, on a CPU; else None.
+    """
 
     def __init__(
         self, model: PreTrainedModel, layers: tuple[LayerSpec, ...], limit: int | None
@@ -52,9 +56,9 @@ class FusedDecoder:
             DecoderLayer(layer, spec)
             for layer, spec in zip(self._model.layers, layers, strict=True)
         ]
-        self._native = None
+        self.native = None
         if self._norm_weight.is_cpu:
-            self._native = NativeDecoder(model, self._layers, limit)
+            self.native = NativeDecoder(model, self._layers, limit)
 
     @classmethod
     def of(
@@ -71,7 +75,7 @@ class FusedDecoder:
         """The first ``count`` layers alone, then norm and head; with the same weights."""
         shallow = copy.copy(self)
         shallow._layers, shallow._specs = self._layers[:count], self._specs[:count]
-        shallow._native = None if self._native is None else self._native.first(count)
+        shallow.native = None if self.native is None else self.native.first(count)
         return shallow
 
     def forward(
@@ -83,8 +87,8 @@ class FusedDecoder:
         by_length: bool = False,
     ) -> ForwardOutput:
         """See `HFModel.forward`. ``by_length``: angles depend on more than the position."""
-        if self._native is not None:
-            return self._native.forward(batch, cache, feature_layers, by_length=by_length)
+        if self.native is not None:
+            return self.native.forward(batch, cache, feature_layers, by_length=by_length)
         size, nodes = batch.tokens.shape
         ongoing = Pass.of(batch, cache, self._specs)
         hidden = self._model.embed_tokens(batch.tokens)
@@ -109,11 +113,6 @@ class FusedDecoder:
             return ForwardOutput(logits)
         wanted = [each.view(size, nodes, -1) for each in wanted]
         return ForwardOutput(logits, wanted[0] if len(wanted) == 1 else torch.cat(wanted, dim=-1))
-
-    @property
-    def native(self) -> NativeDecoder | None:
-        """What it runs in on a CPU."""
-        return self._native
 
 
 class DecoderLayer:

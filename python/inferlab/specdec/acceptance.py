@@ -36,7 +36,7 @@ class Known(NamedTuple):
 UNKNOWN = Known()
 
 
-_BINS, _STEP, _LOWEST = 12, 1.2, -4.0  # of log odds
+_BINS, _STEP, _LOWEST = _C.planner.KINDS, _C.planner.KIND_STEP, _C.planner.LOWEST_ODDS
 
 SURE = tuple(1 / (1 + math.exp(-(_LOWEST + (i + 0.5) / _STEP))) for i in range(_BINS))
 """Chances of the kinds that `kinds_of` tells apart, if the drafter is right about itself."""
@@ -44,10 +44,7 @@ SURE = tuple(1 / (1 + math.exp(-(_LOWEST + (i + 0.5) / _STEP))) for i in range(_
 
 def kinds_of(chances: Sequence[float]) -> list[int]:
     """The kinds of nodes that their drafter gives these chances."""
-    kinds = []
-    for chance in chances:
-        odds = math.log(max(chance, 1e-9) / max(1 - chance, 1e-9))
-        kinds.append(min(max(int((odds - _LOWEST) * _STEP), 0), _BINS - 1))
+    kinds: list[int] = _C.planner.kinds_of(chances)
     return kinds
 
 

@@ -19,7 +19,14 @@ from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, 
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy
-from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, NO_DRAFT, Budget, DraftTree, TreeShape
+from inferlab.specdec.tree import (
+    ASSUMED_ACCEPTANCE,
+    NO_DRAFT,
+    Budget,
+    DraftTree,
+    TreeShape,
+    are_chains,
+)
 from inferlab.types import SamplingParams
 
 SHORT, LONG = 32, 192
@@ -185,11 +192,6 @@ def of_nodes(nodes: int, most_levels: int = TREE_DEPTH) -> Budget:
     return Budget(min(nodes - 1, most_levels), nodes - 1)
 
 
-def are_chains(drafter: Drafter | None) -> bool:
-    """Whether all that it drafts is chains."""
-    return drafter is not None and all(b.levels == b.nodes for b in drafter.ladder())
-
-
 def measure(
     target: TargetModel,
     policy: Policy,
@@ -210,7 +212,7 @@ def measure(
     """
     cache = _cache(target, num_pages, page_size)
     own = Bench(target, policy, cache, drafter(cache.num_pages)) if drafter is not None else None
-    chains = own is not None and are_chains(own.drafter)
+    chains = own is not None and are_chains(own.drafter.ladder())
     bench = Bench(target, policy, cache, RandomDrafter(target.vocab_size, chains=chains))
     levels = bench.drafter.max_depth
     steps, keeping, drafts, kept = Least(), Least(), Least(), Least()

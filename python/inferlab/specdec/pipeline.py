@@ -26,7 +26,7 @@ from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.control import Controller
 from inferlab.specdec.controllers import make_controller
 from inferlab.specdec.cost_cache import describe_costs, kept_costs, model_facts
-from inferlab.specdec.costing import are_chains, check, measure
+from inferlab.specdec.costing import check, measure
 from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
@@ -36,7 +36,7 @@ from inferlab.specdec.policies import Policy, make_policy
 from inferlab.specdec.recorded import check_folder
 from inferlab.specdec.recording import Recorder, describe_tree
 from inferlab.specdec.results import SpecdecResult, request_record, result_mapping
-from inferlab.specdec.tree import TreeShape
+from inferlab.specdec.tree import TreeShape, are_chains
 from inferlab.types import SamplingParams, check_text
 
 Prompt = str | Sequence[int]
@@ -254,7 +254,7 @@ class SpeculativePipeline:
     def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:
         """Plain and drafted steps measured now, each with the ms that ``costs`` predicts; what
         drafting takes is not part of either."""
-        c = self.config
+        c, drafter = self.config, self.engine.drafter
         pages = self._num_pages()
         return check(
             costs.step,
@@ -263,7 +263,7 @@ class SpeculativePipeline:
             pages,
             c.page_size,
             max_batch=c.max_batch,
-            chains=are_chains(self.engine.drafter),
+            chains=drafter is not None and are_chains(drafter.ladder()),
         )
 
     def generate(

@@ -8,7 +8,7 @@ from typing import Any
 from inferlab.config import MAX_DRAFT
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
-from inferlab.specdec.tree import NO_DRAFT, Budget
+from inferlab.specdec.tree import NO_DRAFT, Budget, are_chains
 from inferlab.specdec.verdict import Report
 from inferlab.types import check
 
@@ -110,7 +110,7 @@ class CostController(Controller):
         self._given = ladder = outlook.ladder
         rungs = [Budget(min(b.levels, self.max_k), b.nodes) for b in ladder]
         rungs = [b for b in dict.fromkeys(rungs) if b.levels > 0]
-        if all(b.levels == b.nodes for b in ladder):  # a chain: nodes are levels
+        if are_chains(ladder):  # nodes are levels
             rungs = [b for b in rungs if b.nodes <= self.max_k]
         self._rungs = [NO_DRAFT, *rungs]
         known = outlook.known

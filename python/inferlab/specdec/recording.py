@@ -31,7 +31,7 @@ from inferlab.specdec.recorded import (
 )
 from inferlab.specdec.step import Clock
 from inferlab.specdec.token_odds import at_each_node, token_odds
-from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
+from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree, are_chains
 from inferlab.specdec.walk import Outcome
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def describe_tree(drafter: Drafter | None) -> dict[str, Any]:
     described = drafter.describe()
     tree = described.get("tree")
     grown = isinstance(tree, Mapping) and bool(tree.get("grown"))
-    if all(budget.levels == budget.nodes for budget in ladder):
+    if are_chains(ladder):
         form = "chain"
     elif getattr(drafter, "shape", None) is not None:
         form = "static"

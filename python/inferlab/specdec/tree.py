@@ -219,6 +219,11 @@ def ladder(nodes: int, levels: int) -> tuple[Budget, ...]:
     return tuple(Budget(min(levels, n), n) for n in (*sizes, nodes)) if nodes > 0 else ()
 
 
+def are_chains(ladder: Sequence[Budget]) -> bool:
+    """Whether all that is drafted by these budgets is chains."""
+    return all(budget.levels == budget.nodes for budget in ladder)
+
+
 @lru_cache(maxsize=1024)
 def _within(shape: TreeShape, ranks: tuple[int, ...], budget: Budget) -> TreeShape:
     allowed = [n for n in range(shape.num_nodes) if shape.depths[n] <= budget.levels]
