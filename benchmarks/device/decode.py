@@ -32,8 +32,9 @@ from inferlab.models.draft_heads import EagleHead, MedusaHeads, PagedEagle, eagl
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.control import Judge
+from inferlab.specdec.control import Controller, Judge
 from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.costing import measure
 from inferlab.specdec.drafters import (
     Drafter,
     EagleDrafter,
@@ -43,6 +44,7 @@ from inferlab.specdec.drafters import (
     RecyclingDrafter,
 )
 from inferlab.specdec.engine import Engine
+from inferlab.specdec.planner import CostController
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import Budget, DraftTree, TreeShape
 from inferlab.types import GenerationResult, SamplingParams
@@ -185,11 +187,16 @@ class Bench:
             )  # fmt: skip
 
     def _steps(
-        self, drafter: Drafter | None, what: str, batch: int = 1, nodes: int | None = None
+        self,
+        drafter: Drafter | None,
+        what: str,
+        batch: int = 1,
+        nodes: int | None = None,
+        controller: Controller | None = None,
     ) -> tuple[float, float]:
         """Median milliseconds of a step behind the first token, and tokens a sequence kept in it.
         The text must be the one that the model was made to write. ``nodes``: see `_pages`."""
-        engine = self._engine(drafter, batch, nodes)
+        engine = self._engine(drafter, batch, nodes, controller)
         times, lengths = [], []
         for round_ in range(self.args.rounds + 1):
             results = engine.generate([(self.prompt, self.params)] * batch)
@@ -222,11 +229,46 @@ class Bench:
                 times_plain=round(length / step_ms * plain_ms, 3),
             )  # fmt: skip
 
-    def _draft_model(self, pages: int) -> Drafter:
+    def _draft_model(self, pages: int, right: float = 1.0) -> Drafter:
+        """``right``: the share of tokens behind which it guesses what the target will choose."""
+        order = torch.tensor(self.order)
+        generator = torch.Generator().manual_seed(2)
+        wrong = torch.rand(len(order), generator=generator) >= right
+        order[wrong] = order[wrong].roll(1)
         sizes = REHEARSAL if self.args.rehearse else LLAMA_1B
-        model = make_model(sizes, self.device, torch.tensor(self.order))
-        draft = HFModel(model, name="Llama-3.2-1B shape")
+        draft = HFModel(make_model(sizes, self.device, order), name="Llama-3.2-1B shape")
         return ModelDrafter(draft, draft.new_cache(pages), TreeShape.chain(5))
+
+    # ---- by default ------------------------------------------------------------------------
+
+    def by_default(self) -> None:
+        """The controller that users get, which knows what steps cost and nothing of the drafter,
+        beside plain decoding and always drafting five."""
+        for batch in (1, 8):
+            plain_ms, _ = self._steps(None, f"batch {batch}", batch, MOST_NODES)
+            costs = None
+            for what, make in (
+                ("draft model that is always right", self._draft_model),
+                ("draft model, right 7 times of 10", partial(self._draft_model, right=0.7)),
+                ("draft model that is never right", partial(self._draft_model, right=0.0)),
+                ("EAGLE-3 head that is never right", self._eagle),
+                ("n-grams that are never found", lambda pages: NgramDrafter(8)),
+            ):
+                if costs is None or "draft model" not in what:
+                    started = time.perf_counter()
+                    costs = measure(self.target, Policy(), batch * 64, 16, make, max_batch=batch)
+                    spent = time.perf_counter() - started
+                    self.row(f"costs of steps with a {what}, measured", spent, "s")
+                drafter = make(batch * self._pages(MOST_NODES))
+                for name, controller in (
+                    ("five at once", FixedController(5)),
+                    ("by default", CostController(costs=costs)),
+                ):
+                    step_ms, length = self._steps(drafter, what, batch, MOST_NODES, controller)
+                    self.row(
+                        f"batch {batch}, {what}, {name}", batch * length / step_ms * 1e3, "tok/s",
+                        times_plain=round(length / step_ms * plain_ms, 3), tokens=round(length, 2),
+                    )  # fmt: skip
 
     def _eagle(self, pages: int) -> Drafter:
         with self.target.plain() as model, self._weights():
@@ -266,10 +308,17 @@ class Bench:
         """Pages of a sequence's K/V, with as many slots for a tree."""
         return (PROMPT_TOKENS + self.args.tokens + nodes) // 16 + 2
 
-    def _engine(self, drafter: Drafter | None, batch: int = 1, nodes: int | None = None) -> Engine:
+    def _engine(
+        self,
+        drafter: Drafter | None,
+        batch: int = 1,
+        nodes: int | None = None,
+        controller: Controller | None = None,
+    ) -> Engine:
         nodes = nodes or (drafter.max_nodes if drafter else 1)
         cache = self.target.new_cache(batch * self._pages(nodes))
-        return Engine(self.target, cache, Policy(), FixedController(64), drafter, batch)
+        chosen = controller or FixedController(64)
+        return Engine(self.target, cache, Policy(), chosen, drafter, batch)
 
     def _must_be_text(self, result: GenerationResult, what: str) -> None:
         if result.token_ids != self.text:
@@ -463,6 +512,7 @@ def parts(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "speculation", lambda: bench.speculation(plain_ms)
     yield "steps by nodes", bench.steps_by_nodes
     yield "drafters", lambda: bench.drafters(plain_ms)
+    yield "by default", bench.by_default
     yield "profiles", bench.profiles
     yield "generate", lambda: bench.generate(plain_ms, "generate, eager")
     yield "batches", bench.batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from helpers.decoding import (
 )
 from helpers.pairwise import pairwise
 from inferlab.models import fused
+from inferlab.models.graphs import USES_BEFORE_CAPTURE
 from inferlab.scheduler import Request
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
@@ -77,9 +79,9 @@ def test_the_host_reads_once_a_step(policy, drafter, widths, params):
 def test_cuda_is_waited_for_once_a_step(drafter, tree):
     decoding = engine("gpt2", drafter, tree, device="cuda")
     for prompt in PROMPTS[:3]:
-        decoding.add(Request(prompt, SAMPLED))
-    decoding.step()
-    decoding.step()  # static trees are uploaded once
+        decoding.add(Request(prompt, replace(SAMPLED, max_tokens=60)))
+    for _ in range(USES_BEFORE_CAPTURE + 2):  # static trees are uploaded once, and a capture waits
+        decoding.step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:

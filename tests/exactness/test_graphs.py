@@ -15,6 +15,7 @@ from helpers.decoding import (
     PAGES,
     PROMPTS,
     SAMPLED,
+    Sleepy,
     draft_of,
     engine,
     needs_gpu,
@@ -22,10 +23,26 @@ from helpers.decoding import (
     target_of,
 )
 from helpers.pairwise import pairwise
-from helpers.repeat_graphs import graphs_of
+from helpers.repeat_graphs import Repeat, graphs_of
 from inferlab.models import ForwardBatch, ForwardOutput
 from inferlab.models.early_exit import EarlyExit
-from inferlab.models.graphs import MAX_GRAPHS, USES_BEFORE_CAPTURE, ForwardGraphs
+from inferlab.models.graphs import (
+    MAX_GRAPHS,
+    USES_BEFORE_CAPTURE,
+    ForwardGraphs,
+    captured_soon,
+)
+from inferlab.specdec.controllers import FixedController
+from inferlab.specdec.drafters import ModelDrafter
+from inferlab.specdec.drafters.captured import DraftGraphs
+from inferlab.specdec.engine import Engine
+from inferlab.specdec.policies import make_policy
+from inferlab.specdec.tree import TreeShape
+from inferlab.types import SamplingParams
+
+PENALISED = SamplingParams(
+    max_tokens=24, temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=3
+)
 
 
 @pairwise(
@@ -48,6 +65,55 @@ def test_replayed_forwards_decode_the_same_tokens(monkeypatch, family, drafter, 
             assert_same_tokens(target, prompt, tokens, result.token_ids, params, what)
     assert seen[0].replays >= seen[0].captures > 0
     assert (seen[1].replays > 0) == (drafter == "vanilla")
+
+
+def drafts_of(capture, family, widths, params, batch, policy, controller):
+    """Every tree that a draft model writes in a run, as lists, and the tokens that come of it."""
+    target, draft = target_of(family), draft_of(family)
+    rejects = policy == "rejection"
+    drafter = ModelDrafter(
+        draft,
+        draft.new_cache(PAGES),
+        TreeShape.regular(widths),
+        coupled=not rejects,
+        keep_logits=rejects,
+    )
+    drafter._graphs = DraftGraphs(draft.device, capture)
+    propose, seen = drafter.propose, []
+
+    def kept(*args):
+        drafted = propose(*args)
+        tensors = (drafted.tokens, *drafted.links, drafted.draft_logits)
+        seen.append([drafted.depths, *(t.tolist() for t in tensors if t is not None)])
+        return drafted
+
+    drafter.propose = kept
+    cache = target.new_cache(PAGES)
+    decoding = Engine(target, cache, make_policy(policy), controller, drafter, batch)
+    results = decoding.generate([(p, params) for p in PROMPTS])
+    return seen, [result.token_ids for result in results]
+
+
+@pairwise(
+    family=["llama", "qwen3"],
+    widths={"chain": (1, 1, 1), "tree": (3, 2, 1)},
+    params={"greedy": GREEDY, "sampled": SAMPLED, "penalised": PENALISED},
+    batch=[1, 3],
+    policy=["longest_prefix", "rejection"],
+    sleeps=[False, True],
+)
+def test_replayed_drafts_of_a_model_are_those_of_ordinary_calls(
+    monkeypatch, family, widths, params, batch, policy, sleeps
+):
+    kind = Sleepy if sleeps else FixedController
+    how = family, widths, params, batch, policy
+    expected, tokens = drafts_of(None, *how, kind(3))
+    monkeypatch.setattr(draft_of(family), "_graphs", graphs_of(draft_of(family))[0])
+    repeat = Repeat()
+    with captured_soon():
+        drafts, replayed = drafts_of(repeat, *how, kind(3))
+    assert (drafts, replayed) == (expected, tokens)
+    assert len(drafts) > repeat.replays > len(drafts) // 4
 
 
 def batch_of(tokens, length, pages=2, **more):

@@ -7,14 +7,17 @@ copied to where the graph reads them and the graph is replayed. Block tables are
 of two, so that a growing text does not bring a new shape with every page.
 
 Only for calls that ask the device nothing and whose host values are those of the shape: forwards of
-`fused`, and drafts by heads. One that cannot be captured runs as before.
+`fused`, and drafts by heads and models. One that cannot be captured runs as before. Calls within a
+call that is captured are part of its graph.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,6 +38,27 @@ Forward = Callable[[ForwardBatch, KVCache, tuple[int, ...]], ForwardOutput]
 USES_BEFORE_CAPTURE = 4  # a capture costs what some ten replays save
 MAX_ROWS = 512  # of a batch: what is larger is a prompt, and takes the device longer than the host
 MAX_GRAPHS = 64  # of a cache; each holds its inputs and outputs
+
+
+class _Here(threading.local):
+    """Of a thread."""
+
+    uses = USES_BEFORE_CAPTURE
+    capturing = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def captured_soon() -> Iterator[None]:
+    """Calls of this thread are captured when they come up for the second time: to measure what they
+    will take. (Not the first: kernels are loaded then, which a capture does not allow.)"""
+    before, _here.uses = _here.uses, 1
+    try:
+        yield
+    finally:
+        _here.uses = before
 
 
 @dataclass
@@ -70,7 +94,7 @@ class Graphs:
             table: which of them is the block table.
             copied: what is returned is the caller's; False: it holds until the next run.
         """
-        if not self.can_capture:
+        if not self.can_capture or _here.capturing:
             return call(inputs)
         sizes = [None if value is None else tuple(value.shape) for value in inputs]
         rows, pages = sizes[table] or (0, 0)
@@ -79,7 +103,7 @@ class Graphs:
         captured = self._graphs.get(key)
         if captured is None and len(self._graphs) < MAX_GRAPHS:
             self._uses[key] += 1
-            if self._uses[key] > USES_BEFORE_CAPTURE:
+            if self._uses[key] > _here.uses:
                 captured = self._captured(inputs, sizes, call)
         if captured is None:
             return call(inputs)
@@ -98,12 +122,15 @@ class Graphs:
             for value, size in zip(inputs, sizes, strict=True)
         ]
         _copy(inputs, held)
+        _here.capturing = True
         try:
             output, replay = self._capture(lambda: call(held))
         except RuntimeError as error:
             self.can_capture = False
             logger.warning("this cannot be captured in a CUDA graph and runs slower: %s", error)
             return None
+        finally:
+            _here.capturing = False
         return Captured(held, output, replay)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from typing import Any
@@ -266,6 +266,12 @@ class HFModel:
             StableProducts() if self.device.type == "cpu" else nullcontext()
         )
         self._facts = fingerprint(self._model)
+
+    @property
+    def built(self) -> Hashable | None:
+        """Tells forwards before and after changes apart; None: they cannot be captured in a CUDA
+        graph."""
+        return self._graphs
 
     def notice_changes(self) -> None:
         """Where modules, weights or settings were exchanged, hooked or given another forward since

@@ -27,7 +27,7 @@ import numpy as np
 
 from inferlab import _C
 
-VERSION = 4
+VERSION = 5
 """Of the file format, and of how times are measured."""
 
 

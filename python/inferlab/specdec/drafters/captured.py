@@ -1,7 +1,8 @@
 """Drafts replayed from CUDA graphs: a tree, level by level, is one launch for the host.
 
 What a level computes takes a device some 200 us of a head's weights, and the host longer to queue:
-drafting a grown tree of EAGLE's launch by launch takes as long as a step of an 8 B model.
+drafting a grown tree of EAGLE's launch by launch takes as long as a step of an 8 B model. Forwards of
+a draft model have graphs of their own, but between them lie draws, and inputs to be copied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from inferlab.models.graphs import Capture, Graphs, Tensors
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.writer import Ground
 
-Write = Callable[[Ground, Tensors], Sequence[torch.Tensor]]
+Write = Callable[[Ground, Tensors], Tensors]
 
 
 class DraftGraphs:
@@ -37,8 +38,8 @@ class DraftGraphs:
 
     def run(
         self, key: Hashable, batch: Batch, more: Sequence[torch.Tensor | None], write: Write
-    ) -> list[torch.Tensor]:
-        """``write(ground, more)``, tensors that hold until the next run.
+    ) -> Tensors:
+        """``write(ground, more)``, which holds until the next run.
 
         Args:
             key: all that ``write`` hangs on beside its arguments.
@@ -47,11 +48,11 @@ class DraftGraphs:
         """
         ground = Ground.of(batch)
         if self._graphs is None:
-            return list(write(ground, more))
+            return write(ground, more)
         start = (ground.roots, ground.seq_lens, ground.block_table)
         sampling = ground.sampling.flat
 
-        def call(inputs: Tensors) -> Sequence[torch.Tensor]:
+        def call(inputs: Tensors) -> Tensors:
             (roots, seq_lens, table), rest = inputs[: len(start)], inputs[len(start) :]
             held = Ground(
                 roots, seq_lens, seq_lens, table,
@@ -62,4 +63,4 @@ class DraftGraphs:
 
         inputs = (*start, *sampling, *more)
         key = (key, ground.allowed_vocab)
-        return list(self._graphs.run(key, inputs, call, table=2, copied=False))
+        return self._graphs.run(key, inputs, call, table=2, copied=False)

@@ -11,12 +11,14 @@ import torch
 
 from inferlab import _C
 from inferlab.models import ForwardBatch, HFModel, KVCache, TargetModel, last_rows
+from inferlab.models.graphs import Tensors
 from inferlab.models.transfer import upload
 from inferlab.scheduler import READ_TOKENS, Chunk, Request
 from inferlab.specdec.acceptance import SURE, UNKNOWN, Known
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
+from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.static import describe_shape
 from inferlab.specdec.drafters.watched import Watched
 from inferlab.specdec.drafters.writer import Ground, SameVocabulary, TreeWriter
@@ -60,6 +62,7 @@ class ModelDrafter(Drafter):
         self.max_nodes = shape.num_nodes
         self.max_depth = shape.depth
         self._writer = TreeWriter(model, cache, coupled=coupled, keep_logits=keep_logits)
+        self._graphs = DraftGraphs(model.device)
         if shape.is_chain and model.device.type == "cpu":
             self.known = known._replace(by_kind=SURE, asks=True)
         self._cached_of: dict[int, int] = {}  # by request, tokens whose K/V the cache holds
@@ -77,16 +80,28 @@ class ModelDrafter(Drafter):
         if budget.levels < 1:
             return DraftTree.root_only(batch.roots)
         shape = self.shape.within(budget)
-        logits = self._catch_up(batch)
-        ground = Ground.of(batch)
         vocabulary = SameVocabulary(batch.vocab_size)
-        if shape.is_chain and (tree := self._native_chains(ground, shape, logits, judge, batch)):
+        self._catch_up(batch)
+
+        def write(ground: Ground, tail: Tensors) -> Tensors:
+            return self._writer.write(ground, shape, self._read_tail(ground, tail), vocabulary)
+
+        built = self.model.built if isinstance(self.model, HFModel) else None
+        if built is not None and judge is None:
+            tail = self._take_tail(batch, fixed=True)
+            drafted = self._graphs.run((shape, vocabulary, built), batch, tail, write)
+            return DraftTree.of_shape(shape, *drafted)
+        ground, tail = Ground.of(batch), self._take_tail(batch)
+        if not shape.is_chain:
+            return DraftTree.of_shape(shape, *write(ground, tail))
+        logits = self._read_tail(ground, tail)
+        if tree := self._native_chains(ground, shape, logits, judge, batch):
             return tree
-        if judge is not None and shape.is_chain:
-            watched = Watched(judge, batch)
-            tokens, kept = self._writer.write(ground, shape, logits, vocabulary, watched)
-            return DraftTree.chains(tokens, watched.counts(), kept)
-        return DraftTree.of_shape(shape, *self._writer.write(ground, shape, logits, vocabulary))
+        watched = None if judge is None else Watched(judge, batch)
+        tokens, kept = self._writer.write(ground, shape, logits, vocabulary, watched)
+        if watched is None:
+            return DraftTree.of_shape(shape, tokens, kept)
+        return DraftTree.chains(tokens, watched.counts(), kept)
 
     def _native_chains(
         self,
@@ -127,10 +142,10 @@ class ModelDrafter(Drafter):
             return DraftTree.of_shape(shape, tokens)
         return DraftTree.chains(tokens, counts)
 
-    def _catch_up(self, batch: Batch) -> torch.Tensor:
-        """Forwards all tokens up to the roots that the draft's cache lacks: logits [B, 1, V].
+    def _catch_up(self, batch: Batch) -> None:
+        """Reads texts of which the draft's cache lacks more than a few tokens.
 
-        A text is read here, before its first draft, and not while its first token is waited for.
+        Here, before its first draft, and not while a text's first token is waited for.
         """
         self._count_walked()
         if any(r.request_id not in self._cached_of for r in batch.requests):
@@ -141,7 +156,6 @@ class ModelDrafter(Drafter):
             self._batch = batch
             cached = [self._cached_of.get(r.request_id, 0) for r in batch.requests]
             self._cached = upload(cached, np.int32, batch.device)
-        return self._forward_tail(batch)
 
     def _read(self, reading: Reading) -> None:
         """Forwards what is behind the K/V that the cache holds."""
@@ -156,33 +170,44 @@ class ModelDrafter(Drafter):
             self._cached_of[chunk.request.request_id] = chunk.stop
         self._batch = None
 
-    def _forward_tail(self, batch: Batch) -> torch.Tensor:
-        """Forwards the last few tokens up to the roots: logits [B, 1, V]."""
+    def _take_tail(self, batch: Batch, fixed: bool = False) -> Tensors:
+        """The last few tokens up to the roots, which are taken as read: ids and positions [B, T],
+        tokens cached before them [B], and how many of a row count, [B], None where all do.
+
+        Args:
+            fixed: shaped alike in all steps behind drafts, of which one or two tokens are unread.
+        """
         counts = [self._lag(r) for r in batch.requests]
         longest = max(counts)
-        even = min(counts) == longest
+        even = min(counts) == longest and not fixed
+        if fixed:
+            longest = max(longest, 2)
         cached = self._cached
         positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
-        tokens = batch.history.gather(1, positions)
+        tokens = self._known(batch.history.gather(1, positions)).to(torch.int64)
         if self.model.context_length is not None:
             positions = positions.clamp_max(self.model.context_length - 1)  # padding
         num_nodes = None if even else batch.lengths - cached
-        logits = self.model.forward(
+        # Uneven counts run up to the roots.
+        self._cached = cached + longest if even else batch.lengths.clone()
+        for request in batch.requests:
+            self._cached_of[request.request_id] = len(request.tokens)
+        return tokens, positions, cached, num_nodes
+
+    def _read_tail(self, ground: Ground, tail: Tensors) -> torch.Tensor:
+        """Forwards what `_take_tail` took: logits at the roots, [B, 1, V]."""
+        tokens, positions, cached, num_nodes = tail
+        return self.model.forward(
             ForwardBatch(
-                tokens=self._known(tokens).to(torch.int64),
+                tokens=tokens,
                 positions=positions,
                 seq_lens=cached,
-                block_table=batch.block_table,
+                block_table=ground.block_table,
                 num_nodes=num_nodes,
                 scored=last_rows(tokens, num_nodes),
             ),
             self.cache,
         ).logits
-        # Uneven counts run up to the roots.
-        self._cached = cached + longest if even else batch.lengths.clone()
-        for request in batch.requests:
-            self._cached_of[request.request_id] = len(request.tokens)
-        return logits
 
     def _known(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ids that the draft has: behind a row's own tokens there may be a walk's -1, and a prompt
