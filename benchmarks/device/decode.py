@@ -540,11 +540,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(describe_environment()))
     bench = Bench(args)
     failed = 0
-    for name, measure in parts(bench):
+    for name, run in parts(bench):
         if args.only and name not in args.only and name != "plain":
             continue
         try:
-            measure()
+            run()
         except Exception as error:  # the other rows are still worth having
             failed += 1
             print(f"{name} failed: {type(error).__name__}: {error}", flush=True)

@@ -6,6 +6,8 @@ writes where its first result lies, as a graph does.
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -244,3 +246,18 @@ def test_cuda_captures_the_forwards_of_targets_and_early_exits():
 def vars_of(batch):
     names = ("tokens", "positions", "seq_lens", "block_table")
     return {name: getattr(batch, name) for name in names}
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_captures_again_when_all_graphs_are_gone():
+    target = target_of("llama", "cuda")
+    graphs = ForwardGraphs(target._run)
+    moved = {n: t.cuda() for n, t in vars_of(batch_of([[5, 6, 7]], 3)).items()}
+    for _ in range(3):
+        cache = target.new_cache(PAGES)
+        run_until_captured(graphs, ForwardBatch(**moved), cache)
+        assert [len(of_cache._graphs) for of_cache in graphs._of_cache.values()] == [1]
+        del cache
+        gc.collect()
+        assert len(graphs._of_cache) == 0

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -197,11 +197,13 @@ class CudaCapture:
     def __init__(self) -> None:
         self._pool: Any = None
         self._stream: Any = None
+        self._alive: WeakSet[Any] = WeakSet()  # graphs; the pool goes with the last of them
 
     def __call__(self, call: Callable[[], Tensors]) -> tuple[Tensors, Replay]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
             self._stream = torch.cuda.Stream()
+        if not self._alive:
+            self._pool = torch.cuda.graph_pool_handle()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -211,4 +213,5 @@ class CudaCapture:
             finally:
                 graph.capture_end()
         current.wait_stream(self._stream)
+        self._alive.add(graph)
         return output, graph.replay

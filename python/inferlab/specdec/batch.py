@@ -13,6 +13,7 @@ from inferlab.scheduler import Request
 from inferlab.specdec.walk import Walk
 
 NO_LIMIT = 2**31 - 1
+ROOM = 2048  # tokens of history come in multiples of it: graphs that read them are kept by shape
 
 
 class Batch:
@@ -91,8 +92,8 @@ class Batch:
         """History and lengths, made when they are first asked for."""
         if self._history is None:
             # Whole walks are written behind the lengths, kept or not: room for the largest one.
-            most = max(len(r.tokens) + r.remaining for r in self.requests)
-            rows = np.zeros((len(self), most + MAX_TREE_NODES), np.int32)
+            most = max(len(r.tokens) + r.remaining for r in self.requests) + MAX_TREE_NODES
+            rows = np.zeros((len(self), -(-most // ROOM) * ROOM), np.int32)
             for row, request in zip(rows, self.requests, strict=True):
                 row[: len(request.tokens)] = request.tokens
             lengths = [len(r.tokens) for r in self.requests]

@@ -1,8 +1,8 @@
 """Drafts replayed from CUDA graphs: a tree, level by level, is one launch for the host.
 
 What a level computes takes a device some 200 us of a head's weights, and the host longer to queue:
-drafting a grown tree of EAGLE's launch by launch takes as long as a step of an 8 B model. Forwards of
-a draft model have graphs of their own, but between them lie draws, and inputs to be copied.
+drafting a grown tree of EAGLE's launch by launch takes as long as a step of an 8 B model. Forwards
+of a draft model have graphs of their own, but between them lie draws, and inputs to be copied.
 """
 
 from __future__ import annotations

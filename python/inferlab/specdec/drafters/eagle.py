@@ -95,16 +95,18 @@ class EagleDrafter(Drafter):
         nodes = min(budget.nodes, self.nodes)
         shape = None if self.shape is None else self.shape.within(Budget(levels, budget.nodes))
 
-        def write(ground: Ground, pairs: Tensors) -> Sequence[torch.Tensor]:
-            hidden = self._process(ground, pairs)
+        width, even, pending = self._take_pending(batch)
+
+        def write(ground: Ground, pending: Tensors) -> Tensors:
+            hidden = self._process(ground, pending, width, even)
             if shape is not None:
                 return (self._fill(ground, shape, hidden),)
             grown = self._grow(ground, levels, nodes, hidden)
             return drafted_of(grown, judge)
 
         # A given target's embeddings and head may be exchanged.
-        key = (shape or (levels, nodes, judge is None), self.head.weights_at)
-        drafted = self._graphs.run(key, batch, self._take_pending(batch), write)
+        key = (shape or (levels, nodes, judge is None), even, self.head.weights_at)
+        drafted = self._graphs.run(key, batch, pending, write)
         if shape is not None:
             return DraftTree.of_shape(shape, *drafted)
         return drafted_tree(drafted, levels, batch, judge)
@@ -204,27 +206,30 @@ class EagleDrafter(Drafter):
             self.cache,
         )
 
-    def _take_pending(self, batch: Batch) -> Sequence[torch.Tensor | None]:
-        """All pairs up to the roots: tokens and positions [B, P], lengths [B], features [B, P, F];
-        and how many of a row count, [B], None where all do.
+    def _take_pending(self, batch: Batch) -> tuple[int, bool, Tensors]:
+        """All pairs up to the roots, which are taken as processed.
 
-        Where drafts are captured, P is the same in all steps.
+        Returns:
+            P, the pairs of the longest row or more: the same in all steps where drafts are
+            captured; whether all rows have P; the texts [B, W], the pairs processed before [B], and
+            features [B, P, F].
         """
         self._pending.enter(batch)
         counts = self._pending.counts(batch)
-        longest = max(counts)
+        width = max(counts)
         if self._graphs.captures:
-            longest = max(longest, self.max_depth + 1)
+            width = max(width, self.max_depth + 1)
         cached = self._pending.cached
-        positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
-        tokens = batch.history.gather(1, positions + 1).clamp_min(0).to(torch.int64)
-        positions = positions.clamp_max(self.head.context_length - 1)
-        num_nodes = None if min(counts) == longest else batch.seq_lens - cached
-        return tokens, positions, cached, self._pending.take(batch, longest), num_nodes
+        taken = batch.history, cached, self._pending.take(batch, width)
+        return width, min(counts) == width, taken
 
-    def _process(self, ground: Ground, pairs: Tensors) -> torch.Tensor:
-        """The head's output at the last of the pending pairs, [B, 1, H]."""
-        tokens, positions, cached, features, num_nodes = pairs
+    def _process(self, ground: Ground, pending: Tensors, width: int, even: bool) -> torch.Tensor:
+        """The head's output at the last of the pending pairs, [B, 1, H]; see `_take_pending`."""
+        history, cached, features = pending
+        positions = cached.to(torch.int64)[:, None] + torch.arange(width, device=history.device)
+        tokens = history.gather(1, positions + 1).clamp_min(0).to(torch.int64)
+        positions = positions.clamp_max(self.head.context_length - 1)
+        num_nodes = None if even else ground.seq_lens - cached
         hidden = self.head.forward(
             ForwardBatch(
                 tokens=tokens,
@@ -263,7 +268,8 @@ class EagleDrafter(Drafter):
     def commit(self, batch: Batch, walk: Walk) -> None:
         self._pending.enter(batch)
         if max(self._pending.counts(batch)) >= MOST_PENDING:
-            self._process(Ground.of(batch), self._take_pending(batch))
+            width, even, pending = self._take_pending(batch)
+            self._process(Ground.of(batch), pending, width, even)
         self._pending.append(batch, walk)
 
     def unread(self, batch: Batch) -> list[int]:

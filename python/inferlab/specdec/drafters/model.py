@@ -83,18 +83,23 @@ class ModelDrafter(Drafter):
         vocabulary = SameVocabulary(batch.vocab_size)
         self._catch_up(batch)
 
-        def write(ground: Ground, tail: Tensors) -> Tensors:
-            return self._writer.write(ground, shape, self._read_tail(ground, tail), vocabulary)
-
         built = self.model.built if isinstance(self.model, HFModel) else None
         if built is not None and judge is None:
-            tail = self._take_tail(batch, fixed=True)
-            drafted = self._graphs.run((shape, vocabulary, built), batch, tail, write)
+            # Behind drafts one or two tokens are unread: steps should be shaped alike.
+            width = max(self._widest_tail(batch), 2)
+
+            def write(ground: Ground, tail: Tensors) -> Tensors:
+                logits = self._read_tail(ground, tail, width, even=False)
+                return self._writer.write(ground, shape, logits, vocabulary)
+
+            key = shape, vocabulary, width, built
+            drafted = self._graphs.run(key, batch, self._take_tail(batch), write)
             return DraftTree.of_shape(shape, *drafted)
-        ground, tail = Ground.of(batch), self._take_tail(batch)
+        ground, width = Ground.of(batch), self._widest_tail(batch)
+        even = all(self._lag(r) == width for r in batch.requests)
+        logits = self._read_tail(ground, self._take_tail(batch), width, even)
         if not shape.is_chain:
-            return DraftTree.of_shape(shape, *write(ground, tail))
-        logits = self._read_tail(ground, tail)
+            return DraftTree.of_shape(shape, *self._writer.write(ground, shape, logits, vocabulary))
         if tree := self._native_chains(ground, shape, logits, judge, batch):
             return tree
         watched = None if judge is None else Watched(judge, batch)
@@ -113,7 +118,9 @@ class ModelDrafter(Drafter):
     ) -> DraftTree | None:
         """Chains that are drafted in one call; None where that does not cover what is wanted."""
         vocab = batch.vocab_size or logits.shape[-1]
-        if not isinstance(self.model, HFModel) or self._writer.keep_logits:
+        if not isinstance(self.model, HFModel) or self.model.device.type != "cpu":
+            return None
+        if self._writer.keep_logits:
             return None
         if logits.shape[-1] < vocab or ground.sampling.changes_logits:
             return None
@@ -170,33 +177,31 @@ class ModelDrafter(Drafter):
             self._cached_of[chunk.request.request_id] = chunk.stop
         self._batch = None
 
-    def _take_tail(self, batch: Batch, fixed: bool = False) -> Tensors:
-        """The last few tokens up to the roots, which are taken as read: ids and positions [B, T],
-        tokens cached before them [B], and how many of a row count, [B], None where all do.
+    def _widest_tail(self, batch: Batch) -> int:
+        return max(self._lag(r) for r in batch.requests)
 
-        Args:
-            fixed: shaped alike in all steps behind drafts, of which one or two tokens are unread.
-        """
-        counts = [self._lag(r) for r in batch.requests]
-        longest = max(counts)
-        even = min(counts) == longest and not fixed
-        if fixed:
-            longest = max(longest, 2)
-        cached = self._cached
-        positions = cached.to(torch.int64)[:, None] + torch.arange(longest, device=batch.device)
-        tokens = self._known(batch.history.gather(1, positions)).to(torch.int64)
-        if self.model.context_length is not None:
-            positions = positions.clamp_max(self.model.context_length - 1)  # padding
-        num_nodes = None if even else batch.lengths - cached
-        # Uneven counts run up to the roots.
-        self._cached = cached + longest if even else batch.lengths.clone()
+    def _take_tail(self, batch: Batch) -> Tensors:
+        """The last few tokens up to the roots, which are taken as read: history [B, W] and its
+        lengths [B], and how many of them are in the cache [B]."""
+        tail = batch.history, batch.lengths, self._cached
+        self._cached = batch.lengths.clone()
         for request in batch.requests:
             self._cached_of[request.request_id] = len(request.tokens)
-        return tokens, positions, cached, num_nodes
+        return tail
 
-    def _read_tail(self, ground: Ground, tail: Tensors) -> torch.Tensor:
-        """Forwards what `_take_tail` took: logits at the roots, [B, 1, V]."""
-        tokens, positions, cached, num_nodes = tail
+    def _read_tail(self, ground: Ground, tail: Tensors, width: int, even: bool) -> torch.Tensor:
+        """Forwards what `_take_tail` took: logits at the roots, [B, 1, V].
+
+        Args:
+            width: tokens of the longest one, or more.
+            even: whether all are as long.
+        """
+        history, lengths, cached = tail
+        positions = cached.to(torch.int64)[:, None] + torch.arange(width, device=history.device)
+        tokens = self._known(history.gather(1, positions)).to(torch.int64)
+        if self.model.context_length is not None:
+            positions = positions.clamp_max(self.model.context_length - 1)  # padding
+        num_nodes = None if even else lengths - cached
         return self.model.forward(
             ForwardBatch(
                 tokens=tokens,
