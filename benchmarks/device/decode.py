@@ -205,8 +205,8 @@ class Bench:
             stats = results[-1].stats
             if round_ or self.args.rounds == 0:  # the first warms up
                 last = max(results, key=lambda r: r.latency_ms)
-                times.append((last.latency_ms - last.first_token_ms) / stats.steps)
-                lengths.append((len(results[-1].token_ids) - 1) / stats.steps)
+                times.append((last.latency_ms - last.first_token_ms) / (stats.steps - 1))
+                lengths.append((len(results[-1].token_ids) - 1) / (stats.steps - 1))
         return statistics.median(times), statistics.median(lengths)
 
     # ---- drafters of real size -------------------------------------------------------------

@@ -31,6 +31,7 @@ from inferlab.models.early_exit import EarlyExit
 from inferlab.models.graphs import (
     MAX_GRAPHS,
     USES_BEFORE_CAPTURE,
+    USES_BEFORE_OWN,
     ForwardGraphs,
     captured_soon,
 )
@@ -170,12 +171,10 @@ def test_shapes_do_not_share_a_graph():
     target = target_of("llama")
     graphs, repeat = graphs_of(target)
     cache = target.new_cache(8)
-    counts = torch.tensor([1], dtype=torch.int32)
     batches = [
         batch_of([[5, 6]], 3),
         batch_of([[5, 6]], 3, scored=torch.tensor([1])),
         batch_of([[5, 6]], 3, node_offset=1),
-        batch_of([[5, 6]], 3, num_nodes=counts),
         batch_of([[5, 6]], 3, ancestors=torch.tensor([[[1], [3]]])),
         batch_of([[5]], 3),
         batch_of([[5], [6]], 3),
@@ -190,6 +189,50 @@ def test_shapes_do_not_share_a_graph():
     assert repeat.captures == len(batches) + 1
 
 
+def test_trees_of_many_sizes_share_graphs_until_one_comes_up_often():
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(8)
+
+    def check(nodes, counts=None):
+        chain = [[5 + i for i in range(nodes)], [90 - i for i in range(nodes)]]
+        batch = batch_of(chain, 3, num_nodes=counts)
+        with torch.inference_mode():
+            output = graphs.forward(batch, cache, (0,))
+            expected = target._run(batch, cache, (0,))
+        real = [nodes, nodes] if counts is None else counts.tolist()
+        for ours, theirs in zip(output, expected, strict=True):
+            assert ours.shape == theirs.shape
+            assert ours.is_contiguous()
+            for row, count in enumerate(real):
+                assert torch.equal(ours[row, :count], theirs[row, :count])
+
+    for _ in range(3):
+        for nodes in (8, 7, 9, 10, 11, 12):
+            check(nodes)
+            check(nodes, torch.tensor([nodes, 2], dtype=torch.int32))
+    assert repeat.captures == 2
+    for _ in range(USES_BEFORE_OWN + USES_BEFORE_CAPTURE + 1):
+        check(10)
+    assert repeat.captures == 3
+
+
+def test_padding_writes_no_cache():
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(8)
+    batch = batch_of([[5, 6, 7, 8, 9]], 3)
+    run_until_captured(graphs, batch, cache)
+    parts = [part for pool in cache.pools for part in (pool.k, pool.v)]
+    for part in parts:
+        part.zero_()
+    with torch.inference_mode():
+        graphs.forward(batch, cache, ())
+    assert repeat.replays == 2
+    for part in parts:  # [layers, pages, slots, heads, channels]
+        assert (part.abs().sum((3, 4)) > 0).sum() == 5 * part.shape[0]
+
+
 def test_shapes_that_came_up_once_take_no_graphs_place():
     """Prompts have many lengths; the steps behind them must still be captured."""
     target = target_of("llama")
@@ -197,7 +240,8 @@ def test_shapes_that_came_up_once_take_no_graphs_place():
     cache = target.new_cache(16)
     with torch.inference_mode():
         for length in range(1, MAX_GRAPHS + 2):
-            graphs.forward(batch_of([[5] * length], 0, pages=8), cache, ())
+            last = torch.tensor([length - 1])
+            graphs.forward(batch_of([[5] * length], 0, pages=8, scored=last), cache, ())
     assert repeat.captures == 0
     run_until_captured(graphs, batch_of([[5]], 3), cache)
     assert repeat.captures == 1

@@ -4,7 +4,8 @@ A step of an 8 B model is some 300 launches, which the host takes as long to que
 run; drafting a tree level by level is hundreds more, of which each runs for a few microseconds. A
 call whose shapes have come up a few times is captured, once per shape; from then on its inputs are
 copied to where the graph reads them and the graph is replayed. Block tables are padded to a power
-of two, so that a growing text does not bring a new shape with every page.
+of two, so that a growing text does not bring a new shape with every page, and trees to one of a few
+sizes, until their own has come up so often that padding costs more than a graph.
 
 Only for calls that ask the device nothing and whose host values are those of the shape: forwards of
 `fused`, and drafts by heads and models. One that cannot be captured runs as before. Calls within a
@@ -16,9 +17,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -36,6 +38,7 @@ Capture = Callable[[Callable[[], Tensors]], tuple[Tensors, Replay]]
 Forward = Callable[[ForwardBatch, KVCache, tuple[int, ...]], ForwardOutput]
 
 USES_BEFORE_CAPTURE = 4  # a capture costs what some ten replays save
+USES_BEFORE_OWN = 32  # of a tree's size; until then it shares the graph of a somewhat larger one
 MAX_ROWS = 512  # of a batch: what is larger is a prompt, and takes the device longer than the host
 MAX_GRAPHS = 64  # of a cache; each holds its inputs and outputs
 
@@ -83,22 +86,21 @@ class Graphs:
         self._graphs: dict[Hashable, Captured] = {}
         self._uses: Counter[Hashable] = Counter()
 
-    def run(
-        self, key: Hashable, inputs: Tensors, call: Call, *, table: int, copied: bool
-    ) -> Tensors:
-        """``call(inputs)``.
+    def run(self, key: Hashable, inputs: Tensors, call: Call, rooms: Mapping[int, int]) -> Tensors:
+        """``call(inputs)``, which holds until the next run.
 
         Args:
             key: all that the call hangs on beside its inputs.
             inputs: tensors, or None.
-            table: which of them is the block table.
-            copied: what is returned is the caller's; False: it holds until the next run.
+            rooms: what the second dimension of some inputs is padded to, by their place, so that
+                calls of several sizes share a graph. A graph's results are as wide.
         """
         if not self.can_capture or _here.capturing:
             return call(inputs)
         sizes = [None if value is None else tuple(value.shape) for value in inputs]
-        rows, pages = sizes[table] or (0, 0)
-        sizes[table] = (rows, 1 << (pages - 1).bit_length())
+        for place, room in rooms.items():
+            if (size := sizes[place]) is not None:
+                sizes[place] = (size[0], room, *size[2:])
         key = (key, tuple(sizes))
         captured = self._graphs.get(key)
         if captured is None and len(self._graphs) < MAX_GRAPHS:
@@ -110,15 +112,13 @@ class Graphs:
         self._graphs[key] = captured
         _copy(inputs, captured.inputs)
         captured.replay()
-        if not copied:
-            return captured.output
-        return [None if value is None else value.clone() for value in captured.output]
+        return captured.output
 
     def _captured(
         self, inputs: Tensors, sizes: Sequence[tuple[int, ...] | None], call: Call
     ) -> Captured | None:
         held = [
-            None if value is None or size is None else value.new_full(size, -1)
+            None if value is None or size is None else value.new_zeros(size)
             for value, size in zip(inputs, sizes, strict=True)
         ]
         _copy(inputs, held)
@@ -136,11 +136,28 @@ class Graphs:
 
 def _copy(inputs: Tensors, held: Tensors) -> None:
     pairs = [(to, value) for to, value in zip(held, inputs, strict=True) if value is not None]
-    # Of a table that is narrower than the held one: no slot in use is in what is left behind it.
+    # Of what is narrower than the held one: nothing reads what is left behind it.
     into = [to if to.shape == value.shape else to[:, : value.shape[1]] for to, value in pairs]
     torch._foreach_copy_(into, [value for _, value in pairs])
 
 
+def table_room(table: torch.Tensor) -> int:
+    """Pages that a block table [rows, pages] is padded to."""
+    return 1 << (table.shape[1] - 1).bit_length()
+
+
+def node_room(nodes: int) -> int:
+    """Nodes that trees are padded to: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << (nodes - 1).bit_length()
+    return power * 3 // 4 if nodes <= power * 3 // 4 else power
+
+
+@lru_cache(maxsize=256)
+def _all_of(rows: int, nodes: int, device: torch.device) -> torch.Tensor:
+    return torch.full((rows,), nodes, dtype=torch.int32, device=device)
+
+
+_BY_NODE = ("tokens", "positions", "ancestors")
 _TENSORS = (
     "tokens",
     "positions",
@@ -165,28 +182,39 @@ class ForwardGraphs:
         self._forward = forward
         self._capture = capture or CudaCapture()
         self._of_cache: WeakKeyDictionary[KVCache, Graphs] = WeakKeyDictionary()
+        self._uses: Counter[Hashable] = Counter()
         self._can_capture = True
 
     def forward(
         self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]
     ) -> ForwardOutput:
         """See `HFModel.forward`; what it returns is the caller's."""
-        if not self._can_capture or batch.tokens.numel() > MAX_ROWS:
+        if not self._can_capture or _here.capturing or batch.tokens.numel() > MAX_ROWS:
             return self._forward(batch, cache, layers)
         graphs = self._of_cache.get(cache)
         if graphs is None:
             graphs = self._of_cache[cache] = Graphs(self._capture)
+        rows, nodes = batch.tokens.shape
+        if nodes > 1 and batch.num_nodes is None:
+            batch = replace(batch, num_nodes=_all_of(rows, nodes, batch.tokens.device))
 
         def call(inputs: Tensors) -> ForwardOutput:
             held = replace(batch, **dict(zip(_TENSORS, inputs, strict=True)))
             return self._forward(held, cache, layers)
 
         inputs = [getattr(batch, name) for name in _TENSORS]
-        table = _TENSORS.index("block_table")
+        rooms = {_TENSORS.index("block_table"): table_room(batch.block_table)}
+        if batch.scored is None:  # which counts rows
+            shape = rows, nodes, batch.ancestors is None, batch.node_offset, layers
+            self._uses[shape] += 1
+            if self._uses[shape] <= USES_BEFORE_OWN:
+                rooms |= dict.fromkeys(map(_TENSORS.index, _BY_NODE), node_room(nodes))
         key = batch.node_offset, layers
-        logits, features = graphs.run(key, inputs, call, table=table, copied=True)
+        logits, features = graphs.run(key, inputs, call, rooms)
         self._can_capture = graphs.can_capture
-        return ForwardOutput(logits, features)
+        if features is not None:
+            features = features[:, :nodes].clone()
+        return ForwardOutput(logits[:, :nodes].clone(), features)
 
 
 class CudaCapture:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from inferlab.kernels import SamplingTensors
-from inferlab.models.graphs import Capture, Graphs, Tensors
+from inferlab.models.graphs import Capture, Graphs, Tensors, table_room
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters.writer import Ground
 
@@ -63,4 +63,5 @@ class DraftGraphs:
 
         inputs = (*start, *sampling, *more)
         key = (key, ground.allowed_vocab)
-        return self._graphs.run(key, inputs, call, table=2, copied=False)
+        rooms = {2: table_room(ground.block_table)}
+        return self._graphs.run(key, inputs, call, rooms)

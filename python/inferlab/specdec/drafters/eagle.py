@@ -210,15 +210,15 @@ class EagleDrafter(Drafter):
         """All pairs up to the roots, which are taken as processed.
 
         Returns:
-            P, the pairs of the longest row or more: the same in all steps where drafts are
-            captured; whether all rows have P; the texts [B, W], the pairs processed before [B], and
+            P, the pairs of the longest row or more: one of a few numbers where drafts are captured;
+            whether all rows have P; the texts [B, W], the pairs processed before [B], and
             features [B, P, F].
         """
         self._pending.enter(batch)
         counts = self._pending.counts(batch)
         width = max(counts)
         if self._graphs.captures:
-            width = max(width, self.max_depth + 1)
+            width = 1 << max(width - 1, self.max_depth).bit_length()
         cached = self._pending.cached
         taken = batch.history, cached, self._pending.take(batch, width)
         return width, min(counts) == width, taken

@@ -85,8 +85,8 @@ class ModelDrafter(Drafter):
 
         built = self.model.built if isinstance(self.model, HFModel) else None
         if built is not None and judge is None:
-            # Behind drafts one or two tokens are unread: steps should be shaped alike.
-            width = max(self._widest_tail(batch), 2)
+            # Shapes should be few. Behind drafts one or two tokens are unread.
+            width = 1 << max(self._widest_tail(batch) - 1, 1).bit_length()
 
             def write(ground: Ground, tail: Tensors) -> Tensors:
                 logits = self._read_tail(ground, tail, width, even=False)
