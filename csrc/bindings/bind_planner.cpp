@@ -37,8 +37,10 @@ StepCosts step_costs(const Points& own, double per_sequence, double per_key, dou
   return {line_of(own), per_sequence, per_key, per_product};
 }
 
-DraftCosts draft_costs(const std::vector<std::pair<int, Points>>& table, const Points& reading) {
+DraftCosts draft_costs(const std::vector<std::pair<int, Points>>& table, const Points& reading,
+                       double slowed) {
   DraftCosts costs;
+  costs.slowed = slowed;
   for (const auto& [batch, by_nodes] : table) {
     require(!by_nodes.empty(), "table has a batch without times");
     costs.batches.push_back(batch);

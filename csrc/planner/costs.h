@@ -37,6 +37,7 @@ struct DraftCosts {
   std::vector<double> batches;
   std::vector<Line> by_batch;  // ms by nodes
   Line reading;                // ms by tokens
+  double slowed = 1;           // times as long takes all else of a step that drafts
 
   // With a budget of so many nodes, which may be a mean.
   double ms(int batch, double nodes) const;

@@ -14,9 +14,11 @@ int largest(const std::vector<int>& values, int otherwise) {
   return values.empty() ? otherwise : *std::max_element(values.begin(), values.end());
 }
 
-// Of the target's forward; all that the budget allows where it is not told.
-int rows_of(const Step& step) {
-  return step.rows > 0 ? step.rows : step.size * (1 + step.budget.nodes);
+// Of the target's forward; all that the budget allows where it is not told. Where a model `wrote`
+// drafts, it is no plain step, though nothing of them was worth verifying.
+int rows_of(const Step& step, bool wrote) {
+  const int rows = step.rows > 0 ? step.rows : step.size * (1 + step.budget.nodes);
+  return wrote ? std::max(rows, step.size + 1) : rows;
 }
 
 }  // namespace
@@ -39,7 +41,7 @@ Decision Planner::choose(Outlook outlook) {
   if (rungs_.size() == 1) return not_drafted(kSleep);
   std::optional<Plan> plan = look(outlook);
   if (!plan) {
-    Decision decision = not_drafted(std::min(asleep_, kSleep) - kWaking);
+    Decision decision = not_drafted(std::min(asleep_, kSleep));
     const int heard = std::min(asleep_, largest(outlook.remaining, kSome));
     decision.gives_up = heard * times_.keeping_up(outlook.size()) > account_.may_lose(true);
     return decision;
@@ -72,9 +74,13 @@ std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
   return all;
 }
 
-void Planner::rested(double ms) {
+void Planner::rested(int size, const std::vector<double>& ms, bool heard) {
   const std::lock_guard lock(mutex_);
-  account_.passed(ms);
+  const double beside = heard ? times_.keeping_up(size) : 0;
+  for (const double of_one : ms) {
+    account_.passed(of_one);
+    times_.verified(size, size, of_one - beside);
+  }
 }
 
 // Whether a plain step is to be timed, although drafting pays.
@@ -118,7 +124,11 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
     account_.expect(saved * largest(outlook.remaining, kSome), size,
                     prospects.acceptance.certainty());
     if (tries) best = smallest_worth_trying(found);
-    if (asks_) best = std::min(best, 1);  // the rest is asked for
+    if (asks_) {  // the rest is asked for
+      // A few levels that lose each time until all is lost would be worse than none.
+      const int least = tries ? std::min(best, 1) : smallest_that_pays(found);
+      best = covered(least, found, sure, reading, loss) == least ? std::min(least, 1) : 0;
+    }
     best = covered(best, found, sure, reading, loss);
     if (best == 0) return sleep(loss - account_.may_lose(true));
   }
@@ -136,7 +146,9 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   if (asked) plan.price *= kPrudence;
   for (const auto& pull : found.pull) plan.worth.push_back(pull[best]);
   plan.worth_of = worth_of(found, best, members, brought);
-  plan.sure = sure * plain / size;
+  // Where each find is judged by itself, much of it is sure of a single one, too.
+  const double known = kFind * prospects.acceptance.certainty();
+  plan.sure = (asked ? std::max(sure, known) : sure) * plain / size;
   plan.loss = asked ? 0 : loss;
   plan.reading = reading;
   plan.tries = tries;
@@ -181,29 +193,45 @@ double Planner::observe(const Step& step) {
   double verify_ms = step.ms - step.draft_ms, drafting_ms = 0;
   if (now) {
     const Plan& plan = now->plan;
-    if (plan.asked) {
-      const bool vain = now->value < plan.price * plan.drafting[1];
-      in_vain_ = vain ? std::min(in_vain_ + 1, 16) : 0;
-      const double most = plan.drafting[1] / (kInVain * plan.plain);
-      rest_ = static_cast<int>(std::min((1 << in_vain_) - 1.0, most));
-    }
+    if (plan.asked) rest_ = rest_behind(*now, step.draft_ms);
     double brought = 0;
     for (int i = 0; i < step.size; ++i) brought += step.accepted[i].size() * plan.worth[i];
     tokens += brought / step.size;
-    const double drafted =
-        step.caught_up ? step.draft_ms : plan.drafting[now->level > 0 ? now->level : plan.rung];
-    drafting_ms = drafted;
+    drafting_ms = plan.drafting[now->level > 0 ? now->level : plan.rung];
+    if (step.caught_up) {
+      // Reading is to pay in all steps to come, as far as that is known.
+      const double unsure = plan.reading > 0 ? 1 - prospects_->acceptance.certainty() : 1;
+      drafting_ms += unsure * (step.draft_ms - drafting_ms);
+    }
   } else if (step.heard) {
     verify_ms -= times_.keeping_up(step.size);
   }
-  times_.verified(step.size, rows_of(step), verify_ms);
+  // Where a drafter read texts first, all else of the step was slow as well.
+  const int rows = rows_of(step, now && now->level > 0);
+  if (!step.caught_up) times_.verified(step.size, rows, verify_ms);
   if (now) {
     // What such steps take, as far as that is known by now: one may be slow by chance.
-    account_.ms += tokens * times_.step(step.size, step.size) -
-                   times_.step(step.size, rows_of(step)) - drafting_ms;
+    account_.ms +=
+        tokens * times_.step(step.size, step.size) - times_.step(step.size, rows) - drafting_ms;
     learn(*now, step);
   }
   return tokens * times_.step(step.size, step.size);
+}
+
+// Where drafting is all but free: for how many steps not to ask. For none while asking is worth its
+// time on average; else the more, the more often in a row it was in vain.
+int Planner::rest_behind(const Drafting& asked, double draft_ms) {
+  const Plan& plan = asked.plan;
+  // What is looked up takes longer where it is found; what is written, for each level.
+  const double asking =
+      asked.level > 0 ? plan.drafting[asked.level] : std::min(plan.drafting[1], draft_ms);
+  const double found = std::max(asked.value, 0.0) / plan.price;
+  finds_ = finds_.value_or(kAsking * asking * 2);
+  *finds_ += kNews * (found - *finds_);
+  const bool vain = found < std::max(asking, plan.drafting[1]);
+  in_vain_ = vain ? std::min(in_vain_ + 1, 16) : 0;
+  if (*finds_ > kAsking * asking) return 0;
+  return static_cast<int>(std::min((1 << in_vain_) - 1.0, asking / (kInVain * plan.plain)));
 }
 
 // From a step that drafted.
@@ -289,6 +317,14 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading) {
 int Planner::smallest_worth_trying(const Rates& found) const {
   for (size_t rung = 1; rung < rungs_.size(); ++rung) {
     if ((1 + rungs_[rung].levels) * found.plain > found.ms[rung]) return static_cast<int>(rung);
+  }
+  return 0;
+}
+
+// The first rung that is to pay; 0: none.
+int Planner::smallest_that_pays(const Rates& found) const {
+  for (size_t rung = 1; rung < rungs_.size(); ++rung) {
+    if (found.rates[rung] >= found.rates[0] * kPrudence) return static_cast<int>(rung);
   }
   return 0;
 }

@@ -69,8 +69,9 @@ class Planner {
                         const std::vector<std::vector<int>>& kinds);
   // Learns from a step; returns the ms that plain decoding would have taken to get as far.
   double observe(const Step& step);
-  // Steps that it was not told of took so long, all together.
-  void rested(double ms);
+  // What steps without drafts took that it was not told of one by one; `heard`: with the drafter
+  // keeping up.
+  void rested(int size, const std::vector<double>& ms, bool heard);
   // Whether the drafter is to hear of texts that are about to be read, so many tokens in all, so
   // that it can draft for them.
   bool follows(int tokens, const Outlook& outlook);
@@ -80,15 +81,17 @@ class Planner {
   Prospects& prospects() { return prospects_.value(); }
 
  private:
-  static constexpr double kReturn = 3;       // times what it takes, must texts promise to be read
-  static constexpr double kCheap = 0.1;      // plain steps: so cheap drafts show if they pay
-  static constexpr double kInVain = 0.005;   // of all time, for drafting that finds nothing
+  static constexpr double kReturn = 5;       // times what it takes, must texts promise to be read
+  static constexpr double kCheap = 0.35;     // plain steps: so cheap drafts show if they pay
+  static constexpr double kInVain = 0.01;    // of all time, for drafting that finds nothing
+  static constexpr double kFind = 0.8;       // of what a judged draft promises, is sure at most
+  static constexpr double kAsking = 2;       // times as long as drafting takes asking in all
+  static constexpr double kNews = 0.2;       // weight of the last time it was asked
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
   static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
                                              // model
   static constexpr int kReady = 16;  // tokens that a drafter catches up with in a usual step
   static constexpr int kSleep = 32;  // steps without drafts that are decided on at once, at most
-  static constexpr int kWaking = 3;  // the last of them tell how fast the machine is
   static constexpr int kPlainFirst = 8;   // drafted steps until a plain one is timed; then four
   static constexpr int kPlainLast = 256;  // times as many, up to so many more
 
@@ -102,9 +105,11 @@ class Planner {
   bool is_due(int size);
   std::vector<int> members_of(const Outlook& outlook, int& reading);
   int smallest_worth_trying(const Rates& found) const;
+  int smallest_that_pays(const Rates& found) const;
   int covered(int rung, const Rates& found, double sure, int reading, double& loss) const;
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
+  int rest_behind(const Drafting& asked, double draft_ms);
   void learn(const Drafting& now, const Step& step);
 
   std::mutex mutex_;
@@ -115,11 +120,12 @@ class Planner {
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;
   std::optional<Drafting> now_;
-  std::map<int, Timed> timed_;  // by doublings of the batch size
-  std::map<int, int> last_;     // by batch size, the rung taken last
-  int in_vain_ = 0;             // steps in a row that found nothing,
-  int rest_ = 0;                // and so many to rest
-  int asleep_ = 0;              // steps until the account might cover a try
+  std::map<int, Timed> timed_;   // by doublings of the batch size
+  std::map<int, int> last_;      // by batch size, the rung taken last
+  std::optional<double> finds_;  // ms that asking saves, on average
+  int in_vain_ = 0;              // steps in a row that found nothing,
+  int rest_ = 0;                 // and so many to rest
+  int asleep_ = 0;               // steps until the account might cover a try
   double promised_ = 1;
 };
 

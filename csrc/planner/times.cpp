@@ -45,23 +45,24 @@ void Pace::observe(double predicted, double measured) {
   factor_ = std::exp(median(last_));
 }
 
-void Drift::Ratios::add(double log) {
+void Drift::Ratios::add(double log, double pace) {
+  const double before = std::exchange(off, log - middle - pace);
   logs.push_back(log);
   keep_last(logs, kKept);
-  middle = median(logs);
-  if (logs.size() <= 3) return;
-  const double last = logs.back() - middle, before = logs[logs.size() - 2] - middle;
-  if (std::min(std::abs(last), std::abs(before)) > kFar && last * before > 0) {
+  if (logs.size() > 3 && std::min(std::abs(off), std::abs(before)) > kFar && off * before > 0) {
     keep_last(logs, 2);
-    middle = median(logs);
   }
+  std::vector<double> known = logs;
+  if (logs.size() == 1) known[0] = std::clamp(log, -kFar, kFar);
+  known.push_back(0);
+  middle = median(std::move(known));
 }
 
-void Drift::observe(Kind kind, double predicted, double measured) {
+void Drift::observe(Kind kind, double predicted, double measured, double pace, bool apart) {
   if (std::min(predicted, measured) <= 0) return;
   const double log = std::log(measured / predicted);
-  of_kind_[kind].add(log);
-  common_.add(log);
+  of_kind_[kind].add(log, std::log(pace));
+  if (!apart) common_.add(log, std::log(pace));
   ++version_;
 }
 
@@ -80,7 +81,7 @@ void StepTimes::climb(const std::vector<Budget>& rungs) {
 }
 
 double StepTimes::model(int size, int rows) const {
-  return std::max(step_.ms(size, rows, context_), 1e-6);
+  return std::max(step_.ms(size, rows, context_) * (rows > size ? draft_.slowed : 1.0), 1e-6);
 }
 
 double StepTimes::step(int size, int rows) const {
@@ -100,7 +101,7 @@ const std::vector<double>& StepTimes::verify(int size, double context) {
   if (table.ms.empty()) {
     for (int n = 0; n <= most; ++n) {
       const int rows = std::max(n, size);
-      table.ms.push_back(std::max(step_.ms(size, rows, context_), 1e-6));
+      table.ms.push_back(model(size, rows));
       table.kinds.push_back(rows == size ? 0.0 : halves(size, rows) + 1);
     }
   }
@@ -145,17 +146,19 @@ void StepTimes::verified(int size, int rows, double ms) {
   const Drift::Kind kind = kind_of_step(size, rows);
   const double usual = model(size, rows);
   pace_.observe(usual * verifying_.factor(kind), ms);
-  verifying_.observe(kind, usual * pace_.factor(), ms);
+  // Plain steps are the most, and quicker in a row than any was when it was measured: what is
+  // common to steps that draft, is told by those.
+  verifying_.observe(kind, usual, ms, pace_.factor(), rows == size);
 }
 
 void StepTimes::drafted(int members, Budget drafted, double ms, int read) {
-  const double usual = draft_.ms(members, drafted.nodes) * pace_.factor();
+  const double usual = draft_.ms(members, drafted.nodes), pace = pace_.factor();
   const Drift::Kind kind = kind_of_draft(members, drafted);
   if (read < 0) {
-    drafting_.observe(kind, usual, ms);
+    drafting_.observe(kind, usual, ms, pace);
   } else {
-    const double reading = std::max(ms - usual * drafting_.factor(kind), 1e-6);
-    reading_.observe(0, draft_.reading_ms(read) * pace_.factor(), reading);
+    const double reading = std::max(ms - usual * pace * drafting_.factor(kind), 1e-6);
+    reading_.observe(0, draft_.reading_ms(read), reading, pace);
   }
 }
 

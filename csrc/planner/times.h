@@ -1,8 +1,8 @@
 // What steps of a running engine take: the cost model's times, corrected while it runs.
 //
-// A machine that others use is slow for some steps, then fast again. That concerns all kinds of
-// steps, so it is told by the last few of them, whichever they were; what kinds are off beyond it
-// is lasting.
+// What one kind of steps takes longer than another is lasting, and learnt of each kind. Beside it a
+// machine that others use is slow for some steps, then fast again; that concerns all kinds, so it
+// is told by the last few, whichever they were.
 #pragma once
 
 #include <cstddef>
@@ -31,20 +31,22 @@ class Pace {
  private:
   static constexpr size_t kLast = 3;
 
-  std::vector<double> last_;
+  std::vector<double> last_ = std::vector<double>(kLast);  // one step alone tells nothing
   double factor_ = 1.0;
 };
 
 // How far real times are from predicted ones, one kind more than another.
 //
-// What is of one kind is corrected by the median of its own last ratios, the fewer there are the
-// more by what all kinds have in common. Once is chance; two in a row that are far off in the same
-// direction say that times have changed, and what was before is forgotten.
+// What is of one kind is corrected by the median of its own last ratios and of 1, the fewer there
+// are the more by what kinds have in common. Once is chance; two in a row that are far off in the
+// same direction, and not by the machine's pace, say that times have changed, and what was before
+// is forgotten.
 class Drift {
  public:
   using Kind = uint64_t;
 
-  void observe(Kind kind, double predicted, double measured);
+  // `apart`: it tells nothing of other kinds.
+  void observe(Kind kind, double predicted, double measured, double pace, bool apart = false);
   double factor(Kind kind) const;
   int version() const { return version_; }  // changes with what is known
 
@@ -52,8 +54,9 @@ class Drift {
   struct Ratios {
     std::vector<double> logs;
     double middle = 0;
+    double off = 0;  // the last one's distance from it beyond the pace
 
-    void add(double log);
+    void add(double log, double pace);
   };
 
   static constexpr size_t kKept = 15;

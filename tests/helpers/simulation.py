@@ -132,7 +132,7 @@ class World:
             self.tokens += min(1 + len(walk), left[i])
             left[i] -= 1 + len(walk)
         if asleep:
-            controller.rested(1, len(at), ms)
+            controller.rested(len(at), [ms], False)
             return
         depths = [0] * len(at)
         for i, count in zip(members, counts, strict=True):

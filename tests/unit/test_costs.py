@@ -126,7 +126,8 @@ def test_levels_of_a_chain_take_the_same_each():
 
 def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
     times = _C.planner.StepTimes(
-        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0), _C.planner.DraftCosts([], [])
+        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0),
+        _C.planner.DraftCosts([], [], 1.0),
     )
     for _ in range(20):
         times.verified(1, 1, 2.0)
@@ -141,7 +142,8 @@ def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
 
 def test_one_kind_that_is_off_does_not_change_the_others():
     times = _C.planner.StepTimes(
-        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0), _C.planner.DraftCosts([], [])
+        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0),
+        _C.planner.DraftCosts([], [], 1.0),
     )
     for _ in range(40):
         times.verified(1, 1, 2.0)

@@ -354,9 +354,10 @@ class Sleeping(FixedController):
     def observe(self, step):
         self.told += 1
 
-    def rested(self, steps, batch_size, ms):
-        assert ms > 0
-        self.rests.append((steps, batch_size))
+    def rested(self, batch_size, steps_ms, heard):
+        assert min(steps_ms) > 0
+        assert not heard
+        self.rests.append((len(steps_ms), batch_size))
 
 
 def test_a_controller_that_sleeps_is_asked_and_told_no_more_than_it_said():

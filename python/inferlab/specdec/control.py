@@ -126,8 +126,14 @@ class Controller(ABC):
         """Hears of a step."""
         return
 
-    def rested(self, steps: int, batch_size: int, ms: float) -> None:
-        """Hears of steps without drafts that it was not told of one by one."""
+    def rested(self, batch_size: int, steps_ms: Sequence[float], heard: bool) -> None:
+        """Hears of steps without drafts that it was not told of one by one.
+
+        Args:
+            batch_size: sequences.
+            steps_ms: all of each step.
+            heard: the drafter was told of them.
+        """
         return
 
     @abstractmethod

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +16,7 @@ from inferlab.models import KVCache, TargetModel
 from inferlab.models.graphs import captured_soon
 from inferlab.scheduler import Request
 from inferlab.specdec.batch import Batch
-from inferlab.specdec.control import Choice, Controller, Judge, Outlook
+from inferlab.specdec.control import Choice, Controller, Judge, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.engine import Engine
@@ -36,6 +37,8 @@ GRID = ((1, SHORT, 64), (1, LONG, 8), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 
 """Sequences, their context, and the nodes up to which trees of 2^i are measured."""
 TREE_DEPTH = 8
 """Of trees of random tokens."""
+PLAIN_STEPS = 4
+"""In a row, as most are taken: each is quicker than one behind other steps."""
 MOST_ROWS = 128
 """Of steps with the real drafter."""
 MOST_TOKENS = 512
@@ -52,15 +55,24 @@ class NoRoomError(ValueError):
 
 
 class Scripted(Controller):
-    """A controller that asks for what it is told."""
+    """A controller that asks for what it is told.
+
+    Attributes:
+        budget: what it is told.
+        rows: of the last step's forward.
+    """
 
     max_k = MAX_DRAFT
 
     def __init__(self) -> None:
         self.budget = NO_DRAFT
+        self.rows = 0
 
     def choose(self, outlook: Outlook) -> Choice:
         return Choice(self.budget)
+
+    def observe(self, step: StepObservation) -> None:
+        self.rows = step.rows
 
     def describe(self) -> dict[str, Any]:
         return {"controller": "scripted"}
@@ -99,8 +111,13 @@ class RandomDrafter(Drafter):
         return {"drafter": self.name}
 
 
-Timed = tuple[Budget, float, dict[str, float]]
-"""A step: what was drafted at most, ms of all of it, and by phase."""
+class Timed(NamedTuple):
+    """A step: what was drafted at most, rows of its forward, ms of all of it, and by phase."""
+
+    budget: Budget
+    rows: int
+    ms: float
+    phases: dict[str, float]
 
 
 class Least(dict[Any, float]):
@@ -170,26 +187,27 @@ class Bench:
             self.prefill_ms.keep((batch, context), spent)
             self._timed(budgets[0])  # a first step takes longer
             for budget in [b for b in budgets if b != NO_DRAFT and self.reads][:1]:
-                first = self._timed(budget)[1]["draft"]
+                first = self._timed(budget).phases["draft"]
                 self.caught_up_ms.keep((batch, context, budget.nodes), first)
             for budget in [*budgets] * repeats:
                 timed = self._timed(budget)
                 for request in requests:
                     if request.finished:
                         raise ValueError(request.error or "a text ended before it was timed")
-                yield (budget, *timed)
+                yield timed
         finally:
             for request in requests:
                 self.engine.abort(request.request_id)
 
-    def _timed(self, budget: Budget) -> tuple[float, dict[str, float]]:
+    def _timed(self, budget: Budget) -> Timed:
         self._script.budget = budget
         before = dict(self.engine.clock.totals)
         with captured_soon():
             start = time.perf_counter()
             self.engine.step()
             spent = (time.perf_counter() - start) * 1e3
-        return spent, {p: ms - before[p] for p, ms in self.engine.clock.totals.items()}
+        phases = {p: ms - before[p] for p, ms in self.engine.clock.totals.items()}
+        return Timed(budget, self._script.rows, spent, phases)
 
 
 def of_nodes(nodes: int, most_levels: int = TREE_DEPTH) -> Budget:
@@ -220,32 +238,40 @@ def measure(
     chains = own is not None and are_chains(own.drafter.ladder())
     bench = Bench(target, policy, cache, RandomDrafter(target.vocab_size, chains=chains))
     levels = bench.drafter.max_depth
-    steps, keeping, drafts, kept = Least(), Least(), Least(), Least()
+    steps, keeping, drafts, found, kept = Least(), Least(), Least(), Least(), Least()
+    drafted: list[tuple[int, Timed]] = []
     for _ in _passes(target.device):
         for batch, context, most in GRID:
             if batch > max_batch:
                 continue
-            budgets = [of_nodes(2**i, levels) for i in range(most.bit_length())]
-            for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
+            budgets = [NO_DRAFT] * PLAIN_STEPS
+            budgets += [of_nodes(2**i, levels) for i in range(1, most.bit_length())]
+            for budget, _, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 steps.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
                 keeping.keep(batch, phases["commit"])
             if own is not None and context == SHORT and batch in keeping:
-                for budget, _, phases in _drafted(own, batch, max_k):
-                    drafts.keep((batch, budget.nodes), phases["draft"])
-                    kept.keep((batch, budget.nodes), phases["commit"])
+                for step in _drafted(own, batch, max_k):
+                    key = batch, step.budget.nodes
+                    drafts.keep(key, step.phases["draft"])
+                    kept.keep(key, step.phases["commit"])
+                    if step.rows > batch:  # a drafter may find nothing, which takes less
+                        found.keep(key, step.phases["draft"])
+                        drafted.append((batch, step))
                 if batch == 1:  # reading takes its time, however short the text
                     list(_fitting(own.steps(1, LONG, [NO_DRAFT, *own.drafter.ladder()[:1]])))
     if not steps:
         return None
-    drafting = [
-        # Committing takes longer with a drafter's state.
-        DraftTime(batch, nodes, ms + max(kept[batch, nodes] - keeping[batch], 0.0))
-        for (batch, nodes), ms in drafts.items()
-    ]
     fitted = StepCosts.fit(_step_times(steps))
     if own is None:
         return CostModel(fitted)
-    return CostModel(fitted, DraftCosts.of(drafting, _reading(bench, own, drafts), chains=chains))
+    drafts.update(found)
+    for (batch, nodes), ms in kept.items():
+        if nodes == 0:  # keeping up with a step takes longer with a drafter's state
+            drafts[batch, 0] += max(ms - keeping[batch], 0.0)
+    drafting = [DraftTime(batch, nodes, ms) for (batch, nodes), ms in drafts.items()]
+    reading = _reading(bench, own, drafts)
+    slowed = _slowed(fitted, drafted)
+    return CostModel(fitted, DraftCosts.of(drafting, reading, chains=chains, slowed=slowed))
 
 
 def _cache(target: TargetModel, num_pages: int, page_size: int) -> KVCache:
@@ -284,6 +310,17 @@ def _drafted(bench: Bench, batch: int, max_k: int) -> list[Timed]:
     return steps or list(_fitting(bench.steps(batch, SHORT // 2, [NO_DRAFT, *ladder[:1]])))
 
 
+def _slowed(fitted: StepCosts, drafted: Sequence[tuple[int, Timed]]) -> float:
+    """How much longer than by itself the target's part takes in steps that draft: other work in
+    between, and a drafter's state to be kept. Plain steps in a row take what the least of them
+    took; these do not, so it is their usual time that counts."""
+    ratios = [
+        (step.ms - step.phases["draft"]) / fitted.ms(batch, step.rows / batch, SHORT)
+        for batch, step in drafted
+    ]
+    return max(median(ratios), 1.0) if ratios else 1.0
+
+
 def _reading(bench: Bench, own: Bench, drafts: Least) -> list[tuple[int, float]]:
     """By tokens, what texts take that a drafter reads: when they are first drafted for, or beside
     the target."""
@@ -320,6 +357,6 @@ def check(
                 continue
             sizes = [n for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
             budgets = [of_nodes(n, drafter.max_depth) for n in sizes]
-            for budget, ms, phases in _fitting(bench.steps(batch, context, budgets)):
+            for budget, _, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 measured.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
     return [(step, costs.ms(*step[:3])) for step in _step_times(measured)]

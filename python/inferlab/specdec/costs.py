@@ -27,7 +27,7 @@ import numpy as np
 
 from inferlab import _C
 
-VERSION = 5
+VERSION = 6
 """Of the file format, and of how times are measured."""
 
 
@@ -111,15 +111,19 @@ class DraftCosts:
     Attributes:
         table: by batch, then by nodes of the budget, ms; both growing.
         reading: by tokens, ms to read texts before the first draft for them; both growing.
+        slowed: how many times as long all else takes in a step that drafts.
     """
 
     table: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]
     reading: tuple[tuple[int, float], ...] = ()
+    slowed: float = 1.0
 
     def __post_init__(self) -> None:
         for row in (*(row for _, row in self.table), self.reading or ((0, 0.0),)):
             if not row or not all(0 <= ms < math.inf for _, ms in row):
                 raise ValueError("table and reading must hold times, finite and not negative")
+        if not 1 <= self.slowed < math.inf:
+            raise ValueError(f"slowed is {self.slowed}, must be finite and at least 1")
 
     @classmethod
     def of(
@@ -128,6 +132,7 @@ class DraftCosts:
         reading: Sequence[tuple[int, float]] = (),
         *,
         chains: bool = False,
+        slowed: float = 1.0,
     ) -> DraftCosts:
         """More nodes, and more tokens, never take less: what was measured so is noise. (Texts are
         read once each, so noise there is a first time, which is longer.)
@@ -146,7 +151,7 @@ class DraftCosts:
             )
         falling = np.minimum.accumulate([max(ms, 0.0) for _, ms in sorted(reading)[::-1]])
         read = zip(sorted(reading), falling[::-1], strict=True)
-        return cls(tuple(table), tuple((tokens, float(v)) for (tokens, _), v in read))
+        return cls(tuple(table), tuple((tokens, float(v)) for (tokens, _), v in read), slowed)
 
     def ms(self, batch: int, nodes: float) -> float:
         """What a budget of so many nodes adds to a step; ``nodes`` may be a mean."""
@@ -163,7 +168,12 @@ class CostModel:
 
     def ms(self, batch: int, nodes: int, context: float) -> float:
         """A step that drafts ``nodes`` for each sequence (0: none) and verifies them."""
-        return self.step.ms(batch, 1 + nodes, context) + self.draft.ms(batch, nodes)
+        return self.verify_ms(batch, nodes, context) + self.draft.ms(batch, nodes)
+
+    def verify_ms(self, batch: int, nodes: float, context: float) -> float:
+        """All but drafting of such a step; ``nodes`` may be a mean."""
+        slowed = self.draft.slowed if nodes > 0 else 1.0
+        return self.step.ms(batch, 1 + nodes, context) * slowed
 
     def planner(self, measured: bool = True) -> Any:
         """The compiled one that decides by these: ``csrc/planner/planner.h``."""
@@ -194,7 +204,7 @@ def _compiled_step(costs: StepCosts) -> Any:
 @lru_cache(maxsize=64)
 def _compiled_draft(costs: DraftCosts) -> Any:
     reading = [(0, 0.0), *costs.reading] if costs.reading else []
-    return _C.planner.DraftCosts(costs.table, reading)
+    return _C.planner.DraftCosts(costs.table, reading, costs.slowed)
 
 
 def _straightened(row: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -78,6 +78,7 @@ class Engine:
         self._members: Members | None = None  # the last, of some of a batch
         self._asleep = 0  # steps of this batch, of which the controller has decided already
         self._slept: list[float] = []  # ms of those that were
+        self._slept_heard = False  # whether the drafter heard of them
         self._unheard: set[int] = set()  # requests that the drafter was not told of
         self._stops: dict[int, StopStrings] = {}
         self._special_tokens: dict[int, str] | None = None
@@ -353,14 +354,15 @@ class Engine:
             self.controller.observe(observed)
             return
         self._slept.append(observed.step_ms)
+        self._slept_heard = observed.heard
         if self._asleep == 0:
             self._wake()
 
     def _wake(self) -> None:
         """Tells the controller of the steps that it did not hear of."""
         if self._slept and self._batch is not None:
-            self.controller.rested(len(self._slept), len(self._batch), sum(self._slept))
-        self._slept.clear()
+            self.controller.rested(len(self._batch), self._slept, self._slept_heard)
+        self._slept = []
         self._asleep = 0
 
     def _conclude(

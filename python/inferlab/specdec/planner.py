@@ -94,9 +94,10 @@ class CostController(Controller):
         )
         self._report.count(step.budget.nodes, step.batch_size, step.step_ms, plain_ms)
 
-    def rested(self, steps: int, batch_size: int, ms: float) -> None:
-        self._planner.rested(ms)
-        self._report.count(0, batch_size, ms, ms, steps)
+    def rested(self, batch_size: int, steps_ms: Sequence[float], heard: bool) -> None:
+        self._planner.rested(batch_size, steps_ms, heard)
+        spent = sum(steps_ms)
+        self._report.count(0, batch_size, spent, spent, len(steps_ms))
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -104,7 +104,7 @@ class Times:
 
     def _parts(self, step: int) -> tuple[float, float]:
         batch, nodes = int(self.batch[step]), float(self.nodes[step])
-        ms = self._costs.step.ms(batch, 1 + nodes, self.context[step])
+        ms = self._costs.verify_ms(batch, nodes, self.context[step])
         return ms, self._drafting(batch, nodes, int(self.levels[step]))
 
     def width(self, nodes: Sequence[int]) -> float:
@@ -145,7 +145,7 @@ class Times:
 
     def predicted(self, batch: int, levels: int, nodes: float, context: float) -> float:
         """A step of any size."""
-        step = self._costs.step.ms(batch, 1 + nodes, context) * self.step_scale(batch)
+        step = self._costs.verify_ms(batch, nodes, context) * self.step_scale(batch)
         return float(step + self._drafting(batch, nodes, levels) * self._draft_scale(batch))
 
     def reading(self, batch: int, tokens: float) -> float:
