@@ -170,7 +170,7 @@ void bind_planner(py::module_& parent) {
       .def(py::init<StepCosts, DraftCosts, bool>())
       .def("climb",
            [](Planner& self, const std::vector<Levels>& rungs, std::vector<double> by_rank,
-              std::vector<double> by_kind, double evidence, bool asks) {
+              std::vector<double> by_kind, double evidence, bool asks, bool looks_up) {
              require(!rungs.empty() && rungs[0] == Levels(0, 0), "rungs must begin with (0, 0)");
              std::vector<Budget> budgets;
              for (const auto& [levels, nodes] : rungs) {
@@ -179,7 +179,7 @@ void bind_planner(py::module_& parent) {
                budgets.push_back({levels, nodes});
              }
              self.climb(std::move(budgets),
-                        {std::move(by_rank), std::move(by_kind), evidence, asks});
+                        {std::move(by_rank), std::move(by_kind), evidence, asks, looks_up});
            })
       .def("choose",
            [](Planner& self, std::vector<int64_t> requests, double context,

@@ -31,6 +31,7 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
   times_.climb(rungs_);
   prospects_.emplace(rungs_, known, times_);
   asks_ = known.asks;
+  looks_up_ = known.looks_up;
 }
 
 // What is asked before and while drafting.
@@ -115,7 +116,7 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   };
   if (members.empty()) return sleep(plain);
   const int count = static_cast<int>(members.size());
-  const bool asked = asks_ && found.drafting[1] <= kCheap * plain;
+  const bool asked = asks_ && (looks_up_ || found.drafting[1] <= kCheap * plain);
   const bool tries = best == 0 && !asked;
   const double sure = prospects.sure(count);
   double loss = plain;

@@ -82,7 +82,7 @@ class Planner {
 
  private:
   static constexpr double kReturn = 5;       // times what it takes, must texts promise to be read
-  static constexpr double kCheap = 0.35;     // plain steps: so cheap drafts show if they pay
+  static constexpr double kCheap = 0.1;      // plain steps: so cheap drafts show if they pay
   static constexpr double kInVain = 0.01;    // of all time, for drafting that finds nothing
   static constexpr double kFind = 0.8;       // of what a judged draft promises, is sure at most
   static constexpr double kAsking = 2;       // times as long as drafting takes asking in all
@@ -115,7 +115,7 @@ class Planner {
   std::mutex mutex_;
   StepTimes times_;
   bool measured_;
-  bool asks_ = false;  // of the drafter: see `Known`
+  bool asks_ = false, looks_up_ = false;  // of the drafter: see `Known`
   Account account_;
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;

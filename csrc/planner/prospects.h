@@ -33,6 +33,7 @@ struct Known {
   std::vector<double> by_kind;
   double evidence = 0;
   bool asks = false;
+  bool looks_up = false;
 };
 
 // Of drafting for some of a batch, by rung.

@@ -30,7 +30,7 @@ class Judged(FixedController):
         self.planners = [COSTS.planner() for _ in range(2)]
         for planner in self.planners:
             rungs = [(k, k) for k in range(levels + 1)]
-            planner.climb(rungs, [0.8] * levels, SURE, 50.0, True)
+            planner.climb(rungs, [0.8] * levels, SURE, 50.0, True, False)
 
     def choose(self, outlook):
         size = len(outlook.requests)

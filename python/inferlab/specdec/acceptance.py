@@ -25,12 +25,14 @@ class Known(NamedTuple):
         by_kind: chance of a node of each kind; empty: nodes are told apart by rank alone.
         evidence: observations that these chances are worth, 0 where they were not measured.
         asks: drafting takes next to no time, or the judge is asked before what does.
+        looks_up: it does take next to no time: drafts are looked up.
     """
 
     by_rank: Sequence[float] = ()
     by_kind: Sequence[float] = ()
     evidence: float = 0.0
     asks: bool = False
+    looks_up: bool = False
 
 
 UNKNOWN = Known()

@@ -115,4 +115,4 @@ class CostController(Controller):
             rungs = [b for b in rungs if b.nodes <= self.max_k]
         self._rungs = [NO_DRAFT, *rungs]
         known = outlook.known
-        self._planner.climb(self._rungs, known.by_rank, known.by_kind, known.evidence, known.asks)
+        self._planner.climb(self._rungs, *known)

@@ -46,7 +46,7 @@ class NgramDrafter(Drafter):
     """
 
     name = "ngram"
-    known = Known(by_kind=SURE, evidence=8, asks=True)
+    known = Known(by_kind=SURE, evidence=8, asks=True, looks_up=True)
 
     def __init__(
         self,
