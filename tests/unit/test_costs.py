@@ -151,3 +151,50 @@ def test_one_kind_that_is_off_does_not_change_the_others():
         times.verified(1, 1, 2.0)
     assert times.step(1, 1) == pytest.approx(2.0, rel=0.05)
     assert times.step(1, 8) == pytest.approx(6.0, rel=0.1)
+
+
+def times_of(slowed=1.0):
+    return _C.planner.StepTimes(
+        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0),
+        _C.planner.DraftCosts([], [], slowed),
+    )
+
+
+def test_what_alone_is_taken_and_is_off_is_no_slow_machine():
+    """Else plain steps would look slow wherever drafting is."""
+    times = times_of()
+    for _ in range(8):
+        times.verified(1, 1, 2.0)
+    for _ in range(20):
+        times.verified(1, 8, 6.0)
+    assert times.step(1, 8) == pytest.approx(6.0, rel=0.05)
+    assert times.step(1, 1) == pytest.approx(2.0, rel=0.1)
+
+
+def test_plain_steps_that_are_off_say_nothing_of_those_that_draft():
+    times = times_of()
+    for _ in range(20):
+        times.verified(1, 1, 1.2)
+    assert times.step(1, 1) == pytest.approx(1.2, rel=0.05)
+    assert times.step(1, 8) == pytest.approx(4.0, rel=0.05)
+
+
+def test_one_step_alone_tells_little():
+    times = times_of()
+    times.verified(1, 1, 20.0)
+    assert 2.0 <= times.step(1, 1) < 2.3
+    times.verified(1, 1, 2.0)
+    assert times.step(1, 1) == pytest.approx(2.0, rel=0.05)
+
+
+def test_all_else_of_a_step_that_drafts_takes_longer():
+    times = times_of(slowed=1.5)
+    assert (times.step(1, 1), times.step(1, 8)) == (2.0, 6.0)
+    model = CostModel(
+        StepCosts((1, 2), (1.0, 2.0)), DraftCosts(((1, ((0, 0.0), (1, 0.1))),), slowed=1.5)
+    )
+    assert model.ms(1, 0, 0) == 1.0
+    assert model.ms(1, 1, 0) == pytest.approx(3.1)
+    assert CostModel.from_json(model.to_json()) == model
+    with pytest.raises(ValueError, match=r"slowed is 0\.5, must be finite and at least 1"):
+        DraftCosts((), slowed=0.5)

@@ -393,3 +393,44 @@ def test_kinds_are_in_the_order_of_chances():
     assert kinds == sorted(kinds)
     assert (kinds[0], kinds[-1]) == (0, len(SURE) - 1)
     assert kinds_of(SURE) == list(range(len(SURE)))
+
+
+def test_what_steps_of_a_sleep_took_is_what_plain_steps_take():
+    controller = CostController(4, World(draft_ms=50.0).costs())
+    assert controller.choose(Outlook(CHAIN[:4], [0], 32.0, [500])).budget == NO_DRAFT
+    controller.rested(1, [6.0] * 20, heard=False)
+    plain = StepObservation(1, NO_DRAFT, 6.0, [0], [[]], rows=1)
+    assert controller._planner.observe(
+        plain.batch_size, plain.budget, plain.step_ms, plain.accepted, False, 1, 0.0, False
+    ) == pytest.approx(6.0, rel=0.05)
+
+
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_looking_up_is_asked_for_however_long_it_was_measured_to_take(looks_up):
+    controller = CostController(4, World(draft_ms=20.0).costs())
+    known = Known(by_kind=SURE, evidence=8, asks=True, looks_up=looks_up)
+    choice = controller.choose(Outlook(CHAIN[:4], [0], 32.0, [50], packs=True, known=known))
+    assert (choice.budget != NO_DRAFT) == looks_up
+
+
+def test_a_step_behind_a_texts_reading_teaches_nothing_of_usual_ones():
+    """All of it is slow: what the reading left of the target in the caches is little."""
+    drafted = {}
+    for slow in (1.0, 5.0):
+        controller = CostController(4, World(acceptance=0.9).costs())
+        drafted[slow] = []
+        for text in range(6):
+            outlook = Outlook(CHAIN[:4], [text], 32.0, [100])
+            for _ in range(8):
+                levels = controller.choose(outlook).budget.levels
+                first = levels > 0 and not any(drafted[slow][8 * text :])
+                drafted[slow].append(levels)
+                controller.observe(
+                    StepObservation(
+                        1, Budget(levels, levels), (slow if first else 1.0) * 10.0 + levels,
+                        [levels], [list(range(1, levels + 1))], first, 1 + levels,
+                        float(levels), levels > 0,
+                    )
+                )  # fmt: skip
+    assert sum(drafted[1.0]) > 60
+    assert drafted[5.0] == drafted[1.0]
