@@ -119,19 +119,26 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   const bool asked = asks_ && (looks_up_ || found.drafting[1] <= kCheap * plain);
   const bool tries = best == 0 && !asked;
   const double sure = prospects.sure(count);
-  double loss = plain;
+  double loss = 0;
   if (!asked) {
     const double saved = plain - found.ms[best] / (1 + found.gains[best]);
     account_.expect(saved * largest(outlook.remaining, kSome), size,
                     prospects.acceptance.certainty());
-    if (tries) best = smallest_worth_trying(found);
-    if (asks_) {  // the rest is asked for
+    int needed = 1;  // the smallest that will do
+    if (tries) {
+      best = smallest_worth_trying(found);
+      if (asks_) best = std::min(best, 1);
+    } else if (asks_) {
       // A few levels that lose each time until all is lost would be worse than none.
-      const int least = tries ? std::min(best, 1) : smallest_that_pays(found);
-      best = covered(least, found, sure, reading, loss) == least ? std::min(least, 1) : 0;
+      best = needed = smallest_that_pays(found);
     }
-    best = covered(best, found, sure, reading, loss);
-    if (best == 0) return sleep(loss - account_.may_lose(true));
+    if (best == 0) return sleep(plain);
+    best = covered(best, found, sure, reading);
+    if (best < needed) {
+      return sleep(loss_of(needed, found, sure, reading) - account_.may_lose(needed == 1));
+    }
+    if (asks_) best = 1;  // the rest is asked for
+    loss = loss_of(best, found, sure, reading);
   }
   if (asks_) best = static_cast<int>(rungs_.size()) - 1;
   const double brought = prospects.ranks.accepted()[prospects.nodes[best]] * count / size;
@@ -175,9 +182,7 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
     return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
   }
-  double loss = 0;
-  return cost * (1 - sure) <= account_.ms &&
-         covered(best, found, prospects_->sure(size), 0, loss) > 0;
+  return cost * (1 - sure) <= account_.ms && covered(best, found, prospects_->sure(size), 0) > 0;
 }
 
 // What is learnt from steps.
@@ -330,15 +335,18 @@ int Planner::smallest_that_pays(const Rates& found) const {
   return 0;
 }
 
-// The largest rung up to this one whose possible loss the account covers, and the loss: if only so
-// much of what is gained comes as is `sure`.
-int Planner::covered(int rung, const Rates& found, double sure, int reading, double& loss) const {
+// What a rung may lose, in ms: if only so much of what is gained comes as is `sure`.
+double Planner::loss_of(int rung, const Rates& found, double sure, int reading) const {
   const double read = (1 - prospects_->acceptance.certainty()) * times_.read(reading);
+  return found.ms[rung] - found.plain * (1 + sure * found.gains[rung]) + read;
+}
+
+// The largest rung up to this one whose possible loss the account covers; 0: none.
+int Planner::covered(int rung, const Rates& found, double sure, int reading) const {
   for (; rung > 0; --rung) {
-    loss = found.ms[rung] - found.plain * (1 + sure * found.gains[rung]) + read;
-    if (loss <= account_.may_lose(rung == 1)) return rung;
+    if (loss_of(rung, found, sure, reading) <= account_.may_lose(rung == 1)) break;
   }
-  return 0;
+  return rung;
 }
 
 // [n][member] of the n-th token that a step brings, where steps bring `brought`.

@@ -106,7 +106,8 @@ class Planner {
   std::vector<int> members_of(const Outlook& outlook, int& reading);
   int smallest_worth_trying(const Rates& found) const;
   int smallest_that_pays(const Rates& found) const;
-  int covered(int rung, const Rates& found, double sure, int reading, double& loss) const;
+  double loss_of(int rung, const Rates& found, double sure, int reading) const;
+  int covered(int rung, const Rates& found, double sure, int reading) const;
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
   int rest_behind(const Drafting& asked, double draft_ms);
