@@ -43,6 +43,8 @@ DraftCosts draft_costs(const std::vector<std::pair<int, Points>>& table, const P
   costs.slowed = slowed;
   for (const auto& [batch, by_nodes] : table) {
     require(!by_nodes.empty(), "table has a batch without times");
+    require(batch > (costs.batches.empty() ? 0 : costs.batches.back()),
+            "table must be given by growing batches");
     costs.batches.push_back(batch);
     costs.by_batch.push_back(line_of(by_nodes));
   }
@@ -204,19 +206,19 @@ void bind_planner(py::module_& parent) {
       .def("goes_on",
            [](Planner& self, const std::vector<int64_t>& requests, const std::vector<int>& kinds) {
              require_sizes("kinds", kinds.size(), requests.size());
-             require_kinds(kinds, self.prospects().acceptance.chances().size());
-             return self.goes_on(requests, kinds);
+             return self.goes_on(requests, kinds,
+                                 [&](size_t count, size_t) { require_kinds(kinds, count); });
            })
       .def("keep",
            [](Planner& self, const std::vector<int64_t>& requests,
               const std::vector<std::vector<int>>& kinds) {
              require_sizes("kinds", kinds.size(), requests.size());
-             const auto most = static_cast<size_t>(self.prospects().nodes.back());
-             for (const auto& of_one : kinds) {
-               require_kinds(of_one, self.prospects().acceptance.chances().size());
-               require(of_one.size() <= most, "kinds has more nodes than the largest budget");
-             }
-             return self.keep(requests, kinds);
+             return self.keep(requests, kinds, [&](size_t count, size_t most) {
+               for (const auto& of_one : kinds) {
+                 require_kinds(of_one, count);
+                 require(of_one.size() <= most, "kinds has more nodes than the largest budget");
+               }
+             });
            })
       .def("rested", &Planner::rested)
       .def("observe",

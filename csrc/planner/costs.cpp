@@ -23,7 +23,10 @@ double StepCosts::ms(int batch, double rows, double context) const {
 double DraftCosts::ms(int batch, double nodes) const {
   if (by_batch.empty()) return 0;
   std::vector<double> times;
-  for (const Line& line : by_batch) times.push_back(line.at(nodes));
+  // More sequences never take less: what was measured so is noise.
+  for (const Line& line : by_batch) {
+    times.push_back(std::max(line.at(nodes), times.empty() ? 0.0 : times.back()));
+  }
   return Line(batches, std::move(times)).at(batch);
 }
 

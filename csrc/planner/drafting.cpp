@@ -17,8 +17,9 @@ bool Drafting::is_of(const std::vector<int64_t>& requests) const {
 
 bool Drafting::goes_on(Prospects& prospects, const std::vector<int64_t>& requests,
                        const std::vector<int>& kinds) {
-  ++level;
-  if (plan.tries || level + 1 >= static_cast<int>(plan.drafting.size())) return false;
+  const int deepest = static_cast<int>(plan.drafting.size()) - 1;
+  level = std::min(level + 1, deepest);
+  if (plan.tries || level == deepest) return false;
   double worth = 0, next = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
     const double chance = prospects.acceptance.chance(requests[i], kinds[i]);

@@ -61,15 +61,22 @@ Decision Planner::not_drafted(int steps) {
   return decision;
 }
 
-bool Planner::goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds) {
+bool Planner::is_under_way(const std::vector<int64_t>& requests, const Check& check) const {
+  if (!now_ || !now_->is_of(requests)) return false;
+  if (check) check(prospects_->acceptance.chances().size(), prospects_->nodes.back());
+  return true;
+}
+
+bool Planner::goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds,
+                      const Check& check) {
   const std::lock_guard lock(mutex_);
-  return now_ && now_->is_of(requests) && now_->goes_on(*prospects_, requests, kinds);
+  return is_under_way(requests, check) && now_->goes_on(*prospects_, requests, kinds);
 }
 
 std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
-                               const std::vector<std::vector<int>>& kinds) {
+                               const std::vector<std::vector<int>>& kinds, const Check& check) {
   const std::lock_guard lock(mutex_);
-  if (now_ && now_->is_of(requests)) return now_->keep(*prospects_, requests, kinds);
+  if (is_under_way(requests, check)) return now_->keep(*prospects_, requests, kinds);
   std::vector<int> all;
   for (const auto& of_one : kinds) all.push_back(static_cast<int>(of_one.size()));
   return all;
@@ -79,6 +86,7 @@ void Planner::rested(int size, const std::vector<double>& ms, bool heard) {
   const std::lock_guard lock(mutex_);
   const double beside = heard ? times_.keeping_up(size) : 0;
   for (const double of_one : ms) {
+    if (!std::isfinite(of_one)) continue;
     account_.passed(of_one);
     times_.verified(size, size, of_one - beside);
   }
@@ -118,7 +126,9 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   const int count = static_cast<int>(members.size());
   const bool asked = asks_ && (looks_up_ || found.drafting[1] <= kCheap * plain);
   const bool tries = best == 0 && !asked;
-  const double sure = prospects.sure(count);
+  // What was lost says that not all that seems sure comes.
+  const double debt = std::clamp(1 + account_.ms / (kDebt * plain), 0.0, 1.0);
+  const double sure = debt * prospects.sure(count);
   double loss = 0;
   if (!asked) {
     const double saved = plain - found.ms[best] / (1 + found.gains[best]);
@@ -191,6 +201,7 @@ double Planner::observe(const Step& step) {
   const std::lock_guard lock(mutex_);
   std::optional<Drafting> now = std::move(now_);
   now_.reset();
+  if (!std::isfinite(step.ms) || !std::isfinite(step.draft_ms)) return 0;
   // Near the end of all texts nothing is drafted, whatever was chosen; or it is another's step.
   if (step.budget == Budget{} || (now && now->outlook.size() != step.size)) now.reset();
   if (rungs_.size() == 1) return step.ms;

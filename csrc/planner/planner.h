@@ -21,6 +21,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -64,9 +65,12 @@ class Planner {
   void climb(std::vector<Budget> rungs, const Known& known);
 
   Decision choose(Outlook outlook);
-  bool goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds);
+  // `check` is told how many kinds and nodes there are, where the step is the one under way.
+  using Check = std::function<void(size_t kinds, size_t nodes)>;
+  bool goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds,
+               const Check& check = {});
   std::vector<int> keep(const std::vector<int64_t>& requests,
-                        const std::vector<std::vector<int>>& kinds);
+                        const std::vector<std::vector<int>>& kinds, const Check& check = {});
   // Learns from a step; returns the ms that plain decoding would have taken to get as far.
   double observe(const Step& step);
   // What steps without drafts took that it was not told of one by one; `heard`: with the drafter
@@ -85,6 +89,7 @@ class Planner {
   static constexpr double kCheap = 0.1;      // plain steps: so cheap drafts show if they pay
   static constexpr double kInVain = 0.01;    // of all time, for drafting that finds nothing
   static constexpr double kFind = 0.8;       // of what a judged draft promises, is sure at most
+  static constexpr double kDebt = 4;         // plain steps lost, and no gain is sure any longer
   static constexpr double kAsking = 2;       // times as long as drafting takes asking in all
   static constexpr double kNews = 0.2;       // weight of the last time it was asked
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
@@ -111,6 +116,7 @@ class Planner {
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
   int rest_behind(const Drafting& asked, double draft_ms);
+  bool is_under_way(const std::vector<int64_t>& requests, const Check& check) const;
   void learn(const Drafting& now, const Step& step);
 
   std::mutex mutex_;

@@ -27,6 +27,7 @@ from helpers.decoding import (
 from helpers.pairwise import pairwise
 from helpers.repeat_graphs import Repeat, graphs_of
 from inferlab.models import ForwardBatch, ForwardOutput
+from inferlab.models import graphs as graphs_module
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.graphs import (
     MAX_GRAPHS,
@@ -245,6 +246,25 @@ def test_shapes_that_came_up_once_take_no_graphs_place():
     assert repeat.captures == 0
     run_until_captured(graphs, batch_of([[5]], 3), cache)
     assert repeat.captures == 1
+
+
+def test_of_many_graphs_the_last_ones_used_stay(monkeypatch):
+    monkeypatch.setattr(graphs_module, "MAX_GRAPHS", 3)
+    target = target_of("llama")
+    graphs, repeat = graphs_of(target)
+    cache = target.new_cache(16)
+    batches = [batch_of([[5] * n], 0) for n in (1, 2, 3, 4)]
+    for batch in batches:
+        run_until_captured(graphs, batch, cache)
+    assert repeat.captures == 4
+    with torch.inference_mode():
+        for batch in batches[1:]:
+            graphs.forward(batch, cache, ())
+    assert repeat.captures == 4
+    run_until_captured(graphs, batches[0], cache)
+    assert repeat.captures == 5
+    (of_cache,) = graphs._of_cache.values()
+    assert len(of_cache._graphs) == 3
 
 
 def test_graphs_go_with_their_cache():

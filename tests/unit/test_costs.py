@@ -198,3 +198,24 @@ def test_all_else_of_a_step_that_drafts_takes_longer():
     assert CostModel.from_json(model.to_json()) == model
     with pytest.raises(ValueError, match=r"slowed is 0\.5, must be finite and at least 1"):
         DraftCosts((), slowed=0.5)
+
+
+def test_more_sequences_never_take_less_to_draft_for():
+    costs = DraftCosts(((4, ((0, 0.0), (4, 12.0))), (16, ((0, 0.0), (4, 4.0)))))
+    assert [costs.ms(batch, 4) for batch in (1, 4, 16, 64)] == [12.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"rows": [\n   1,\n   2', '"rows": [\n   2,\n   1'),
+        ('"error": 0.0', '"error": {}'),
+        ('"table": [\n   [\n    1', '"table": [\n   [\n    -1'),
+    ],
+)
+def test_costs_that_no_controller_can_use_are_no_costs(before, after):
+    model = CostModel(StepCosts((1, 2), (1.0, 2.0)), DraftCosts(((1, ((0, 0.1),)),)))
+    text = model.to_json()
+    assert before in text
+    with pytest.raises(ValueError, match="growing|no costs"):
+        CostModel.from_json(text.replace(before, after))

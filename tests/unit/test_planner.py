@@ -434,3 +434,42 @@ def test_a_step_behind_a_texts_reading_teaches_nothing_of_usual_ones():
                 )  # fmt: skip
     assert sum(drafted[1.0]) > 60
     assert drafted[5.0] == drafted[1.0]
+
+
+def test_equal_ladders_are_one_and_what_is_known_stays():
+    controller = CostController(4, World(acceptance=0.9, draft_ms=0.1).costs())
+    for step in range(40):
+        ladder = tuple(CHAIN[:4])  # another tuple each time, as each engine has its own
+        outlook = Outlook(ladder, [step % 2], 32.0, [500])
+        levels = controller.choose(outlook).budget.levels
+        controller.observe(
+            StepObservation(
+                1, Budget(levels, levels), 10.0 + levels, [levels],
+                [list(range(1, levels + 1))], False, 1 + levels, float(levels), levels > 0,
+            )
+        )  # fmt: skip
+    assert sum(controller._planner.offered) > 0
+
+
+def test_a_judge_that_is_asked_again_after_its_no_says_no():
+    controller = CostController(4, World(acceptance=0.9, draft_ms=0.1).costs())
+    outlook = Outlook(CHAIN[:4], [0], 32.0, [50], known=Known(by_kind=SURE, asks=True))
+    judge = controller.choose(outlook).judge
+    for _ in range(100):
+        last = judge.goes_on([0], [11])
+    assert not last
+    controller.observe(StepObservation(1, Budget(4, 4), 12.0, [4], [[1]], rows=5, draft_ms=0.4))
+
+
+def test_times_that_are_no_numbers_are_not_learnt():
+    world = World(acceptance=0.9)
+    controller = CostController(8, world.costs())
+    controller.choose(Outlook(CHAIN, [0], 32.0, [64]))
+    controller.observe(StepObservation(1, Budget(1, 1), float("nan"), [1], [[]], rows=2))
+    controller.rested(1, [float("nan"), float("inf")], False)
+    assert against_plain(world, controller, 256, 1) > 1.5
+
+
+def test_texts_that_end_a_batch_late_bound_what_is_lost():
+    world = World(100, 1.0, 5.0, (1.0, 1.0, 1.0, 0.0), flat=16)
+    assert against_plain(world, CostController(8, world.costs()), 256, 16) > 0.85

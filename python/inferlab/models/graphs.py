@@ -40,7 +40,7 @@ Forward = Callable[[ForwardBatch, KVCache, tuple[int, ...]], ForwardOutput]
 USES_BEFORE_CAPTURE = 4  # a capture costs what some ten replays save
 USES_BEFORE_OWN = 32  # of a tree's size; until then it shares the graph of a somewhat larger one
 MAX_ROWS = 512  # of a batch: what is larger is a prompt, and takes the device longer than the host
-MAX_GRAPHS = 64  # of a cache; each holds its inputs and outputs
+MAX_GRAPHS = 64  # of a cache, those used last; each holds its inputs and outputs
 
 
 class _Here(threading.local):
@@ -102,14 +102,17 @@ class Graphs:
             if (size := sizes[place]) is not None:
                 sizes[place] = (size[0], room, *size[2:])
         key = (key, tuple(sizes))
-        captured = self._graphs.get(key)
-        if captured is None and len(self._graphs) < MAX_GRAPHS:
+        captured = self._graphs.pop(key, None)
+        if captured is None:
             self._uses[key] += 1
             if self._uses[key] > _here.uses:
                 captured = self._captured(inputs, sizes, call)
         if captured is None:
             return call(inputs)
-        self._graphs[key] = captured
+        self._graphs[key] = captured  # the last one, of the order of their use
+        if len(self._graphs) > MAX_GRAPHS:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest], self._uses[oldest]
         _copy(inputs, captured.inputs)
         captured.replay()
         return captured.output

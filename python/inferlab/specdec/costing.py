@@ -258,7 +258,8 @@ def measure(
                         found.keep(key, step.phases["draft"])
                         drafted.append((batch, step))
                 if batch == 1:  # reading takes its time, however short the text
-                    list(_fitting(own.steps(1, LONG, [NO_DRAFT, *own.drafter.ladder()[:1]])))
+                    first = [b for b in own.drafter.ladder() if b.levels <= max_k][:1]
+                    list(_fitting(own.steps(1, LONG, [NO_DRAFT, *first])))
     if not steps:
         return None
     fitted = StepCosts.fit(_step_times(steps))
@@ -326,7 +327,7 @@ def _reading(bench: Bench, own: Bench, drafts: Least) -> list[tuple[int, float]]
     the target."""
     found = []
     for (batch, context, nodes), first in own.caught_up_ms.items():
-        late = first - drafts[batch, nodes]
+        late = first - drafts.get((batch, nodes), 0.0)
         together = own.prefill_ms[batch, context]
         beside = together - bench.prefill_ms.get((batch, context), together)
         found.append((batch * context, max(late, 0.0) + max(beside, 0.0)))

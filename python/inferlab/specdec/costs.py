@@ -190,8 +190,10 @@ class CostModel:
             if fields["version"] != VERSION:
                 raise ValueError(f"version is {fields['version']}, not {VERSION}")
             step = StepCosts(**{k: _frozen(v) for k, v in fields["step"].items()})
-            return cls(step, DraftCosts(**{k: _frozen(v) for k, v in fields["draft"].items()}))
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            model = cls(step, DraftCosts(**{k: _frozen(v) for k, v in fields["draft"].items()}))
+            model.planner()  # which checks the rest
+            return model
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"no costs: {error!r}") from error
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 from inferlab.config import MAX_DRAFT
+from inferlab.specdec.acceptance import UNKNOWN
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
 from inferlab.specdec.tree import NO_DRAFT, Budget, are_chains
@@ -32,6 +34,7 @@ class CostController(Controller):
         check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
         self.max_k = max_k
         self._report = Report()
+        self._lock = threading.Lock()
         self.costs = UNMEASURED if costs is None else costs
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,11 +51,15 @@ class CostController(Controller):
         self._costs = costs
         self._planner = costs.planner(measured=costs is not UNMEASURED)
         self._given: Sequence[Budget] = ()
+        self._known = UNKNOWN
         self._rungs: list[Budget] = [NO_DRAFT]
 
     def choose(self, outlook: Outlook) -> Choice:
-        if outlook.ladder is not self._given:
-            self._climb(outlook)
+        with self._lock:  # engines of other drafters may ask meanwhile
+            return self._choose(outlook)
+
+    def _choose(self, outlook: Outlook) -> Choice:
+        self._climb(outlook)
         rung, members, judged, steps, gives_up = self._planner.choose(
             outlook.requests,
             outlook.context,
@@ -68,17 +75,17 @@ class CostController(Controller):
         return Choice(self._rungs[rung], members, self._planner if judged else None)
 
     def follows(self, tokens: int, outlook: Outlook) -> bool:
-        if outlook.ladder is not self._given:
+        with self._lock:
             self._climb(outlook)
-        follows: bool = self._planner.follows(
-            tokens,
-            outlook.requests,
-            outlook.context,
-            outlook.remaining,
-            outlook.waiting,
-            outlook.joining,
-            outlook.packs,
-        )
+            follows: bool = self._planner.follows(
+                tokens,
+                outlook.requests,
+                outlook.context,
+                outlook.remaining,
+                outlook.waiting,
+                outlook.joining,
+                outlook.packs,
+            )
         return follows
 
     def observe(self, step: StepObservation) -> None:
@@ -107,12 +114,17 @@ class CostController(Controller):
         }
 
     def _climb(self, outlook: Outlook) -> None:
-        """Takes up a drafter's ladder, cut to ``max_k`` levels."""
-        self._given = ladder = outlook.ladder
+        """Takes up a drafter's ladder, cut to ``max_k`` levels, where it is another one."""
+        ladder, known = outlook.ladder, outlook.known
+        if ladder is self._given and known is self._known:
+            return
+        same = tuple(ladder) == tuple(self._given) and known == self._known
+        self._given, self._known = ladder, known
+        if same:
+            return
         rungs = [Budget(min(b.levels, self.max_k), b.nodes) for b in ladder]
         rungs = [b for b in dict.fromkeys(rungs) if b.levels > 0]
         if are_chains(ladder):  # nodes are levels
             rungs = [b for b in rungs if b.nodes <= self.max_k]
         self._rungs = [NO_DRAFT, *rungs]
-        known = outlook.known
         self._planner.climb(self._rungs, *known)
