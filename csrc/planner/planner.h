@@ -16,8 +16,9 @@
 //
 // All of it takes a few microseconds: the steps of small models take no more than a millisecond.
 //
-// It may serve several engines, also of several threads; it then learns of all of them, and of a
-// step that another engine's came between, it judges no drafts.
+// It may serve several engines, also of several threads. It then learns of all of them, as long as
+// their drafters have equal ladders and say the same of their nodes: with another, chances begin
+// anew. Of a step that another engine's came between, it judges no drafts.
 #pragma once
 
 #include <cstdint>

@@ -217,5 +217,5 @@ def test_costs_that_no_controller_can_use_are_no_costs(before, after):
     model = CostModel(StepCosts((1, 2), (1.0, 2.0)), DraftCosts(((1, ((0, 0.1),)),)))
     text = model.to_json()
     assert before in text
-    with pytest.raises(ValueError, match="growing|no costs"):
+    with pytest.raises(ValueError, match=r"growing|no costs"):
         CostModel.from_json(text.replace(before, after))
