@@ -21,6 +21,15 @@ int rows_of(const Step& step, bool wrote) {
   return wrote ? std::max(rows, step.size + 1) : rows;
 }
 
+// The first of so many rungs that drafts and of which `holds` is true; 0: none.
+template <typename Holds>
+int first_rung(size_t rungs, Holds holds) {
+  for (size_t rung = 1; rung < rungs; ++rung) {
+    if (holds(rung)) return static_cast<int>(rung);
+  }
+  return 0;
+}
+
 }  // namespace
 
 void Planner::climb(std::vector<Budget> rungs, const Known& known) {
@@ -332,18 +341,15 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading) {
 
 // The first rung that would pay if every level were accepted; 0: none.
 int Planner::smallest_worth_trying(const Rates& found) const {
-  for (size_t rung = 1; rung < rungs_.size(); ++rung) {
-    if ((1 + rungs_[rung].levels) * found.plain > found.ms[rung]) return static_cast<int>(rung);
-  }
-  return 0;
+  return first_rung(rungs_.size(), [&](size_t rung) {
+    return (1 + rungs_[rung].levels) * found.plain > found.ms[rung];
+  });
 }
 
 // The first rung that is to pay; 0: none.
 int Planner::smallest_that_pays(const Rates& found) const {
-  for (size_t rung = 1; rung < rungs_.size(); ++rung) {
-    if (found.rates[rung] >= found.rates[0] * kPrudence) return static_cast<int>(rung);
-  }
-  return 0;
+  return first_rung(rungs_.size(),
+                    [&](size_t rung) { return found.rates[rung] >= found.rates[0] * kPrudence; });
 }
 
 // What a rung may lose, in ms: if only so much of what is gained comes as is `sure`.

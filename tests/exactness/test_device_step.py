@@ -14,6 +14,7 @@ from helpers.compare import assert_same_tokens
 from helpers.decoding import (
     GREEDY,
     PAGES,
+    PENALISED,
     PROMPTS,
     SAMPLED,
     Reads,
@@ -32,11 +33,6 @@ from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import make_policy
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import SamplingParams
-
-PENALISED = SamplingParams(
-    max_tokens=24, temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=3
-)
 
 
 def make_engine(family: str, drafter: str, widths: tuple[int, ...], policy: str) -> Engine:

@@ -18,6 +18,7 @@ from helpers.decoding import (
     needs_gpu,
     plain_tokens,
     target_of,
+    trees_of,
 )
 from helpers.pairwise import pairwise
 from helpers.repeat_graphs import Repeat
@@ -180,15 +181,7 @@ def test_replayed_drafts_are_those_of_ordinary_calls(kind, tree, params, batch):
         drafter = drafter_of(kind, "llama", tree)
         drafter._check_chain = lambda *_: None
         drafter._graphs = DraftGraphs(torch.device("cpu"), capture)
-        trees, propose = [], drafter.propose
-
-        def kept(*args, trees=trees, propose=propose):
-            drafted = propose(*args)
-            tensors = drafted.tokens, *drafted.links
-            trees.append([drafted.depths, *(t.tolist() for t in tensors)])
-            return drafted
-
-        drafter.propose = kept
+        trees = trees_of(drafter)
         target = target_of("llama")
         engine = Engine(
             target, target.new_cache(PAGES), Policy(), FixedController(3), drafter, max_batch=batch
@@ -211,14 +204,7 @@ def test_cuda_drafts_from_graphs(kind, tree):
         drafter._check_chain = lambda *_: None
         if not captures:
             drafter._graphs._graphs.can_capture = False
-        propose, seen = drafter.propose, []
-
-        def kept(*args, seen=seen, propose=propose):
-            drafted = propose(*args)
-            seen.append([t.tolist() for t in (drafted.tokens, *drafted.links)])
-            return drafted
-
-        drafter.propose = kept
+        seen = trees_of(drafter)
         engine = Engine(
             target, target.new_cache(PAGES), Policy(), FixedController(3), drafter, max_batch=2
         )

@@ -15,6 +15,7 @@ from helpers.compare import assert_same_tokens
 from helpers.decoding import (
     GREEDY,
     PAGES,
+    PENALISED,
     PROMPTS,
     SAMPLED,
     Sleepy,
@@ -23,6 +24,7 @@ from helpers.decoding import (
     needs_gpu,
     plain_tokens,
     target_of,
+    trees_of,
 )
 from helpers.pairwise import pairwise
 from helpers.repeat_graphs import Repeat, graphs_of
@@ -42,11 +44,6 @@ from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import make_policy
 from inferlab.specdec.tree import TreeShape
-from inferlab.types import SamplingParams
-
-PENALISED = SamplingParams(
-    max_tokens=24, temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=3
-)
 
 
 @pairwise(
@@ -83,15 +80,7 @@ def drafts_of(capture, family, widths, params, batch, policy, controller):
         keep_logits=rejects,
     )
     drafter._graphs = DraftGraphs(draft.device, capture)
-    propose, seen = drafter.propose, []
-
-    def kept(*args):
-        drafted = propose(*args)
-        tensors = (drafted.tokens, *drafted.links, drafted.draft_logits)
-        seen.append([drafted.depths, *(t.tolist() for t in tensors if t is not None)])
-        return drafted
-
-    drafter.propose = kept
+    seen = trees_of(drafter)
     cache = target.new_cache(PAGES)
     decoding = Engine(target, cache, make_policy(policy), controller, drafter, batch)
     results = decoding.generate([(p, params) for p in PROMPTS])

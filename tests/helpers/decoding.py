@@ -26,6 +26,9 @@ GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 SAMPLED = SamplingParams(
     max_tokens=NEW_TOKENS, temperature=0.8, top_k=20, top_p=0.9, seed=7, ignore_eos=True
 )
+PENALISED = SamplingParams(
+    max_tokens=24, temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.2, seed=3
+)
 PROMPTS = [
     [5, 9, 33, 12, 5, 9, 33, 71, 5, 9],
     [101],
@@ -76,6 +79,20 @@ def plain_tokens(family: str, params: SamplingParams, device: str = "cpu") -> li
     alone = engine(family, max_batch=1, device=device)
     results += alone.generate([(p, params) for p in PROMPTS[1:]])
     return [r.token_ids for r in results]
+
+
+def trees_of(drafter: Any) -> list[list[Any]]:
+    """All that a drafter proposes from here on, as lists: depths, tokens, links and logits."""
+    propose, seen = drafter.propose, []
+
+    def kept(*args: Any) -> Any:
+        drafted = propose(*args)
+        tensors = (drafted.tokens, *drafted.links, drafted.draft_logits)
+        seen.append([drafted.depths, *(t.tolist() for t in tensors if t is not None)])
+        return drafted
+
+    drafter.propose = kept
+    return seen
 
 
 class Sleepy(FixedController):

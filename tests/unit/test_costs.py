@@ -124,11 +124,15 @@ def test_levels_of_a_chain_take_the_same_each():
     assert DraftCosts.of(noisy).ms(1, 4) == 2.4, "trees are not chains"
 
 
-def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
-    times = _C.planner.StepTimes(
+def times_of(slowed=1.0):
+    return _C.planner.StepTimes(
         _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0),
-        _C.planner.DraftCosts([], [], 1.0),
+        _C.planner.DraftCosts([], [], slowed),
     )
+
+
+def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
+    times = times_of()
     for _ in range(20):
         times.verified(1, 1, 2.0)
         times.verified(1, 8, 4.0)
@@ -141,23 +145,13 @@ def test_a_machine_that_is_slow_now_is_slow_for_all_kinds_and_soon_again_fast():
 
 
 def test_one_kind_that_is_off_does_not_change_the_others():
-    times = _C.planner.StepTimes(
-        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0),
-        _C.planner.DraftCosts([], [], 1.0),
-    )
+    times = times_of()
     for _ in range(40):
         times.verified(1, 1, 2.0)
         times.verified(1, 8, 6.0)
         times.verified(1, 1, 2.0)
     assert times.step(1, 1) == pytest.approx(2.0, rel=0.05)
     assert times.step(1, 8) == pytest.approx(6.0, rel=0.1)
-
-
-def times_of(slowed=1.0):
-    return _C.planner.StepTimes(
-        _C.planner.StepCosts([(1, 2.0), (8, 4.0)], 0.0, 0.0, 0.0),
-        _C.planner.DraftCosts([], [], slowed),
-    )
 
 
 def test_what_alone_is_taken_and_is_off_is_no_slow_machine():

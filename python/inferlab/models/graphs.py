@@ -144,14 +144,19 @@ def _copy(inputs: Tensors, held: Tensors) -> None:
     torch._foreach_copy_(into, [value for _, value in pairs])
 
 
+def power_of_two(least: int) -> int:
+    """The first one that is no less: for sizes of which there should be few."""
+    return 1 << (least - 1).bit_length()
+
+
 def table_room(table: torch.Tensor) -> int:
     """Pages that a block table [rows, pages] is padded to."""
-    return 1 << (table.shape[1] - 1).bit_length()
+    return power_of_two(table.shape[1])
 
 
 def node_room(nodes: int) -> int:
     """Nodes that trees are padded to: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    power = 1 << (nodes - 1).bit_length()
+    power = power_of_two(nodes)
     return power * 3 // 4 if nodes <= power * 3 // 4 else power
 
 

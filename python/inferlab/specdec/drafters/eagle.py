@@ -13,7 +13,7 @@ from inferlab.kernels import GrownTree
 from inferlab.kernels.noise import PURPOSE_DRAFT, PURPOSE_TOKEN
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache
 from inferlab.models.draft_heads import PagedEagle, load_eagle
-from inferlab.models.graphs import Tensors
+from inferlab.models.graphs import Tensors, power_of_two
 from inferlab.scheduler import Request
 from inferlab.specdec.acceptance import UNKNOWN, Known
 from inferlab.specdec.batch import Batch
@@ -218,7 +218,7 @@ class EagleDrafter(Drafter):
         counts = self._pending.counts(batch)
         width = max(counts)
         if self._graphs.captures:
-            width = 1 << max(width - 1, self.max_depth).bit_length()
+            width = power_of_two(max(width, self.max_depth + 1))
         cached = self._pending.cached
         taken = batch.history, cached, self._pending.take(batch, width)
         return width, min(counts) == width, taken

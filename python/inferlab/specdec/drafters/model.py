@@ -11,7 +11,7 @@ import torch
 
 from inferlab import _C
 from inferlab.models import ForwardBatch, HFModel, KVCache, TargetModel, last_rows
-from inferlab.models.graphs import Tensors
+from inferlab.models.graphs import Tensors, power_of_two
 from inferlab.models.transfer import upload
 from inferlab.scheduler import READ_TOKENS, Chunk, Request
 from inferlab.specdec.acceptance import SURE, UNKNOWN, Known
@@ -86,7 +86,7 @@ class ModelDrafter(Drafter):
         built = self.model.built if isinstance(self.model, HFModel) else None
         if built is not None and judge is None:
             # Shapes should be few. Behind drafts one or two tokens are unread.
-            width = 1 << max(self._widest_tail(batch) - 1, 1).bit_length()
+            width = power_of_two(max(self._widest_tail(batch), 2))
 
             def write(ground: Ground, tail: Tensors) -> Tensors:
                 logits = self._read_tail(ground, tail, width, even=False)
