@@ -12,7 +12,7 @@ void bind_verify(pybind11::module_& m);     // verify_tree_match, _rejection, _l
 void bind_kv(pybind11::module_& m);         // kv_append, kv_compact, kv_gather, kv_copy_pages
 void bind_attention(pybind11::module_& m);  // paged_tree_attention
 void bind_layer(pybind11::module_& m);      // rms_norm, silu_mul, rope_append, linear
-void bind_suffix(pybind11::module_& m);     // SuffixAutomaton, draft_trie
+void bind_suffix(pybind11::module_& m);     // SuffixAutomaton, PromptLookup, draft_trie
 void bind_growth(pybind11::module_& m);     // grow_level, grow_tree, grow_offsets
 void bind_decoder(pybind11::module_& m);    // Decoder
 void bind_planner(pybind11::module_& m);    // planner.*

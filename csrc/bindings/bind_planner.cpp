@@ -224,8 +224,9 @@ void bind_planner(py::module_& parent) {
       .def("observe",
            [](Planner& self, int size, Levels budget, double ms,
               std::vector<std::vector<int>> accepted, bool caught_up, int rows, double draft_ms,
-              bool heard) {
+              bool heard, std::vector<std::optional<bool>> came_true) {
              require_sizes("accepted", accepted.size(), size);
+             if (!came_true.empty()) require_sizes("came_true", came_true.size(), size);
              return self.observe({size,
                                   {budget.first, budget.second},
                                   ms,
@@ -233,7 +234,8 @@ void bind_planner(py::module_& parent) {
                                   caught_up,
                                   rows,
                                   draft_ms,
-                                  heard});
+                                  heard,
+                                  std::move(came_true)});
            })
       .def("own_share",
            [](Planner& self, std::vector<int64_t> requests, double context,

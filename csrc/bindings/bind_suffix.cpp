@@ -1,11 +1,15 @@
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bind.h"
+#include "inferlab/prompt_lookup.h"
 #include "inferlab/suffix_automaton.h"
+#include "planner/planner.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -13,6 +17,7 @@ namespace py = pybind11;
 namespace inferlab {
 namespace {
 
+using cpu::PromptLookup;
 using cpu::SuffixAutomaton;
 using Cursor = std::pair<int32_t, int32_t>;  // state and length of a match
 
@@ -31,6 +36,58 @@ SuffixAutomaton::Match match_of(const SuffixAutomaton& automaton, Cursor cursor)
            "); it must come from follow() of the same automaton, or be (0, 0)";
   });
   return {state, length};
+}
+
+void require_limits(const cpu::DraftLimits& limits) {
+  for (const auto& [name, value, least] : {std::tuple("depth", limits.depth, 1),
+                                           {"branches", limits.branches, 1},
+                                           {"min_match", limits.min_match, 1},
+                                           {"margin", limits.margin, 0},
+                                           {"nodes", limits.nodes, 0}}) {
+    require(value >= least, [&, name = name, value = value, least = least] {
+      return std::string(name) + " is " + std::to_string(value) +
+             "; it must be >= " + std::to_string(least);
+    });
+  }
+}
+
+// Takes what a text has grown by since it was last read.
+void read_on(PromptLookup& lookup, int64_t text, const py::list& tokens) {
+  std::vector<int32_t> added;
+  for (size_t i = lookup.length(text); i < tokens.size(); ++i) {
+    added.push_back(tokens[i].cast<int32_t>());
+  }
+  require_tokens(added);
+  lookup.read(text, added.data(), static_cast<int64_t>(added.size()));
+  require(lookup.length(text) > 0, "a text has no tokens; a draft needs a root");
+}
+
+// What a judge keeps of drafts: see `Judge` in specdec/control.py.
+PromptLookup::Keep kept_by(const py::object& judge, const std::vector<int64_t>& texts) {
+  if (judge.is_none()) return {};
+  return [&](const std::vector<std::vector<double>>& worth) {
+    std::vector<std::vector<int>> kinds(worth.size());
+    for (size_t i = 0; i < worth.size(); ++i) {
+      for (const double chance : worth[i]) kinds[i].push_back(planner::kind_of(chance));
+    }
+    if (py::isinstance<planner::Planner>(judge)) {
+      return judge.cast<planner::Planner&>().keep(texts, kinds);
+    }
+    return judge.attr("keep")(texts, kinds).cast<std::vector<int>>();
+  };
+}
+
+py::tuple draft(PromptLookup& self, const std::vector<int64_t>& texts,
+                const std::vector<py::list>& tokens, int32_t depth, int32_t nodes,
+                const py::object& judge) {
+  require(tokens.size() == texts.size(), "tokens must have one list for each text");
+  require_limits({depth, 1, 1, 1, 0, nodes});
+  for (size_t i = 0; i < texts.size(); ++i) read_on(self, texts[i], tokens[i]);
+  cpu::DraftRows rows = self.draft(texts, depth, nodes, kept_by(judge, texts));
+  const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(texts.size()), rows.width};
+  return py::make_tuple(py::array_t<int32_t>(shape, rows.tokens.data()),
+                        py::array_t<int32_t>(shape, rows.parents.data()), rows.is_chain,
+                        std::move(rows.depths), std::move(rows.counts), std::move(rows.left_out));
 }
 
 }  // namespace
@@ -57,25 +114,25 @@ void bind_suffix(py::module_& m) {
              for (const int32_t token : tokens) match = self.follow(match, token);
              return Cursor(match.state, match.length);
            });
+  py::class_<PromptLookup>(m, "PromptLookup", py::module_local())
+      .def(py::init([](const SuffixAutomaton* corpus, int branches, int min_match, int max_match,
+                       int margin) {
+             const cpu::DraftLimits limits{1, branches, min_match, max_match, margin, 0};
+             require_limits(limits);
+             return std::make_unique<PromptLookup>(corpus, limits);
+           }),
+           py::keep_alive<1, 2>())
+      .def("draft", &draft)
+      .def("release", &PromptLookup::release);
   m.def("draft_trie",
         [](const SuffixAutomaton& own, const SuffixAutomaton* corpus, Cursor cursor, int depth,
            int branches, int min_match, int max_match, int margin, int nodes) {
           require(!own.text().empty(), "own has no tokens; a draft needs a root");
-          for (const auto& [name, value] :
-               {std::pair("depth", depth), {"branches", branches}, {"min_match", min_match}}) {
-            require(value >= 1, [&, name = name, value = value] {
-              return std::string(name) + " is " + std::to_string(value) + "; it must be >= 1";
-            });
-          }
-          for (const auto& [name, value] : {std::pair("margin", margin), {"nodes", nodes}}) {
-            require(value >= 0, [&, name = name, value = value] {
-              return std::string(name) + " is " + std::to_string(value) + "; it must be >= 0";
-            });
-          }
+          const cpu::DraftLimits limits{depth, branches, min_match, max_match, margin, nodes};
+          require_limits(limits);
           SuffixAutomaton::Match in_corpus;
           if (corpus != nullptr) in_corpus = match_of(*corpus, cursor);
-          cpu::DraftTrie trie = cpu::draft_trie(
-              {&own, corpus, in_corpus}, {depth, branches, min_match, max_match, margin, nodes});
+          cpu::DraftTrie trie = cpu::draft_trie({&own, corpus, in_corpus}, limits);
           return py::make_tuple(std::move(trie.tokens), std::move(trie.parents), trie.depth,
                                 std::move(trie.worth));
         });

@@ -39,21 +39,21 @@ bool Drafting::goes_on(Prospects& prospects, const std::vector<int64_t>& request
 }
 
 std::vector<int> Drafting::keep(const Prospects& prospects, const std::vector<int64_t>& requests,
-                                const std::vector<std::vector<int>>& offered) {
+                                const std::vector<std::vector<int>>& drafted) {
   std::vector<int> counts;
-  const bool all_known = std::all_of(offered.begin(), offered.end(), [&](const auto& of) {
+  const bool all_known = std::all_of(drafted.begin(), drafted.end(), [&](const auto& of) {
     return of.size() < plan.worth_of.size();
   });
   if (plan.tries || !all_known) {
-    for (const auto& of : offered) counts.push_back(static_cast<int>(of.size()));
+    for (const auto& of : drafted) counts.push_back(static_cast<int>(of.size()));
   } else {
     std::vector<std::vector<double>> chances;
     for (size_t i = 0; i < requests.size(); ++i) {
-      chances.push_back(prospects.acceptance.of(requests[i], offered[i]));
+      chances.push_back(prospects.acceptance.of(requests[i], drafted[i]));
     }
     counts = worth_verifying(std::move(chances));
   }
-  kinds = offered;
+  kinds = offered = drafted;
   for (size_t i = 0; i < kinds.size(); ++i) kinds[i].resize(counts[i]);
   judged = true;
   return counts;

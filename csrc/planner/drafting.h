@@ -40,14 +40,15 @@ class Drafting {
   bool goes_on(Prospects& prospects, const std::vector<int64_t>& requests,
                const std::vector<int>& kinds);
   std::vector<int> keep(const Prospects& prospects, const std::vector<int64_t>& requests,
-                        const std::vector<std::vector<int>>& kinds);
+                        const std::vector<std::vector<int>>& drafted);
 
   Plan plan;
   Outlook outlook;
   int level = 0;        // drafted so far
   double value = 0;     // tokens that the drafts are worth, less what verifying them costs
   bool judged = false;  // it was asked what to keep
-  std::vector<std::vector<int>> kinds;  // of the nodes that are verified
+  std::vector<std::vector<int>> offered;  // the kinds of what was drafted,
+  std::vector<std::vector<int>> kinds;    // and of the nodes that are verified
 
  private:
   std::vector<int> worth_verifying(std::vector<std::vector<double>> chances);

@@ -273,7 +273,16 @@ void Planner::learn(const Drafting& now, const Step& step) {
     news.push_back(1 - acceptance.known(requests.back()));
   }
   if (now.judged) {
-    acceptance.learn(requests, now.kinds, accepted);
+    std::vector<std::vector<int>> kinds = now.kinds, walked = accepted;
+    for (size_t i = 0; i < kinds.size() && !step.came_true.empty(); ++i) {
+      // The best node that was not verified: whether it was right is seen all the same.
+      const std::optional<bool> right = step.came_true[members[i]];
+      const size_t kept = kinds[i].size();
+      if (!right || kept == now.offered[i].size()) continue;
+      kinds[i].push_back(now.offered[i][kept]);
+      if (*right) walked[i].push_back(static_cast<int>(kept) + 1);
+    }
+    acceptance.learn(requests, kinds, walked);
   } else {
     acceptance.count(static_cast<double>(members.size()));
   }

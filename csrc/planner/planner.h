@@ -53,6 +53,7 @@ struct Step {
   int rows = 0;
   double draft_ms = 0;
   bool heard = false;
+  std::vector<std::optional<bool>> came_true;
 };
 
 class Planner {

@@ -117,9 +117,12 @@ class World:
             levels = drafted
             counts = choice.judge.keep(requests, [k[:levels] for k in kinds])
         walks: list[list[int]] = [[] for _ in at]
+        came_true: list[bool | None] = [None] * len(at)
         for i, of, count in zip(members, chances, counts, strict=True):
             while len(walks[i]) < count and self.random.random() < of[len(walks[i])]:
                 walks[i].append(len(walks[i]) + 1)
+            if count < levels:
+                came_true[i] = len(walks[i]) == count and self.random.random() < of[count]
         rows = len(at) + sum(counts)
         factor = self.random.uniform(1 - self.noise, 1 + self.noise)
         draft_ms = factor * (levels * self.draft_ms + len(read) * self.reading_ms)
@@ -140,7 +143,7 @@ class World:
         controller.observe(
             StepObservation(
                 len(at), choice.budget, ms, depths, walks, bool(read), rows, draft_ms,
-                levels > 0,
+                levels > 0, came_true,
             )
         )  # fmt: skip
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 
 from inferlab.errors import Interrupted
 from inferlab.models import FakeLM, ForwardOutput
+from inferlab.scheduler import Request
 from inferlab.specdec.control import Choice
 from inferlab.specdec.controllers import FixedController, make_controller
 from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy, make_policy
-from inferlab.specdec.tree import NO_DRAFT, TreeShape
+from inferlab.specdec.tree import NO_DRAFT, DraftTree, TreeShape
 from inferlab.types import SamplingParams
 
 PAGES = 512
@@ -383,3 +387,57 @@ def test_another_batch_wakes_a_controller():
     )
     assert controller.asked == [2, 1]
     assert controller.rests == [(2, 2), (4, 1)]
+
+
+class Sparing(FixedController):
+    """Keeps the first nodes of every draft, as many as it likes, and collects what it hears."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(4)
+        self.random, self.heard = random.Random(seed), []
+
+    def choose(self, outlook):
+        return super().choose(outlook)._replace(judge=self)
+
+    def goes_on(self, requests, kinds) -> bool:
+        return True
+
+    def keep(self, requests, kinds):
+        return [self.random.randint(0, len(of)) for of in kinds]
+
+    def observe(self, step) -> None:
+        self.heard.append(step)
+
+
+@pytest.mark.parametrize("drafter", ["vanilla", "ngram"])
+def test_what_was_left_out_is_seen_to_come_true_or_not(drafter):
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    controller = Sparing(seed=1)
+    engine = make_engine(drafter, controller=controller)
+    drafts: list[tuple[list[Request], list[int], DraftTree]] = []
+    propose = engine.drafter.propose
+
+    def watched(batch, budget, judge=None):
+        tree = propose(batch, budget, judge)
+        drafts.append((batch.requests[:], [r.num_output for r in batch.requests], tree))
+        return tree
+
+    engine.drafter.propose = watched
+    tokens_of(engine, params)
+    seen = Counter()
+    told = [step.came_true for step in controller.heard if step.heard]
+    for (requests, starts, tree), rights in zip(drafts, told, strict=True):
+        assert not tree.left_out or len(rights) == len(requests)
+        for i, ((count, token), right) in enumerate(zip(tree.left_out, rights, strict=True)):
+            chain = [*tree.tokens[i, 1 : count + 1].tolist(), token]
+            text = requests[i].output[starts[i] :][: len(chain)]
+            assert right == (None if count < 0 else text == chain) or len(text) < len(chain)
+            seen[right] += 1
+    assert seen[False] > 5
+    assert seen[True] > 10 or drafter == "ngram"  # texts of FakeLM do not repeat themselves
+
+
+def test_a_policy_that_accepts_other_tokens_too_sees_nothing_of_what_was_left_out():
+    controller = Sparing(seed=1)
+    tokens_of(make_engine(policy=make_policy("typical"), controller=controller), SamplingParams())
+    assert not any(step.came_true for step in controller.heard)

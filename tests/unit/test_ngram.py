@@ -16,6 +16,7 @@ from inferlab import _C
 from inferlab.config import SpecdecConfig
 from inferlab.models import FakeLM
 from inferlab.scheduler import Request
+from inferlab.specdec.acceptance import kinds_of
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.drafters import NgramDrafter, load_corpus
 from inferlab.specdec.tree import Budget
@@ -187,9 +188,66 @@ def test_what_does_not_fit_is_refused():
         _C.draft_trie(made, None, (0, 0), 4, 0, 1, 4, 0, 9)
     with pytest.raises(ValueError, match="own has no tokens"):
         _C.draft_trie(_C.SuffixAutomaton(), None, (0, 0), 4, 1, 1, 4, 0, 9)
+    lookup = _C.PromptLookup(None, 1, 1, 4, 0)
+    with pytest.raises(ValueError, match="margin is -1"):
+        _C.PromptLookup(None, 1, 1, 4, -1)
+    with pytest.raises(ValueError, match="one list for each text"):
+        lookup.draft([1, 2], [[3]], 4, 9, None)
+    with pytest.raises(ValueError, match="a text has no tokens"):
+        lookup.draft([1], [[]], 4, 9, None)
+    with pytest.raises(ValueError, match="depth is 0"):
+        lookup.draft([1], [[1]], 0, 9, None)
     made.freeze()
     with pytest.raises(RuntimeError, match="frozen"):
         made.extend([1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(texts(), min_size=1, max_size=4),
+    st.one_of(st.none(), texts()),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_drafts_of_a_batch_are_the_best_nodes_of_each(together, corpus, branches, rng):
+    """As many as a judge keeps, ragged, beside what is best of the rest."""
+    other = None
+    if corpus is not None:
+        other = automaton_of(corpus)
+        other.freeze()
+    lookup = _C.PromptLookup(other, branches, 1, UNBOUNDED, 2)
+
+    class Judge:
+        def keep(self, requests, kinds):
+            self.heard = dict(zip(requests, kinds, strict=True))
+            return [rng.randint(0, len(of)) for of in kinds]
+
+    for grown in range(1, 1 + max(map(len, together))):
+        batch = {7 + i: text[:grown] for i, text in enumerate(together)}
+        judge = rng.choice((None, Judge()))
+        tokens, parents, is_chain, depths, counts, left_out = lookup.draft(
+            list(batch), list(batch.values()), 4, 9, judge
+        )
+        for row, (request, text) in enumerate(batch.items()):
+            cursor = (0, 0) if other is None else other.follow((0, 0), text)
+            whole, above, _, worth = _C.draft_trie(
+                automaton_of(text), other, cursor, 4, branches, 1, UNBOUNDED, 2, 9
+            )
+            count, padding = counts[row], tokens.shape[1] - counts[row]
+            assert tokens[row].tolist() == whole[:count] + [0] * padding
+            assert parents[row].tolist() == above[:count] + [-2] * padding
+            if judge is None:
+                assert count == len(whole)
+            else:
+                assert judge.heard[request] == kinds_of(worth[1:])
+            rest = (above[count], whole[count]) if count < len(whole) else (-1, 0)
+            assert left_out[row] == rest
+            levels = [0]
+            for parent in above[1:count]:
+                levels.append(levels[parent] + 1)
+            assert depths[row] == max(levels)
+        own = [parents[row, 1:count].tolist() for row, count in enumerate(counts)]
+        assert is_chain == all(of == list(range(len(of))) for of in own)
 
 
 def batch_of(*prompts):

@@ -388,6 +388,30 @@ def test_chances_fall_along_the_order_of_worth():
     assert Acceptance([0.2, 0.9]).of(0, [1, 0, 1]) == pytest.approx([0.9, 0.2, 0.2])
 
 
+def test_drafts_that_were_left_out_tell_what_they_were_worth():
+    """Promising drafts that are not worth a row yet come true, and are verified then; others are
+    known not to."""
+    counts = {}
+    for right in (True, False):
+        controller = CostController(4, World(draft_ms=0.01, row_ms=8.0, flat=1).costs())
+        known = Known(by_kind=SURE, evidence=8, asks=True, looks_up=True)
+        counts[right] = []
+        for _ in range(60):
+            outlook = Outlook(CHAIN[:4], [0], 32.0, [500], packs=True, known=known)
+            choice = controller.choose(outlook)
+            (count,) = choice.judge.keep([0], [[5]]) if choice.judge else (0,)
+            counts[right].append(count)
+            controller.observe(
+                StepObservation(
+                    1, choice.budget, 10.0 + 8.0 * count, [count], [[1] if count and right else []],
+                    False, 1 + count, 0.01, True, [right if choice.judge and not count else None],
+                )
+            )  # fmt: skip
+    assert counts[True][:3] == [0, 0, 0]
+    assert sum(counts[True]) > 30
+    assert sum(counts[False]) == 0
+
+
 def test_kinds_are_in_the_order_of_chances():
     kinds = kinds_of([i / 100 for i in range(101)])
     assert kinds == sorted(kinds)
@@ -401,7 +425,7 @@ def test_what_steps_of_a_sleep_took_is_what_plain_steps_take():
     controller.rested(1, [6.0] * 20, heard=False)
     plain = StepObservation(1, NO_DRAFT, 6.0, [0], [[]], rows=1)
     assert controller._planner.observe(
-        plain.batch_size, plain.budget, plain.step_ms, plain.accepted, False, 1, 0.0, False
+        plain.batch_size, plain.budget, plain.step_ms, plain.accepted, False, 1, 0.0, False, []
     ) == pytest.approx(6.0, rel=0.05)
 
 

@@ -93,6 +93,8 @@ class StepObservation(NamedTuple):
         rows: of the target's forward.
         draft_ms: of step_ms, what proposing took.
         heard: the drafter was told of it.
+        came_true: of each sequence, whether the best draft node that was not verified would have
+            been accepted; None: not known. Empty: of all.
     """
 
     batch_size: int
@@ -104,6 +106,7 @@ class StepObservation(NamedTuple):
     rows: int = 0
     draft_ms: float = 0.0
     heard: bool = False
+    came_true: Sequence[bool | None] = ()
 
 
 class Controller(ABC):

@@ -24,7 +24,7 @@ from inferlab.specdec.recording import Recorder
 from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_decoder
 from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.turns import Turns
-from inferlab.specdec.walk import Outcome
+from inferlab.specdec.walk import Outcome, came_true
 from inferlab.types import GenerationResult, SamplingParams
 
 ASLEEP = Choice(NO_DRAFT)
@@ -335,6 +335,7 @@ class Engine:
             self._unheard |= {request.request_id for request in requests}
             self._members = None
         visited = [tree.ranks_of(outcome.nodes) for outcome in outcomes]
+        seen = came_true(tree, outcomes) if self.policy.is_match else ()
         observed = StepObservation(
             len(batch),
             choice.budget,
@@ -345,6 +346,7 @@ class Engine:
             step.num_rows(tree, batch.device),
             draft_ms,
             drafter is not None,
+            seen,
         )
         return observed, asleep
 

@@ -45,6 +45,9 @@ class Members:
         counts, depths = [1] * size, [0] * size
         for place, count, depth in zip(self.places, tree.node_counts, tree.depths, strict=True):
             counts[place], depths[place] = count, depth
+        left_out = [(-1, 0)] * size if tree.left_out else []
+        for place, node in zip(self.places, tree.left_out, strict=False):
+            left_out[place] = node
         logits = None
         if tree.draft_logits is not None:
             logits = tree.draft_logits.new_zeros((size, *tree.draft_logits.shape[1:]))
@@ -67,6 +70,7 @@ class Members:
             depths=depths,
             node_counts=counts,
             draft_logits=logits,
+            left_out=left_out,
         )
 
     def walks(self, walk: Walk, tree: DraftTree) -> Walk:

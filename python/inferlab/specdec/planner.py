@@ -98,6 +98,7 @@ class CostController(Controller):
             step.rows,
             step.draft_ms,
             step.heard,
+            step.came_true,
         )
         self._report.count(step.budget.nodes, step.batch_size, step.step_ms, plain_ms)
 

@@ -60,6 +60,11 @@ class Policy:
         return self.name in ("longest_prefix", "rejection")
 
     @property
+    def is_match(self) -> bool:
+        """Whether a draft token is accepted where, and only where, it is the target's choice."""
+        return self.name == "longest_prefix"
+
+    @property
     def needs_draft_logits(self) -> bool:
         """Whether it compares p with q: ``DraftTree.draft_logits`` must be there."""
         return self.name == "rejection"
@@ -77,7 +82,7 @@ class Policy:
 
         Padding of the vocabulary (``Batch.allowed_vocab``) is never chosen.
         """
-        if self.name == "longest_prefix" or tree.num_nodes == 1:
+        if self.is_match or tree.num_nodes == 1:
             # On a root alone every policy emits the target's own choice.
             return kernels.verify_tree_match(
                 logits,

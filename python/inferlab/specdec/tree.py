@@ -255,6 +255,8 @@ class DraftTree:
         draft_logits: [B, N, V] logits at each node that has children, or None for drafters
             without a distribution.
         ranks: place of each node in the order of worth; None: as they are numbered.
+        left_out: of each sequence, parent and token of the best draft node that is not verified:
+            what was drafted beyond it is forgotten. Parent -1: all is verified. Empty: of all.
     """
 
     tokens: torch.Tensor
@@ -264,6 +266,7 @@ class DraftTree:
     node_counts: Sequence[int]
     draft_logits: torch.Tensor | None = None
     ranks: Sequence[int] | None = None
+    left_out: Sequence[tuple[int, int]] = ()
 
     @property
     def num_nodes(self) -> int:
@@ -310,18 +313,36 @@ class DraftTree:
             draft_logits: [B, N, V] or None.
         """
         longest = max(counts)
+        left_out = _left_out(tokens, counts)
         tokens = tokens[:, : longest + 1].contiguous()
         if draft_logits is not None:
             draft_logits = draft_logits[:, : longest + 1]
         if min(counts) == longest:
-            return cls.of_shape(TreeShape.chain(longest), tokens, draft_logits)
+            chain = cls.of_shape(TreeShape.chain(longest), tokens, draft_logits)
+            chain.left_out = left_out
+            return chain
         parents = np.tile(np.arange(-1, longest, dtype=np.int32), (len(counts), 1))
         parents[np.arange(longest + 1) > np.array(counts)[:, None]] = -2
         links = build_tree(upload(parents, np.int32, tokens.device))
         lengths = list(counts)
-        return cls(tokens, links, True, lengths, [1 + n for n in lengths], draft_logits)
+        counts_with_root = [1 + n for n in lengths]
+        return cls(tokens, links, True, lengths, counts_with_root, draft_logits, left_out=left_out)
 
     @classmethod
-    def root_only(cls, roots: torch.Tensor) -> DraftTree:
+    def root_only(cls, roots: torch.Tensor, left_out: Sequence[tuple[int, int]] = ()) -> DraftTree:
         """Plain decoding: the tree of one node. ``roots``: [B] int32."""
-        return cls.of_shape(TreeShape.chain(0), roots[:, None])
+        tree = cls.of_shape(TreeShape.chain(0), roots[:, None])
+        tree.left_out = left_out
+        return tree
+
+
+def _left_out(tokens: torch.Tensor, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Of chains of which so many tokens behind the root are verified; on a CPU."""
+    last = tokens.shape[1] - 1
+    if min(counts) == last:
+        return []
+    rows = tokens.tolist()
+    return [
+        (count, row[count + 1]) if count < last else (-1, 0)
+        for count, row in zip(counts, rows, strict=True)
+    ]

@@ -25,6 +25,24 @@ class Outcome(NamedTuple):
     nodes: list[int]
     tokens: list[int]
 
+    def would_accept(self, parent: int, token: int) -> bool | None:
+        """Whether a walk that matches tokens had gone on to another child of a node: None where
+        it ended before the choice behind that."""
+        if self.nodes[-1] != parent:
+            return False  # it did not come by, or went on to a sibling
+        return self.tokens[-1] == token if len(self.tokens) == len(self.nodes) else None
+
+
+def came_true(tree: DraftTree, outcomes: Sequence[Outcome]) -> list[bool | None]:
+    """Of each sequence, whether the node that was left out of its tree would have been accepted;
+    None: not known, or there is none."""
+    if not tree.left_out:
+        return []
+    return [
+        None if parent < 0 else outcome.would_accept(parent, token)
+        for (parent, token), outcome in zip(tree.left_out, outcomes, strict=True)
+    ]
+
 
 @dataclass
 class Walk:

@@ -16,7 +16,7 @@ from inferlab.config import MAX_TREE_NODES
 from inferlab.kernels import build_tree
 from inferlab.models.transfer import upload
 from inferlab.scheduler import Request
-from inferlab.specdec.acceptance import SURE, Known, kinds_of
+from inferlab.specdec.acceptance import SURE, Known
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
@@ -69,7 +69,8 @@ class NgramDrafter(Drafter):
         self.corpus = corpus
         self.corpus_margin = corpus_margin
         self.max_nodes = min(1 + max_depth * branches, MAX_TREE_NODES)
-        self._texts: dict[int, _Text] = {}
+        longest = UNBOUNDED if max_match is None else max_match
+        self._lookup = _C.PromptLookup(corpus, branches, min_match, longest, corpus_margin)
 
     def ladder(self) -> Sequence[Budget]:
         if self.branches == 1:
@@ -77,58 +78,25 @@ class NgramDrafter(Drafter):
         return ladder(self.max_nodes - 1, self.max_depth)
 
     def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
-        tries = [self._trie(r, budget) for r in batch.requests]
-        if judge is not None:
-            kinds = [kinds_of(worth[1:]) for _, _, _, worth in tries]
-            counts = judge.keep([r.request_id for r in batch.requests], kinds)
-        else:
-            counts = [len(tokens) - 1 for tokens, *_ in tries]
-        width = 1 + max(counts)
+        tokens, parents, is_chain, depths, node_counts, left_out = self._lookup.draft(
+            [r.request_id for r in batch.requests],
+            [r.tokens for r in batch.requests],
+            min(budget.levels, self.max_depth),
+            min(budget.nodes, self.max_nodes - 1),
+            judge,
+        )
+        width = tokens.shape[1]
         if width == 1:
-            return DraftTree.root_only(batch.roots)
-        tokens = np.zeros((len(tries), width), dtype=np.int32)
-        parents = np.full((len(tries), width), -2, dtype=np.int32)
-        depths = []
-        for row, ((node_tokens, node_parents, depth, _), count) in enumerate(
-            zip(tries, counts, strict=True)
-        ):
-            tokens[row, : count + 1] = node_tokens[: count + 1]
-            parents[row, : count + 1] = node_parents[: count + 1]
-            cut = count + 1 < len(node_tokens)
-            depths.append(_depth(node_parents[: count + 1]) if cut else depth)
-        is_chain = depths == counts
-        if is_chain and min(counts) == width - 1:
-            links = TreeShape.chain(width - 1).links(len(tries), batch.device)
+            return DraftTree.root_only(batch.roots, left_out)
+        if is_chain and min(node_counts) == width:
+            links = TreeShape.chain(width - 1).links(len(tokens), batch.device)
         else:
             links = build_tree(upload(parents, np.int32, batch.device))
-        node_counts = [1 + n for n in counts]
-        tokens_there = upload(tokens, np.int32, batch.device)
-        return DraftTree(tokens_there, links, is_chain, depths, node_counts)
-
-    def _trie(
-        self, request: Request, budget: Budget
-    ) -> tuple[list[int], list[int], int, list[float]]:
-        """Tokens and parents of one sequence's tree, numbered by worth, its depth, and how likely
-        each node is by the length of its match."""
-        text = self._texts.get(request.request_id)
-        if text is None:
-            text = self._texts[request.request_id] = _Text(self.corpus)
-        text.read(request.tokens)
-        trie: tuple[list[int], list[int], int, list[float]] = _C.draft_trie(
-            text.automaton,
-            self.corpus,
-            text.cursor,
-            min(budget.levels, self.max_depth),
-            self.branches,
-            self.min_match,
-            UNBOUNDED if self.max_match is None else self.max_match,
-            self.corpus_margin,
-            min(budget.nodes, self.max_nodes - 1),
-        )
-        return trie
+        drafts = upload(tokens, np.int32, batch.device)
+        return DraftTree(drafts, links, is_chain, depths, node_counts, left_out=left_out)
 
     def release(self, request: Request) -> None:
-        self._texts.pop(request.request_id, None)
+        self._lookup.release(request.request_id)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -138,30 +106,6 @@ class NgramDrafter(Drafter):
             "max_match": self.max_match,
             "corpus_tokens": 0 if self.corpus is None else len(self.corpus),
         }
-
-
-def _depth(parents: Sequence[int]) -> int:
-    """Levels below the root."""
-    depths = [0]
-    for parent in parents[1:]:
-        depths.append(depths[parent] + 1)
-    return max(depths)
-
-
-class _Text:
-    """A sequence's tokens as an automaton, and where their end is in the corpus's."""
-
-    def __init__(self, corpus: Any) -> None:
-        self.automaton = _C.SuffixAutomaton()
-        self.cursor = (0, 0)
-        self._corpus = corpus
-
-    def read(self, tokens: list[int]) -> None:
-        """Takes the tokens that were added since the last call."""
-        new = tokens[len(self.automaton) :]
-        self.automaton.extend(new)
-        if self._corpus is not None:
-            self.cursor = self._corpus.follow(self.cursor, new)
 
 
 def plan(request: DraftRequest) -> DrafterPlan:
