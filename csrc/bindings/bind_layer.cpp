@@ -4,6 +4,7 @@
 #include "block_table.h"
 #include "inferlab/layer.h"
 #include "inferlab/linear.h"
+#include "inferlab/packed_weight.h"
 #include "op.h"
 
 namespace inferlab {
@@ -107,6 +108,44 @@ void linear(Call& c) {
   c.cuda([&](void* stream) { return cuda::linear(p, stream); });
 }
 
+void packed_linear(Call& c) {
+  Dim rows("rows"), in("in"), outputs("out"), tiles("tiles"), bytes("tile_bytes");
+  Element T;
+  const Arg& x = c.in("x", T, {rows, in}).rows().decides();
+  const Arg& weight = c.in("weight", kU8, {tiles, bytes});
+  const int64_t bits = c.integer("bits"), group = c.integer("group");
+  const Arg& bias = c.in("bias", T, {outputs}).optional();
+  const Arg& residual = c.in("residual", T, {rows, outputs}).optional();
+  const Arg& y = c.out("out", T, {rows, outputs});
+  if (!c.ready()) return;
+  require(bits == 8 || bits == 4,
+          [&] { return "bits is " + std::to_string(bits) + "; it must be 8 or 4"; });
+  require(group == 32 || group == 64 || group == 128,
+          [&] { return "group is " + std::to_string(group) + "; it must be 32, 64 or 128"; });
+  LinearParams p{};
+  p.x = x.data();
+  p.weight = weight.data();
+  p.bias = bias.data();
+  p.residual = residual.data();
+  p.y = y.data();
+  p.rows = rows;
+  p.in = in;
+  p.out = outputs;
+  p.x_stride = x.stride(0);
+  p.dtype = T;
+  p.bits = static_cast<int>(bits);
+  p.group = group;
+  require(tiles == packed_tiles(p) && bytes == packed_tile_bytes(p), [&] {
+    return "weight has shape " + weight.shape_str() + "; packed for " +
+           std::to_string(int64_t{outputs}) + " outputs and " + std::to_string(int64_t{in}) +
+           " inputs it must be [" + std::to_string(packed_tiles(p)) + ", " +
+           std::to_string(packed_tile_bytes(p)) + "]";
+  });
+  if (p.rows == 0 || p.out == 0) return;
+  if (!c.on_cpu()) return c.decline();
+  c.cpu([&] { return cpu::linear(p); });
+}
+
 // Strides of b and n of [B, N, H, D] with contiguous heads.
 void take_heads(const Tensor& t, int64_t stride[2]) {
   require(t.stride(3) == 1 && (t.size(2) == 1 || t.stride(2) == t.size(3)),
@@ -181,6 +220,7 @@ void bind_layer(py::module_& m) {
   define(m, "silu_mul", silu_mul);
   define(m, "rope_append", rope_append);
   define(m, "linear", linear);
+  define(m, "packed_linear", packed_linear);
 }
 
 }  // namespace inferlab

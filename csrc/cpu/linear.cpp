@@ -16,7 +16,8 @@ INFERLAB_DECLARE_KERNEL(void, linear_outputs, const LinearParams&, const float*,
 
 LinearTasks::LinearTasks(const LinearParams& params) : p_(params) {
   scratch_floats_ = INFERLAB_DISPATCH(linear_scratch_floats, p_);
-  bytes_ = p_.out * p_.in * dtype_size(p_.dtype) * (p_.rows + 3) / 4;
+  const int64_t bits = p_.bits > 0 ? p_.bits : 8 * dtype_size(p_.dtype);
+  bytes_ = p_.out * p_.in * bits / 8 * (p_.rows + 3) / 4;
   // A few tasks per thread, so that a thread that is interrupted holds up little.
   const int64_t pieces = bytes_ < (1 << 20) ? num_threads() : 4 * num_threads();
   chunk_ = ((p_.out + pieces - 1) / pieces + 15) / 16 * 16;

@@ -1,11 +1,14 @@
 // The products of a range of outputs: bf16 by AMX where there is (linear_amx.h), else register
 // blocks of up to kRows rows by 4 outputs: a vector of W is loaded once for all rows of the block.
-// A block's shape changes no bit of a result.
+// Packed weights have products of their own (linear_packed.h). A block's shape changes no bit of a
+// result.
 #include "inferlab/linear.h"
 
 #include <cmath>
 
 #include "isa.h"
+#include "linear_finish.h"
+#include "linear_packed.h"
 #include "simd.h"
 #if defined(INFERLAB_ISA_AVX512)
 #include "linear_amx.h"
@@ -112,22 +115,6 @@ inline void all_rows(const float* x, int64_t x_stride, int64_t rows, const T* w,
   }
 }
 
-// Adds bias and residual to finished sums and rounds, in the order of the unfused layer.
-template <typename T>
-inline void finish_row(const LinearParams& p, int64_t row, int64_t begin, int64_t end,
-                       const float* sums) {
-  const T* bias = static_cast<const T*>(p.bias);
-  const T* residual = static_cast<const T*>(p.residual);
-  if (residual != nullptr) residual += row * p.out;
-  T* y = static_cast<T*>(p.y) + row * p.out;
-  for (int64_t n = begin; n < end; ++n) {
-    float sum = sums[n - begin];
-    if (bias != nullptr) sum += to_float(bias[n]);
-    if (residual != nullptr) sum = to_float(residual[n]) + to_float(from_float<T>(sum));
-    y[n] = from_float<T>(sum);
-  }
-}
-
 // Rows of x in fp32.
 template <typename T>
 void widen(const LinearParams& p, float* wide) {
@@ -173,6 +160,7 @@ void dot_outputs(const LinearParams& p, const float* x, int64_t x_stride, int64_
 }  // namespace
 
 int64_t linear_scratch_floats(const LinearParams& p) {
+  if (p.bits > 0) return PackedRows::scratch_floats(p);
 #if defined(INFERLAB_ISA_AVX512)
   if (LinearTiles::usable(p)) return LinearTiles::scratch_floats(p);
 #endif
@@ -180,6 +168,7 @@ int64_t linear_scratch_floats(const LinearParams& p) {
 }
 
 void linear_prepare(const LinearParams& p, float* scratch) {
+  if (p.bits > 0) return PackedRows(p, scratch).round_rows(p);
 #if defined(INFERLAB_ISA_AVX512)
   if (LinearTiles::usable(p)) return LinearTiles::pack(p, scratch);
 #endif
@@ -188,6 +177,7 @@ void linear_prepare(const LinearParams& p, float* scratch) {
 }
 
 void linear_outputs(const LinearParams& p, const float* scratch, int64_t begin, int64_t end) {
+  if (p.bits > 0) return packed_outputs(p, scratch, begin, end);
 #if defined(INFERLAB_ISA_AVX512)
   if (LinearTiles::usable(p)) return LinearTiles(p, scratch).outputs(begin, end);
 #endif

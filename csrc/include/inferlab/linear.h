@@ -21,6 +21,10 @@ struct LinearParams {
   // No kernel that is still under way writes the weight: on a GPU it may be read before those that
   // come first have ended.
   bool weight_is_constant;
+  // 8 or 4: `weight` is packed (packed_weight.h), of this many bits, and x is rounded to 8 bits in
+  // groups of so many inputs. 0: as it is.
+  int bits = 0;
+  int64_t group = 0;
 };
 
 namespace cpu {

@@ -11,7 +11,8 @@ from inferlab.kernels.kv import (
     kv_copy_pages,
     kv_gather,
 )
-from inferlab.kernels.layer import linear, rms_norm, rope_append, silu_mul
+from inferlab.kernels.layer import linear, packed_linear, rms_norm, rope_append, silu_mul
+from inferlab.kernels.packed_weight import PackedWeight, pack, unpack
 from inferlab.kernels.sample import sample, sample_workspace
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import verify_tree_match, verify_tree_rejection
@@ -20,6 +21,7 @@ from inferlab.kernels.verify_lossy import verify_tree_lossy
 __all__ = [
     "Frontier",
     "GrownTree",
+    "PackedWeight",
     "SamplingTensors",
     "TreeLinks",
     "VerifyResult",
@@ -34,12 +36,15 @@ __all__ = [
     "kv_copy_pages",
     "kv_gather",
     "linear",
+    "pack",
+    "packed_linear",
     "paged_tree_attention",
     "rms_norm",
     "rope_append",
     "sample",
     "sample_workspace",
     "silu_mul",
+    "unpack",
     "verify_tree_lossy",
     "verify_tree_match",
     "verify_tree_rejection",

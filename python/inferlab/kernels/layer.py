@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from inferlab.kernels._registry import empty, run
+from inferlab.kernels.packed_weight import PackedWeight
 
 Array = Any  # torch.Tensor or numpy.ndarray; NumPy in, NumPy out
 
@@ -86,6 +87,31 @@ def linear(
     """
     out = empty((x.shape[0], weight.shape[0]), x)
     run(x, "linear", x, weight, bias, residual, out, constant_weight)
+    return out
+
+
+def packed_linear(
+    x: Array, weight: PackedWeight, bias: Array | None = None, residual: Array | None = None
+) -> Array:
+    """``x @ weight.T (+ bias) (+ residual)`` with x rounded to 8 bits, each group by its largest.
+
+    A row's result is the same bits whatever rows are beside it, however many threads there are and
+    on every instruction set. A row with an input that is NaN or infinite is NaN.
+
+    Args:
+        x: [rows, in], contiguous in its last dimension.
+        weight: of `pack`.
+        bias: [out] or None.
+        residual: [rows, out] or None, added to the rounded product.
+
+    Returns:
+        [rows, out], x's dtype.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit.
+    """
+    out = empty((x.shape[0], weight.out_features), x)
+    run(x, "packed_linear", x, weight.data, weight.bits, weight.group, bias, residual, out)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from inferlab.kernels.fallback.kv import kv_append
+from inferlab.kernels.packed_weight import PackedWeight, unpack
 
 
 def rms_norm(
@@ -37,6 +38,35 @@ def linear(
         torch.addmm(bias, x, weight.t(), out=out)
     if residual is not None:
         torch.add(residual, out, out=out)
+
+
+def packed_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bits: int,
+    group: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """As `inferlab.kernels.packed_linear`, by the framework's product with the unpacked weight."""
+    packed = PackedWeight(weight, bits, group, out.shape[1], x.shape[1])
+    wide = rounded_to_8_bits(x.float(), group) @ unpack(packed).t()
+    if bias is not None:
+        wide += bias.float()
+    out.copy_(wide)
+    if residual is not None:
+        torch.add(residual, out, out=out)
+
+
+def rounded_to_8_bits(x: torch.Tensor, group: int) -> torch.Tensor:
+    """x [rows, in] with each group of inputs as multiples of its largest by 127."""
+    rows, inputs = x.shape
+    groups = torch.nn.functional.pad(x, (0, -inputs % group)).view(rows, -1, group)
+    most = groups.abs().amax(-1, keepdim=True)
+    rounded = torch.where(most > 0, groups * (127 / most), 0.0).round() * (most / 127)
+    rounded = torch.where(most.isfinite(), rounded, torch.nan)
+    return rounded.view(rows, -1)[:, :inputs]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,212 @@
+// Products with packed weights of 8 and 4 bits: packed_weight.h. W is read once for a block of
+// rows, whose inputs, rounded to 8 bits, come from the first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "inferlab/packed_weight.h"
+#include "isa.h"
+#include "linear_finish.h"
+#include "packed_dot.h"
+#include "simd.h"
+
+namespace inferlab::cpu::INFERLAB_ISA {
+
+// The rows of x in 8 bits, by group: their scales, and what a sum of products with q begins at:
+// -zero times the sum of the inputs.
+struct PackedRows {
+  int64_t width, groups;
+  int8_t* x;       // [rows, width]
+  float* scale;    // [rows, groups]
+  int32_t* start;  // [rows, groups]
+
+  static int64_t scratch_floats(const LinearParams& p) {
+    return p.rows * packed_groups(p) * (p.group / 4 + 2);
+  }
+
+  PackedRows(const LinearParams& p, float* scratch)
+      : width(packed_groups(p) * p.group),
+        groups(packed_groups(p)),
+        x(reinterpret_cast<int8_t*>(scratch)),
+        scale(scratch + p.rows * width / 4),
+        start(reinterpret_cast<int32_t*>(scale + p.rows * groups)) {}
+
+  void round_rows(const LinearParams& p) const {
+    with_dtype(p.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        const T* from = static_cast<const T*>(p.x) + row * p.x_stride;
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t count = std::min(p.group, p.in - g * p.group);
+          round_group(p, from + g * p.group, count, row, g);
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kMostGroup = 128;
+
+  template <typename T>
+  void round_group(const LinearParams& p, const T* from, int64_t count, int64_t row,
+                   int64_t g) const {
+    float wide[kMostGroup];
+    float most = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      wide[i] = to_float(from[i]);
+      const float size = std::fabs(wide[i]);
+      most = std::max(most, size);
+      finite = finite && size <= 3.4e38f;  // false for NaN
+    }
+    const float inverse = most > 0 && finite ? 127.0f / most : 0.0f;
+    int8_t* to = x + row * width + g * p.group;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      // 1.5 * 2^23 leaves the nearest whole number, ties to even, in the low bits.
+      const float shifted = wide[i] * inverse + 12582912.0f;
+      const auto whole = static_cast<int32_t>(float_to_bits(shifted) - 0x4B400000u);
+      to[i] = static_cast<int8_t>(finite ? whole : 0);
+      sum += to[i];
+    }
+    std::memset(to + count, 0, p.group - count);
+    // An input that is no number, or infinite, makes all outputs of its row NaN.
+    scale[row * groups + g] = finite ? most / 127.0f : bits_to_float(0x7fc00000u);
+    start[row * groups + g] = -(p.bits == 8 ? 128 : 8) * sum;
+  }
+};
+
+// Outputs of M rows and V vectors of lanes: sums[m * stride + lane of all vectors].
+template <int kBits, bool kFast, int M, int V>
+inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t row,
+                         const uint8_t* const* tiles, float* sums, int64_t stride) {
+  constexpr int kVectors = 16 / kLanes;  // of a tile
+  const int64_t scale_bytes = packed_scale_bytes(p);
+  const bf16* scales[V];
+  const uint8_t* q[V];
+  vf acc[M][V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const uint8_t* tile = tiles[v / kVectors];
+    scales[v] = reinterpret_cast<const bf16*>(tile) + v % kVectors * kLanes;
+    q[v] = tile + scale_bytes + v % kVectors * kLanes * 4;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[m][v] = vset(0.0f);
+  }
+  const int8_t* x = rows.x + row * rows.width;
+  for (int64_t g = 0; g < rows.groups; ++g) {
+    vi dot[M][V];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const vi start = vset(rows.start[(row + m) * rows.groups + g]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) dot[m][v] = start;
+    }
+    for (int64_t k = 0; k < p.group; k += kBits == 8 ? 4 : 8, x += kBits == 8 ? 4 : 8) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const vb bytes = load_bytes(q[v]);
+        q[v] += 64;
+        if constexpr (kBits == 8) {
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            dot[m][v] = dot4<kFast>(dot[m][v], bytes, x + m * rows.width);
+          }
+        } else {
+          const vb low = low_halves(bytes), high = high_halves(bytes);
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            dot[m][v] = dot4<kFast>(dot[m][v], low, x + m * rows.width);
+          }
+#pragma GCC unroll 16
+          for (int m = 0; m < M; ++m) {
+            dot[m][v] = dot4<kFast>(dot[m][v], high, x + m * rows.width + 4);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const vf sx = vset(rows.scale[(row + m) * rows.groups + g]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if constexpr (kBits == 8) {
+          acc[m][v] = vfma(to_floats(dot[m][v]), sx, acc[m][v]);
+        } else {
+          const vf scale = vload(scales[v] + g * kPackedOutputs);
+          acc[m][v] = vfma(to_floats(dot[m][v]) * sx, scale, acc[m][v]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const vf sum = kBits == 8 ? acc[m][v] * vload(scales[v]) : acc[m][v];
+      vstore(sums + m * stride + v * kLanes, sum);
+    }
+  }
+}
+
+// `count` <= M rows.
+template <int kBits, bool kFast, int V, int M>
+inline void packed_rows(const LinearParams& p, const PackedRows& rows, int64_t row, int64_t count,
+                        const uint8_t* const* tiles, float* sums, int64_t stride) {
+  if (count == M) {
+    packed_block<kBits, kFast, M, V>(p, rows, row, tiles, sums, stride);
+  } else if constexpr (M > 1) {
+    packed_rows<kBits, kFast, V, M - 1>(p, rows, row, count, tiles, sums, stride);
+  }
+}
+
+template <int kBits, bool kFast>
+void packed_tiles_of(const LinearParams& p, const float* scratch, int64_t begin, int64_t end) {
+  constexpr int kVectors = 16 / kLanes;
+  constexpr int kPair = 2 * static_cast<int>(kPackedOutputs);
+  const PackedRows rows(p, const_cast<float*>(scratch));
+  const int64_t bytes = packed_tile_bytes(p);
+  const auto* weight = static_cast<const uint8_t*>(p.weight);
+  alignas(64) float sums[kPackedRows * kPair];
+  for (int64_t n = begin; n < end;) {
+    // Two tiles where rows are too few to keep the multipliers busy.
+    const bool pair = p.rows <= kPairRows && n + kPackedOutputs < end;
+    const int64_t next = std::min(n + (pair ? kPair : kPackedOutputs), end);
+    const uint8_t* tile = weight + n / kPackedOutputs * bytes;
+    const uint8_t* const tiles[2] = {tile, tile + bytes};
+    for (int64_t row = 0; row < p.rows; row += kPackedRows) {
+      const int64_t count = std::min<int64_t>(kPackedRows, p.rows - row);
+      if (pair) {
+        packed_rows<kBits, kFast, 2 * kVectors, kPairRows>(p, rows, row, count, tiles, sums, kPair);
+      } else {
+        packed_rows<kBits, kFast, kVectors, kPackedRows>(p, rows, row, count, tiles, sums, kPair);
+      }
+      with_dtype(p.dtype, [&](auto zero) {
+        for (int64_t r = 0; r < count; ++r) {
+          finish_row<decltype(zero)>(p, row + r, n, next, sums + r * kPair);
+        }
+      });
+    }
+    n = next;
+  }
+}
+
+// Outputs [begin, end) of all rows; begin is the first of a tile.
+inline void packed_outputs(const LinearParams& p, const float* scratch, int64_t begin,
+                           int64_t end) {
+  const bool fast = has_fast_dot();
+  if (p.bits == 8) {
+    fast ? packed_tiles_of<8, true>(p, scratch, begin, end)
+         : packed_tiles_of<8, false>(p, scratch, begin, end);
+  } else {
+    fast ? packed_tiles_of<4, true>(p, scratch, begin, end)
+         : packed_tiles_of<4, false>(p, scratch, begin, end);
+  }
+}
+
+}  // namespace inferlab::cpu::INFERLAB_ISA

@@ -1,0 +1,131 @@
+"""Weights of 8 or 4 bits, packed as ``inferlab/packed_weight.h`` says."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+OUTPUTS = 16  # of a tile
+BITS = (8, 4)
+GROUPS = (32, 64, 128)
+
+
+class PackedWeight(NamedTuple):
+    """A weight [out, in] as ``scale * (q - 2**(bits - 1))``.
+
+    Attributes:
+        data: [tiles, bytes] uint8, sixteen outputs a tile: scales, then q in the order of reading.
+        bits: of q, 8 or 4.
+        group: inputs that are rounded together: of x always, of the weight in 4 bits. In 8 bits an
+            output has one scale.
+        out_features, in_features: as they were.
+    """
+
+    data: torch.Tensor
+    bits: int
+    group: int
+    out_features: int
+    in_features: int
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of an output."""
+        return 1 if self.bits == 8 else -(-self.in_features // self.group)
+
+
+def pack(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
+    """Rounds a weight to nearest, with the scales (bf16) that leave the least squared error.
+
+    Args:
+        weight: [out, in], floating point.
+        bits: 8 or 4.
+        group: 32, 64 or 128.
+
+    Raises:
+        ValueError: another number of bits or size of groups, or a weight that is no matrix of
+            finite numbers.
+    """
+    if bits not in BITS:
+        raise ValueError(f"bits is {bits}; it must be 8 or 4")
+    if group not in GROUPS:
+        raise ValueError(f"group is {group}; it must be 32, 64 or 128")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [out, in]")
+    outputs, inputs = weight.shape
+    wide = weight.detach().float()
+    if not bool(wide.isfinite().all()):
+        raise ValueError("weight has NaN or infinite elements; they cannot be rounded")
+    padding = -inputs % group, -outputs % OUTPUTS
+    wide = torch.nn.functional.pad(wide, (0, padding[0], 0, padding[1]))
+    groups = wide.view(len(wide), 1 if bits == 8 else -1, wide.shape[1] if bits == 8 else group)
+    scales = _scales(groups, bits)
+    q = _rounded(groups, scales, bits).view(wide.shape) + 2 ** (bits - 1)
+    return PackedWeight(lay_out(q, scales, bits), bits, group, outputs, inputs)
+
+
+def lay_out(q: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The bytes of tiles: q [outputs, inputs], whole numbers from 0 on, and scales [outputs, S]
+    bf16, both padded to whole tiles and groups."""
+    tiles = len(q) // OUTPUTS
+    of_tiles = scales.view(tiles, OUTPUTS, -1).transpose(1, 2).reshape(tiles, -1)
+    head = of_tiles.contiguous().view(torch.uint8)
+    head = torch.nn.functional.pad(head, (0, -head.shape[1] % 64))
+    q = q.to(torch.uint8).view(tiles, OUTPUTS, -1, 4)
+    if bits == 4:
+        q = q[:, :, 0::2] | q[:, :, 1::2] << 4
+    return torch.cat((head, q.transpose(1, 2).reshape(tiles, -1)), dim=1)
+
+
+def unpack(packed: PackedWeight) -> torch.Tensor:
+    """What a packed weight stands for: [out, in] fp32."""
+    scales, q = parts(packed)
+    wide = (q - 2 ** (packed.bits - 1)).float().view(len(q), packed.num_scales, -1)
+    wide = (wide * scales.float()[:, :, None]).view(q.shape)
+    return wide[: packed.out_features, : packed.in_features]
+
+
+def parts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [outputs, S] bf16 and q [outputs, inputs] int32 of whole tiles and groups."""
+    tiles, count = len(packed.data), packed.num_scales
+    split = -(-count * OUTPUTS * 2 // 64) * 64
+    scales = packed.data[:, : count * OUTPUTS * 2].contiguous().view(torch.bfloat16)
+    scales = scales.view(tiles, count, OUTPUTS).transpose(1, 2).reshape(tiles * OUTPUTS, count)
+    q = packed.data[:, split:].view(tiles, -1, OUTPUTS, 4).transpose(1, 2).to(torch.int32)
+    if packed.bits == 4:
+        q = torch.stack((q & 15, q >> 4), dim=3).flatten(2, 3)
+    return scales, q.reshape(tiles * OUTPUTS, -1)
+
+
+def _scales(groups: torch.Tensor, bits: int) -> torch.Tensor:
+    """Of groups [outputs, S, n], the best scale of each: [outputs, S] bf16."""
+    most = groups.abs().amax(-1)
+    highest = 2 ** (bits - 1) - 1
+    best = (most / highest).bfloat16()
+    if bits == 8:
+        # The next larger number where bf16 has cut off: nothing is out of range.
+        return torch.where(best.float() * 127 < most, _next_up(best), best)
+    least = _error(groups, best, bits)
+    for share in (0.75, 0.8, 0.85, 0.9, 0.95, 7 / 8):
+        other = (most * share / highest).bfloat16()
+        error = _error(groups, other, bits)
+        best = torch.where(error < least, other, best)
+        least = torch.minimum(least, error)
+    return best
+
+
+def _next_up(x: torch.Tensor) -> torch.Tensor:
+    return (x.view(torch.int16) + 1).view(torch.bfloat16)
+
+
+def _rounded(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """q - zero, as floats."""
+    scales = scales.float()[:, :, None]
+    lowest = -127 if bits == 8 else -8
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    return (groups * inverse).round_().clamp_(lowest, 2 ** (bits - 1) - 1)
+
+
+def _error(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    rounded = _rounded(groups, scales, bits) * scales.float()[:, :, None]
+    return (rounded - groups).square_().sum(-1)

@@ -1,0 +1,159 @@
+"""Weights of 8 and 4 bits: how they are packed, and products with them on every instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.isas import ISAS
+from inferlab import _C, kernels
+from inferlab.kernels.fallback.layer import packed_linear as by_torch
+from inferlab.kernels.packed_weight import lay_out
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def by_definition(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, bits: int, group: int):
+    """y[m, n], number by number, in float64 from inputs that are rounded as floats are."""
+    rows, inputs = x.shape
+    y = torch.zeros(rows, len(q), dtype=torch.float64)
+    for m in range(rows):
+        for g, start in enumerate(range(0, inputs, group)):
+            part = x[m, start : start + group].numpy().astype(np.float32)
+            most = np.abs(part).max()
+            inverse = np.float32(127.0) / most if most > 0 else np.float32(0)
+            rounded = np.rint(part * inverse).astype(np.int64)
+            for n in range(len(q)):
+                whole = (q[n, start : start + group].numpy() - 2 ** (bits - 1)) * rounded
+                scale = scales[n, 0 if bits == 8 else g]
+                y[m, n] += float(scale) * float(most / np.float32(127)) * int(whole.sum())
+    return y
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_products_are_what_is_written_down(data):
+    bits, group = data.draw(st.sampled_from((8, 4))), data.draw(st.sampled_from((32, 64, 128)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows, outputs = data.draw(st.integers(1, 14)), data.draw(st.integers(1, 40))
+    inputs, apart = data.draw(st.integers(1, 150)), data.draw(st.integers(0, 3))
+    rng = np.random.default_rng(data.draw(st.integers(0, 9)))
+    tiles, groups = -(-outputs // 16), -(-inputs // group)
+    q = torch.from_numpy(rng.integers(0, 2**bits, (16 * tiles, groups * group)))
+    scales = torch.from_numpy(rng.normal(size=(16 * tiles, 1 if bits == 8 else groups)) / 50)
+    packed = kernels.PackedWeight(lay_out(q, scales.bfloat16(), bits), bits, group, outputs, inputs)
+    wide = random(rows, inputs + apart, dtype=dtype)
+    wide[:, inputs:] = float("nan")
+    x = wide[:, :inputs]
+    x[0, : inputs // 2] = 0  # whole groups of nothing
+    expected = by_definition(
+        x.float(), q[:outputs, :inputs], scales.bfloat16()[:outputs].float(), bits, group
+    )
+    bias = random(outputs, dtype=dtype, seed=2) if data.draw(st.booleans()) else None
+    residual = random(rows, outputs, dtype=dtype, seed=3) if data.draw(st.booleans()) else None
+    if bias is not None:
+        expected += bias.double()
+    if residual is not None:
+        expected += residual.double()
+    out = [torch.empty(rows, outputs, dtype=dtype)]
+    by_torch(x, packed.data, bits, group, bias, residual, out[0])
+    for isa in ISAS:
+        _C.force_isa(isa)
+        try:
+            out.append(kernels.packed_linear(x, packed, bias, residual))
+        finally:
+            _C.force_isa("auto")
+    bound = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
+    assert (out[0].double() - expected).abs().max() <= 2 * bound
+    for own in out[1:]:
+        assert (own.double() - expected).abs().max() <= bound
+        assert torch.equal(own, out[1])
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 128)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(bits, group, dtype):
+    most = 40
+    weight = kernels.pack(random(483, 160, seed=1), bits, group)
+    x = random(most, 160, dtype=dtype)
+    x[::7] *= 1e3
+    alone = torch.cat([kernels.packed_linear(x[i : i + 1], weight) for i in range(most)])
+    for rows in range(1, most + 1):
+        assert torch.equal(kernels.packed_linear(x[:rows], weight), alone[:rows])
+        assert torch.equal(kernels.packed_linear(x[-rows:], weight), alone[-rows:])
+    _C.set_num_threads(1)
+    try:
+        assert torch.equal(kernels.packed_linear(x, weight), alone)
+    finally:
+        _C.set_num_threads(torch.get_num_threads())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_with_an_input_that_is_no_number_is_nan_and_no_other_is(value):
+    x = random(3, 100)
+    x[1, 70] = value
+    out = kernels.packed_linear(x, kernels.pack(random(20, 100, seed=1), 8, 64))
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("shape", [(16, 128), (1, 1), (33, 200)])
+def test_a_packed_weight_is_near_what_it_was(bits, group, shape):
+    weight = random(*shape)
+    packed = kernels.pack(weight, bits, group)
+    error = (kernels.unpack(packed) - weight).abs()
+    if bits == 8:  # half a step, of scales that bf16 may have rounded up by 1 in 128
+        most = weight.abs().amax(1, keepdim=True)
+        assert (error <= 0.5 * most / 127 * (1 + 1 / 100)).all()
+    else:
+        spread = torch.nn.functional.pad(weight, (0, -shape[1] % group)).view(shape[0], -1, group)
+        most = spread.abs().amax(-1).repeat_interleave(group, 1)[:, : shape[1]]
+        assert (error <= 0.3 * most).all()  # what is cut off, at most
+        assert error.square().mean() <= (most / 7).square().mean() / 10
+    assert packed.data.shape[0] == -(-shape[0] // 16)
+
+
+def test_a_scale_of_4_bits_leaves_less_error_than_the_largest_element_would():
+    weight = random(64, 256)
+    weight[:, ::32] *= 4
+    packed = kernels.pack(weight, 4, 32)
+    groups = weight.view(64, -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    plain = ((groups / scale).round() * scale).view(64, 256)
+    best = (kernels.unpack(packed) - weight).square().sum()
+    assert best < 0.95 * (plain - weight).square().sum()
+
+
+def test_what_cannot_be_packed_or_multiplied_is_refused():
+    x, packed = random(2, 40), kernels.pack(random(20, 40), 8, 32)
+    nan = torch.full((2, 2), float("nan"))
+    for weight, bits, group, message in (
+        (random(2, 2), 5, 32, "bits is 5"),
+        (random(2, 2), 4, 16, "group is 16"),
+        (random(2), 4, 32, r"weight has shape \[2\]"),
+        (nan, 4, 32, "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.pack(weight, bits, group)
+    for changed, message in (
+        ({"bits": 3}, "bits is 3; it must be 8 or 4"),
+        ({"group": 48}, "group is 48; it must be 32, 64 or 128"),
+        ({"out_features": 40}, r"weight has shape \[2, .*outputs and 40 inputs it must be \[3, "),
+        ({"bits": 4}, "it must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.packed_linear(x, packed._replace(**changed))
+    with pytest.raises(ValueError, match="it must be"):
+        kernels.packed_linear(random(2, 80), packed)
+    with pytest.raises(TypeError, match="dtype"):
+        kernels.packed_linear(x.double(), packed)
