@@ -12,6 +12,7 @@
 #include "block_table.h"
 #include "inferlab/decoder.h"
 #include "inferlab/draft_chain.h"
+#include "inferlab/packed_weight.h"
 #include "planner/watch.h"
 #include "tensor.h"
 
@@ -221,13 +222,33 @@ class CompiledDecoder {
     return {t.data(), static_cast<float>(eps)};
   }
 
+  // A weight [out, in], or a packed one: data, bits, group, out, in.
   cpu::Matrix matrix_of(py::object weight, py::object bias, int64_t in, const char* name) {
-    const Tensor w(weight, name);
     Tensor b;
     view_optional(b, bias, name);
-    w.shape({Tensor::kAny, in}).contiguous().cpu();
-    require(w.float_dtype() == decoder_.dtype, "all weights must be of one type");
-    cpu::Matrix matrix{w.data(), nullptr, w.size(0), in};
+    cpu::Matrix matrix;
+    matrix.in = in;
+    if (py::isinstance<py::tuple>(weight)) {
+      const py::tuple packed = weight;
+      LinearParams p{};
+      p.bits = packed[1].cast<int>();
+      p.group = packed[2].cast<int64_t>();
+      p.out = packed[3].cast<int64_t>();
+      p.in = packed[4].cast<int64_t>();
+      const Tensor data(packed[0], name);
+      data.u8().shape({packed_tiles(p), packed_tile_bytes(p)}).contiguous().cpu();
+      require(p.in == in, "a packed weight is for another number of inputs");
+      matrix.weight = data.data();
+      matrix.out = p.out;
+      matrix.bits = p.bits;
+      matrix.group = p.group;
+    } else {
+      const Tensor w(weight, name);
+      w.shape({Tensor::kAny, in}).contiguous().cpu();
+      require(w.float_dtype() == decoder_.dtype, "all weights must be of one type");
+      matrix.weight = w.data();
+      matrix.out = w.size(0);
+    }
     if (b.given()) {
       b.shape({matrix.out}).contiguous().cpu();
       require(b.float_dtype() == decoder_.dtype, "all weights must be of one type");

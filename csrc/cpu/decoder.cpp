@@ -50,7 +50,7 @@ class Forward {
 
   Status run() {
     if (!take_memory()) return Status::kOutOfMemory;
-    int64_t bytes = d_.head.out * d_.head.in * size_;
+    int64_t bytes = head_.bytes();
     for (const LayerTasks& layer : layers_) {
       bytes +=
           layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes();
@@ -125,7 +125,7 @@ class Forward {
   LinearTasks product(const Matrix& matrix, const void* x, int64_t x_stride, const void* residual,
                       void* y, int64_t rows) const {
     return LinearTasks({x, matrix.weight, matrix.bias, residual, y, rows, matrix.in, matrix.out,
-                        x_stride, d_.dtype, true});
+                        x_stride, d_.dtype, true, matrix.bits, matrix.group});
   }
 
   void plan(int64_t index) {

@@ -199,8 +199,9 @@ class SpecdecConfig(Sampled):
     cost. ``cost_cache: false``: what steps cost is neither read from the user's cache directory nor
     kept there. ``repetition_penalty`` and ``min_new_tokens`` left out are the checkpoint's own,
     else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without
-    both it is sized for the batch. ``record`` is the directory that each pipeline adds a recorded
-    run to, for ``inferlab replay``.
+    both it is sized for the batch. ``quantization`` and ``draft_quantization`` pack the weights of
+    the target and of the draft model when they are loaded, on a CPU. ``record`` is the directory
+    that each pipeline adds a recorded run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -249,6 +250,8 @@ class SpecdecConfig(Sampled):
     device: Device = "auto"
     force_device: Literal["cpu", "mps", "cuda"] | None = None
     dtype: Dtype = "auto"
+    quantization: Literal["none", "int8", "int4"] = "none"
+    draft_quantization: Literal["none", "int8", "int4"] = "none"
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     kv_memory_mb: Positive | None = None
@@ -289,6 +292,12 @@ class SpecdecConfig(Sampled):
 
     @model_validator(mode="after")
     def _consistent(self) -> SpecdecConfig:
+        for key in ("quantization", "draft_quantization"):
+            if self.implementation == "fake" and getattr(self, key) != "none":
+                raise ValueError(
+                    f"{key}: {getattr(self, key)!r} is not for implementation: 'fake', which has "
+                    "no weights; set implementation to 'hf', or leave it out"
+                )
         for mode, enabled in (("medusa", self.medusa.enabled), ("eagle", self.eagle.enabled)):
             if enabled and not self.draft_mode.startswith(mode):
                 raise ValueError(

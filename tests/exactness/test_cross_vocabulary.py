@@ -299,6 +299,7 @@ class Scribe:
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.eos_token_ids = ()
         self.num_parameters = 0
+        self.quantization = None
         self._ids = torch.tensor(tokenizer.encode(text))
         self.new_cache = FakeLM(64).new_cache
 

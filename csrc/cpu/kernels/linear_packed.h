@@ -83,6 +83,9 @@ template <int kBits, bool kFast, int M, int V>
 inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t row,
                          const uint8_t* const* tiles, float* sums, int64_t stride) {
   constexpr int kVectors = 16 / kLanes;  // of a tile
+  // A sum waits some cycles for the one before: few rows have two of them under way.
+  constexpr bool kSplit = M <= 2;
+  constexpr int kRest = kSplit ? M : 1;
   const int64_t scale_bytes = packed_scale_bytes(p);
   const bf16* scales[V];
   const uint8_t* q[V];
@@ -100,34 +103,46 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
   }
   const int8_t* x = rows.x + row * rows.width;
   for (int64_t g = 0; g < rows.groups; ++g) {
-    vi dot[M][V];
+    vi dot[M][V], rest[kRest][V];
+#pragma GCC unroll 2
+    for (int m = 0; m < kRest; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) rest[m][v] = vset(0);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const vi start = vset(rows.start[(row + m) * rows.groups + g]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) dot[m][v] = start;
     }
-    for (int64_t k = 0; k < p.group; k += kBits == 8 ? 4 : 8, x += kBits == 8 ? 4 : 8) {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < p.group; k += 8, x += 8) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const vb bytes = load_bytes(q[v]);
-        q[v] += 64;
+        vb first = load_bytes(q[v]), second;
         if constexpr (kBits == 8) {
-#pragma GCC unroll 16
-          for (int m = 0; m < M; ++m) {
-            dot[m][v] = dot4<kFast>(dot[m][v], bytes, x + m * rows.width);
-          }
+          second = load_bytes(q[v] + 64);
         } else {
-          const vb low = low_halves(bytes), high = high_halves(bytes);
-#pragma GCC unroll 16
-          for (int m = 0; m < M; ++m) {
-            dot[m][v] = dot4<kFast>(dot[m][v], low, x + m * rows.width);
-          }
-#pragma GCC unroll 16
-          for (int m = 0; m < M; ++m) {
-            dot[m][v] = dot4<kFast>(dot[m][v], high, x + m * rows.width + 4);
-          }
+          second = high_halves(first);
+          first = low_halves(first);
         }
+        q[v] += 16 * kBits;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          dot[m][v] = dot4<kFast>(dot[m][v], first, x + m * rows.width);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          vi& sum = kSplit ? rest[m % kRest][v] : dot[m][v];
+          sum = dot4<kFast>(sum, second, x + m * rows.width + 4);
+        }
+      }
+    }
+    if constexpr (kSplit) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) dot[m][v] = dot[m][v] + rest[m][v];
       }
     }
 #pragma GCC unroll 16

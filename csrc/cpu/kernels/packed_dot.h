@@ -20,6 +20,7 @@ struct vb {
   __m512i v;
 };
 inline vi vset(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline vf to_floats(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline vb load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline vb low_halves(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -68,6 +69,7 @@ struct vb {
   __m256i v;
 };
 inline vi vset(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline vi operator+(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline vf to_floats(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline vb load_bytes(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
@@ -104,6 +106,10 @@ struct vb {
   uint8_t v[16];
 };
 inline vi vset(int32_t x) { return {{x, x, x, x}}; }
+inline vi operator+(vi a, vi b) {
+  for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+  return a;
+}
 inline vf to_floats(vi a) {
   vf r;
   for (int i = 0; i < 4; ++i) r.v[i] = static_cast<float>(a.v[i]);

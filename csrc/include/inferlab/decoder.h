@@ -15,9 +15,11 @@ namespace inferlab::cpu {
 
 // y = x weight^T + bias
 struct Matrix {
-  const void* weight = nullptr;  // [out, in]
+  const void* weight = nullptr;  // [out, in], or packed (packed_weight.h) where `bits` is not 0
   const void* bias = nullptr;    // [out] or null
   int64_t out = 0, in = 0;
+  int bits = 0;
+  int64_t group = 0;
 };
 
 struct Norm {
@@ -40,7 +42,7 @@ struct Decoder {
   std::vector<DecoderLayer> layers;
   Norm norm;
   Matrix head;
-  DType dtype = DType::kF32;  // of weights, pages and results
+  DType dtype = DType::kF32;  // of weights that are not packed, pages and results
 };
 
 struct DecoderPass {

@@ -23,6 +23,7 @@ from inferlab.benchmarks.statistics import bootstrap_interval
 from inferlab.config import SpecdecConfig, choices
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import UsageError, describe_error
+from inferlab.models import format_of
 from inferlab.records import record_of
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.cuts import Rule
@@ -348,7 +349,7 @@ class Advisor:
         return {
             "base_model": self.target.name,
             "device": str(self.target.device),
-            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dtype": format_of(self.target),
             "prompts": num_prompts,
             "max_new_tokens": c.max_new_tokens,
             "temperature": c.effective_temperature,

@@ -21,6 +21,7 @@ from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
 from inferlab.draft_modes import tree_misfit
 from inferlab.errors import describe_error
+from inferlab.models import format_of
 from inferlab.records import record_of, total_stats
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -216,7 +217,7 @@ class ModesBenchmark:
         return {
             "base_model": self.target.name,
             "device": str(self.target.device),
-            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dtype": format_of(self.target),
             "prompts": num_prompts,
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.effective_temperature,

@@ -14,7 +14,7 @@ from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.client.ping import VLLMPingClient
 from inferlab.config import SpecdecConfig
-from inferlab.models import TargetModel, plain_model, unknown_ids
+from inferlab.models import TargetModel, format_of, plain_model, unknown_ids
 from inferlab.models.generation_defaults import same_rule
 from inferlab.records import RequestRecord
 from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
@@ -97,7 +97,7 @@ class SpecdecRunner:
         return {
             "implementation": config.implementation,
             "device": self.pipeline.device,
-            "dtype": str(self.pipeline.target.dtype).removeprefix("torch."),
+            "dtype": format_of(self.pipeline.target),
             "base_model": self.pipeline.target.name,
             "draft_model": self.pipeline.draft_name if hf else None,
             "draft_mode": config.draft_mode,
@@ -215,7 +215,7 @@ class GenerateRunner:
             source="generate",
             model=self.target.name,
             device=str(device),
-            dtype=str(self.target.dtype).removeprefix("torch."),
+            dtype=format_of(self.target),
             prompt=prompt,
             prompt_tokens=ids.shape[1],
             max_tokens=self.config.max_new_tokens,

@@ -40,7 +40,9 @@ def compare_token_ids(
         and, where it can be told, ``scores`` of both, their ``gap``, ``rounding_step`` and ``tie``.
     """
     modes = list(dict.fromkeys(run.mode for run in measurements.runs))
-    not_compared = {mode: why for mode in modes if (why := _why_not(mode, config)) is not None}
+    not_compared = {
+        mode: why for mode in modes if (why := _why_not(mode, config, target)) is not None
+    }
     compared = [mode for mode in modes if mode not in not_compared]
     differences: list[dict[str, Any]] = []
     counted = 0
@@ -74,13 +76,15 @@ def compare_token_ids(
     }
 
 
-def _why_not(mode: str, config: SpecdecConfig) -> str | None:
+def _why_not(mode: str, config: SpecdecConfig, target: TargetModel) -> str | None:
     """Why a mode's ids need not be those of plain decoding; None if they must."""
     greedy = config.effective_temperature == 0
     if not mode.startswith("hf") and mode != "plain":
         exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
         return None if exact else f"policy {config.policy} does not promise the same tokens"
     if mode.startswith("hf"):
+        if target.quantization is not None:
+            return "its last bits, from other kernels, round inputs of products to other 8 bits"
         if not greedy:
             return "Hugging Face samples from a noise of its own"
         if config.presence_penalty or config.frequency_penalty:

@@ -49,6 +49,8 @@ FLAGS = {
     "--device": "device",
     "--force-device": "force_device",
     "--dtype": "dtype",
+    "--quantization": "quantization",
+    "--draft-quantization": "draft_quantization",
     "--max-memory-mb": "max_memory_mb",
     "--batch-size": "max_batch",
     "--record": "record",
@@ -74,6 +76,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
     group.add_argument("--force-device", choices=one_of("force_device"), help="beats --device")
     group.add_argument("--dtype", choices=one_of("dtype"), help="(auto)")
+    group.add_argument(
+        "--quantization",
+        choices=one_of("quantization"),
+        help="the target's weights, packed when it is loaded, on a CPU (none)",
+    )
+    group.add_argument(
+        "--draft-quantization",
+        choices=one_of("draft_quantization"),
+        help="the draft model's (none)",
+    )
     add_safety_arguments(group)
 
 

@@ -9,6 +9,7 @@ import torch
 OUTPUTS = 16  # of a tile
 BITS = (8, 4)
 GROUPS = (32, 64, 128)
+ROWS_AT_ONCE = 512  # outputs that are widened to fp32 together
 
 
 class PackedWeight(NamedTuple):
@@ -53,15 +54,20 @@ def pack(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {list(weight.shape)}; it must be [out, in]")
     outputs, inputs = weight.shape
-    wide = weight.detach().float()
+    parts = [_packed(part, bits, group) for part in weight.detach().split(ROWS_AT_ONCE)]
+    return PackedWeight(torch.cat(parts), bits, group, outputs, inputs)
+
+
+def _packed(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """The tiles of some outputs, whole ones but for the last."""
+    wide = weight.float()
     if not bool(wide.isfinite().all()):
         raise ValueError("weight has NaN or infinite elements; they cannot be rounded")
-    padding = -inputs % group, -outputs % OUTPUTS
-    wide = torch.nn.functional.pad(wide, (0, padding[0], 0, padding[1]))
+    wide = torch.nn.functional.pad(wide, (0, -wide.shape[1] % group, 0, -len(wide) % OUTPUTS))
     groups = wide.view(len(wide), 1 if bits == 8 else -1, wide.shape[1] if bits == 8 else group)
     scales = _scales(groups, bits)
     q = _rounded(groups, scales, bits).view(wide.shape) + 2 ** (bits - 1)
-    return PackedWeight(lay_out(q, scales, bits), bits, group, outputs, inputs)
+    return lay_out(q, scales, bits)
 
 
 def lay_out(q: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

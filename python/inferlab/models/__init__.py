@@ -2,7 +2,7 @@
 
 from inferlab.models.assets import BUNDLED, resolve_model_path
 from inferlab.models.attention_hook import UnsupportedArchitectureError
-from inferlab.models.base import TargetModel, allowed_vocab, plain_model, unknown_ids
+from inferlab.models.base import TargetModel, allowed_vocab, format_of, plain_model, unknown_ids
 from inferlab.models.early_exit import EarlyExit
 from inferlab.models.fake import FakeLM
 from inferlab.models.forked import use_threads_that_exist
@@ -28,6 +28,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "VocabularyMap",
     "allowed_vocab",
+    "format_of",
     "last_rows",
     "plain_model",
     "resolve_model_path",

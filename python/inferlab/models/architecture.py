@@ -20,6 +20,7 @@ from inferlab.models.attention_hook import (
     Trace,
     UnsupportedArchitectureError,
 )
+from inferlab.models.quantized import QuantizedLinear
 from inferlab.models.untouched import is_untouched
 
 # Families whose logits are compared with Hugging Face's own in the tests, by config.model_type.
@@ -270,7 +271,8 @@ def works_by_rows(model: PreTrainedModel) -> bool:
 
 def _is_the_librarys(module: Any) -> bool:
     library = type(module).__module__.partition(".")[0]
-    return library in ("torch", "transformers") and is_untouched(module)
+    known = library in ("torch", "transformers") or type(module) is QuantizedLinear
+    return known and is_untouched(module)
 
 
 def _empty_layers(model: PreTrainedModel) -> list[int]:

@@ -27,6 +27,7 @@ class TargetModel(Protocol):
         eos_token_ids: ids that end a text, possibly none; all below `allowed_vocab`.
         tokenizer: a Hugging Face tokenizer or None.
         num_parameters: number of distinct weights.
+        quantization: the format of packed weights; None: they are of ``dtype``.
         embed: from token ids [..] to what enters the first layer, [.., H]; None without weights.
         head: from `FINAL_HIDDEN` [.., H] to logits [.., V]; None without weights.
     """
@@ -41,6 +42,7 @@ class TargetModel(Protocol):
     eos_token_ids: tuple[int, ...]
     tokenizer: Any
     num_parameters: int
+    quantization: str | None
 
     @property
     def embed(self) -> torch.nn.Module | None: ...
@@ -94,6 +96,13 @@ def plain_model(model: TargetModel, use: str) -> AbstractContextManager[Any]:
             "implementation 'hf'"
         )
     return plain
+
+
+def format_of(model: TargetModel) -> str:
+    """The element type of a model and, where its weights are packed, their format."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    packed = model.quantization
+    return dtype if packed is None else f"{dtype}, {packed} weights"
 
 
 def allowed_vocab(model: TargetModel) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from inferlab.models.base import TargetModel
 from inferlab.models.hf import HFModel
+from inferlab.models.quantized import num_parameters
 
 
 class EarlyExit(HFModel):
@@ -49,7 +50,7 @@ class EarlyExit(HFModel):
         self._count = layers
         self._build()
         self.name = f"{target.name}, first {layers} of {count} layers"
-        self.num_parameters = sum(p.numel() for p in self._model.parameters())
+        self.num_parameters = num_parameters(self._model)
         self.load_notes = ()
 
     def _build(self) -> None:

@@ -68,6 +68,7 @@ class FakeLM:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.num_parameters = 0
+        self.quantization: str | None = None
         self.seed = seed
         self.agreement = agreement
         has_tokenizer = vocab_size >= MIN_VOCAB

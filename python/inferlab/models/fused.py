@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from inferlab.kernels import linear, paged_tree_attention, rms_norm, rope_append, silu_mul
+from inferlab.kernels import (
+    PackedWeight,
+    linear,
+    packed_linear,
+    paged_tree_attention,
+    rms_norm,
+    rope_append,
+    silu_mul,
+)
+from inferlab.kernels.packed_weight import OUTPUTS as PACKED_OUTPUTS
 from inferlab.models.attention_hook import LayerSpec, Pass
 from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.native import NativeDecoder
+from inferlab.models.quantized import QuantizedLinear, weight_of
 from inferlab.models.untouched import HELPERS, has_weights, is_own_function, is_untouched
 
 # Up to here reading the weights is the work; beyond, torch's blocked products win.
@@ -48,7 +59,7 @@ class FusedDecoder:
     ) -> None:
         self._model = model.model
         self._head = model.lm_head
-        self._vocab = model.lm_head.weight.shape[0]
+        self._vocab = model.lm_head.out_features
         self._norm_weight = self._model.norm.weight
         self._norm_eps = self._model.norm.variance_epsilon
         self._specs = layers
@@ -106,7 +117,7 @@ class FusedDecoder:
         features[FINAL_HIDDEN] = hidden
         if scored is not None:
             hidden = hidden[scored]
-        logits = product(hidden, self._head.weight, self._head.bias)
+        logits = product(hidden, weight_of(self._head), self._head.bias)
         wanted = [features[index] for index in feature_layers]
         logits = logits.view(*((size, nodes) if batch.scored is None else (-1, 1)), self._vocab)
         if not wanted:
@@ -123,7 +134,7 @@ class DecoderLayer:
         self.kv_heads = spec.num_kv_heads
         self.head_dim = spec.head_dim
         self.scale, self.window, self.softcap = spec.scale, spec.window, spec.softcap
-        self.q_heads = attention.q_proj.weight.shape[0] // spec.head_dim
+        self.q_heads = attention.q_proj.out_features // spec.head_dim
         self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = attention.o_proj
         self.gate_up = join(mlp.gate_proj, mlp.up_proj)
@@ -191,15 +202,15 @@ class DecoderLayer:
             **where,
         )
         attended = attended.view(len(hidden), -1)
-        hidden = add_product(hidden, attended, self.out.weight, self.out.bias)
+        hidden = add_product(hidden, attended, weight_of(self.out), self.out.bias)
         normed = rms_norm(hidden, self.post_norm.weight, self.post_norm.variance_epsilon)
         gated = silu_mul(product(normed, *self.gate_up))
-        return add_product(hidden, gated, self.down.weight, self.down.bias)
+        return add_product(hidden, gated, weight_of(self.down), self.down.bias)
 
 
 def product(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -208,6 +219,9 @@ def product(
     On a CPU all of them are ours: a row's bits must not depend on how many rows share the call, and
     torch sums in another order for other numbers of rows.
     """
+    if isinstance(weight, PackedWeight):
+        packed: torch.Tensor = packed_linear(x, weight, bias, residual)
+        return packed
     if is_ours(x):
         return linear(x, weight, bias, residual, constant_weight=True)
     out = torch.nn.functional.linear(x, weight, bias)
@@ -215,10 +229,13 @@ def product(
 
 
 def add_product(
-    hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    hidden: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedWeight,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """``hidden + x @ weight.T + bias``; may overwrite ``hidden``."""
-    if x.is_cuda and bias is None and not is_ours(x):
+    if isinstance(weight, torch.Tensor) and x.is_cuda and bias is None and not is_ours(x):
         return hidden.addmm_(x, weight.t())  # the sum in the product's own launch
     return product(x, weight, bias, hidden)
 
@@ -230,8 +247,10 @@ def is_ours(x: torch.Tensor) -> bool:
     return x.is_cpu
 
 
-def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+def join(*linears: Any) -> tuple[torch.Tensor | PackedWeight, torch.Tensor | None]:
     """One weight [sum of outputs, inputs] for linears of one input; they become views of it."""
+    if isinstance(linears[0], QuantizedLinear):
+        return join_packed(linears)
     weight = torch.cat([each.weight.detach() for each in linears])
     bias = None
     if linears[0].bias is not None:
@@ -244,6 +263,31 @@ def join(*linears: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
             each.bias = nn.Parameter(bias[start:end], requires_grad=False)
         start = end
     return weight, bias
+
+
+def join_packed(
+    linears: Sequence[QuantizedLinear],
+) -> tuple[PackedWeight, torch.Tensor | None]:
+    """The same of packed weights, all but the last of whole tiles (`can_join`)."""
+    joint = torch.cat([each.data for each in linears])
+    start = 0
+    for each in linears:
+        each.data = joint[start : start + len(each.data)]
+        start += len(each.data)
+    bias = None if linears[0].bias is None else torch.cat([each.bias for each in linears])
+    outputs = sum(each.out_features for each in linears)
+    return linears[0].packed._replace(data=joint, out_features=outputs), bias
+
+
+def can_join(linears: Sequence[Any]) -> bool:
+    """Whether linears of one input have one form, and can be one product."""
+    first = linears[0]
+    if len({(type(each), each.bias is None) for each in linears}) > 1:
+        return False
+    if not isinstance(first, QuantizedLinear):
+        return True
+    whole = all(each.out_features % PACKED_OUTPUTS == 0 for each in linears[:-1])
+    return whole and len({(each.bits, each.group) for each in linears}) == 1
 
 
 def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
@@ -260,7 +304,7 @@ def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
         return False  # others were put in their places there, and so in what their forwards call
     if not all(is_own_function(getattr(written_in, n), written_in.__name__) for n in HELPERS):
         return False
-    known |= {nn.Embedding, nn.Linear, nn.ModuleList, nn.SiLU, SiLUActivation}
+    known |= {nn.Embedding, nn.Linear, QuantizedLinear, nn.ModuleList, nn.SiLU, SiLUActivation}
     if not all(type(module) in known and is_untouched(module) for module in model.modules()):
         return False
     for layer in model.model.layers:
@@ -268,6 +312,6 @@ def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
         if type(mlp.act_fn) not in (nn.SiLU, SiLUActivation):
             return False
         joint = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
-        if any(len({each.bias is None for each in linears}) > 1 for linears in joint):
+        if not all(map(can_join, joint)):
             return False
     return has_weights(model)

@@ -31,6 +31,7 @@ from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.packing import Packing
+from inferlab.models.quantized import check_format, num_parameters, quantize
 from inferlab.models.rotary import context_length, length_rotary, reread_length
 from inferlab.models.stable import StableProducts, experts_implementation, turn
 from inferlab.models.untouched import fingerprint
@@ -83,7 +84,8 @@ class HFModel:
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
         self.reread_length: int | None = reread_length(self.config)
         self.dtype: torch.dtype = model.dtype
-        self.num_parameters: int = sum(p.numel() for p in model.parameters())
+        self.quantization: str | None = getattr(model, "inferlab_quantization", None)
+        self.num_parameters: int = num_parameters(model)
         self.load_notes: tuple[str, ...] = ()
         self._plain_experts = experts_implementation(model) if self.device.type == "cpu" else None
         self._take_over()
@@ -133,8 +135,12 @@ class HFModel:
         max_memory_mb: float | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        quantization: str | None = None,
     ) -> HFModel:
-        """Loads a bundled model, a local directory or a hub id (see `loading.load`)."""
+        """Loads a bundled model, a local directory or a hub id (see `loading.load`), and packs its
+        weights (`quantized.quantize`) where ``quantization`` names a format."""
+        if quantization is not None:
+            check_format(quantization, loading.choose_device(device, device_priority))
         loaded = loading.load(
             name_or_path,
             device=device,
@@ -144,6 +150,8 @@ class HFModel:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
+        if quantization is not None:
+            quantize(loaded.model, quantization)
         target = cls(loaded.model, loaded.tokenizer, name=str(name_or_path))
         target.load_notes = loaded.notes
         return target

@@ -12,6 +12,7 @@ from inferlab import _C
 from inferlab.kernels import SamplingTensors
 from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.quantized import weight_of
 
 if TYPE_CHECKING:
     from inferlab.models.fused import DecoderLayer
@@ -29,13 +30,13 @@ class NativeDecoder:
     def __init__(self, model: Any, layers: Sequence[DecoderLayer], limit: int | None) -> None:
         decoder, head = model.model, model.lm_head
         norm = decoder.norm
-        self._vocab, self._hidden = head.weight.shape
+        self._vocab, self._hidden = head.out_features, head.in_features
         self._angles = Angles(decoder.rotary_emb, norm.weight, limit)
         self._compiled = _C.Decoder(
             embedding=_data(decoder.embed_tokens.weight),
             norm=_data(norm.weight),
             norm_eps=norm.variance_epsilon,
-            head=_data(head.weight),
+            head=weight_of(head),
             head_bias=_data(head.bias),
         )
         for layer in layers:
@@ -50,11 +51,11 @@ class NativeDecoder:
                 **{f"{n}_eps": 0.0 if m is None else m.variance_epsilon for n, m in norms.items()},
                 qkv=layer.qkv[0],
                 qkv_bias=layer.qkv[1],
-                output=_data(layer.out.weight),
+                output=weight_of(layer.out),
                 output_bias=_data(layer.out.bias),
                 gate_up=layer.gate_up[0],
                 gate_up_bias=layer.gate_up[1],
-                down=_data(layer.down.weight),
+                down=weight_of(layer.down),
                 down_bias=_data(layer.down.bias),
                 q_heads=layer.q_heads,
                 kv_heads=layer.kv_heads,

@@ -13,7 +13,7 @@ from platformdirs import user_cache_path
 
 from inferlab import _C, __version__
 from inferlab.machine import processor_name, usable_cores
-from inferlab.models import TargetModel
+from inferlab.models import TargetModel, format_of
 from inferlab.output import replace_file
 from inferlab.specdec.costs import CostModel
 
@@ -40,7 +40,7 @@ def describe_costs(
 def model_facts(model: TargetModel | None) -> list[Any]:
     """What a model's times hang on."""
     config = getattr(model, "config", None)
-    facts = [model.name, str(model.dtype)] if model is not None else []
+    facts = [model.name, format_of(model)] if model is not None else []
     return [*facts, config.to_dict() if config is not None else None]
 
 

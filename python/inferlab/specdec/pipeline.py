@@ -18,7 +18,7 @@ from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import Interrupted
 from inferlab.machine import processor_name, usable_cores
-from inferlab.models import FakeLM, TargetModel, allowed_vocab, unknown_ids
+from inferlab.models import FakeLM, TargetModel, allowed_vocab, format_of, unknown_ids
 from inferlab.models.generation_defaults import Followed, followed, warn_of_not_followed
 from inferlab.records import Speculation
 from inferlab.scheduler import Request
@@ -85,6 +85,9 @@ class SpeculativePipeline:
             Costs time, changes no token.
         target, draft: loaded models to use in place of ``base_model`` and ``draft_model``.
         shape: a static tree of any form, in place of ``tree``.
+        quantization, draft_quantization: ``int8`` or ``int4``: the weights of target and draft
+            model are packed when they are loaded (on a CPU); ``none``: as they are. Not for models
+            that are given as objects.
         overrides: any other key of SpecdecConfig (``tau``, ``p``, ``max_k``, ``max_batch``, ...).
 
     Raises:
@@ -109,6 +112,8 @@ class SpeculativePipeline:
         seed: int | None = None,
         agree_k: int | None = None,
         record: str | os.PathLike[str] | None = None,
+        quantization: str | None = None,
+        draft_quantization: str | None = None,
         target: TargetModel | None = None,
         draft: TargetModel | None = None,
         shape: TreeShape | None = None,
@@ -132,6 +137,8 @@ class SpeculativePipeline:
             seed=seed,
             agree_k=agree_k,
             record=os.fspath(record) if record is not None else None,
+            quantization=quantization,
+            draft_quantization=draft_quantization,
         )
         if k is not None:
             overrides["max_draft"] = k
@@ -150,6 +157,13 @@ class SpeculativePipeline:
         self.controller: Controller = (
             controller if isinstance(controller, Controller) else self._make_controller()
         )
+        for key, given_model in (("quantization", target), ("draft_quantization", draft)):
+            wanted = getattr(config, key)
+            if given_model is not None and wanted not in ("none", given_model.quantization):
+                raise ValueError(
+                    f"{key} is {wanted!r}, but a model was given that is not: load it with "
+                    f"HFModel.load(..., quantization={wanted!r}), or leave {key} out"
+                )
         self.target = target if target is not None else self._load_target()
         self._checkpoint = Followed()  # what the target's own generation_config asks for
         plain = self.target.plain()
@@ -234,7 +248,7 @@ class SpeculativePipeline:
             "versions": {"inferlab": __version__, "torch": torch.__version__},
             "machine": [processor_name(), usable_cores(), self.device, torch.get_num_threads()],
             "model": self.target.name,
-            "dtype": str(self.target.dtype).removeprefix("torch."),
+            "dtype": format_of(self.target),
             "implementation": c.implementation,
             "draft_mode": c.draft_mode,
             "draft_model": self.draft_name,
@@ -561,7 +575,7 @@ class SpeculativePipeline:
             prompt_tokens=len(request.prompt),
             model=self.target.name,
             device=self.device,
-            dtype=str(self.target.dtype).removeprefix("torch."),
+            dtype=format_of(self.target),
         )
         return result_mapping(record)
 
@@ -591,7 +605,7 @@ class SpeculativePipeline:
     def _load_target(self) -> TargetModel:
         if self.config.implementation == "fake":
             return FakeLM(seed=self.config.seed)
-        return load_model(self.config, self.config.base_model)
+        return load_model(self.config, self.config.base_model, self.config.quantization)
 
     def _make_engine(self) -> Engine:
         c = self.config

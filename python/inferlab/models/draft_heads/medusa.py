@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inferlab.models.fused import product
+from inferlab.models.quantized import weight_of
 
 
 class ResidualBlock(nn.Module):
@@ -145,7 +146,7 @@ class MedusaHeads(nn.ModuleList):
             states = states + F.silu(torch.baddbmm(bias[:count], states, weight[:count]))
         if self.tied:
             rows = states.transpose(0, 1).flatten(0, 1)
-            return product(rows, self.lm_head(0)).view(len(hidden), count, -1)
+            return product(rows, weight_of(self._target_head[0])).view(len(hidden), count, -1)
         return torch.stack([product(states[i], self.lm_head(i)) for i in range(count)], dim=1)
 
     def _stacked_blocks(self) -> list[tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from inferlab.models.draft_heads.eagle import EagleHead
 from inferlab.models.forward import ForwardBatch
 from inferlab.models.fused import DecoderLayer, product
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.quantized import weight_of
 from inferlab.models.rotary import LengthRotary, context_length
 
 
@@ -48,7 +49,9 @@ class PagedEagle:
     def weights_at(self) -> tuple[int, int]:
         """Where the embedding and the output head lie, which may be the target's."""
         head = self.head
-        return head.embedding.weight.data_ptr(), head.output_head.weight.data_ptr()
+        weight = weight_of(head.output_head)
+        output = weight if isinstance(weight, torch.Tensor) else weight.data
+        return head.embedding.weight.data_ptr(), output.data_ptr()
 
     def new_cache(self, num_pages: int, page_size: int) -> KVCache:
         """A zeroed cache of one layer."""
@@ -83,7 +86,7 @@ class PagedEagle:
             out = head.draft_logits(rows)
         else:
             normed = rms_norm(rows, head.norm.weight, head.norm.variance_epsilon)
-            out = product(normed, head.output_head.weight, head.output_head.bias)
+            out = product(normed, weight_of(head.output_head), head.output_head.bias)
         return head.spread(out).view(size, nodes, -1)
 
     def _enter(

@@ -104,7 +104,7 @@ def make_plan(request: DraftRequest) -> DrafterPlan:
     return plan
 
 
-def load_model(config: SpecdecConfig, name: str) -> HFModel:
+def load_model(config: SpecdecConfig, name: str, quantization: str) -> HFModel:
     """A model on the device, in the dtype and under the conditions of the configuration."""
     return HFModel.load(
         name,
@@ -114,4 +114,5 @@ def load_model(config: SpecdecConfig, name: str) -> HFModel:
         max_memory_mb=config.max_memory_mb,
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
+        quantization=None if quantization == "none" else quantization,
     )

@@ -18,7 +18,7 @@ def plan(request: DraftRequest) -> DrafterPlan:
     if draft is None and config.implementation == "fake":
         draft = FakeLM(seed=config.seed, agreement=config.fake.agreement)
     elif draft is None:
-        draft = load_model(config, config.draft_model)
+        draft = load_model(config, config.draft_model, config.draft_quantization)
     return _plan(request, draft)
 
 
