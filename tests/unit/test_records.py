@@ -194,6 +194,10 @@ def test_bench_of_a_server(capsys, server):
         printed(capsys, *asked, "--port", str(port), code=1)
 
 
+def test_bench_of_all_formats(capsys):
+    printed(capsys, *BENCH, "--quantization-matrix", "--prompt", "a b", "--max-tokens", "4")
+
+
 def test_bench_of_all_modes(capsys):
     modes = (*BENCH, "--modes", "ngram,vanilla", "--batch", "1,2", "--prompt", "a b a b")
     printed(capsys, *modes, *FAKE)

@@ -57,8 +57,8 @@ def modes_table(modes: Mapping[str, Mapping[str, Any]]) -> Table:
             _number(figures.get("target_forwards"), 1),
             _phases(figures.get("phases_ms_per_token")),
             _number(figures["tokens_per_second"], 0),
-            _ratio(figures.get("x_plain")),
-            _ratio(figures.get("x_hf")),
+            ratio_text(figures.get("x_plain")),
+            ratio_text(figures.get("x_hf")),
         )
     return table
 
@@ -80,7 +80,7 @@ def _phases(phases: Mapping[str, float] | None) -> str:
     return f"{draft:.3f} / {verify:.3f} / {rest:.3f}"
 
 
-def _ratio(found: Mapping[str, Any] | None) -> str:
+def ratio_text(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     interval = found.get("ci95")

@@ -247,3 +247,56 @@ class ModesStats(TypedDict):
     token_ids: dict[str, TokenIds]
     failures: list[RunRow]
     interrupted: bool
+
+
+class TargetFigures(TypedDict):
+    """A target of one format: ``same_tokens``: prompts that it continues as the unquantised one;
+    ``first_difference``: where it does not, after how many new tokens (median)."""
+
+    weights_mb: float
+    forward_ms: dict[str, float]
+    perplexity: float
+    tokens_per_second: float
+    x_unquantized: Speedup | None
+    same_tokens: int
+    first_difference: float | None
+
+
+class PairFigures(TypedDict):
+    """A target and a draft: ``x_plain``: over the same target without drafts; ``x_unquantized``:
+    over the unquantised target without drafts."""
+
+    target: str
+    draft: str
+    draft_mb: float | None
+    accepted_length: float | None
+    tokens_per_second: float
+    x_plain: Speedup | None
+    x_unquantized: Speedup | None
+
+
+class MatrixSettings(TypedDict):
+    """What the formats ran on, and with what."""
+
+    base_model: str
+    draft_model: str | None
+    draft_mode: str
+    device: str
+    dtype: str
+    controller: str
+    prompts: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    iterations: int
+
+
+class MatrixStats(TypedDict):
+    """See `quantization.QuantizationMatrix`."""
+
+    environment: Environment
+    settings: MatrixSettings
+    targets: dict[str, TargetFigures]
+    pairs: list[PairFigures]
+    failures: list[RunRow]
+    interrupted: bool

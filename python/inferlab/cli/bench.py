@@ -20,7 +20,9 @@ from inferlab.benchmarks.benchmark import (
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.modes_table import print_modes
-from inferlab.benchmarks.outputs import BenchmarkStats, ModesStats
+from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
+from inferlab.benchmarks.quantization import QuantizationMatrix
+from inferlab.benchmarks.quantization_table import draw_matrix, print_matrix
 from inferlab.benchmarks.tables import output_paths, print_summary, write_outputs
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
@@ -34,7 +36,7 @@ from inferlab.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-Output = BenchmarkStats | ModesStats
+Output = BenchmarkStats | ModesStats | MatrixStats
 
 _COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
 _HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
@@ -86,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=_sizes, metavar="N,...", help="of --modes: prompts decoded together (1)"
     )
+    parser.add_argument(
+        "--quantization-matrix",
+        action="store_true",
+        help="compare the formats of --quantization, of the target and of its draft model: memory, "
+        "forward times, perplexity of the prompts, acceptance, speed; by default on --heldout 8",
+    )
     add_config_argument(parser, "configs/specdec.yaml")
     ping.add_server_arguments(parser)
     specdec_flags.add_model_arguments(parser)
@@ -96,8 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="PREFIX",
-        help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes); until then "
-        "the runs are in PREFIX.json.part, a JSON line each",
+        help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes; with "
+        "--quantization-matrix PREFIX.png, a figure); until then the runs are in PREFIX.json.part, "
+        "a JSON line each",
     )
 
 
@@ -106,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
     1: a run failed, or token ids differ that must not; 130: interrupted, with partial results.
     """
+    if args.quantization_matrix:
+        return _run_matrix(args)
     if args.modes is not None:
         return _run_modes(args)
     _refuse_misplaced(args)
@@ -187,6 +198,52 @@ def _run_modes(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
     return EXIT_FAILURE if result.failures or different else EXIT_OK
+
+
+def _run_matrix(args: argparse.Namespace) -> int:
+    """``--quantization-matrix``: the tables of all formats."""
+    for flag in (
+        "--compare-baseline", "--eval-perplexity", "--stream", "--modes", "--batch", "--record",
+        "--quantization", "--draft-quantization",
+    ):  # fmt: skip
+        if getattr(args, flag[2:].replace("-", "_")):
+            raise UsageError(f"{flag}: has no meaning with --quantization-matrix")
+    args.mode = "specdec"
+    _refuse_misplaced(args)
+    if (args.prompt, args.prompts, args.heldout) == (None, None, None):
+        args.heldout = 8
+    overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
+    # Always as many drafts, so that what is accepted can be compared.
+    defaults = {} if args.config or "controller" in overrides else {"controller": "fixed"}
+    config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
+    assert isinstance(config, SpecdecConfig)
+    as_json = None
+    if args.output:
+        as_json = _check_prefix(args.output)[0]
+        check_output(as_json.with_suffix(".png"))
+    texts = [prompt.text for prompt in gather_workload(args)]
+    setup_logging(config.log_level, args.verbose)
+    with clean_stdout(args.json) as out:
+        try:
+            matrix = QuantizationMatrix(config)
+            with progress(
+                matrix.num_runs(len(texts)), "runs", not (args.no_progress or args.json)
+            ) as advance:
+                stats = matrix.run(texts, advance)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        try:
+            if as_json is not None:
+                write_json(as_json, stats)
+                draw_matrix(stats, as_json.with_suffix(".png"))
+        finally:
+            if args.json:
+                print_json(stats, out)
+            else:
+                print_matrix(stats)
+    if stats["interrupted"]:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILURE if stats["failures"] else EXIT_OK
 
 
 def _modes_benchmark(

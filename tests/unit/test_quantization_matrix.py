@@ -1,0 +1,72 @@
+"""`inferlab bench --quantization-matrix`: every format of target and draft."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inferlab.benchmarks.quantization import FORMATS, ROWS, QuantizationMatrix, weights_mb
+from inferlab.benchmarks.quantization_table import print_matrix
+from inferlab.cli import main
+from inferlab.config import SpecdecConfig
+from inferlab.models import HFModel
+
+QUICK = ["bench", "--quantization-matrix", "--max-tokens", "8", "--iterations", "1", "--warmup",
+         "0", "--no-progress", "--log-level", "ERROR"]  # fmt: skip
+
+
+def test_every_format_of_target_and_draft_is_measured(tmp_path, capsys):
+    prefix = tmp_path / "matrix"
+    prompts = ["--prompt", "def add(a, b):\n    return a +"]
+    assert main([*QUICK, *prompts, "--dtype", "bfloat16", "--output", str(prefix)]) == 0
+    shown = capsys.readouterr().out
+    assert "differs after" in shown
+    stats = json.loads((tmp_path / "matrix.json").read_text())
+    assert (tmp_path / "matrix.png").stat().st_size > 1000
+    assert list(stats["targets"]) == list(FORMATS) == ["none", "int8", "int4"]
+    assert [(p["target"], p["draft"]) for p in stats["pairs"]] == [
+        (target, draft) for target in FORMATS for draft in FORMATS
+    ]
+    none, int8, int4 = stats["targets"].values()
+    assert none["weights_mb"] > int8["weights_mb"] > int4["weights_mb"] > 0
+    assert none["x_unquantized"] is None
+    assert none["same_tokens"] == 1
+    assert none["first_difference"] is None
+    assert none["perplexity"] == pytest.approx(int8["perplexity"], rel=0.02)
+    assert none["perplexity"] == pytest.approx(int4["perplexity"], rel=0.2)
+    assert all(set(of["forward_ms"]) == set(map(str, ROWS)) for of in (none, int8, int4))
+    assert all(pair["accepted_length"] >= 1 for pair in stats["pairs"])
+    assert stats["settings"]["controller"] == "fixed"
+    assert not stats["failures"]
+    print_matrix(stats)
+    assert capsys.readouterr().out == shown
+
+
+def test_a_drafter_without_a_model_has_no_formats():
+    config = SpecdecConfig(
+        draft_mode="ngram", max_draft=2, max_new_tokens=6, iterations=1, warmup_iterations=0
+    )
+    matrix = QuantizationMatrix(config)
+    calls = []
+    stats = matrix.run(["a b a b a b"], calls.append)
+    assert sum(calls) == matrix.num_runs(1) == 6
+    assert [(p["target"], p["draft"], p["draft_mb"]) for p in stats["pairs"]] == [
+        (target, "none", None) for target in FORMATS
+    ]
+
+
+def test_what_has_no_meaning_is_refused(capsys):
+    for flags, message in (
+        (["--quantization", "int8"], "--quantization: has no meaning with --quantization-matrix"),
+        (["--modes", "all"], "--modes: has no meaning"),
+        (["--impl", "fake"], "needs models with weights"),
+        (["--prompt", ""], "prompt"),
+    ):
+        assert main([*QUICK, *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_shared_weights_are_counted_once():
+    model = HFModel.load("inferlab/tiny", dtype="float32")
+    assert weights_mb(model) == pytest.approx(4 * model.num_parameters / 2**20, rel=0.01)
