@@ -356,8 +356,9 @@ def check(
         for batch, context in CHECKED:
             if batch > max_batch:
                 continue
-            sizes = [n for n in (1, 3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
-            budgets = [of_nodes(n, drafter.max_depth) for n in sizes]
+            sizes = [n for n in (3, 6, 12, 24, 48) if batch * n <= MOST_ROWS]
+            budgets = [NO_DRAFT] * PLAIN_STEPS
+            budgets += [of_nodes(n, drafter.max_depth) for n in sizes]
             for budget, _, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 measured.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
     return [(step, costs.ms(*step[:3])) for step in _step_times(measured)]
