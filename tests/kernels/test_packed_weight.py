@@ -105,6 +105,25 @@ def test_a_row_with_an_input_that_is_no_number_is_nan_and_no_other_is(value):
     assert out[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_at_the_ends_of_their_range(isa, bits):
+    _C.force_isa(isa)
+    try:
+        x = torch.zeros(4, 64)
+        x[1:, 3] = torch.tensor([1e-38, 1e-45, 1e36])
+        weight = torch.zeros(20, 64)
+        weight[:3, 3] = torch.tensor([1e-39, 1e-45, 1.0])
+        out = kernels.packed_linear(x, kernels.pack(weight, bits, 32))
+        assert (out[:3] == 0).all()
+        assert out[3, 2] == pytest.approx(1e36, rel=0.02)
+        assert (out[3, 3:] == 0).all()
+        large = kernels.unpack(kernels.pack(weight * 3e38, bits, 32))
+        assert large[2, 3] == pytest.approx(3e38, rel=0.02)
+    finally:
+        _C.force_isa("auto")
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("shape", [(16, 128), (1, 1), (33, 200)])

@@ -48,32 +48,44 @@ struct PackedRows {
 
  private:
   static constexpr int64_t kMostGroup = 128;
+  static constexpr float kLargest = 3.4028234664e38f, kLeast = 1e-35f;
+  static constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 
   template <typename T>
   void round_group(const LinearParams& p, const T* from, int64_t count, int64_t row,
                    int64_t g) const {
-    float wide[kMostGroup];
-    float most = 0;
+    alignas(64) float wide[kMostGroup];
+    vf most_of = vset(0.0f);
     bool finite = true;
-    for (int64_t i = 0; i < count; ++i) {
-      wide[i] = to_float(from[i]);
-      const float size = std::fabs(wide[i]);
-      most = std::max(most, size);
-      finite = finite && size <= 3.4e38f;  // false for NaN
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      const vf value = vload(from + i);
+      const vf size = vmax(value, vset(0.0f) - value);
+      most_of = vmax(size, most_of);
+      finite = finite && vge(vset(kLargest), size) == kAllLanes;  // false for NaN
+      vstore(wide + i, value);
     }
-    const float inverse = most > 0 && finite ? 127.0f / most : 0.0f;
+    float most = vreduce_max(most_of);
+    for (; i < count; ++i) {
+      wide[i] = to_float(from[i]);
+      most = std::max(most, std::fabs(wide[i]));
+      finite = finite && std::fabs(wide[i]) <= kLargest;
+    }
+    // Smaller ones would be 127 times an infinite inverse; they add nothing.
+    const bool counts = finite && most >= kLeast;
+    const float inverse = counts ? 127.0f / most : 0.0f;
     int8_t* to = x + row * width + g * p.group;
     int32_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) {
+    for (i = 0; i < count; ++i) {
       // 1.5 * 2^23 leaves the nearest whole number, ties to even, in the low bits.
-      const float shifted = wide[i] * inverse + 12582912.0f;
+      const float shifted = (counts ? wide[i] : 0.0f) * inverse + 12582912.0f;
       const auto whole = static_cast<int32_t>(float_to_bits(shifted) - 0x4B400000u);
-      to[i] = static_cast<int8_t>(finite ? whole : 0);
-      sum += to[i];
+      to[i] = static_cast<int8_t>(whole);
+      sum += whole;
     }
     std::memset(to + count, 0, p.group - count);
     // An input that is no number, or infinite, makes all outputs of its row NaN.
-    scale[row * groups + g] = finite ? most / 127.0f : bits_to_float(0x7fc00000u);
+    scale[row * groups + g] = finite ? (counts ? most / 127.0f : 0.0f) : bits_to_float(0x7fc00000u);
     start[row * groups + g] = -(p.bits == 8 ? 128 : 8) * sum;
   }
 };

@@ -9,6 +9,7 @@ import torch
 OUTPUTS = 16  # of a tile
 BITS = (8, 4)
 GROUPS = (32, 64, 128)
+SMALLEST = 1e-37  # scale whose inverse is finite; what is smaller is 0
 ROWS_AT_ONCE = 512  # outputs that are widened to fp32 together
 
 
@@ -128,7 +129,7 @@ def _rounded(groups: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Ten
     """q - zero, as floats."""
     scales = scales.float()[:, :, None]
     lowest = -127 if bits == 8 else -8
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    inverse = torch.where(scales >= SMALLEST, 1 / scales, 0.0)
     return (groups * inverse).round_().clamp_(lowest, 2 ** (bits - 1) - 1)
 
 

@@ -64,7 +64,7 @@ def rounded_to_8_bits(x: torch.Tensor, group: int) -> torch.Tensor:
     rows, inputs = x.shape
     groups = torch.nn.functional.pad(x, (0, -inputs % group)).view(rows, -1, group)
     most = groups.abs().amax(-1, keepdim=True)
-    rounded = torch.where(most > 0, groups * (127 / most), 0.0).round() * (most / 127)
+    rounded = torch.where(most >= 1e-35, groups * (127 / most), 0.0).round() * (most / 127)
     rounded = torch.where(most.isfinite(), rounded, torch.nan)
     return rounded.view(rows, -1)[:, :inputs]
 
