@@ -68,6 +68,47 @@ def bench_linear(kernel_bench: Any, device: Any, shape: Shape) -> None:
 @pytest.mark.parametrize(
     "shape",
     shapes(
+        [
+            {"rows": rows, "in": i, "out": o, "dtype": "bf16", "bits": bits}
+            for i, o in LINEAR
+            for bits in (8, 4)
+            for rows in (1, 16, 64)
+        ],
+        sweep=[
+            {"rows": rows, "in": i, "out": o, "dtype": dtype, "bits": bits}
+            for i, o in LINEAR
+            for bits in (8, 4)
+            for rows in (1, 4, 8, 16, 32, 64, 128)
+            for dtype in ("f32", "bf16")
+        ],
+    ),
+)
+def bench_packed_linear(kernel_bench: Any, device: Any, shape: Shape) -> None:
+    rows, inputs, outputs, dtype = shape["rows"], shape["in"], shape["out"], DTYPES[shape["dtype"]]
+    if device.name != "cpu":
+        pytest.skip("weights are packed on CPUs alone")
+    packed = kernels.pack(torch.ones(16, inputs), shape["bits"])
+    num_bytes = floors.packed_linear(rows, outputs, inputs, packed.data.numel(), dtype.itemsize)
+
+    def make() -> tuple[torch.Tensor, kernels.PackedWeight]:
+        weight = device.randn(outputs, inputs, dtype=dtype)
+        return device.randn(rows, inputs, dtype=dtype), kernels.pack(weight, shape["bits"])
+
+    kernel_bench(
+        "packed_linear",
+        f"{shape['bits']} bits",
+        shape,
+        lambda case: kernels.packed_linear(*case),
+        device.cases(make, num_bytes),
+        num_bytes=num_bytes,
+        bound="read",
+        torch_fn=None,
+    )
+
+
+@pytest.mark.parametrize(
+    "shape",
+    shapes(
         grid(rows=[1, 5, 512], dim=[768], dtype=["f32"])
         + grid(rows=[64], dim=[4096], dtype=["bf16"]),
         sweep=grid(rows=[1, 16, 64, 512], dim=[768, 4096, 8192], dtype=DTYPES),

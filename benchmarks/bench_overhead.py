@@ -44,6 +44,7 @@ def cases() -> dict[str, tuple[int, Callable[[], object]]]:
     zero, node = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     gathered = torch.empty(1, 1, HEADS, DIM)
     x, weight = torch.randn(1, 16), torch.randn(16, 16)
+    packed = kernels.pack(weight, 8)
     angle = torch.zeros(1, 1, DIM)
     parents = torch.tensor([[-1]], dtype=torch.int32)
     t = tree()
@@ -63,6 +64,7 @@ def cases() -> dict[str, tuple[int, Callable[[], object]]]:
         "rms_norm": (3, lambda: kernels.rms_norm(x, x[0])),
         "silu_mul": (2, lambda: kernels.silu_mul(x)),
         "linear": (3, lambda: kernels.linear(x, weight)),
+        "packed_linear": (3, lambda: kernels.packed_linear(x, packed)),
         "rope_append": (
             9,
             lambda: kernels.rope_append(row, row, row, angle, angle, k, v, table, lens),

@@ -66,6 +66,11 @@ def kv_copy_pages(layers: int, moves: int, page_bytes: int) -> int:
     return 2 * 2 * layers * moves * page_bytes
 
 
+def packed_linear(rows: int, outputs: int, inputs: int, tile_bytes: int, size: int) -> int:
+    """The packed weight once, in tiles of 16 outputs of so many bytes; x and y once."""
+    return -(-outputs // 16) * tile_bytes + rows * (inputs + outputs) * size
+
+
 def linear(rows: int, inputs: int, outputs: int, size: int) -> int:
     """Reads the weight and x, writes y."""
     return (inputs * outputs + rows * (inputs + outputs)) * size

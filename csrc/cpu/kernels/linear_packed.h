@@ -18,9 +18,10 @@ namespace inferlab::cpu::INFERLAB_ISA {
 // -zero times the sum of the inputs.
 struct PackedRows {
   int64_t width, groups;
-  int8_t* x;       // [rows, width]
-  float* scale;    // [rows, groups]
-  int32_t* start;  // [rows, groups]
+  int64_t at_once;  // rows of a block: of equal size, as few rows leave the multipliers idle
+  int8_t* x;        // [blocks][width / 4][rows of the block][4]
+  float* scale;     // [rows, groups]
+  int32_t* start;   // [rows, groups]
 
   static int64_t scratch_floats(const LinearParams& p) {
     return p.rows * packed_groups(p) * (p.group / 4 + 2);
@@ -29,9 +30,15 @@ struct PackedRows {
   PackedRows(const LinearParams& p, float* scratch)
       : width(packed_groups(p) * p.group),
         groups(packed_groups(p)),
+        at_once(rows_at_once(p.rows)),
         x(reinterpret_cast<int8_t*>(scratch)),
         scale(scratch + p.rows * width / 4),
         start(reinterpret_cast<int32_t*>(scale + p.rows * groups)) {}
+
+  static int64_t rows_at_once(int64_t rows) {
+    const int64_t blocks = (rows + kPackedRows - 1) / kPackedRows;
+    return (rows + blocks - 1) / blocks;
+  }
 
   void round_rows(const LinearParams& p) const {
     with_dtype(p.dtype, [&](auto zero) {
@@ -74,7 +81,7 @@ struct PackedRows {
     // Smaller ones would be 127 times an infinite inverse; they add nothing.
     const bool counts = finite && most >= kLeast;
     const float inverse = counts ? 127.0f / most : 0.0f;
-    int8_t* to = x + row * width + g * p.group;
+    alignas(64) int8_t to[kMostGroup];
     int32_t sum = 0;
     for (i = 0; i < count; ++i) {
       // 1.5 * 2^23 leaves the nearest whole number, ties to even, in the low bits.
@@ -84,6 +91,9 @@ struct PackedRows {
       sum += whole;
     }
     std::memset(to + count, 0, p.group - count);
+    const int64_t first = row - row % at_once, together = std::min(at_once, p.rows - first);
+    int8_t* place = x + first * width + (g * p.group * together) + 4 * (row - first);
+    for (i = 0; i < p.group; i += 4, place += 4 * together) std::memcpy(place, to + i, 4);
     // An input that is no number, or infinite, makes all outputs of its row NaN.
     scale[row * groups + g] = finite ? (counts ? most / 127.0f : 0.0f) : bits_to_float(0x7fc00000u);
     start[row * groups + g] = -(p.bits == 8 ? 128 : 8) * sum;
@@ -128,7 +138,7 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
       for (int v = 0; v < V; ++v) dot[m][v] = start;
     }
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < p.group; k += 8, x += 8) {
+    for (int64_t k = 0; k < p.group; k += 8, x += 8 * M) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
         vb first = load_bytes(q[v]), second;
@@ -141,12 +151,12 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
         q[v] += 16 * kBits;
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          dot[m][v] = dot4<kFast>(dot[m][v], first, x + m * rows.width);
+          dot[m][v] = dot4<kFast>(dot[m][v], first, x + 4 * m);
         }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           vi& sum = kSplit ? rest[m % kRest][v] : dot[m][v];
-          sum = dot4<kFast>(sum, second, x + m * rows.width + 4);
+          sum = dot4<kFast>(sum, second, x + 4 * (M + m));
         }
       }
     }
@@ -206,8 +216,8 @@ void packed_tiles_of(const LinearParams& p, const float* scratch, int64_t begin,
     const int64_t next = std::min(n + (pair ? kPair : kPackedOutputs), end);
     const uint8_t* tile = weight + n / kPackedOutputs * bytes;
     const uint8_t* const tiles[2] = {tile, tile + bytes};
-    for (int64_t row = 0; row < p.rows; row += kPackedRows) {
-      const int64_t count = std::min<int64_t>(kPackedRows, p.rows - row);
+    for (int64_t row = 0; row < p.rows; row += rows.at_once) {
+      const int64_t count = std::min(rows.at_once, p.rows - row);
       if (pair) {
         packed_rows<kBits, kFast, 2 * kVectors, kPairRows>(p, rows, row, count, tiles, sums, kPair);
       } else {

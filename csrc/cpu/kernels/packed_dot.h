@@ -11,7 +11,7 @@ namespace inferlab::cpu::INFERLAB_ISA {
 #if defined(INFERLAB_ISA_AVX512)
 
 constexpr int kPackedRows = 12;  // of a block: 12 sums in fp32 and as many in whole numbers
-constexpr int kPairRows = 4;     // of one with two tiles
+constexpr int kPairRows = 6;     // of one with two tiles
 
 struct vi {
   __m512i v;
