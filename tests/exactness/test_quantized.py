@@ -110,6 +110,58 @@ def test_a_head_that_shares_the_embeddings_weight_gets_one_of_8_bits():
     assert EarlyExit(model, 2).num_parameters < model.num_parameters == 5084320
 
 
+@pytest.mark.parametrize("quantization", FORMATS)
+def test_what_is_written_to_a_bias_later_counts(quantization):
+    model = tiny_model("qwen2")
+    quantize(model, quantization)
+    target = HFModel(model)
+    before = logits_of(target, PROMPTS[0])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.add_(3.0)
+    changed = tiny_model("qwen2")
+    with torch.no_grad():
+        for layer in changed.model.layers:
+            layer.self_attn.v_proj.bias.add_(3.0)
+    quantize(changed, quantization)
+    after = logits_of(target, PROMPTS[0])
+    assert not torch.equal(after, before)
+    assert torch.equal(after, logits_of(HFModel(changed), PROMPTS[0]))
+
+
+def test_a_packed_module_takes_what_a_linear_one_takes():
+    linear = nn.Linear(40, 20)
+    packed = QuantizedLinear(linear, "int8")
+    for x in (torch.randn(0, 40), torch.randn(2, 0, 40), torch.randn(40, 6).t(), torch.randn(40)):
+        out = packed(x)
+        assert out.shape == linear(x).shape
+        assert torch.allclose(out, linear(x), atol=0.05)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 64\]; the weight is packed for 40"):
+        packed(torch.randn(2, 64))
+    assert packed.half().weight.dtype == torch.float16
+    with torch.no_grad():
+        linear.weight[0, 0] = -65504
+    assert QuantizedLinear(linear.half(), "int4").weight.isfinite().all()
+
+
+def test_a_model_that_cannot_be_packed_stays_as_it_was():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.2\.mlp\.down_proj has weights that are NaN"
+    ):
+        quantize(model, "int8")
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    model = tiny_model("llama")
+    wrapped = HFModel(model)
+    quantize(model, "int8")
+    wrapped.notice_changes()
+    assert wrapped.quantization == "int8"
+    with pytest.raises(ValueError, match="quantization is 'int4', but the model is int8 already"):
+        quantize(model, "int4")
+
+
 def test_costs_of_one_format_are_not_those_of_another():
     facts = [model_facts(quantized("llama", q)) for q in FORMATS]
     assert facts[0] != facts[1]

@@ -160,6 +160,8 @@ def test_what_cannot_be_packed_or_multiplied_is_refused():
         (random(2, 2), 5, 32, "bits is 5"),
         (random(2, 2), 4, 16, "group is 16"),
         (random(2), 4, 32, r"weight has shape \[2\]"),
+        (random(0, 8), 8, 32, r"weight has shape \[0, 8\]; .* not empty"),
+        (torch.ones(2, 2, dtype=torch.int32), 8, 32, "weight has dtype torch.int32"),
         (nan, 4, 32, "NaN or infinite"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -172,7 +174,7 @@ def test_what_cannot_be_packed_or_multiplied_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             kernels.packed_linear(x, packed._replace(**changed))
-    with pytest.raises(ValueError, match="it must be"):
+    with pytest.raises(ValueError, match="packed for 40 inputs"):
         kernels.packed_linear(random(2, 80), packed)
     with pytest.raises(TypeError, match="dtype"):
         kernels.packed_linear(x.double(), packed)

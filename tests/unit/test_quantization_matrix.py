@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from helpers.tiny_models import tiny_tokenizer
 from inferlab.benchmarks.quantization import FORMATS, ROWS, QuantizationMatrix, weights_mb
 from inferlab.benchmarks.quantization_table import print_matrix
 from inferlab.cli import main
@@ -31,7 +33,7 @@ def test_every_format_of_target_and_draft_is_measured(tmp_path, capsys):
     none, int8, int4 = stats["targets"].values()
     assert none["weights_mb"] > int8["weights_mb"] > int4["weights_mb"] > 0
     assert none["x_unquantized"] is None
-    assert none["same_tokens"] == 1
+    assert none["same_tokens"] == none["compared"] == 1
     assert none["first_difference"] is None
     assert none["perplexity"] == pytest.approx(int8["perplexity"], rel=0.02)
     assert none["perplexity"] == pytest.approx(int4["perplexity"], rel=0.2)
@@ -65,6 +67,40 @@ def test_what_has_no_meaning_is_refused(capsys):
     ):
         assert main([*QUICK, *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_prompts_of_one_token_have_no_perplexity_and_short_contexts_no_long_forwards(tmp_path):
+    config = GPT2Config(vocab_size=160, n_embd=64, n_layer=2, n_head=2, n_positions=80)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = {"draft_mode": "ngram", "max_draft": 2, "iterations": 1, "warmup_iterations": 0}
+    matrix = QuantizationMatrix(
+        SpecdecConfig(base_model=str(tmp_path), max_new_tokens=4, **settings)
+    )
+    rows = []
+    stats = matrix.run(["a"], keep=rows.append)
+    assert len(rows) == 6
+    assert [of["perplexity"] for of in stats["targets"].values()] == [None] * 3
+    assert all(list(of["forward_ms"]) == ["1", "8"] for of in stats["targets"].values())
+    print_matrix(stats)
+
+
+def test_prompts_that_a_format_did_not_decode_are_not_compared():
+    config = SpecdecConfig(
+        draft_mode="ngram", max_draft=2, max_new_tokens=4, iterations=1, warmup_iterations=0
+    )
+    matrix = QuantizationMatrix(config)
+    runs = []
+
+    def interrupt(count: int) -> None:
+        runs.append(count)
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+
+    stats = matrix.run(["a b a b", "c d c d", "e f e f"], interrupt)
+    assert stats["interrupted"]
+    assert {of["compared"] for of in stats["targets"].values()} == {1}
+    assert all(of["same_tokens"] <= 1 for of in stats["targets"].values())
 
 
 def test_shared_weights_are_counted_once():

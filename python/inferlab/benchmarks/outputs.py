@@ -250,15 +250,17 @@ class ModesStats(TypedDict):
 
 
 class TargetFigures(TypedDict):
-    """A target of one format: ``same_tokens``: prompts that it continues as the unquantised one;
-    ``first_difference``: where it does not, after how many new tokens (median)."""
+    """A target of one format: ``forward_ms``: by rows; ``same_tokens``: of the prompts that both
+    decoded (``compared``), those that it continues as the unquantised one; ``first_difference``:
+    where it does not, after how many new tokens (median)."""
 
     weights_mb: float
     forward_ms: dict[str, float]
-    perplexity: float
+    perplexity: float | None
     tokens_per_second: float
     x_unquantized: Speedup | None
     same_tokens: int
+    compared: int
     first_difference: float | None
 
 

@@ -29,7 +29,7 @@ from inferlab.benchmarks.perplexity import log_probabilities, perplexity
 from inferlab.benchmarks.runners import BatchRunner
 from inferlab.config import SpecdecConfig, choices
 from inferlab.errors import describe_error
-from inferlab.models import ForwardBatch, HFModel, format_of, plain_model
+from inferlab.models import ForwardBatch, format_of, plain_model
 from inferlab.records import record_of, total_stats
 from inferlab.specdec.pipeline import SpeculativePipeline
 
@@ -56,13 +56,14 @@ class QuantizationMatrix:
                 "--quantization-matrix needs models with weights; leave out --impl, or set it to hf"
             )
         self.config = config
+        self._has_draft = config.draft_mode == "vanilla"  # a model with a format of its own
         self._plain: dict[str, SpeculativePipeline] = {}
         self._pairs: dict[tuple[str, str], SpeculativePipeline] = {}
         drafts: dict[str, Any] = {}
         for target in FORMATS:
             wanted = {"quantization": target, "draft_mode": "none", "tree": None}
             self._plain[target] = SpeculativePipeline(config=config.model_copy(update=wanted))
-            for draft in FORMATS if config.draft_mode == "vanilla" else (NONE,):
+            for draft in FORMATS if self._has_draft else (NONE,):
                 update = {"quantization": target, "draft_quantization": draft}
                 pair = SpeculativePipeline(
                     config=config.model_copy(update=update),
@@ -78,9 +79,16 @@ class QuantizationMatrix:
         return (len(self._plain) + len(self._pairs)) * each
 
     def run(
-        self, prompts: Sequence[str], on_run: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[str],
+        on_run: Callable[[int], None] | None = None,
+        keep: Callable[[dict[str, Any]], None] | None = None,
     ) -> MatrixStats:
         """Measures ``config.iterations`` rounds over the prompts.
+
+        Args:
+            on_run: called with the number of runs made since it was called last.
+            keep: called with the row of each run as soon as it is made.
 
         Raises:
             ValueError: a prompt that cannot be decoded.
@@ -101,6 +109,7 @@ class QuantizationMatrix:
             iterations=self.config.iterations,
             warmup=self.config.warmup_iterations,
             on_run=on_run,
+            keep=None if keep is None else lambda run: keep(run.row()),
         )
         count = len(prompts)
         targets = {
@@ -141,6 +150,8 @@ class QuantizationMatrix:
         same, first = 0, []
         for index in range(len(prompts)):
             own, other = _tokens(measured, name, index), _tokens(measured, NONE, index)
+            if own is None or other is None:
+                continue
             places = (i for i, (a, b) in enumerate(zip_longest(own, other)) if a != b)
             place = next(places, None)
             same += place is None
@@ -148,10 +159,11 @@ class QuantizationMatrix:
         return {
             "weights_mb": weights_mb(target),
             "forward_ms": forward_ms,
-            "perplexity": perplexity(scores),
+            "perplexity": perplexity(scores) if scores else None,
             "tokens_per_second": _tokens_per_second(measured, _alone(name)),
             "x_unquantized": self._speedup(measured, _alone(name), _alone(NONE), len(prompts)),
             "same_tokens": same,
+            "compared": same + len(first),
             "first_difference": float(median(first)) if first else None,
         }
 
@@ -165,7 +177,7 @@ class QuantizationMatrix:
         return {
             "target": target,
             "draft": draft,
-            "draft_mb": weights_mb(model) if isinstance(model, HFModel) else None,
+            "draft_mb": weights_mb(model) if self._has_draft else None,
             "accepted_length": stats.mean_accepted_length if stats.steps else None,
             "tokens_per_second": _tokens_per_second(measured, mode),
             "x_plain": self._speedup(measured, mode, _alone(target), count),
@@ -178,14 +190,17 @@ class QuantizationMatrix:
         return found
 
     def _forward_ms(self) -> dict[str, dict[str, float]]:
-        """Medians of one forward of so many rows behind `PREFIX` tokens, in turns."""
+        """Medians of one forward of so many rows behind `PREFIX` tokens, in turns; of no more than
+        the context has room for."""
+        limit = self._plain[NONE].target.context_length
+        room = max(ROWS) if limit is None else limit - PREFIX
         times: dict[tuple[str, int], list[float]] = {}
         pages = -(-(PREFIX + max(ROWS)) // 16)
         table = torch.arange(pages, dtype=torch.int32)[None]
         lens = torch.tensor([PREFIX], dtype=torch.int32)
         caches = {name: plain.target.new_cache(pages) for name, plain in self._plain.items()}
         for _ in range(ROUNDS):
-            for rows in ROWS:
+            for rows in (n for n in ROWS if n <= room):
                 tokens = torch.arange(rows)[None] % self._plain[NONE].target.vocab_size
                 positions = PREFIX + torch.arange(rows)[None]
                 batch = ForwardBatch(tokens, positions, lens, table)
@@ -194,7 +209,8 @@ class QuantizationMatrix:
                     plain.target.forward(batch, caches[name])
                     times.setdefault((name, rows), []).append((perf_counter() - begin) * 1e3)
         return {
-            name: {str(rows): median(times[name, rows]) for rows in ROWS} for name in self._plain
+            name: {str(rows): median(ms) for (of, rows), ms in times.items() if of == name}
+            for name in self._plain
         }
 
     def _settings(self, num_prompts: int) -> MatrixSettings:
@@ -229,11 +245,10 @@ def _both(target: str, draft: str) -> str:
     return f"{target}, draft {draft}"
 
 
-def _tokens(measured: Measurements, name: str, index: int) -> list[int]:
+def _tokens(measured: Measurements, name: str, index: int) -> list[int] | None:
     runs = measured.of(_alone(name), index)
     result = runs[0].result if runs else None
-    tokens: list[int] = result["results"][0]["token_ids"] if result is not None else []
-    return tokens
+    return None if result is None else list(result["results"][0]["token_ids"])
 
 
 def _tokens_per_second(measured: Measurements, mode: str) -> float:

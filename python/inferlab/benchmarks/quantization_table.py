@@ -25,11 +25,11 @@ def print_matrix(stats: MatrixStats, console: Console | None = None) -> None:
         targets.add_row(
             name,
             f"{of['weights_mb']:.1f}",
-            *(f"{of['forward_ms'][str(n)]:.2f}" for n in ROWS),
-            f"{of['perplexity']:.2f}",
+            *(_number(of["forward_ms"].get(str(n))) for n in ROWS),
+            _number(of["perplexity"]),
             f"{of['tokens_per_second']:.0f}",
             ratio_text(of["x_unquantized"]),
-            f"{of['same_tokens']} of {stats['settings']['prompts']}",
+            f"{of['same_tokens']} of {of['compared']}",
             "" if after is None else f"{after:.0f}",
         )
     pairs = _table("target", "draft", "draft, MB", "accepted length", "tokens/s", "x plain",
@@ -39,8 +39,8 @@ def print_matrix(stats: MatrixStats, console: Console | None = None) -> None:
         pairs.add_row(
             pair["target"],
             pair["draft"] if size is not None else "",
-            "" if size is None else f"{size:.1f}",
-            "" if length is None else f"{length:.2f}",
+            _number(size, 1),
+            _number(length),
             f"{pair['tokens_per_second']:.0f}",
             ratio_text(pair["x_plain"]),
             ratio_text(pair["x_unquantized"]),
@@ -53,6 +53,10 @@ def print_matrix(stats: MatrixStats, console: Console | None = None) -> None:
         console.print(text, markup=False)
     if stats["interrupted"]:
         console.print("interrupted: these are partial results", markup=False)
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _table(*columns: str) -> Table:
@@ -71,7 +75,8 @@ def draw_matrix(stats: MatrixStats, path: Path) -> None:
     figure = new_figure(9, 4)
     times, speeds = figure.subplots(1, 2)
     for name, of in stats["targets"].items():
-        times.plot(ROWS, [of["forward_ms"][str(n)] for n in ROWS], marker="o", label=name)
+        rows = [int(n) for n in of["forward_ms"]]
+        times.plot(rows, list(of["forward_ms"].values()), marker="o", label=name)
     times.set_xscale("log", base=2)
     times.set_xticks(ROWS, [str(n) for n in ROWS])
     times.set_ylim(0)

@@ -32,6 +32,7 @@ from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.output import Journal, check_output, is_special, print_json, write_json
+from inferlab.plots import new_figure
 from inferlab.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -221,21 +222,29 @@ def _run_matrix(args: argparse.Namespace) -> int:
     if args.output:
         as_json = _check_prefix(args.output)[0]
         check_output(as_json.with_suffix(".png"))
+        try:
+            new_figure(1, 1)
+        except ValueError as error:  # before all is measured
+            raise UsageError(f"--output: PREFIX.png cannot be drawn: {error}") from error
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
-    with clean_stdout(args.json) as out:
+    with (
+        clean_stdout(args.json) as out,
+        _journal(*([] if as_json is None else [as_json])) as journal,
+    ):
         try:
             matrix = QuantizationMatrix(config)
             with progress(
                 matrix.num_runs(len(texts)), "runs", not (args.no_progress or args.json)
             ) as advance:
-                stats = matrix.run(texts, advance)
+                stats = matrix.run(texts, advance, journal.add)
         except ValueError as error:
             raise UsageError(str(error)) from error
         try:
             if as_json is not None:
                 write_json(as_json, stats)
                 draw_matrix(stats, as_json.with_suffix(".png"))
+                journal.close(written=True)
         finally:
             if args.json:
                 print_json(stats, out)

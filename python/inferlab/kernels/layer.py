@@ -110,6 +110,10 @@ def packed_linear(
     Raises:
         ValueError, TypeError: a shape or dtype does not fit.
     """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; the weight is packed for {weight.in_features} inputs"
+        )
     out = empty((x.shape[0], weight.out_features), x)
     run(x, "packed_linear", x, weight.data, weight.bits, weight.group, bias, residual, out)
     return out

@@ -52,8 +52,10 @@ def pack(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
         raise ValueError(f"bits is {bits}; it must be 8 or 4")
     if group not in GROUPS:
         raise ValueError(f"group is {group}; it must be 32, 64 or 128")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [out, in]")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {list(weight.shape)}; it must be [out, in], not empty")
+    if not weight.is_floating_point():
+        raise ValueError(f"weight has dtype {weight.dtype}; it must be of floating point")
     outputs, inputs = weight.shape
     parts = [_packed(part, bits, group) for part in weight.detach().split(ROWS_AT_ONCE)]
     return PackedWeight(torch.cat(parts), bits, group, outputs, inputs)

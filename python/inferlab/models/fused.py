@@ -249,34 +249,40 @@ def is_ours(x: torch.Tensor) -> bool:
 
 def join(*linears: Any) -> tuple[torch.Tensor | PackedWeight, torch.Tensor | None]:
     """One weight [sum of outputs, inputs] for linears of one input; they become views of it."""
+    bias = join_biases(linears)
     if isinstance(linears[0], QuantizedLinear):
-        return join_packed(linears)
+        return join_packed(linears), bias
     weight = torch.cat([each.weight.detach() for each in linears])
-    bias = None
-    if linears[0].bias is not None:
-        bias = torch.cat([each.bias.detach() for each in linears])
     start = 0
     for each in linears:
         end = start + each.weight.shape[0]
         each.weight = nn.Parameter(weight[start:end], requires_grad=False)
-        if bias is not None:
-            each.bias = nn.Parameter(bias[start:end], requires_grad=False)
         start = end
     return weight, bias
 
 
-def join_packed(
-    linears: Sequence[QuantizedLinear],
-) -> tuple[PackedWeight, torch.Tensor | None]:
+def join_biases(linears: Sequence[Any]) -> torch.Tensor | None:
+    """The same of their biases."""
+    if linears[0].bias is None:
+        return None
+    bias = torch.cat([each.bias.detach() for each in linears])
+    start = 0
+    for each in linears:
+        end = start + len(each.bias)
+        each.bias = nn.Parameter(bias[start:end], requires_grad=False)
+        start = end
+    return bias
+
+
+def join_packed(linears: Sequence[QuantizedLinear]) -> PackedWeight:
     """The same of packed weights, all but the last of whole tiles (`can_join`)."""
     joint = torch.cat([each.data for each in linears])
     start = 0
     for each in linears:
         each.data = joint[start : start + len(each.data)]
         start += len(each.data)
-    bias = None if linears[0].bias is None else torch.cat([each.bias for each in linears])
     outputs = sum(each.out_features for each in linears)
-    return linears[0].packed._replace(data=joint, out_features=outputs), bias
+    return linears[0].packed._replace(data=joint, out_features=outputs)
 
 
 def can_join(linears: Sequence[Any]) -> bool:

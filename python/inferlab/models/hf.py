@@ -84,7 +84,6 @@ class HFModel:
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
         self.reread_length: int | None = reread_length(self.config)
         self.dtype: torch.dtype = model.dtype
-        self.quantization: str | None = getattr(model, "inferlab_quantization", None)
         self.num_parameters: int = num_parameters(model)
         self.load_notes: tuple[str, ...] = ()
         self._plain_experts = experts_implementation(model) if self.device.type == "cpu" else None
@@ -259,6 +258,7 @@ class HFModel:
     def _build(self) -> None:
         """Finds out how the model is to be run, as it is now."""
         self._head = self._model.get_output_embeddings()
+        self.quantization: str | None = getattr(self._model, "inferlab_quantization", None)
         self._rotary = length_rotary(self._model)
         self.context_length: int | None = context_length(self.config)
         if self._rotary is not None and not self._rotary.is_right:

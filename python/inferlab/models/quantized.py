@@ -30,6 +30,7 @@ class QuantizedLinear(nn.Module):
     """
 
     data: torch.Tensor
+    like: torch.Tensor
 
     def __init__(self, source: nn.Linear | Conv1D, quantization: str) -> None:
         super().__init__()
@@ -37,9 +38,10 @@ class QuantizedLinear(nn.Module):
         packed = pack(source.weight.t() if type(source) is Conv1D else source.weight, bits, group)
         self.out_features, self.in_features = packed.out_features, packed.in_features
         self.bits, self.group = bits, group
-        self.dtype = source.weight.dtype
         self.num_parameters = source.weight.numel()
         self.register_buffer("data", packed.data)
+        # What `half`, `to` and the like make of it is the dtype of the rest.
+        self.register_buffer("like", source.weight.detach().new_empty(0), persistent=False)
         self.bias = source.bias
 
     @property
@@ -51,12 +53,14 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[out, in] in the model's dtype, unpacked at every call."""
-        return unpack(self.packed).to(self.dtype)
+        most = torch.finfo(self.like.dtype).max
+        return unpack(self.packed).clamp_(-most, most).to(self.like.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
-        rows = x.reshape(-1, x.shape[-1])
-        return packed_linear(rows, self.packed, self.bias).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = packed_linear(rows, self.packed, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -69,9 +73,12 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
     has 8 bits in every format.
 
     Raises:
-        ValueError: an unknown format, a model that is not on a CPU, or without linear modules.
+        ValueError: an unknown format; a model that is not on a CPU, is packed already, has no
+            linear modules, or has weights that are no numbers. It is as it was then.
     """
     check_format(quantization, model.device)
+    if known := getattr(model, "inferlab_quantization", None):
+        raise ValueError(f"quantization is {quantization!r}, but the model is {known} already")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     found = [
         (parent, name, child)
@@ -79,6 +86,13 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
         for name, child in parent.named_children()
         if type(child) in (nn.Linear, Conv1D)
     ]
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and not bool(module.weight.isfinite().all()):
+            raise ValueError(
+                f"{name} has weights that are NaN or infinite; they cannot be rounded to "
+                f"{quantization}: mend the checkpoint, or leave quantization out"
+            )
+    counted = {embedding.weight}
     if not found:
         raise ValueError(
             f"quantization is {quantization!r}, but {type(model).__name__} has no linear modules "
@@ -86,8 +100,9 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
         )
     for parent, name, child in found:
         packed = QuantizedLinear(child, HEAD_FORMAT if child is head else quantization)
-        if child.weight is embedding.weight:
-            packed.num_parameters = 0  # they are the embedding's
+        if child.weight in counted:
+            packed.num_parameters = 0  # they are the embedding's, or another module's
+        counted.add(child.weight)
         setattr(parent, name, packed)
     model.config.tie_word_embeddings = False  # the head has a weight of its own now
     model.inferlab_quantization = quantization
