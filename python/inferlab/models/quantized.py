@@ -5,6 +5,7 @@ A quantised target is a target of its own: speculation is exact against its own 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -92,17 +93,18 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
                 f"{name} has weights that are NaN or infinite; they cannot be rounded to "
                 f"{quantization}: mend the checkpoint, or leave quantization out"
             )
-    counted = {embedding.weight}
     if not found:
         raise ValueError(
             f"quantization is {quantization!r}, but {type(model).__name__} has no linear modules "
             "to be packed; leave it out"
         )
-    for parent, name, child in found:
+    uses = Counter(id(weight) for weight in (embedding.weight, *(c.weight for *_, c in found)))
+    while found:  # and each weight is let go of when it is packed
+        parent, name, child = found.pop()
         packed = QuantizedLinear(child, HEAD_FORMAT if child is head else quantization)
-        if child.weight in counted:
+        uses[id(child.weight)] -= 1
+        if uses[id(child.weight)] > 0:
             packed.num_parameters = 0  # they are the embedding's, or another module's
-        counted.add(child.weight)
         setattr(parent, name, packed)
     model.config.tie_word_embeddings = False  # the head has a weight of its own now
     model.inferlab_quantization = quantization
