@@ -77,6 +77,23 @@ void silu_mul(Call& c) {
   c.metal(p, {(dim + kMetalThreads - 1) / kMetalThreads, p.rows}, {{"ELEMENT", p.dtype}});
 }
 
+// What products have in common, whatever their weight is: x [rows, in], y [rows, out].
+LinearParams product_of(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                        const Tensor& residual, const Tensor& y, DType dtype) {
+  LinearParams p{};
+  p.x = x.data();
+  p.weight = weight.data();
+  p.bias = bias.data();
+  p.residual = residual.data();
+  p.y = y.data();
+  p.rows = x.size(0);
+  p.in = x.size(1);
+  p.out = y.size(1);
+  p.x_stride = x.stride(0);
+  p.dtype = dtype;
+  return p;
+}
+
 void linear(Call& c) {
   Dim rows("rows"), in("in"), outputs("out");
   Element T;
@@ -87,17 +104,7 @@ void linear(Call& c) {
   const Arg& y = c.out("out", T, {rows, outputs});
   const bool constant_weight = c.flag("constant_weight");
   if (!c.ready()) return;
-  LinearParams p{};
-  p.x = x.data();
-  p.weight = weight.data();
-  p.bias = bias.data();
-  p.residual = residual.data();
-  p.y = y.data();
-  p.rows = rows;
-  p.in = in;
-  p.out = outputs;
-  p.x_stride = x.stride(0);
-  p.dtype = T;
+  LinearParams p = product_of(x, weight, bias, residual, y, T);
   p.weight_is_constant = constant_weight;
   if (p.rows == 0 || p.out == 0) return;
   if (c.on_metal()) return c.decline();
@@ -122,24 +129,13 @@ void packed_linear(Call& c) {
           [&] { return "bits is " + std::to_string(bits) + "; it must be 8 or 4"; });
   require(group == 32 || group == 64 || group == 128,
           [&] { return "group is " + std::to_string(group) + "; it must be 32, 64 or 128"; });
-  LinearParams p{};
-  p.x = x.data();
-  p.weight = weight.data();
-  p.bias = bias.data();
-  p.residual = residual.data();
-  p.y = y.data();
-  p.rows = rows;
-  p.in = in;
-  p.out = outputs;
-  p.x_stride = x.stride(0);
-  p.dtype = T;
+  LinearParams p = product_of(x, weight, bias, residual, y, T);
   p.bits = static_cast<int>(bits);
   p.group = group;
   require(tiles == packed_tiles(p) && bytes == packed_tile_bytes(p), [&] {
-    return "weight has shape " + weight.shape_str() + "; packed for " +
-           std::to_string(int64_t{outputs}) + " outputs and " + std::to_string(int64_t{in}) +
-           " inputs it must be [" + std::to_string(packed_tiles(p)) + ", " +
-           std::to_string(packed_tile_bytes(p)) + "]";
+    return "weight has shape " + weight.shape_str() + "; packed for " + std::to_string(p.out) +
+           " outputs and " + std::to_string(p.in) + " inputs it must be [" +
+           std::to_string(packed_tiles(p)) + ", " + std::to_string(packed_tile_bytes(p)) + "]";
   });
   if (p.rows == 0 || p.out == 0) return;
   if (!c.on_cpu()) return c.decline();

@@ -157,11 +157,7 @@ void bind_planner(py::module_& parent) {
           return py::make_tuple(std::move(found.steps), std::move(found.pull));
         });
   m.def("lead", &lead);
-  m.def("kinds_of", [](const std::vector<double>& chances) {
-    std::vector<int> kinds;
-    for (const double chance : chances) kinds.push_back(kind_of(chance));
-    return kinds;
-  });
+  m.def("kinds_of", &kinds_of);
   m.attr("KINDS") = kKinds;
   m.attr("KIND_STEP") = kKindStep;
   m.attr("LOWEST_ODDS") = kLowestOdds;

@@ -66,10 +66,8 @@ void read_on(PromptLookup& lookup, int64_t text, const py::list& tokens) {
 PromptLookup::Keep kept_by(const py::object& judge, const std::vector<int64_t>& texts) {
   if (judge.is_none()) return {};
   return [&](const std::vector<std::vector<double>>& worth) {
-    std::vector<std::vector<int>> kinds(worth.size());
-    for (size_t i = 0; i < worth.size(); ++i) {
-      for (const double chance : worth[i]) kinds[i].push_back(planner::kind_of(chance));
-    }
+    std::vector<std::vector<int>> kinds;
+    for (const auto& chances : worth) kinds.push_back(planner::kinds_of(chances));
     if (py::isinstance<planner::Planner>(judge)) {
       return judge.cast<planner::Planner&>().keep(texts, kinds);
     }

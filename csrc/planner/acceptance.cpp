@@ -11,6 +11,12 @@ int kind_of(double chance) {
   return std::clamp(static_cast<int>((odds - kLowestOdds) * kKindStep), 0, kKinds - 1);
 }
 
+std::vector<int> kinds_of(const std::vector<double>& chances) {
+  std::vector<int> kinds;
+  for (const double chance : chances) kinds.push_back(kind_of(chance));
+  return kinds;
+}
+
 Acceptance::Acceptance(std::vector<double> priors, double evidence)
     : priors_(std::move(priors)),
       accepted_(priors_.size()),

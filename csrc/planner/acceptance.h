@@ -28,6 +28,7 @@ constexpr double kKindStep = 1.2, kLowestOdds = -4;
 
 // The kind of a node that its drafter gives this chance.
 int kind_of(double chance);
+std::vector<int> kinds_of(const std::vector<double>& chances);
 
 class Acceptance {
  public:

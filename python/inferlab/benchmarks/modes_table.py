@@ -46,24 +46,31 @@ def print_modes(result: ModesResult, console: Console | None = None) -> None:
 
 def modes_table(modes: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per mode; times are per generated token, speedups with their 95 % interval."""
-    table = Table(box=box.MARKDOWN, pad_edge=True)
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    table = markdown_table(*COLUMNS)
     for mode, figures in modes.items():
         table.add_row(
             TITLES.get(mode, mode),
-            _number(figures.get("accepted_length")),
+            number_text(figures.get("accepted_length")),
             _positions(figures.get("acceptance_by_position")),
-            _number(figures.get("target_forwards"), 1),
+            number_text(figures.get("target_forwards"), 1),
             _phases(figures.get("phases_ms_per_token")),
-            _number(figures["tokens_per_second"], 0),
+            number_text(figures["tokens_per_second"], 0),
             ratio_text(figures.get("x_plain")),
             ratio_text(figures.get("x_hf")),
         )
     return table
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def markdown_table(*columns: str) -> Table:
+    """An empty table, its first column to the left."""
+    table = Table(box=box.MARKDOWN, pad_edge=True)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def number_text(value: float | None, digits: int = 2) -> str:
+    """Nothing for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -81,6 +88,7 @@ def _phases(phases: Mapping[str, float] | None) -> str:
 
 
 def ratio_text(found: Mapping[str, Any] | None) -> str:
+    """A speedup and its interval."""
     if found is None:
         return ""
     interval = found.get("ci95")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from inferlab.benchmarks.modes_table import ratio_text
+from inferlab.benchmarks.modes_table import markdown_table, number_text, ratio_text
 from inferlab.benchmarks.outputs import MatrixStats
 from inferlab.benchmarks.quantization import ROWS
 from inferlab.plots import new_figure
@@ -18,29 +16,39 @@ def print_matrix(stats: MatrixStats, console: Console | None = None) -> None:
     """Prints settings and both tables, in Markdown."""
     console = console or Console(highlight=False, width=160)
     console.print(", ".join(f"{k} {v}" for k, v in stats["settings"].items()), markup=False)
-    targets = _table("target", "weights, MB", *(f"{n} rows, ms" for n in ROWS), "perplexity",
-                     "tokens/s", "x unquantized", "same tokens", "differs after")  # fmt: skip
+    forwards = [f"{rows} rows, ms" for rows in ROWS]
+    targets = markdown_table(
+        "target",
+        "weights, MB",
+        *forwards,
+        "perplexity",
+        "tokens/s",
+        "x unquantized",
+        "same tokens",
+        "differs after",
+    )
     for name, of in stats["targets"].items():
         after = of["first_difference"]
         targets.add_row(
             name,
             f"{of['weights_mb']:.1f}",
-            *(_number(of["forward_ms"].get(str(n))) for n in ROWS),
-            _number(of["perplexity"]),
+            *(number_text(of["forward_ms"].get(str(n))) for n in ROWS),
+            number_text(of["perplexity"]),
             f"{of['tokens_per_second']:.0f}",
             ratio_text(of["x_unquantized"]),
             f"{of['same_tokens']} of {of['compared']}",
             "" if after is None else f"{after:.0f}",
         )
-    pairs = _table("target", "draft", "draft, MB", "accepted length", "tokens/s", "x plain",
-                   "x unquantized")  # fmt: skip
+    pairs = markdown_table(
+        "target", "draft", "draft, MB", "accepted length", "tokens/s", "x plain", "x unquantized"
+    )
     for pair in stats["pairs"]:
         length, size = pair["accepted_length"], pair["draft_mb"]
         pairs.add_row(
             pair["target"],
             pair["draft"] if size is not None else "",
-            _number(size, 1),
-            _number(length),
+            number_text(size, 1),
+            number_text(length),
             f"{pair['tokens_per_second']:.0f}",
             ratio_text(pair["x_plain"]),
             ratio_text(pair["x_unquantized"]),
@@ -53,17 +61,6 @@ def print_matrix(stats: MatrixStats, console: Console | None = None) -> None:
         console.print(text, markup=False)
     if stats["interrupted"]:
         console.print("interrupted: these are partial results", markup=False)
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.MARKDOWN, pad_edge=True)
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
 
 
 def draw_matrix(stats: MatrixStats, path: Path) -> None:
