@@ -70,16 +70,18 @@ void require_kinds(const std::vector<int>& kinds, size_t count) {
 
 Outlook outlook_of(std::vector<int64_t> requests, double context, std::vector<int> remaining,
                    std::vector<int> unread, const std::optional<std::vector<int>>& able,
-                   bool waiting, bool joining, bool packs) {
+                   bool waiting, bool joining, bool packs, std::vector<int> written) {
   const auto size = static_cast<int>(requests.size());
   require(size > 0, "requests is empty; a step has at least one");
   if (!remaining.empty()) require_sizes("remaining", remaining.size(), size);
   if (!unread.empty()) require_sizes("unread", unread.size(), size);
+  if (!written.empty()) require_sizes("written", written.size(), size);
   Outlook outlook{std::move(requests),
                   context,
                   std::move(remaining),
                   std::move(unread),
                   {},
+                  std::move(written),
                   waiting,
                   joining,
                   packs};
@@ -168,7 +170,8 @@ void bind_planner(py::module_& parent) {
       .def(py::init<StepCosts, DraftCosts, bool>())
       .def("climb",
            [](Planner& self, const std::vector<Levels>& rungs, std::vector<double> by_rank,
-              std::vector<double> by_kind, double evidence, bool asks, bool looks_up) {
+              std::vector<double> by_kind, double evidence, bool asks, bool looks_up,
+              bool examines) {
              require(!rungs.empty() && rungs[0] == Levels(0, 0), "rungs must begin with (0, 0)");
              std::vector<Budget> budgets;
              for (const auto& [levels, nodes] : rungs) {
@@ -176,17 +179,18 @@ void bind_planner(py::module_& parent) {
                        "rungs must be of growing numbers of nodes");
                budgets.push_back({levels, nodes});
              }
-             self.climb(std::move(budgets),
-                        {std::move(by_rank), std::move(by_kind), evidence, asks, looks_up});
+             self.climb(std::move(budgets), {std::move(by_rank), std::move(by_kind), evidence, asks,
+                                             looks_up, examines});
            })
       .def("choose",
            [](Planner& self, std::vector<int64_t> requests, double context,
               std::vector<int> remaining, std::vector<int> unread,
-              const std::optional<std::vector<int>>& able, bool waiting, bool joining, bool packs) {
+              const std::optional<std::vector<int>>& able, bool waiting, bool joining, bool packs,
+              std::vector<int> written) {
              const size_t size = requests.size();
-             Decision decision =
-                 self.choose(outlook_of(std::move(requests), context, std::move(remaining),
-                                        std::move(unread), able, waiting, joining, packs));
+             Decision decision = self.choose(
+                 outlook_of(std::move(requests), context, std::move(remaining), std::move(unread),
+                            able, waiting, joining, packs, std::move(written)));
              std::optional<std::vector<int>> members;
              if (decision.members.size() < size) members = std::move(decision.members);
              return py::make_tuple(decision.rung, std::move(members), decision.judged,
@@ -197,7 +201,7 @@ void bind_planner(py::module_& parent) {
               std::vector<int> remaining, bool waiting, bool joining, bool packs) {
              return self.follows(tokens,
                                  outlook_of(std::move(requests), context, std::move(remaining), {},
-                                            std::nullopt, waiting, joining, packs));
+                                            std::nullopt, waiting, joining, packs, {}));
            })
       .def("goes_on",
            [](Planner& self, const std::vector<int64_t>& requests, const std::vector<int>& kinds) {
@@ -215,6 +219,18 @@ void bind_planner(py::module_& parent) {
                  require(of_one.size() <= most, "kinds has more nodes than the largest budget");
                }
              });
+           })
+      .def("examined",
+           [](Planner& self, const std::vector<int64_t>& requests,
+              const std::vector<std::vector<double>>& sure,
+              const std::vector<std::vector<bool>>& right) {
+             require_sizes("sure", sure.size(), requests.size());
+             require_sizes("right", right.size(), requests.size());
+             for (size_t i = 0; i < sure.size(); ++i) {
+               require(sure[i].size() == right[i].size(),
+                       "sure and right must have an entry for each token, both");
+             }
+             return self.examined(requests, sure, right);
            })
       .def("rested", &Planner::rested)
       .def("observe",
@@ -238,7 +254,7 @@ void bind_planner(py::module_& parent) {
               std::vector<int> remaining, bool waiting) {
              return self.prospects().own_share(outlook_of(std::move(requests), context,
                                                           std::move(remaining), {}, std::nullopt,
-                                                          waiting, false, false));
+                                                          waiting, false, false, {}));
            })
       .def_property_readonly("offered",
                              [](Planner& self) { return self.prospects().ranks.offered(); })

@@ -1,8 +1,9 @@
 // What drafting may cost before it is known to pay: of the time, in ms, that was lost against
 // decoding plainly.
 //
-// New sequences are new luck: each brings its part of kFirst plain steps and takes what was left of
-// the ones before. kShare of all time is added, and what drafts gained, up to kSavings plain steps.
+// New sequences are new luck: each brings its part of a share kFirst of the steps to come, and
+// takes what was left of the ones before. kShare of all time is added, and what drafts gained, up
+// to kSavings plain steps.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,8 @@ namespace inferlab::planner {
 
 class Account {
  public:
-  static constexpr double kFirst = 1.2;
+  static constexpr double kFirst = 0.019;
+  static constexpr double kLeast = 1.2;  // plain steps of it, however few are to come
   static constexpr double kShare = 0.004;
   static constexpr double kSavings = 4;
   static constexpr double kRisk = 0.15;  // of what drafting is expected to save, may be lost first
@@ -21,8 +23,8 @@ class Account {
                                          // smallest drafts
   double ms = 0;
 
-  // Before a step with these sequences, which takes so long plainly.
-  void admit(const std::vector<int64_t>& requests, double plain_ms) {
+  // Before a step with these sequences, which takes so long plainly; so many are to come.
+  void admit(const std::vector<int64_t>& requests, int steps, double plain_ms) {
     ms = std::min(ms, kSavings * plain_ms);
     int64_t newest = newest_;
     double fresh = 0;
@@ -31,7 +33,8 @@ class Account {
       newest = std::max(newest, request);
     }
     newest_ = newest;
-    ms += fresh / requests.size() * (kFirst * plain_ms - ms);
+    const double first = std::clamp(kFirst * steps, kLeast, kSavings) * plain_ms;
+    ms += fresh / requests.size() * (first - ms);
   }
 
   // So much is expected to be saved until a batch of that size has ended: a part of it may be lost

@@ -44,9 +44,11 @@ class Drafting {
 
   Plan plan;
   Outlook outlook;
-  int level = 0;        // drafted so far
-  double value = 0;     // tokens that the drafts are worth, less what verifying them costs
-  bool judged = false;  // it was asked what to keep
+  int level = 0;           // drafted so far
+  double value = 0;        // tokens that the drafts are worth, less what verifying them costs
+  bool judged = false;     // it was asked what to keep
+  bool examined = false;   // it was told what its drafts would have been, so far,
+  bool dismissed = false;  // and they are not worth it
   std::vector<std::vector<int>> offered;  // the kinds of what was drafted,
   std::vector<std::vector<int>> kinds;    // and of the nodes that are verified
 

@@ -39,8 +39,8 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
   last_.clear();
   times_.climb(rungs_);
   prospects_.emplace(rungs_, known, times_);
-  asks_ = known.asks;
-  looks_up_ = known.looks_up;
+  known_ = known;
+  hope_ = 1;
 }
 
 // What is asked before and while drafting.
@@ -59,7 +59,7 @@ Decision Planner::choose(Outlook outlook) {
   if (plan->asked && rest_ > 0) return not_drafted(std::exchange(rest_, 0));
   if (!plan->asked && is_due(outlook.size())) return not_drafted(1);
   Decision decision{plan->rung, 1, false, plan->members,
-                    asks_ && !prospects_->acceptance.chances().empty()};
+                    known_.asks && !prospects_->acceptance.chances().empty()};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
   return decision;
 }
@@ -91,6 +91,51 @@ std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
   return all;
 }
 
+bool Planner::examined(const std::vector<int64_t>& requests,
+                       const std::vector<std::vector<double>>& sure,
+                       const std::vector<std::vector<bool>>& right) {
+  const std::lock_guard lock(mutex_);
+  if (!is_under_way(requests, {}) || now_->outlook.unread.empty()) return true;
+  // From each token on the chain that would have been drafted there, as far as the text goes.
+  const auto levels = static_cast<size_t>(rungs_.back().levels);
+  size_t told = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const size_t count = sure[i].size();
+    told += count;
+    for (size_t start = 0; start < count; ++start) {
+      std::vector<int> kinds, walked;
+      double path = 1;
+      for (size_t n = start; n < std::min(count, start + levels); ++n) {
+        kinds.push_back(kind_of(path *= sure[i][n]));
+        if (!right[i][n]) break;
+        walked.push_back(static_cast<int>(kinds.size()));
+      }
+      const double news = 1 - prospects_->acceptance.known(requests[i]);
+      const auto offered = static_cast<int>(std::min(count - start, levels));
+      prospects_->acceptance.learn({requests[i]}, {kinds}, {walked});
+      prospects_->ranks.learn(offered, {walked}, {}, {news});
+    }
+  }
+  if (told < kTold) return true;
+  Plan before = std::move(now_->plan);
+  Outlook outlook = std::move(now_->outlook);
+  now_.reset();
+  account_.ms -= times_.read(before.reading);
+  for (const int place : before.members) outlook.unread.at(place) = 0;
+  outlook.able = before.members;
+  std::optional<Plan> plan = look(outlook);
+  const bool dismissed = !plan || plan->tries;
+  if (dismissed) {
+    plan = std::move(before);
+    if (hope_ < kNear) account_.ms = std::min(account_.ms, 0.0);  // it is known well enough
+  }
+  plan->reading = before.reading;
+  now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
+  now_->examined = true;
+  now_->dismissed = dismissed;
+  return !dismissed;
+}
+
 void Planner::rested(int size, const std::vector<double>& ms, bool heard) {
   const std::lock_guard lock(mutex_);
   const double beside = heard ? times_.keeping_up(size) : 0;
@@ -114,9 +159,10 @@ bool Planner::is_due(int size) {
 std::optional<Plan> Planner::look(const Outlook& outlook) {
   const int size = outlook.size();
   Prospects& prospects = *prospects_;
-  account_.admit(outlook.requests, times_.plain(size, outlook.context));
-  int reading = 0;
-  const std::vector<int> members = members_of(outlook, reading);
+  account_.admit(outlook.requests, largest(outlook.remaining, kSome),
+                 times_.plain(size, outlook.context));
+  int reading = 0, wait = 0;
+  const std::vector<int> members = members_of(outlook, reading, wait);
   const Rates found = prospects.rates(outlook, members);
   const std::vector<double>& rates = found.rates;
   const double plain = found.plain;
@@ -126,14 +172,22 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   if (rates[best] < rates[0] * kPrudence) best = 0;
   last = best;
   promised_ = rates[best] / rates[0];
+  hope_ = *std::max_element(rates.begin() + 1, rates.end()) / rates[0];
   asleep_ = 0;
   const auto sleep = [&](double ms) {
     asleep_ = static_cast<int>(std::clamp(ms / (Account::kShare * plain), 0.0, 1e6));
     return std::nullopt;
   };
-  if (members.empty()) return sleep(plain);
+  if (members.empty()) {
+    const std::optional<Plan> none = sleep(plain);
+    if (wait > 0) asleep_ = wait;
+    return none;
+  }
   const int count = static_cast<int>(members.size());
-  const bool asked = asks_ && (looks_up_ || found.drafting[1] <= kCheap * plain);
+  const std::vector<double>& times = times_.verify(size, outlook.context);
+  // What a model writes takes a row at least, and leaves less of the target in the caches.
+  const double row = known_.looks_up ? 0 : times[size + 1] - plain;
+  const bool asked = known_.asks && (known_.looks_up || found.drafting[1] + row <= kCheap * plain);
   const bool tries = best == 0 && !asked;
   // What was lost says that not all that seems sure comes.
   const double debt = std::clamp(1 + account_.ms / (kDebt * plain), 0.0, 1.0);
@@ -146,25 +200,27 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
     int needed = 1;  // the smallest that will do
     if (tries) {
       best = smallest_worth_trying(found);
-      if (asks_) best = std::min(best, 1);
-    } else if (asks_) {
-      // A few levels that lose each time until all is lost would be worse than none.
-      best = needed = smallest_that_pays(found);
+      if (known_.asks) best = std::min(best, 1);
+    } else if (known_.asks) {
+      // A few levels that lose each time until all is lost would be worse than none; a few steps
+      // with them, until the drafter is known, are not.
+      best = smallest_that_pays(found);
+      if (prospects.acceptance.certainty() >= kFairly) needed = best;
     }
     if (best == 0) return sleep(plain);
-    best = covered(best, found, sure, reading);
+    best = covered(best, needed, found, sure, reading);
     if (best < needed) {
-      return sleep(loss_of(needed, found, sure, reading) - account_.may_lose(needed == 1));
+      return sleep(loss_of(needed, found, sure, reading) - account_.may_lose(true));
     }
-    if (asks_) best = 1;  // the rest is asked for
+    if (known_.asks) best = 1;  // the rest is asked for
     loss = loss_of(best, found, sure, reading);
   }
-  if (asks_) best = static_cast<int>(rungs_.size()) - 1;
+  if (known_.asks) best = static_cast<int>(rungs_.size()) - 1;
   const double brought = prospects.ranks.accepted()[prospects.nodes[best]] * count / size;
   Plan plan;
   plan.members = members;
   plan.rung = best;
-  plan.times = times_.verify(size, outlook.context);
+  plan.times = times;
   plan.drafting = found.drafting;
   plan.plain = plain;
   // What a rate promises, counts as far as it is known.
@@ -187,7 +243,8 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
   const std::lock_guard lock(mutex_);
   if (rungs_.size() == 1) return false;
   const int size = outlook.size();
-  account_.admit(outlook.requests, times_.plain(size, outlook.context));
+  account_.admit(outlook.requests, largest(outlook.remaining, kSome),
+                 times_.plain(size, outlook.context));
   std::vector<int> everyone(size);
   std::iota(everyone.begin(), everyone.end(), 0);
   const Rates found = prospects_->rates(outlook, everyone);
@@ -201,7 +258,7 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
     return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
   }
-  return cost * (1 - sure) <= account_.ms && covered(best, found, prospects_->sure(size), 0) > 0;
+  return cost * (1 - sure) <= account_.ms && covered(best, 1, found, prospects_->sure(size), 0) > 0;
 }
 
 // What is learnt from steps.
@@ -215,6 +272,12 @@ double Planner::observe(const Step& step) {
   if (step.budget == Budget{} || (now && now->outlook.size() != step.size)) now.reset();
   if (rungs_.size() == 1) return step.ms;
   account_.passed(step.ms);
+  if (now && now->dismissed) {
+    // A plain step, behind a reading that is paid for already.
+    times_.drafted(static_cast<int>(now->plan.members.size()), {}, step.draft_ms,
+                   now->plan.reading);
+    return times_.step(step.size, step.size);
+  }
   double tokens = 1;  // of plain steps that would have got as far
   double verify_ms = step.ms - step.draft_ms, drafting_ms = 0;
   if (now) {
@@ -224,7 +287,7 @@ double Planner::observe(const Step& step) {
     for (int i = 0; i < step.size; ++i) brought += step.accepted[i].size() * plan.worth[i];
     tokens += brought / step.size;
     drafting_ms = plan.drafting[now->level > 0 ? now->level : plan.rung];
-    if (step.caught_up) {
+    if (step.caught_up && !now->examined) {
       // Reading is to pay in all steps to come, as far as that is known.
       const double unsure = plan.reading > 0 ? 1 - prospects_->acceptance.certainty() : 1;
       drafting_ms += unsure * (step.draft_ms - drafting_ms);
@@ -249,14 +312,14 @@ double Planner::observe(const Step& step) {
 int Planner::rest_behind(const Drafting& asked, double draft_ms) {
   const Plan& plan = asked.plan;
   // What is looked up takes longer where it is found; what is written, for each level.
-  const double asking =
-      asked.level > 0 ? plan.drafting[asked.level] : std::min(plan.drafting[1], draft_ms);
+  const double asking = asked.level > 0 ? plan.drafting[asked.level] +
+                                              plan.verifying(asked.outlook.size() + 1) - plan.plain
+                                        : std::min(plan.drafting[1], draft_ms);
   const double found = std::max(asked.value, 0.0) / plan.price;
-  finds_ = finds_.value_or(kAsking * asking * 2);
-  *finds_ += kNews * (found - *finds_);
+  finds_ += kNews * (found / std::max(asking, 1e-6) - finds_);
   const bool vain = found < std::max(asking, plan.drafting[1]);
   in_vain_ = vain ? std::min(in_vain_ + 1, 16) : 0;
-  if (*finds_ > kAsking * asking) return 0;
+  if (finds_ > kAsking) return 0;
   return static_cast<int>(std::min((1 << in_vain_) - 1.0, asking / (kInVain * plan.plain)));
 }
 
@@ -299,9 +362,10 @@ void Planner::learn(const Drafting& now, const Step& step) {
 
 // How a choice is made.
 
-// For whom to draft, by place, and how many tokens must be read for it.
-std::vector<int> Planner::members_of(const Outlook& outlook, int& reading) {
-  reading = 0;
+// For whom to draft, by place, and how many tokens must be read for it; where nobody's text is old
+// enough to tell of the drafter, how many steps to `wait`.
+std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& wait) {
+  reading = wait = 0;
   const std::vector<int>& unread = outlook.unread;
   if (largest(unread, 0) <= kReady) return outlook.able;
   std::vector<int> members;
@@ -324,15 +388,25 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading) {
   const double saved = (found.plain * gain - found.ms[best]) / size;
   const double sure = prospects_->acceptance.certainty();
   const bool together = found.own < 1;
+  const bool examines = known_.examines && !outlook.written.empty() && hope_ >= kHopeful;
+  bool unsure = sure <= 0.5;
   double account = account_.ms;
   if (together && sure > 0.5) account += found.plain;
   std::vector<int> joined;
   for (const auto& [tokens, i] : waiting) {
     const double cost = times_.read(reading + tokens) - times_.read(reading);
     const int to_come = outlook.remaining.empty() ? kSome : outlook.remaining[i];
-    const double benefit = saved * to_come / gain;
-    const bool known = !members.empty() || !joined.empty() || sure > 0.5;
-    if (benefit < kReturn * cost && known) break;
+    const bool pays = saved * to_come / gain >= kReturn * cost;
+    if (examines && cost <= kExamCost * found.plain && !(pays && sure >= kFairly)) {
+      // Reading it tells of it, once there is something to tell of.
+      if (outlook.written[i] < kExam) {
+        wait = std::max(wait, kExam - outlook.written[i]);
+        continue;
+      }
+      unsure = true;
+    } else if (!pays && (!members.empty() || !joined.empty() || sure > 0.5)) {
+      break;
+    }
     account -= cost * (1 - sure);
     if (account < 0) break;
     joined.push_back(i);
@@ -340,7 +414,7 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading) {
   }
   if (together && joined.size() < waiting.size()) {
     // Who is left behind decides how many steps there are: one at most, to learn.
-    joined.resize(members.empty() && sure <= 0.5 ? std::min<size_t>(joined.size(), 1) : 0);
+    joined.resize(members.empty() && unsure ? std::min<size_t>(joined.size(), 1) : 0);
     reading = joined.empty() ? 0 : unread[joined.front()];
   }
   members.insert(members.end(), joined.begin(), joined.end());
@@ -367,10 +441,11 @@ double Planner::loss_of(int rung, const Rates& found, double sure, int reading) 
   return found.ms[rung] - found.plain * (1 + sure * found.gains[rung]) + read;
 }
 
-// The largest rung up to this one whose possible loss the account covers; 0: none.
-int Planner::covered(int rung, const Rates& found, double sure, int reading) const {
+// The largest rung up to this one whose possible loss the account covers, all of it for the
+// smallest that will do; 0: none.
+int Planner::covered(int rung, int smallest, const Rates& found, double sure, int reading) const {
   for (; rung > 0; --rung) {
-    if (loss_of(rung, found, sure, reading) <= account_.may_lose(rung == 1)) break;
+    if (loss_of(rung, found, sure, reading) <= account_.may_lose(rung <= smallest)) break;
   }
   return rung;
 }

@@ -73,6 +73,10 @@ class Planner {
                const Check& check = {});
   std::vector<int> keep(const std::vector<int64_t>& requests,
                         const std::vector<std::vector<int>>& kinds, const Check& check = {});
+  // What drafts of texts that were just read would have been: of each of their last tokens how sure
+  // the drafter was of its own, and whether it was that token. Whether to draft, all told.
+  bool examined(const std::vector<int64_t>& requests, const std::vector<std::vector<double>>& sure,
+                const std::vector<std::vector<bool>>& right);
   // Learns from a step; returns the ms that plain decoding would have taken to get as far.
   double observe(const Step& step);
   // What steps without drafts took that it was not told of one by one; `heard`: with the drafter
@@ -87,12 +91,18 @@ class Planner {
   Prospects& prospects() { return prospects_.value(); }
 
  private:
-  static constexpr double kReturn = 5;       // times what it takes, must texts promise to be read
-  static constexpr double kCheap = 0.1;      // plain steps: so cheap drafts show if they pay
-  static constexpr double kInVain = 0.01;    // of all time, for drafting that finds nothing
-  static constexpr double kFind = 0.8;       // of what a judged draft promises, is sure at most
-  static constexpr double kDebt = 4;         // plain steps lost, and no gain is sure any longer
-  static constexpr double kAsking = 2;       // times as long as drafting takes asking in all
+  static constexpr double kReturn = 5;      // times what it takes, must texts promise to be read
+  static constexpr double kCheap = 0.1;     // plain steps: so cheap drafts show if they pay
+  static constexpr double kInVain = 0.01;   // of all time, for drafting that finds nothing
+  static constexpr double kFind = 0.8;      // of what a judged draft promises, is sure at most
+  static constexpr double kDebt = 4;        // plain steps lost, and no gain is sure any longer
+  static constexpr double kAsking = 2;      // times as long as drafting takes asking in all
+  static constexpr int kExam = 8;           // tokens of a text that tell of an unknown drafter
+  static constexpr size_t kTold = 4;        // of fewer nothing is decided
+  static constexpr double kHopeful = 0.75;  // of the plain rate: so good drafts may pay for a text,
+  static constexpr double kNear = 0.95;     // and so good ones are tried again soon
+  static constexpr double kExamCost = 0.75;  // plain steps that reading them may take
+  static constexpr double kFairly = 0.3;     // certainty of a drafter that is known somewhat
   static constexpr double kNews = 0.2;       // weight of the last time it was asked
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
   static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
@@ -110,11 +120,11 @@ class Planner {
   std::optional<Plan> look(const Outlook& outlook);
   static Decision not_drafted(int steps);
   bool is_due(int size);
-  std::vector<int> members_of(const Outlook& outlook, int& reading);
+  std::vector<int> members_of(const Outlook& outlook, int& reading, int& wait);
   int smallest_worth_trying(const Rates& found) const;
   int smallest_that_pays(const Rates& found) const;
   double loss_of(int rung, const Rates& found, double sure, int reading) const;
-  int covered(int rung, const Rates& found, double sure, int reading) const;
+  int covered(int rung, int smallest, const Rates& found, double sure, int reading) const;
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
   int rest_behind(const Drafting& asked, double draft_ms);
@@ -124,18 +134,19 @@ class Planner {
   std::mutex mutex_;
   StepTimes times_;
   bool measured_;
-  bool asks_ = false, looks_up_ = false;  // of the drafter: see `Known`
+  Known known_;  // of the drafter
   Account account_;
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;
   std::optional<Drafting> now_;
-  std::map<int, Timed> timed_;   // by doublings of the batch size
-  std::map<int, int> last_;      // by batch size, the rung taken last
-  std::optional<double> finds_;  // ms that asking saves, on average
-  int in_vain_ = 0;              // steps in a row that found nothing,
-  int rest_ = 0;                 // and so many to rest
-  int asleep_ = 0;               // steps until the account might cover a try
+  std::map<int, Timed> timed_;  // by doublings of the batch size
+  std::map<int, int> last_;     // by batch size, the rung taken last
+  double finds_ = 2 * kAsking;  // what asking saves, over what it takes, on average
+  int in_vain_ = 0;             // steps in a row that found nothing,
+  int rest_ = 0;                // and so many to rest
+  int asleep_ = 0;              // steps until the account might cover a try
   double promised_ = 1;
+  double hope_ = 1;  // the best rate with drafts, whether they pay or not, by that without
 };
 
 }  // namespace inferlab::planner

@@ -19,7 +19,8 @@ struct Outlook {
   double context = 0;
   std::vector<int> remaining;
   std::vector<int> unread;
-  std::vector<int> able;  // by place
+  std::vector<int> able;     // by place
+  std::vector<int> written;  // tokens of each that the target has chosen; empty: not known
   bool waiting = false;
   bool joining = false;
   bool packs = false;
@@ -34,6 +35,7 @@ struct Known {
   double evidence = 0;
   bool asks = false;
   bool looks_up = false;
+  bool examines = false;
 };
 
 // Of drafting for some of a batch, by rung.

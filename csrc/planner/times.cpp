@@ -61,16 +61,23 @@ void Drift::Ratios::add(double log, double pace) {
 void Drift::observe(Kind kind, double predicted, double measured, double pace, bool apart) {
   if (std::min(predicted, measured) <= 0) return;
   const double log = std::log(measured / predicted);
-  of_kind_[kind].add(log, std::log(pace));
-  if (!apart) common_.add(log, std::log(pace));
+  Ratios& own = of_kind_[kind];
+  own.apart = apart;
+  own.add(log, std::log(pace));
+  (apart ? apart_ : common_).add(log, std::log(pace));
   ++version_;
 }
 
 double Drift::factor(Kind kind) const {
   const auto found = of_kind_.find(kind);
-  const double own = found == of_kind_.end() ? 0 : found->second.logs.size();
-  const double middle = found == of_kind_.end() ? 0 : found->second.middle;
-  return std::exp((own * middle + kShared * common_.middle) / (own + kShared));
+  const bool seen = found != of_kind_.end();
+  const double own = seen ? found->second.logs.size() : 0, middle = seen ? found->second.middle : 0;
+  double shared = common_.middle;
+  if (!seen || !found->second.apart) {
+    const double count = common_.logs.size();
+    shared = (count * shared + kShared * apart_.middle) / (count + kShared);
+  }
+  return std::exp((own * middle + kShared * shared) / (own + kShared));
 }
 
 void StepTimes::climb(const std::vector<Budget>& rungs) {
@@ -146,8 +153,8 @@ void StepTimes::verified(int size, int rows, double ms) {
   const Drift::Kind kind = kind_of_step(size, rows);
   const double usual = model(size, rows);
   pace_.observe(usual * verifying_.factor(kind), ms);
-  // Plain steps are the most, and quicker in a row than any was when it was measured: what is
-  // common to steps that draft, is told by those.
+  // Plain steps are the most: what is common to steps that draft, is told by those, once there are
+  // some.
   verifying_.observe(kind, usual, ms, pace_.factor(), rows == size);
 }
 

@@ -45,7 +45,7 @@ class Drift {
  public:
   using Kind = uint64_t;
 
-  // `apart`: it tells nothing of other kinds.
+  // `apart`: it tells of other kinds only until there are observations of some of them.
   void observe(Kind kind, double predicted, double measured, double pace, bool apart = false);
   double factor(Kind kind) const;
   int version() const { return version_; }  // changes with what is known
@@ -54,6 +54,7 @@ class Drift {
   struct Ratios {
     std::vector<double> logs;
     double middle = 0;
+    bool apart = false;
     double off = 0;  // the last one's distance from it beyond the pace
 
     void add(double log, double pace);
@@ -64,7 +65,7 @@ class Drift {
   static constexpr double kShared = 1.5;  // weight of what is common, in observations
 
   std::unordered_map<Kind, Ratios> of_kind_;
-  Ratios common_;
+  Ratios common_, apart_;
   int version_ = 0;
 };
 

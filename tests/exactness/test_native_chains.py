@@ -30,11 +30,11 @@ class Judged(FixedController):
         self.planners = [COSTS.planner() for _ in range(2)]
         for planner in self.planners:
             rungs = [(k, k) for k in range(levels + 1)]
-            planner.climb(rungs, [0.8] * levels, SURE, 50.0, True, False)
+            planner.climb(rungs, [0.8] * levels, SURE, 50.0, True, False, False)
 
     def choose(self, outlook):
         size = len(outlook.requests)
-        asked = (outlook.requests, 32.0, [50] * size, [0] * size, None, True, False, True)
+        asked = (outlook.requests, 32.0, [50] * size, [0] * size, None, True, False, True, [])
         choices = [planner.choose(*asked) for planner in self.planners]
         assert choices[0] == choices[1]
         if choices[0][0] == 0:
@@ -84,6 +84,7 @@ def test_chains_in_one_call_are_those_written_level_by_level(family, coupled, ju
     controller = Judged(LEVELS) if judged else FixedController(LEVELS)
     if judged:
         drafter.other = controller.planners[1]
+        drafter.known = drafter.known._replace(examines=False)  # which one of them alone hears
     engine = Engine(target, target.new_cache(PAGES), Policy(), controller, drafter, max_batch=3)
     sampling = SamplingParams(max_tokens=24, ignore_eos=True, seed=3, **params)
     results = engine.generate([(prompt, sampling) for prompt in PROMPTS])

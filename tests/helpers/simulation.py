@@ -23,6 +23,8 @@ class World:
         acceptance: chance of each level; of all texts, or of each.
         sure: the drafter knows each token's chance, and asks a judge level by level.
         reading_ms: before the first draft for a text.
+        examines: a drafter that is ``sure`` says, when it has read a text, how often it would have
+            been right.
         noise: of every step's time, at most.
     """
 
@@ -36,6 +38,7 @@ class World:
         flat: int = 4,
         sure: bool = False,
         reading_ms: float = 0.0,
+        examines: bool = False,
         noise: float = 0.1,
         seed: int = 0,
     ) -> None:
@@ -43,7 +46,9 @@ class World:
         self.acceptance = acceptance
         self.flat, self.sure, self.reading_ms, self.noise = flat, sure, reading_ms, noise
         self.random = random.Random(seed)
-        self.known = Known(by_kind=SURE, asks=True) if sure else UNKNOWN
+        self.known = UNKNOWN
+        if sure:
+            self.known = Known(by_kind=SURE, asks=True, examines=examines)
         self.elapsed_ms = 0.0
         self.tokens = 0
         self.chosen: list[int] = []
@@ -81,6 +86,7 @@ class World:
         their places."""
         numbers = list(range(self.first, self.first + size))
         self.first += size
+        self._length = tokens
         left, unread = [tokens] * size, [32 if self.reading_ms else 0] * size
         while max(left) > 0:
             at = [i for i, n in enumerate(left) if n > 0]
@@ -93,6 +99,7 @@ class World:
                 waiting=waiting,
                 packs=True,
                 known=self.known,
+                written=[tokens - left[i] for i in at],
             )
             self._step(controller, outlook, at, left, unread)
 
@@ -104,6 +111,8 @@ class World:
         members = range(len(at)) if choice.members is None else choice.members
         levels = choice.budget.levels
         read = [i for i in members if levels and unread[at[i]]]
+        if read and self.known.examines and not self._examined(choice, outlook, at, members, left):
+            levels = 0
         chances = [self._token_chances(at[i], levels) for i in members]
         counts = [levels] * len(chances)
         if self.sure and levels:
@@ -146,6 +155,11 @@ class World:
                 levels > 0, came_true,
             )
         )  # fmt: skip
+
+    def _examined(self, choice, outlook, at, members, left) -> bool:
+        sure = [self._token_chances(at[i], min(self._length - left[at[i]], 16)) for i in members]
+        right = [[self.random.random() < chance for chance in of] for of in sure]
+        return choice.judge.examined([outlook.requests[i] for i in members], sure, right)
 
     def _chance(self, text: int) -> float:
         if isinstance(self.acceptance, (int, float)):

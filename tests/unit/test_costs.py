@@ -165,12 +165,16 @@ def test_what_alone_is_taken_and_is_off_is_no_slow_machine():
     assert times.step(1, 1) == pytest.approx(2.0, rel=0.1)
 
 
-def test_plain_steps_that_are_off_say_nothing_of_those_that_draft():
+def test_plain_steps_that_are_off_tell_of_those_that_draft_until_these_are_seen():
     times = times_of()
     for _ in range(20):
-        times.verified(1, 1, 1.2)
-    assert times.step(1, 1) == pytest.approx(1.2, rel=0.05)
+        times.verified(1, 1, 2.6)
+    assert times.step(1, 1) == pytest.approx(2.6, rel=0.05)
+    assert times.step(1, 8) == pytest.approx(4.0 * 1.3, rel=0.05)
+    for _ in range(20):
+        times.verified(1, 8, 4.0)
     assert times.step(1, 8) == pytest.approx(4.0, rel=0.05)
+    assert times.step(1, 1) == pytest.approx(2.6, rel=0.05)
 
 
 def test_one_step_alone_tells_little():

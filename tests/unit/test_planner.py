@@ -128,13 +128,60 @@ def test_a_text_is_only_read_for_where_that_pays():
 def test_what_is_not_known_is_tried_on_one_text_first():
     world = World(acceptance=0.9, reading_ms=4.0, draft_ms=0.2)
     controller = CostController(8, world.costs())
-    outlook = Outlook(CHAIN, list(range(8)), 32.0, [200] * 8, [32] * 8, packs=True)
+    outlook = Outlook(CHAIN, list(range(8)), 32.0, [64] * 8, [32] * 8, packs=True)
     choice = controller.choose(outlook)
     if choice.budget == NO_DRAFT:  # the first step is timed
         choice = controller.choose(outlook)
     assert choice.budget != NO_DRAFT
     assert choice.members is not None
     assert 1 <= len(choice.members) < 4
+
+
+def test_a_drafter_is_examined_on_what_texts_say_before_it_drafts():
+    """One that is always wrong costs a reading, and no step; one that is good gains most of what
+    it would if that were known."""
+    useless = World(
+        acceptance=0.0, reading_ms=5.0, draft_ms=2.0, row_ms=2.0, flat=1, sure=True, examines=True
+    )
+    controller = CostController(8, useless.costs())
+    assert against_plain(useless, controller, 64, 1) > 0.98
+    assert sum(useless.chosen) <= 1
+    assert useless.elapsed_ms > 64 * 9.5, "it was read"
+    for _ in range(20):
+        useless.run(controller, 64)
+    assert against_plain(useless, controller, 64, 1) > 0.98
+    good = World(acceptance=0.9, reading_ms=5.0, draft_ms=0.5, sure=True, examines=True)
+    controller = CostController(8, good.costs())
+    assert against_plain(good, controller, 64, 1) > 0.6 * good.best_rate(1) * good.plain_ms
+    assert sum(good.chosen[:7]) == 0
+
+
+def test_a_text_on_which_a_drafter_fails_does_not_condemn_it_for_others():
+    world = World(
+        acceptance=0.2, reading_ms=5.0, draft_ms=1.0, row_ms=1.0, sure=True, examines=True
+    )
+    controller = CostController(8, world.costs())
+    world.run(controller, 64)
+    world.acceptance = 0.9
+    for _ in range(6):
+        world.run(controller, 64)
+    assert against_plain(world, controller, 64, 1) > 1.3
+
+
+def test_little_evidence_does_not_dismiss_what_was_decided():
+    known = Known(by_kind=SURE, evidence=8.0, asks=True, examines=True)
+    world = World(acceptance=0.9, reading_ms=1.0, draft_ms=3.0)
+    controller = CostController(4, world.costs())
+    outlook = Outlook(
+        CHAIN[:4], [0], 32.0, [60], [32], packs=True, known=known, written=[1]
+    )  # fmt: skip
+    choice = controller.choose(outlook)
+    assert choice.judge is not None
+    assert choice.judge.examined([0], [[0.9] * 3], [[False] * 3])
+    assert choice.judge.examined([1], [[0.9] * 9], [[False] * 9]), "another step's"
+    assert not choice.judge.examined([0], [[0.9] * 16], [[False] * 16])
+    with pytest.raises(ValueError, match="an entry for each token"):
+        choice.judge.examined([0], [[0.9]], [[]])
 
 
 def test_texts_are_not_read_for_while_others_join_the_batch():
@@ -238,17 +285,22 @@ def test_nodes_take_the_place_of_padding_where_it_is_computed(size, packs):
 
 def test_a_new_text_begins_with_an_account_of_its_own():
     account = Account()
-    account.admit([0], 10.0)
-    assert account.ms == account.FIRST * 10
+    account.admit([0], 100, 10.0)
+    first = account.FIRST * 100 * 10
+    assert account.ms == first
     account.ms = 35.0
-    account.admit([0], 10.0)
+    account.admit([0], 100, 10.0)
     assert account.ms == 35
-    account.admit([0, 1], 10.0)
-    assert account.ms == (35 + account.FIRST * 10) / 2
+    account.admit([0, 1], 100, 10.0)
+    assert account.ms == (35 + first) / 2
     account.ms = -50.0
     assert account.may_lose(smallest=True) == 0
-    account.admit([2], 10.0)
-    assert account.ms == account.FIRST * 10
+    account.admit([2], 100, 10.0)
+    assert account.ms == first
+    account.admit([3], 100_000, 10.0)
+    assert account.ms == account.SAVINGS * 10
+    account.admit([4], 1, 10.0)
+    assert account.ms == 12
     account.expect(100.0, 1, 0.5)
     assert account.may_lose(smallest=False) == pytest.approx(account.STAKE * (12 + 7.5))
 

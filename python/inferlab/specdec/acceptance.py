@@ -26,6 +26,8 @@ class Known(NamedTuple):
         evidence: observations that these chances are worth, 0 where they were not measured.
         asks: drafting takes next to no time, or the judge is asked before what does.
         looks_up: it does take next to no time: drafts are looked up.
+        examines: when it reads a text, it says how often it would have been right, see
+            ``Judge.examined``.
     """
 
     by_rank: Sequence[float] = ()
@@ -33,6 +35,7 @@ class Known(NamedTuple):
     evidence: float = 0.0
     asks: bool = False
     looks_up: bool = False
+    examines: bool = False
 
 
 UNKNOWN = Known()
@@ -42,6 +45,12 @@ _BINS, _STEP, _LOWEST = _C.planner.KINDS, _C.planner.KIND_STEP, _C.planner.LOWES
 
 SURE = tuple(1 / (1 + math.exp(-(_LOWEST + (i + 0.5) / _STEP))) for i in range(_BINS))
 """Chances of the kinds that `kinds_of` tells apart, if the drafter is right about itself."""
+
+
+def sure_of(best: float, second: float) -> float:
+    """How sure a draft is of a token, by the scores that it and its rival were drawn by."""
+    # A single token that may be drawn has no rival: its gap is infinite. An invalid row is NaN.
+    return 1 / (1 + math.exp(min(second - best, 50.0))) if best > second else 0.5
 
 
 def kinds_of(chances: Sequence[float]) -> list[int]:

@@ -24,6 +24,7 @@ class Outlook(NamedTuple):
         joining: others are being read, to be in the batch soon.
         packs: rows that are padding cost nothing.
         known: what the drafter says of its nodes.
+        written: tokens of each that the target has chosen; empty: not known.
     """
 
     ladder: Sequence[Budget]
@@ -36,6 +37,7 @@ class Outlook(NamedTuple):
     joining: bool = False
     packs: bool = False
     known: Known = UNKNOWN
+    written: Sequence[int] = ()
 
     @property
     def batch_size(self) -> int:
@@ -48,6 +50,22 @@ class Judge(Protocol):
 
     Nodes are told apart by their kinds, see ``Drafter.kinds``.
     """
+
+    def examined(
+        self,
+        requests: Sequence[int],
+        sure: Sequence[Sequence[float]],
+        right: Sequence[Sequence[bool]],
+    ) -> bool:
+        """Hears what drafts of texts that were just read would have been, and says whether to draft
+        on.
+
+        Args:
+            sure: of each of the last tokens that the target chose, how sure the drafter was of its
+                own choice there, in [0, 1].
+            right: whether that was the target's.
+        """
+        ...
 
     def goes_on(self, requests: Sequence[int], kinds: Sequence[int]) -> bool:
         """Whether chains are worth another level: ``kinds`` of the last node of each."""

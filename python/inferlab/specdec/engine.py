@@ -479,6 +479,7 @@ class Engine:
             joining=len(self.scheduler.running) > len(requests),
             packs=self.target.device.type == "cpu",
             known=self.drafter.known,
+            written=[r.num_output for r in requests],
         )
 
     def _emit(self, request: Request, tokens: list[int]) -> int:

@@ -69,6 +69,7 @@ class CostController(Controller):
             outlook.waiting,
             outlook.joining,
             outlook.packs,
+            outlook.written,
         )
         if rung == 0:
             return Choice(NO_DRAFT, steps=steps, gives_up=gives_up)

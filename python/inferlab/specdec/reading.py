@@ -82,6 +82,11 @@ class Reading:
             scored=self.roots,
         )
 
+    @property
+    def first_rows(self) -> list[int]:
+        """Where the chunks begin among the R * W; a chunk's tokens follow each other."""
+        return [of.start * self.tokens.shape[1] for of in self._rows_of]
+
     def by_chunk(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Values [R, W, F] of the rows' tokens as [tokens, F] of each chunk, without its root."""
         return [

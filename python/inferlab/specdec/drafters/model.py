@@ -19,6 +19,7 @@ from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
+from inferlab.specdec.drafters.examination import Examination
 from inferlab.specdec.drafters.static import describe_shape
 from inferlab.specdec.drafters.watched import Watched
 from inferlab.specdec.drafters.writer import Ground, SameVocabulary, TreeWriter
@@ -64,7 +65,7 @@ class ModelDrafter(Drafter):
         self._writer = TreeWriter(model, cache, coupled=coupled, keep_logits=keep_logits)
         self._graphs = DraftGraphs(model.device)
         if shape.is_chain and model.device.type == "cpu":
-            self.known = known._replace(by_kind=SURE, asks=True)
+            self.known = known._replace(by_kind=SURE, asks=True, examines=coupled)
         self._cached_of: dict[int, int] = {}  # by request, tokens whose K/V the cache holds
         self._walked: tuple[Batch, Walk] | None = None  # a step that _cached_of does not count yet
         self._batch: Batch | None = None  # the one that _cached belongs to
@@ -81,7 +82,8 @@ class ModelDrafter(Drafter):
             return DraftTree.root_only(batch.roots)
         shape = self.shape.within(budget)
         vocabulary = SameVocabulary(batch.vocab_size)
-        self._catch_up(batch)
+        if not self._catch_up(batch, judge):
+            return DraftTree.root_only(batch.roots)
 
         built = self.model.built if isinstance(self.model, HFModel) else None
         if built is not None and judge is None:
@@ -149,30 +151,38 @@ class ModelDrafter(Drafter):
             return DraftTree.of_shape(shape, tokens)
         return DraftTree.chains(tokens, counts)
 
-    def _catch_up(self, batch: Batch) -> None:
-        """Reads texts of which the draft's cache lacks more than a few tokens.
+    def _catch_up(self, batch: Batch, judge: Judge | None) -> bool:
+        """Reads texts of which the draft's cache lacks more than a few tokens; whether to draft on.
 
-        Here, before its first draft, and not while a text's first token is waited for.
+        Here, before its first draft, and not while a text's first token is waited for. What is read
+        then tells a judge whether drafts would have been right.
         """
         self._count_walked()
         if any(r.request_id not in self._cached_of for r in batch.requests):
             self.model.notice_changes()
+        examination = None
+        if judge is not None and self.known.examines and not batch.sampling.changes_logits:
+            examination = Examination(batch, self._writer.purpose)
         for chunks in _parted([self._missing(r) for r in batch.requests if self._lag(r) > PIECE]):
-            self._read(Reading(chunks, batch.device))
+            self._read(Reading(chunks, batch.device), examination)
         if self._batch is not batch:
             self._batch = batch
             cached = [self._cached_of.get(r.request_id, 0) for r in batch.requests]
             self._cached = upload(cached, np.int32, batch.device)
+        return examination is None or judge is None or examination.passed(judge)
 
-    def _read(self, reading: Reading) -> None:
+    def _read(self, reading: Reading, examination: Examination | None) -> None:
         """Forwards what is behind the K/V that the cache holds."""
         batch = reading.batch
         positions = batch.positions
         if self.model.context_length is not None:
             positions = positions.clamp_max(self.model.context_length - 1)  # not drafted for
-        self.model.forward(
-            replace(batch, tokens=self._known(batch.tokens), positions=positions), self.cache
-        )
+        batch = replace(batch, tokens=self._known(batch.tokens), positions=positions)
+        if examination is not None:
+            batch = replace(batch, scored=examination.rows(reading))
+        output = self.model.forward(batch, self.cache)
+        if examination is not None:
+            examination.mark(output.logits)
         for chunk in reading.chunks:
             self._cached_of[chunk.request.request_id] = chunk.stop
         self._batch = None

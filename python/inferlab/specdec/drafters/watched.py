@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from inferlab.specdec.acceptance import kinds_of
+from inferlab.specdec.acceptance import kinds_of, sure_of
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 
@@ -31,9 +29,8 @@ class Watched:
 
     def goes_on(self, scores: torch.Tensor) -> bool:
         """Takes the scores [R, 1, 2] of a level's two best tokens; whether to draft another one."""
-        # A single token that may be drawn has no rival: its gap is infinite. An invalid row is NaN.
         self._sure = [
-            sure / (1 + math.exp(min(second - best, 50.0))) if best > second else sure * 0.5
+            sure * sure_of(best, second)
             for sure, ((best, second),) in zip(self._sure, scores.tolist(), strict=True)
         ]
         self._kinds.append(kinds_of(self._sure))

@@ -104,6 +104,15 @@ class PredictingController(FixedController):
         judge = None if self._by_kind is None else self
         return super().choose(outlook)._replace(judge=judge)
 
+    def examined(
+        self,
+        requests: Sequence[int],
+        sure: Sequence[Sequence[float]],
+        right: Sequence[Sequence[bool]],
+    ) -> bool:
+        """See `Judge`: only what is drafted counts."""
+        return True
+
     def goes_on(self, requests: Sequence[int], kinds: Sequence[int]) -> bool:
         """See `Judge`: down to the last level."""
         return True
