@@ -117,11 +117,20 @@ class Step(NamedTuple):
     ranks: list[list[int]]
 
 
+class Going(NamedTuple):
+    """A text of the step to come: its number, growing in the order in which they begin, its tokens
+    so far, and how many it may still get."""
+
+    number: int
+    tokens: int
+    remaining: int
+
+
 class Asker(Protocol):
     """Who says how much to draft."""
 
-    def ask(self, batch: int) -> tuple[int, int]:
-        """Levels and nodes."""
+    def ask(self, texts: Sequence[Going], waiting: bool) -> tuple[int, int]:
+        """Levels and nodes. ``waiting``: others will take the places of these."""
         ...
 
     def hear(self, batch: int, told: Step) -> None:
@@ -136,7 +145,7 @@ class Always:
     def __init__(self, levels: int, nodes: int = MAX_TREE_NODES) -> None:
         self.budget = (levels, nodes)
 
-    def ask(self, batch: int) -> tuple[int, int]:
+    def ask(self, texts: Sequence[Going], waiting: bool) -> tuple[int, int]:
         return self.budget
 
     def hear(self, batch: int, told: Step) -> None:
@@ -152,9 +161,10 @@ class Controlled:
     Args:
         controller: whose state goes on from where it is.
         about: of the recording, whose drafter it asks.
+        first: number of the first text, above those that the controller has heard of.
     """
 
-    def __init__(self, controller: Any, about: Mapping[str, Any]) -> None:
+    def __init__(self, controller: Any, about: Mapping[str, Any], first: int = 0) -> None:
         from inferlab.specdec.control import Outlook, StepObservation
         from inferlab.specdec.tree import Budget
 
@@ -163,9 +173,16 @@ class Controlled:
         self._ladder = tuple(Budget(*rung) for rung in about["ladder"])
         self._tree = about["tree"]
         self._nodes = 0
+        self._first = first
 
-    def ask(self, batch: int) -> tuple[int, int]:
-        outlook = self._outlook(self._ladder, list(range(batch)))
+    def ask(self, texts: Sequence[Going], waiting: bool) -> tuple[int, int]:
+        outlook = self._outlook(
+            self._ladder,
+            [self._first + text.number for text in texts],
+            sum(text.tokens for text in texts) / len(texts),
+            [text.remaining for text in texts],
+            waiting=waiting,
+        )
         levels, nodes = self._controller.choose(outlook).budget
         self._nodes = nodes
         if self._tree["form"] != "chain":  # chains are as long as the controller may ask
@@ -338,6 +355,7 @@ class _Text:
     """A request on its way through its recorded text.
 
     Attributes:
+        number: counts texts as they begin.
         at: position of its root; between two where it goes on by means.
         end: position of its last token.
         most: position that ``max_tokens`` would end at.
@@ -345,6 +363,7 @@ class _Text:
     """
 
     request: int
+    number: int
     at: float
     end: int
     most: int
@@ -364,6 +383,7 @@ class _Run:
         self._first: list[bool] = replay.trees.first.tolist()
         self._ids: list[int] = self.columns["request.id"].tolist()
         self._as_recorded = True
+        self._begun = 0
 
     def decode_together(self, size: int) -> Replayed:
         """Batches of ``size`` texts, without a recorded time."""
@@ -375,7 +395,7 @@ class _Run:
             while running:
                 decoding = self._read(running)
                 if decoding:
-                    self._step(decoding)
+                    self._step(decoding, False)
                 running = [text for text in running if text.at < text.end]
         self.result.tokens = int(self.replay.trees.lengths[order].sum())
         return self.result
@@ -393,7 +413,7 @@ class _Run:
                 running.append(self._begin(waiting.pop()))
             decoding = self._read(running)
             if decoding:
-                self._step(decoding)
+                self._step(decoding, bool(waiting))
             left = []
             for text in running:
                 if text.at >= text.end:
@@ -408,7 +428,8 @@ class _Run:
         prompt = int(self.columns["request.prompt"][request])
         last = prompt + int(self.replay.trees.lengths[request]) - 1
         most = prompt + int(self.columns["request.most"][request]) - 1
-        return _Text(request, prompt - 1, last, most)
+        self._begun += 1
+        return _Text(request, self._begun, prompt - 1, last, most)
 
     def _read(self, running: list[_Text]) -> list[_Text]:
         """Texts whose ends are read get a token; returns the others."""
@@ -436,9 +457,10 @@ class _Run:
             self.result.ms += self.replay.times.reading(len(read), sum(read) / len(read))
         return others
 
-    def _step(self, texts: list[_Text]) -> None:
+    def _step(self, texts: list[_Text], waiting: bool) -> None:
         replay, result = self.replay, self.result
-        levels, nodes = self.asker.ask(len(texts))
+        going = [Going(t.number, int(t.at) + 1, t.most - int(t.at)) for t in texts]
+        levels, nodes = self.asker.ask(going, waiting)
         useful = max(text.most - int(text.at) for text in texts) - 1
         levels = min(levels, useful)
         if min(levels, nodes) < 1:
