@@ -66,7 +66,8 @@ double Prospects::own_share(const Outlook& outlook) const {
 }
 
 double Prospects::sure(int sequences) const {
-  return acceptance.certainty() * (1 - 1 / std::sqrt(std::max(sequences, 1)));
+  const double known = acceptance.certainty();
+  return known * (1 - (1 - known) / std::sqrt(std::max(sequences, 1)));
 }
 
 }  // namespace inferlab::planner

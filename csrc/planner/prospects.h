@@ -63,7 +63,8 @@ class Prospects {
   // Of a plain step's time, what it takes for single sequences; 1 where each token counts.
   double own_share(const Outlook& outlook) const;
   // How much of what is to be expected of a step is sure to come: the more is known of the drafter,
-  // and the more sequences there are to make up for each other's luck.
+  // and the more sequences there are to make up for each other's luck. One that is well known is
+  // worth it on average, whatever a single sequence's luck.
   double sure(int sequences) const;
 
   std::vector<int> nodes;  // by rung

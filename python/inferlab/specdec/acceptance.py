@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,10 @@ class Known(NamedTuple):
     asks: bool = False
     looks_up: bool = False
     examines: bool = False
+
+    def ranked(self) -> dict[str, Any]:
+        """By rank alone, as JSON types; arguments."""
+        return {"by_rank": list(self.by_rank), "evidence": self.evidence if self.by_rank else 0.0}
 
 
 UNKNOWN = Known()

@@ -43,8 +43,8 @@ column                type   what it is
 
 Metadata: ``inferlab_recording``, the version of this format, and ``about``, JSON: package and torch
 versions, machine, models, dtype, draft mode, drafter, its tree and ladder, policy, controller,
-settings, and what steps cost on this machine (see `inferlab.specdec.costs`). No text and no prompt
-is in a recording, but its token ids are.
+settings, what the drafter knew of its nodes by rank, and what steps cost on this machine (see
+`inferlab.specdec.costs`). No text and no prompt is in a recording, but its token ids are.
 """
 
 from __future__ import annotations

@@ -165,12 +165,14 @@ class Controlled:
     """
 
     def __init__(self, controller: Any, about: Mapping[str, Any], first: int = 0) -> None:
+        from inferlab.specdec.acceptance import Known
         from inferlab.specdec.control import Outlook, StepObservation
         from inferlab.specdec.tree import Budget
 
         self._controller = controller
         self._outlook, self._observation, self._budget = Outlook, StepObservation, Budget
         self._ladder = tuple(Budget(*rung) for rung in about["ladder"])
+        self._known = Known(**(about.get("known") or {}))
         self._tree = about["tree"]
         self._nodes = 0
         self._first = first
@@ -182,6 +184,7 @@ class Controlled:
             sum(text.tokens for text in texts) / len(texts),
             [text.remaining for text in texts],
             waiting=waiting,
+            known=self._known,
         )
         levels, nodes = self._controller.choose(outlook).budget
         self._nodes = nodes
