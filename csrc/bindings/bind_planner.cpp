@@ -229,6 +229,9 @@ void bind_planner(py::module_& parent) {
              for (size_t i = 0; i < sure.size(); ++i) {
                require(sure[i].size() == right[i].size(),
                        "sure and right must have an entry for each token, both");
+               for (const double chance : sure[i]) {
+                 require(chance >= 0 && chance <= 1, "sure must be in [0, 1]");
+               }
              }
              return self.examined(requests, sure, right);
            })

@@ -96,6 +96,8 @@ bool Planner::examined(const std::vector<int64_t>& requests,
                        const std::vector<std::vector<bool>>& right) {
   const std::lock_guard lock(mutex_);
   if (!is_under_way(requests, {}) || now_->outlook.unread.empty()) return true;
+  if (now_->examined) return !now_->dismissed;
+  if (prospects_->acceptance.chances().size() != kKinds) return true;  // they are kinds of its own
   // From each token on the chain that would have been drafted there, as far as the text goes.
   const auto levels = static_cast<size_t>(rungs_.back().levels);
   size_t told = 0;
@@ -105,10 +107,12 @@ bool Planner::examined(const std::vector<int64_t>& requests,
     for (size_t start = 0; start < count; ++start) {
       std::vector<int> kinds, walked;
       double path = 1;
+      bool holds = true;
       for (size_t n = start; n < std::min(count, start + levels); ++n) {
+        // Behind a wrong token its chain would go on otherwise, as sure as here, and in vain.
         kinds.push_back(kind_of(path *= sure[i][n]));
-        if (!right[i][n]) break;
-        walked.push_back(static_cast<int>(kinds.size()));
+        holds = holds && right[i][n];
+        if (holds) walked.push_back(static_cast<int>(kinds.size()));
       }
       const double news = 1 - prospects_->acceptance.known(requests[i]);
       const auto offered = static_cast<int>(std::min(count - start, levels));
@@ -388,7 +392,9 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
   const double saved = (found.plain * gain - found.ms[best]) / size;
   const double sure = prospects_->acceptance.certainty();
   const bool together = found.own < 1;
-  const bool examines = known_.examines && !outlook.written.empty() && hope_ >= kHopeful;
+  const double hope =
+      *std::max_element(found.rates.begin() + 1, found.rates.end()) / found.rates[0];
+  const bool examines = known_.examines && !outlook.written.empty() && hope >= kHopeful;
   bool unsure = sure <= 0.5;
   double account = account_.ms;
   if (together && sure > 0.5) account += found.plain;
@@ -400,7 +406,8 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
     if (examines && cost <= kExamCost * found.plain && !(pays && sure >= kFairly)) {
       // Reading it tells of it, once there is something to tell of.
       if (outlook.written[i] < kExam) {
-        wait = std::max(wait, kExam - outlook.written[i]);
+        const int left = kExam - outlook.written[i];
+        wait = wait > 0 ? std::min(wait, left) : left;
         continue;
       }
       unsure = true;

@@ -28,7 +28,7 @@ class Late(FixedController):
         self.sure: dict[int, list[int]] = {}
 
     def choose(self, outlook):
-        if min(outlook.written) < self.written:
+        if NEW_TOKENS - max(outlook.remaining) < self.written:
             return Choice(NO_DRAFT)
         return Choice(Budget(1, 1), judge=self)
 

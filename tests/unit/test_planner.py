@@ -180,8 +180,35 @@ def test_little_evidence_does_not_dismiss_what_was_decided():
     assert choice.judge.examined([0], [[0.9] * 3], [[False] * 3])
     assert choice.judge.examined([1], [[0.9] * 9], [[False] * 9]), "another step's"
     assert not choice.judge.examined([0], [[0.9] * 16], [[False] * 16])
+    account = controller._planner.account_ms
+    assert not choice.judge.examined([0], [[0.9] * 16], [[True] * 16]), "it was told already"
+    assert controller._planner.account_ms == account
     with pytest.raises(ValueError, match="an entry for each token"):
         choice.judge.examined([0], [[0.9]], [[]])
+    with pytest.raises(ValueError, match=r"sure must be in \[0, 1\]"):
+        choice.judge.examined([0], [[float("nan")]], [[True]])
+
+
+def test_an_examination_counts_what_follows_a_wrong_token_as_drafted_in_vain():
+    """As a step does: else deep nodes were as likely as where all before them hold."""
+    known = Known(by_kind=SURE, asks=True, examines=True)
+    world = World(reading_ms=1.0, draft_ms=0.1, row_ms=3.0, flat=1)
+    controller = CostController(6, world.costs())
+    outlook = Outlook(CHAIN[:6], [0], 32.0, [60], [32], packs=True, known=known, written=[32])
+    judge = controller.choose(outlook).judge
+    assert judge is not None
+    assert judge.examined([0], [[0.6] * 32], [([True] * 6 + [False] * 4) * 3 + [True] * 2])
+    (count,) = judge.keep([0], [kinds_of([0.6**n for n in range(1, 7)])])
+    assert count == 3, "4, if only what follows right tokens counted"
+
+
+def test_kinds_of_its_own_are_not_examined():
+    known = Known(by_kind=SURE[:3], evidence=8.0, asks=True, examines=True)
+    controller = CostController(4, World(acceptance=0.9, reading_ms=1.0, draft_ms=1.0).costs())
+    outlook = Outlook(CHAIN[:4], [0], 32.0, [60], [32], packs=True, known=known, written=[20])
+    choice = controller.choose(outlook)
+    assert choice.judge is not None
+    assert choice.judge.examined([0], [[0.99] * 8], [[False] * 8])
 
 
 def test_texts_are_not_read_for_while_others_join_the_batch():

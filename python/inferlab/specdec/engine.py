@@ -449,6 +449,8 @@ class Engine:
         if drafter.hears_all:  # it is never far behind
             unread = []
         outlook = self._outlook(batch.requests, unread, None if told is None else told.places)
+        if batch.sampling.changes_logits:  # with each token, so what is written tells no drafter
+            outlook = outlook._replace(written=())
         choice = self.controller.choose(outlook)
         levels, nodes = choice.budget
         if levels == 0:
