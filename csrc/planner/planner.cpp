@@ -98,27 +98,10 @@ bool Planner::examined(const std::vector<int64_t>& requests,
   if (!is_under_way(requests, {}) || now_->outlook.unread.empty()) return true;
   if (now_->examined) return !now_->dismissed;
   if (prospects_->acceptance.chances().size() != kKinds) return true;  // they are kinds of its own
-  // From each token on the chain that would have been drafted there, as far as the text goes.
-  const auto levels = static_cast<size_t>(rungs_.back().levels);
   size_t told = 0;
   for (size_t i = 0; i < requests.size(); ++i) {
-    const size_t count = sure[i].size();
-    told += count;
-    for (size_t start = 0; start < count; ++start) {
-      std::vector<int> kinds, walked;
-      double path = 1;
-      bool holds = true;
-      for (size_t n = start; n < std::min(count, start + levels); ++n) {
-        // Behind a wrong token its chain would go on otherwise, as sure as here, and in vain.
-        kinds.push_back(kind_of(path *= sure[i][n]));
-        holds = holds && right[i][n];
-        if (holds) walked.push_back(static_cast<int>(kinds.size()));
-      }
-      const double news = 1 - prospects_->acceptance.known(requests[i]);
-      const auto offered = static_cast<int>(std::min(count - start, levels));
-      prospects_->acceptance.learn({requests[i]}, {kinds}, {walked});
-      prospects_->ranks.learn(offered, {walked}, {}, {news});
-    }
+    learn_examined(requests[i], sure[i], right[i]);
+    told += sure[i].size();
   }
   if (told < kTold) return true;
   Plan before = std::move(now_->plan);
@@ -176,7 +159,7 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   if (rates[best] < rates[0] * kPrudence) best = 0;
   last = best;
   promised_ = rates[best] / rates[0];
-  hope_ = *std::max_element(rates.begin() + 1, rates.end()) / rates[0];
+  hope_ = found.hope();
   asleep_ = 0;
   const auto sleep = [&](double ms) {
     asleep_ = static_cast<int>(std::clamp(ms / (Account::kShare * plain), 0.0, 1e6));
@@ -327,6 +310,26 @@ int Planner::rest_behind(const Drafting& asked, double draft_ms) {
   return static_cast<int>(std::min((1 << in_vain_) - 1.0, asking / (kInVain * plan.plain)));
 }
 
+// From each token on the chain that would have been drafted there, as far as the text goes.
+void Planner::learn_examined(int64_t request, const std::vector<double>& sure,
+                             const std::vector<bool>& right) {
+  const size_t count = sure.size(), levels = rungs_.back().levels;
+  for (size_t start = 0; start < count; ++start) {
+    std::vector<int> kinds, walked;
+    double path = 1;
+    bool holds = true;
+    for (size_t n = start; n < std::min(count, start + levels); ++n) {
+      // Behind a wrong token its chain would go on otherwise, as sure as here, and in vain.
+      kinds.push_back(kind_of(path *= sure[n]));
+      holds = holds && right[n];
+      if (holds) walked.push_back(static_cast<int>(kinds.size()));
+    }
+    const double news = 1 - prospects_->acceptance.known(request);
+    prospects_->acceptance.learn({request}, {kinds}, {walked});
+    prospects_->ranks.learn(static_cast<int>(kinds.size()), {walked}, {}, {news});
+  }
+}
+
 // From a step that drafted.
 void Planner::learn(const Drafting& now, const Step& step) {
   const std::vector<int>& members = now.plan.members;
@@ -392,9 +395,7 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
   const double saved = (found.plain * gain - found.ms[best]) / size;
   const double sure = prospects_->acceptance.certainty();
   const bool together = found.own < 1;
-  const double hope =
-      *std::max_element(found.rates.begin() + 1, found.rates.end()) / found.rates[0];
-  const bool examines = known_.examines && !outlook.written.empty() && hope >= kHopeful;
+  const bool examines = known_.examines && !outlook.written.empty() && found.hope() >= kHopeful;
   bool unsure = sure <= 0.5;
   double account = account_.ms;
   if (together && sure > 0.5) account += found.plain;

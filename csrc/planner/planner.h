@@ -130,6 +130,8 @@ class Planner {
   int rest_behind(const Drafting& asked, double draft_ms);
   bool is_under_way(const std::vector<int64_t>& requests, const Check& check) const;
   void learn(const Drafting& now, const Step& step);
+  void learn_examined(int64_t request, const std::vector<double>& sure,
+                      const std::vector<bool>& right);
 
   std::mutex mutex_;
   StepTimes times_;
@@ -146,7 +148,7 @@ class Planner {
   int rest_ = 0;                // and so many to rest
   int asleep_ = 0;              // steps until the account might cover a try
   double promised_ = 1;
-  double hope_ = 1;  // the best rate with drafts, whether they pay or not, by that without
+  double hope_ = 1;  // of the last look, see `Rates`
 };
 
 }  // namespace inferlab::planner

@@ -11,6 +11,8 @@ int Rates::best() const {
   return static_cast<int>(std::max_element(rates.begin(), rates.end()) - rates.begin());
 }
 
+double Rates::hope() const { return *std::max_element(rates.begin() + 1, rates.end()) / rates[0]; }
+
 Prospects::Prospects(const std::vector<Budget>& rungs, const Known& known, StepTimes& times)
     : acceptance(known.by_kind, known.evidence),
       ranks(rungs.back().nodes, known.by_rank, known.evidence),

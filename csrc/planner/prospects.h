@@ -50,6 +50,8 @@ struct Rates {
   double own;                             // what it is worth to its sequence alone
 
   int best() const;
+  // The best rate with drafts, whether they pay or not, by that without.
+  double hope() const;
 };
 
 // Of one drafter: its budgets, the first without drafts, what it says of its nodes, and what steps
