@@ -21,6 +21,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -41,6 +42,27 @@ class Pair(NamedTuple):
     name: str
     models: dict[str, Any]  # arguments of a pipeline
     prompts: list[str]
+
+    @property
+    def drafts(self) -> dict[str, Any]:
+        """Arguments of a pipeline that has the target."""
+        return {k: v for k, v in self.models.items() if k != "base_model"}
+
+    def target(self) -> Any:
+        base = {k: v for k, v in self.models.items() if k == "base_model"}
+        return SpeculativePipeline(draft_mode="none", **base).target
+
+    def has(self, mode: str) -> bool:
+        """Whether there is such a drafter: heads belong to a target."""
+        return "base_model" not in self.models or mode not in HEADS
+
+
+def open_table(measured: str, heads: Sequence[str]) -> None:
+    """Prints on what machine and with what it was measured, and a table's head."""
+    machine = describe_environment()
+    print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, inferlab "
+          f"{__version__}; {measured}\n")  # fmt: skip
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
 
 
 def pair_of(text: str) -> Pair:
@@ -66,8 +88,7 @@ class Race:
     def __init__(self, pair: Pair, mode: str, batch: int, target: Any, args: Any) -> None:
         self.pair, self.batch, self.args = pair, batch, args
         self.common: dict[str, Any] = {"target": target, "max_batch": batch}
-        drafts = {k: v for k, v in pair.models.items() if k != "base_model"}
-        self.drafting = {**self.common, **drafts, "draft_mode": mode}
+        self.drafting = {**self.common, **pair.drafts, "draft_mode": mode}
         self.plain = SpeculativePipeline(**self.common, draft_mode="none")
         self.fixed = {
             k: SpeculativePipeline(**self.drafting, k=k, controller="fixed") for k in args.fixed
@@ -134,24 +155,19 @@ def main() -> None:
     args.fixed = [int(k) for k in args.fixed.split(",")]
     bundled = Pair("bundled", {}, heldout_prompts(40))
     pairs = args.pair or [bundled]
-    machine = describe_environment()
-    print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, inferlab "
-          f"{__version__}; {args.max_tokens} tokens, {args.rounds} rounds of "
-          f"{args.repeats}\n")  # fmt: skip
     heads = ["pair", "drafter", "batch", "first run", "worst", "second run", "best fixed",
              "of the best", "plain by plain", ""]  # fmt: skip
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    open_table(f"{args.max_tokens} tokens, {args.rounds} rounds of {args.repeats}", heads)
     with tempfile.TemporaryDirectory() as folder:
         if args.random_draft:
             pairs = [*pairs, with_random_draft(pairs[0], folder)]
         for pair in pairs:
-            base = {k: v for k, v in pair.models.items() if k == "base_model"}
-            target = SpeculativePipeline(draft_mode="none", **base).target
+            target = pair.target()
             modes = args.modes.split(",")
             if pair.name.endswith("random draft"):
                 modes = ["vanilla"]
             for mode in modes:
-                if "base_model" in base and mode in HEADS:
+                if not pair.has(mode):
                     continue
                 for batch in map(int, args.batch.split(",")):
                     race = Race(pair, mode, batch, target, args)

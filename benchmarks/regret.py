@@ -19,21 +19,17 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from inferlab import SpeculativePipeline, __version__
-from inferlab.benchmarks.environment import describe_environment
+from inferlab import SpeculativePipeline
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.recorded import read_recording
 from inferlab.specdec.replay import Always, Controlled, Replay
 from inferlab.training.material.corpus import heldout_prompts
-from never_slower import Pair, pair_of
-
-HEADS = ("medusa", "eagle")  # of the bundled target
+from never_slower import Pair, open_table, pair_of
 
 
 def record(pair: Pair, mode: str, target: Any, args: argparse.Namespace, folder: str) -> list[Path]:
     """Each request with full drafts, in a folder of its own."""
-    drafts = {k: v for k, v in pair.models.items() if k != "base_model"}
     folders = [Path(folder, mode, str(n)) for n in range(args.prompts)]
     for text, place in zip(pair.prompts, folders, strict=False):
         place.mkdir(parents=True)
@@ -43,7 +39,7 @@ def record(pair: Pair, mode: str, target: Any, args: argparse.Namespace, folder:
             k=args.levels,
             controller="fixed",
             record=place,
-            **drafts,
+            **pair.drafts,
         )
         pipeline.generate([text], args.max_tokens, ignore_eos=True)
     return folders
@@ -86,18 +82,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--levels", type=int, default=8)
     args = parser.parse_args()
-    machine = describe_environment()
-    print(f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, inferlab "
-          f"{__version__}; {args.prompts} requests of {args.max_tokens} tokens, batch 1; speed "
-          "over plain decoding, on the replay's clock\n")  # fmt: skip
     heads = ["pair", "drafter", "oracle", "best K for all", "cost", "regret, median", "mean",
              "worst request", "exact"]  # fmt: skip
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    open_table(f"{args.prompts} requests of {args.max_tokens} tokens, batch 1; speed over plain "
+               "decoding, on the replay's clock", heads)  # fmt: skip
     for pair in args.pair or [Pair("bundled", {}, heldout_prompts(args.prompts))]:
-        base = {k: v for k, v in pair.models.items() if k == "base_model"}
-        target = SpeculativePipeline(draft_mode="none", **base).target
+        target = pair.target()
         for mode in args.modes.split(","):
-            if base and mode in HEADS:
+            if not pair.has(mode):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 cells = row(record(pair, mode, target, args, folder), args.levels)

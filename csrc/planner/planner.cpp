@@ -40,7 +40,6 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
   times_.climb(rungs_);
   prospects_.emplace(rungs_, known, times_);
   known_ = known;
-  hope_ = 1;
 }
 
 // What is asked before and while drafting.
@@ -142,12 +141,17 @@ bool Planner::is_due(int size) {
   return true;
 }
 
+// Opens the account of texts that are new.
+void Planner::admit(const Outlook& outlook) {
+  account_.admit(outlook.requests, largest(outlook.remaining, kSome),
+                 times_.plain(outlook.size(), outlook.context));
+}
+
 // What is best as far as is known; nothing: not to draft.
 std::optional<Plan> Planner::look(const Outlook& outlook) {
   const int size = outlook.size();
   Prospects& prospects = *prospects_;
-  account_.admit(outlook.requests, largest(outlook.remaining, kSome),
-                 times_.plain(size, outlook.context));
+  admit(outlook);
   int reading = 0, wait = 0;
   const std::vector<int> members = members_of(outlook, reading, wait);
   const Rates found = prospects.rates(outlook, members);
@@ -230,8 +234,7 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
   const std::lock_guard lock(mutex_);
   if (rungs_.size() == 1) return false;
   const int size = outlook.size();
-  account_.admit(outlook.requests, largest(outlook.remaining, kSome),
-                 times_.plain(size, outlook.context));
+  admit(outlook);
   std::vector<int> everyone(size);
   std::iota(everyone.begin(), everyone.end(), 0);
   const Rates found = prospects_->rates(outlook, everyone);

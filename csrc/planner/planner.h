@@ -117,6 +117,7 @@ class Planner {
     int steps = 0;
   };
 
+  void admit(const Outlook& outlook);
   std::optional<Plan> look(const Outlook& outlook);
   static Decision not_drafted(int steps);
   bool is_due(int size);

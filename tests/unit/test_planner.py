@@ -172,9 +172,7 @@ def test_little_evidence_does_not_dismiss_what_was_decided():
     known = Known(by_kind=SURE, evidence=8.0, asks=True, examines=True)
     world = World(acceptance=0.9, reading_ms=1.0, draft_ms=3.0)
     controller = CostController(4, world.costs())
-    outlook = Outlook(
-        CHAIN[:4], [0], 32.0, [60], [32], packs=True, known=known, written=[1]
-    )  # fmt: skip
+    outlook = Outlook(CHAIN[:4], [0], 32.0, [60], [32], packs=True, known=known, written=[1])
     choice = controller.choose(outlook)
     assert choice.judge is not None
     assert choice.judge.examined([0], [[0.9] * 3], [[False] * 3])

@@ -65,7 +65,7 @@ class Judge(Protocol):
                 own choice there, in [0, 1].
             right: whether that was the target's.
         """
-        ...
+        return True
 
     def goes_on(self, requests: Sequence[int], kinds: Sequence[int]) -> bool:
         """Whether chains are worth another level: ``kinds`` of the last node of each."""

@@ -464,7 +464,7 @@ class _Run:
         replay, result = self.replay, self.result
         going = [Going(t.number, int(t.at) + 1, t.most - int(t.at)) for t in texts]
         levels, nodes = self.asker.ask(going, waiting)
-        useful = max(text.most - int(text.at) for text in texts) - 1
+        useful = max(text.remaining for text in going) - 1
         levels = min(levels, useful)
         if min(levels, nodes) < 1:
             levels = nodes = 0

@@ -25,9 +25,11 @@ class Examination:
     Args:
         batch: whose texts are read; without penalties and bias, which change with each token.
         purpose: what the draft's draws are for.
+        judge: who hears of it.
     """
 
-    def __init__(self, batch: Batch, purpose: int) -> None:
+    def __init__(self, batch: Batch, purpose: int, judge: Judge) -> None:
+        self._judge = judge
         self._batch = batch
         self._purpose = purpose
         self._place = {r.request_id: i for i, r in enumerate(batch.requests)}
@@ -76,9 +78,9 @@ class Examination:
             self._sure[place].append(sure_of(best, second))
             self._right[place].append(token == self._batch.requests[place].tokens[position])
 
-    def passed(self, judge: Judge) -> bool:
-        """Whether a judge has it go on to drafting; that is so where nothing was seen."""
+    def passed(self) -> bool:
+        """Whether the judge has it go on to drafting; that is so where nothing was seen."""
         if not any(self._right):
             return True
         requests = [request.request_id for request in self._batch.requests]
-        return judge.examined(requests, self._sure, self._right)
+        return self._judge.examined(requests, self._sure, self._right)

@@ -162,14 +162,14 @@ class ModelDrafter(Drafter):
             self.model.notice_changes()
         examination = None
         if judge is not None and self.known.examines and not batch.sampling.changes_logits:
-            examination = Examination(batch, self._writer.purpose)
+            examination = Examination(batch, self._writer.purpose, judge)
         for chunks in _parted([self._missing(r) for r in batch.requests if self._lag(r) > PIECE]):
             self._read(Reading(chunks, batch.device), examination)
         if self._batch is not batch:
             self._batch = batch
             cached = [self._cached_of.get(r.request_id, 0) for r in batch.requests]
             self._cached = upload(cached, np.int32, batch.device)
-        return examination is None or judge is None or examination.passed(judge)
+        return examination is None or examination.passed()
 
     def _read(self, reading: Reading, examination: Examination | None) -> None:
         """Forwards what is behind the K/V that the cache holds."""

@@ -17,7 +17,7 @@ from inferlab.config import SpecdecConfig
 from inferlab.models import TargetModel
 from inferlab.plots import new_figure
 from inferlab.specdec.acceptance import Acceptance, Ranks
-from inferlab.specdec.control import Choice, Outlook, StepObservation
+from inferlab.specdec.control import Choice, Judge, Outlook, StepObservation
 from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.tree import Budget
@@ -81,7 +81,7 @@ class Reliability:
         return off / max(sum(b.nodes for b in bins), 1)
 
 
-class PredictingController(FixedController):
+class PredictingController(FixedController, Judge):
     """Drafts all of K levels in every step, and predicts, with what the cost controller predicts
     with and learns from, which of the nodes will be accepted."""
 
@@ -103,15 +103,6 @@ class PredictingController(FixedController):
         self._kinds = None
         judge = None if self._by_kind is None else self
         return super().choose(outlook)._replace(judge=judge)
-
-    def examined(
-        self,
-        requests: Sequence[int],
-        sure: Sequence[Sequence[float]],
-        right: Sequence[Sequence[bool]],
-    ) -> bool:
-        """See `Judge`: only what is drafted counts."""
-        return True
 
     def goes_on(self, requests: Sequence[int], kinds: Sequence[int]) -> bool:
         """See `Judge`: down to the last level."""
