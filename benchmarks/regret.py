@@ -23,7 +23,8 @@ from inferlab import SpeculativePipeline
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.recorded import read_recording
-from inferlab.specdec.replay import Always, Controlled, Replay
+from inferlab.specdec.replay import Replay
+from inferlab.specdec.replay_askers import Always, Controlled
 from inferlab.training.material.corpus import heldout_prompts
 from never_slower import Pair, open_table, pair_of
 

@@ -150,13 +150,13 @@ class CompiledDecoder {
 
   // Chains of R sequences, by `draft_chain`: fills tokens [R, 1 + levels] behind the roots. Returns
   // how many positions cos and sin would have to have (0: they do), the levels, and how many tokens
-  // of each the planner wants verified (None without one).
+  // of each the judge wants verified (None without one).
   py::tuple draft_chain(py::handle tokens, py::handle logits, int64_t allowed_vocab,
                         py::handle roots, py::handle seq_lens, py::handle cos, py::handle sin,
                         py::handle block_table, py::handle k_pages, py::handle v_pages,
                         py::handle temperature, py::handle top_k, py::handle top_p,
-                        py::handle min_p, py::handle seed, uint32_t purpose,
-                        planner::Planner* planner, std::vector<int64_t> requests) const {
+                        py::handle min_p, py::handle seed, uint32_t purpose, planner::Judge* judge,
+                        std::vector<int64_t> requests) const {
     const Tensor out(tokens, "tokens"), scores(logits, "logits"), first(roots, "roots"),
         lens(seq_lens, "seq_lens"), cosines(cos, "cos"), sines(sin, "sin"),
         table(block_table, "block_table"), keys(k_pages, "k_pages"), values(v_pages, "v_pages"),
@@ -201,8 +201,8 @@ class CompiledDecoder {
     chain.levels = levels;
     chain.tokens = out.ptr<int32_t>();
     std::optional<planner::Watch> watch;
-    if (planner != nullptr) {
-      watch.emplace(*planner, std::move(requests));
+    if (judge != nullptr) {
+      watch.emplace(*judge, std::move(requests));
       chain.goes_on = [&](const float* best) { return watch->goes_on(best); };
     }
     int64_t drafted = 0;

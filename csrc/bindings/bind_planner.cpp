@@ -166,7 +166,18 @@ void bind_planner(py::module_& parent) {
   m.attr("TEXTS") = kTexts;
   m.attr("STEPS") = kSteps;
 
-  py::class_<Planner>(m, "Planner", py::module_local())
+  py::class_<Judge>(m, "Judge", py::module_local());
+
+  py::class_<Listener, Judge>(m, "Listener", py::module_local())
+      .def(py::init<Judge*>(), py::arg("judge").none(true), py::keep_alive<1, 2>())
+      .def("examined", &Listener::examined)
+      .def("goes_on", &Listener::goes_on)
+      .def("keep", &Listener::keep)
+      .def("followed", &Listener::followed)
+      .def_readonly("requests", &Listener::requests)
+      .def_readonly("kinds", &Listener::kinds);
+
+  py::class_<Planner, Judge>(m, "Planner", py::module_local())
       .def(py::init<StepCosts, DraftCosts, bool>())
       .def("climb",
            [](Planner& self, const std::vector<Levels>& rungs, std::vector<double> by_rank,
@@ -218,6 +229,16 @@ void bind_planner(py::module_& parent) {
                  require_kinds(of_one, count);
                  require(of_one.size() <= most, "kinds has more nodes than the largest budget");
                }
+             });
+           })
+      .def("followed",
+           [](Planner& self, const std::vector<int64_t>& requests,
+              const std::vector<std::vector<int>>& kinds,
+              const std::vector<std::vector<int>>& accepted) {
+             require_sizes("kinds", kinds.size(), requests.size());
+             require_sizes("accepted", accepted.size(), requests.size());
+             self.followed(requests, kinds, accepted, [&](size_t count, size_t) {
+               for (const auto& of_one : kinds) require_kinds(of_one, count);
              });
            })
       .def("examined",

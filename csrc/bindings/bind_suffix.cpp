@@ -9,7 +9,8 @@
 #include "bind.h"
 #include "inferlab/prompt_lookup.h"
 #include "inferlab/suffix_automaton.h"
-#include "planner/planner.h"
+#include "planner/acceptance.h"
+#include "planner/judge.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -62,17 +63,27 @@ void read_on(PromptLookup& lookup, int64_t text, const py::list& tokens) {
   require(lookup.length(text) > 0, "a text has no tokens; a draft needs a root");
 }
 
-// What a judge keeps of drafts: see `Judge` in specdec/control.py.
-PromptLookup::Keep kept_by(const py::object& judge, const std::vector<int64_t>& texts) {
-  if (judge.is_none()) return {};
-  return [&](const std::vector<std::vector<double>>& worth) {
-    std::vector<std::vector<int>> kinds;
-    for (const auto& chances : worth) kinds.push_back(planner::kinds_of(chances));
-    if (py::isinstance<planner::Planner>(judge)) {
-      return judge.cast<planner::Planner&>().keep(texts, kinds);
-    }
-    return judge.attr("keep")(texts, kinds).cast<std::vector<int>>();
-  };
+using Kinds = std::vector<std::vector<int>>;
+
+Kinds kinds_of_all(const cpu::DraftJudge::Worth& worth) {
+  Kinds kinds;
+  for (const auto& chances : worth) kinds.push_back(planner::kinds_of(chances));
+  return kinds;
+}
+
+// A compiled or a Python one: see `Judge` in specdec/control.py.
+cpu::DraftJudge draft_judge(const py::object& judge, const std::vector<int64_t>& texts) {
+  auto* compiled = py::isinstance<planner::Judge>(judge) ? judge.cast<planner::Judge*>() : nullptr;
+  return {[&, compiled](const cpu::DraftJudge::Worth& worth, const Kinds& accepted) {
+            const Kinds kinds = kinds_of_all(worth);
+            if (compiled != nullptr) return compiled->followed(texts, kinds, accepted);
+            judge.attr("followed")(texts, kinds, accepted);
+          },
+          [&, compiled](const cpu::DraftJudge::Worth& worth) {
+            const Kinds kinds = kinds_of_all(worth);
+            if (compiled != nullptr) return compiled->keep(texts, kinds);
+            return judge.attr("keep")(texts, kinds).cast<std::vector<int>>();
+          }};
 }
 
 py::tuple draft(PromptLookup& self, const std::vector<int64_t>& texts,
@@ -81,7 +92,9 @@ py::tuple draft(PromptLookup& self, const std::vector<int64_t>& texts,
   require(tokens.size() == texts.size(), "tokens must have one list for each text");
   require_limits({depth, 1, 1, 1, 0, nodes});
   for (size_t i = 0; i < texts.size(); ++i) read_on(self, texts[i], tokens[i]);
-  cpu::DraftRows rows = self.draft(texts, depth, nodes, kept_by(judge, texts));
+  cpu::DraftJudge asked;
+  if (!judge.is_none()) asked = draft_judge(judge, texts);
+  cpu::DraftRows rows = self.draft(texts, depth, nodes, judge.is_none() ? nullptr : &asked);
   const std::vector<py::ssize_t> shape{static_cast<py::ssize_t>(texts.size()), rows.width};
   return py::make_tuple(py::array_t<int32_t>(shape, rows.tokens.data()),
                         py::array_t<int32_t>(shape, rows.parents.data()), rows.is_chain,

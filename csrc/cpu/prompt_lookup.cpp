@@ -40,8 +40,33 @@ void PromptLookup::read(int64_t text, const int32_t* tokens, int64_t count) {
   }
 }
 
+// The nodes of what was offered last that the text went through since; `known`: of how many nodes,
+// the root included, that can be said. Where the text has not come to a leaf or left the tree yet,
+// of those that are no deeper than it came.
+std::vector<int> PromptLookup::follow(const Text& text, size_t& known) {
+  const DraftTrie& offered = text.offered;
+  const std::vector<int32_t>& tokens = text.own.text();
+  const size_t count = offered.tokens.size();
+  std::vector<int> walk;
+  int32_t at = 0;
+  size_t next = text.offered_at;
+  for (size_t node = 1; node < count; ++node) {  // parents stand before their children
+    if (offered.parents[node] != at) continue;
+    if (next == tokens.size()) {
+      known = node;
+      return walk;
+    }
+    if (offered.tokens[node] != tokens[next]) continue;
+    walk.push_back(static_cast<int>(node));
+    at = static_cast<int32_t>(node);
+    ++next;
+  }
+  known = count;
+  return walk;
+}
+
 DraftRows PromptLookup::draft(const std::vector<int64_t>& texts, int32_t depth, int32_t nodes,
-                              const Keep& keep) const {
+                              const DraftJudge* judge) {
   DraftLimits limits = limits_;
   limits.depth = depth;
   limits.nodes = nodes;
@@ -52,11 +77,21 @@ DraftRows PromptLookup::draft(const std::vector<int64_t>& texts, int32_t depth, 
     tries.push_back(draft_trie({&known.own, corpus_, known.in_corpus}, limits));
     counts.push_back(static_cast<int>(tries.back().tokens.size()) - 1);
   }
-  if (keep) {
-    std::vector<std::vector<double>> worth;
-    for (const DraftTrie& trie : tries)
-      worth.emplace_back(trie.worth.begin() + 1, trie.worth.end());
-    const std::vector<int> kept = keep(worth);
+  if (judge != nullptr) {
+    DraftJudge::Worth before, worth;
+    std::vector<std::vector<int>> accepted;
+    for (size_t row = 0; row < tries.size(); ++row) {
+      Text& text = texts_.at(texts[row]);
+      size_t known = 0;
+      accepted.push_back(follow(text, known));
+      const auto& then = text.offered.worth;
+      before.emplace_back(then.begin() + std::min<size_t>(1, known), then.begin() + known);
+      worth.emplace_back(tries[row].worth.begin() + 1, tries[row].worth.end());
+      text.offered = tries[row];
+      text.offered_at = text.own.text().size();
+    }
+    judge->followed(before, accepted);
+    const std::vector<int> kept = judge->keep(worth);
     if (kept.size() != counts.size()) throw std::invalid_argument("as many counts as trees");
     for (size_t row = 0; row < counts.size(); ++row) {
       counts[row] = std::clamp(kept[row], 0, counts[row]);

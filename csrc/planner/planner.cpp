@@ -56,7 +56,7 @@ Decision Planner::choose(Outlook outlook) {
     return decision;
   }
   if (plan->asked && rest_ > 0) return not_drafted(std::exchange(rest_, 0));
-  if (!plan->asked && is_due(outlook.size())) return not_drafted(1);
+  if (!(plan->asked && measured_) && is_due(outlook.size())) return not_drafted(1);
   Decision decision{plan->rung, 1, false, plan->members,
                     known_.asks && !prospects_->acceptance.chances().empty()};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
@@ -88,6 +88,13 @@ std::vector<int> Planner::keep(const std::vector<int64_t>& requests,
   std::vector<int> all;
   for (const auto& of_one : kinds) all.push_back(static_cast<int>(of_one.size()));
   return all;
+}
+
+void Planner::followed(const std::vector<int64_t>& requests,
+                       const std::vector<std::vector<int>>& kinds,
+                       const std::vector<std::vector<int>>& accepted, const Check& check) {
+  const std::lock_guard lock(mutex_);
+  if (is_under_way(requests, check)) prospects_->acceptance.learn(requests, kinds, accepted);
 }
 
 bool Planner::examined(const std::vector<int64_t>& requests,
@@ -345,7 +352,9 @@ void Planner::learn(const Drafting& now, const Step& step) {
     requests.push_back(now.outlook.requests[place]);
     news.push_back(1 - acceptance.known(requests.back()));
   }
-  if (now.judged) {
+  if (now.judged && known_.looks_up) {
+    // It says itself, at the next step, how far texts went along all that was looked up.
+  } else if (now.judged) {
     std::vector<std::vector<int>> kinds = now.kinds, walked = accepted;
     for (size_t i = 0; i < kinds.size() && !step.came_true.empty(); ++i) {
       // The best node that was not verified: whether it was right is seen all the same.

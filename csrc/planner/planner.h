@@ -30,6 +30,7 @@
 
 #include "account.h"
 #include "drafting.h"
+#include "judge.h"
 #include "prospects.h"
 #include "times.h"
 
@@ -56,7 +57,7 @@ struct Step {
   std::vector<std::optional<bool>> came_true;
 };
 
-class Planner {
+class Planner : public Judge {
  public:
   // What steps take, and whether that was measured.
   Planner(StepCosts step, DraftCosts draft, bool measured)
@@ -70,13 +71,27 @@ class Planner {
   // `check` is told how many kinds and nodes there are, where the step is the one under way.
   using Check = std::function<void(size_t kinds, size_t nodes)>;
   bool goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds,
-               const Check& check = {});
+               const Check& check);
+  bool goes_on(const std::vector<int64_t>& requests, const std::vector<int>& kinds) override {
+    return goes_on(requests, kinds, {});
+  }
   std::vector<int> keep(const std::vector<int64_t>& requests,
-                        const std::vector<std::vector<int>>& kinds, const Check& check = {});
+                        const std::vector<std::vector<int>>& kinds, const Check& check);
+  std::vector<int> keep(const std::vector<int64_t>& requests,
+                        const std::vector<std::vector<int>>& kinds) override {
+    return keep(requests, kinds, {});
+  }
+  // What became of drafts that were looked up for these texts at an earlier step, verified or not.
+  void followed(const std::vector<int64_t>& requests, const std::vector<std::vector<int>>& kinds,
+                const std::vector<std::vector<int>>& accepted, const Check& check);
+  void followed(const std::vector<int64_t>& requests, const std::vector<std::vector<int>>& kinds,
+                const std::vector<std::vector<int>>& accepted) override {
+    followed(requests, kinds, accepted, {});
+  }
   // What drafts of texts that were just read would have been: of each of their last tokens how sure
   // the drafter was of its own, and whether it was that token. Whether to draft, all told.
   bool examined(const std::vector<int64_t>& requests, const std::vector<std::vector<double>>& sure,
-                const std::vector<std::vector<bool>>& right);
+                const std::vector<std::vector<bool>>& right) override;
   // Learns from a step; returns the ms that plain decoding would have taken to get as far.
   double observe(const Step& step);
   // What steps without drafts took that it was not told of one by one; `heard`: with the drafter

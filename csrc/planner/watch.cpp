@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "acceptance.h"
+
 namespace inferlab::planner {
 
 bool Watch::goes_on(const float* scores) {
@@ -16,9 +18,9 @@ bool Watch::goes_on(const float* scores) {
     kinds.push_back(kind_of(sure_[i]));
     kinds_[i].push_back(kinds.back());
   }
-  return planner_.goes_on(requests_, kinds);
+  return judge_.goes_on(requests_, kinds);
 }
 
-std::vector<int> Watch::counts() { return planner_.keep(requests_, kinds_); }
+std::vector<int> Watch::counts() { return judge_.keep(requests_, kinds_); }
 
 }  // namespace inferlab::planner

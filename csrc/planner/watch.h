@@ -1,18 +1,18 @@
-// How sure a draft model is of its chains, told to a planner level by level: as specdec/drafters/
-// watched.py does for other judges.
+// How sure a draft model is of its chains, told to a compiled judge level by level: as
+// specdec/drafters/ watched.py does for other judges.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "planner.h"
+#include "judge.h"
 
 namespace inferlab::planner {
 
 class Watch {
  public:
-  Watch(Planner& planner, std::vector<int64_t> requests)
-      : planner_(planner), requests_(std::move(requests)), sure_(requests_.size(), 1.0) {}
+  Watch(Judge& judge, std::vector<int64_t> requests)
+      : judge_(judge), requests_(std::move(requests)), sure_(requests_.size(), 1.0) {}
 
   // Takes the scores [R][2] of a level's two best tokens; whether to draft another one.
   bool goes_on(const float* scores);
@@ -20,7 +20,7 @@ class Watch {
   std::vector<int> counts();
 
  private:
-  Planner& planner_;
+  Judge& judge_;
   std::vector<int64_t> requests_;
   std::vector<double> sure_;
   std::vector<std::vector<int>> kinds_{requests_.size()};  // of each chain

@@ -36,6 +36,9 @@ class Late(FixedController):
         self.heard |= {r: (s, w) for r, s, w in zip(requests, sure, right, strict=True) if w}
         return self.answer
 
+    def followed(self, requests, kinds, accepted) -> None:
+        return
+
     def goes_on(self, requests, kinds) -> bool:
         return False
 

@@ -402,6 +402,9 @@ class Sparing(FixedController):
     def examined(self, requests, sure, right) -> bool:
         return True
 
+    def followed(self, requests, kinds, accepted) -> None:
+        return
+
     def goes_on(self, requests, kinds) -> bool:
         return True
 

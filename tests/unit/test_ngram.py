@@ -218,6 +218,9 @@ def test_drafts_of_a_batch_are_the_best_nodes_of_each(together, corpus, branches
     lookup = _C.PromptLookup(other, branches, 1, UNBOUNDED, 2)
 
     class Judge:
+        def followed(self, requests, kinds, accepted):
+            assert len(requests) == len(kinds) == len(accepted)
+
         def keep(self, requests, kinds):
             self.heard = dict(zip(requests, kinds, strict=True))
             return [rng.randint(0, len(of)) for of in kinds]

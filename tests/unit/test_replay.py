@@ -20,7 +20,8 @@ from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
 from inferlab.specdec.cuts import Rule
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.recorded import FIRST, read_recording
-from inferlab.specdec.replay import Always, Controlled, Replay
+from inferlab.specdec.replay import Replay
+from inferlab.specdec.replay_askers import Always, Controlled
 from inferlab.specdec.tree import Budget
 
 COSTS = CostModel(
@@ -245,7 +246,7 @@ def test_the_cost_controller_runs_on_the_virtual_clock(target, tmp_path):
     lengths = []
     for costs in (dear, cheap):
         replay = Replay(recording, costs)
-        replay.times.ms[:] = [replay.times.predicted(1, n, n, 50) for n in replay.times.nodes]
+        replay.times.ms[:] = [replay.times.predicted(1, n, n, 50)[0] for n in replay.times.nodes]
         asker = Controlled(CostController(4), replay.about)
         lengths.append(replay.run(asker).accepted_length)
     assert lengths[0] < 1.3 < 2 < lengths[1]
@@ -259,22 +260,22 @@ def test_times_of_other_trees_are_the_recorded_ones_changed_by_the_cost_model(ta
     times = Replay(recording).times
     assert times.measured
     step = int(np.flatnonzero(times.nodes == 4)[0])
-    assert times.changed(step, 4, 4) == times.ms[step]
-    before, after = (times.predicted(1, n, n, times.context[step]) for n in (4, 2))
-    assert times.changed(step, 2, 2) == pytest.approx(times.ms[step] * after / before)
+    assert times.changed(step, 4, 4)[0] == times.ms[step]
+    before, after = (times.predicted(1, n, n, times.context[step])[0] for n in (4, 2))
+    assert times.changed(step, 2, 2)[0] == pytest.approx(times.ms[step] * after / before)
     decoding = recording.columns["step.kind"] != FIRST
     usual = np.flatnonzero(decoding & (recording.columns["step.kind"] == 1))
     sizes = [(int(times.levels[s]), int(times.nodes[s]), times.context[s]) for s in usual]
-    total = sum(times.predicted(1, *size) for size in sizes)
+    total = sum(times.predicted(1, *size)[0] for size in sizes)
     assert total == pytest.approx(times.ms[usual].sum(), rel=1e-6), "scaled to the run"
 
 
 def test_fewer_levels_take_less_drafting(target, tmp_path):
     _, recording = record(tmp_path, "eagle", target)
     times = Replay(recording).times
-    whole, half = (times.predicted(1, levels, 31, 40) for levels in (6, 3))
+    whole, half = (times.predicted(1, levels, 31, 40)[0] for levels in (6, 3))
     assert half < whole
-    assert times.predicted(1, 9, 31, 40) == whole, "there are no more"
+    assert times.predicted(1, 9, 31, 40)[0] == whole, "there are no more"
 
 
 def test_without_a_cost_model_it_is_fitted_to_the_steps(target, tmp_path, monkeypatch):
@@ -282,7 +283,7 @@ def test_without_a_cost_model_it_is_fitted_to_the_steps(target, tmp_path, monkey
     _, recording = record(tmp_path, "vanilla", target)
     times = Replay(recording).times
     assert not times.measured
-    assert times.predicted(1, 4, 4, 40) > 0
+    assert times.predicted(1, 4, 4, 40)[0] > 0
 
 
 # --- grids --------------------------------------------------------------------------------------

@@ -23,11 +23,17 @@ struct DraftRows {
   std::vector<std::pair<int32_t, int32_t>> left_out;
 };
 
+// Who judges drafts, told the chances of the nodes below each root, falling.
+struct DraftJudge {
+  using Worth = std::vector<std::vector<double>>;
+  // Hears of what was offered for these texts last, kept or not: which of the nodes, by their
+  // places from 1 on, they went through since. Empty where that is not known.
+  std::function<void(const Worth& worth, const std::vector<std::vector<int>>& accepted)> followed;
+  std::function<std::vector<int>(const Worth& worth)> keep;  // how many of each tree
+};
+
 class PromptLookup {
  public:
-  // How many nodes below the root are kept of each tree, told the chances of these, falling.
-  using Keep = std::function<std::vector<int>(const std::vector<std::vector<double>>& worth)>;
-
   // `corpus`: frozen, or null; it must stay. `limits`: of every text; depth and nodes are those of
   // each draft.
   PromptLookup(const SuffixAutomaton* corpus, const DraftLimits& limits)
@@ -40,13 +46,17 @@ class PromptLookup {
 
   // Drafts of at most so many levels and nodes below the root for texts, which have been read.
   DraftRows draft(const std::vector<int64_t>& texts, int32_t depth, int32_t nodes,
-                  const Keep& keep = {}) const;
+                  const DraftJudge* judge = nullptr);
 
  private:
   struct Text {
     SuffixAutomaton own;
     SuffixAutomaton::Match in_corpus;
+    DraftTrie offered;      // to a judge, last;
+    size_t offered_at = 0;  // tokens that there were then
   };
+
+  static std::vector<int> follow(const Text& text, size_t& known);
 
   const SuffixAutomaton* corpus_;
   DraftLimits limits_;

@@ -32,7 +32,8 @@ import numpy as np
 from inferlab.benchmarks.statistics import bootstrap_interval
 from inferlab.config import MAX_TREE_NODES
 from inferlab.draft_modes import DRAFT_MODES
-from inferlab.specdec.replay import Always, Replay, Replayed
+from inferlab.specdec.replay import Replay, Replayed
+from inferlab.specdec.replay_askers import Always
 
 WORTH = 1.05
 """A speed-up below it is not worth drafting: some of a step is not in the model."""

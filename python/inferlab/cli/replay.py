@@ -17,7 +17,8 @@ from inferlab.errors import UsageError
 from inferlab.output import print_json
 from inferlab.specdec.cuts import REPLAYABLE, Rule
 from inferlab.specdec.recorded import read_recording
-from inferlab.specdec.replay import Always, Asker, Cell, Controlled, Replay, Replayed
+from inferlab.specdec.replay import Cell, Replay, Replayed
+from inferlab.specdec.replay_askers import Always, Asker, Controlled
 
 GRID_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GRID_NODES = (1, 2, 4, 8, 16, 32, 64, 128, 255)

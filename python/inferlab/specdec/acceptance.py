@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,8 @@ class Known(NamedTuple):
         by_kind: chance of a node of each kind; empty: nodes are told apart by rank alone.
         evidence: observations that these chances are worth, 0 where they were not measured.
         asks: drafting takes next to no time, or the judge is asked before what does.
-        looks_up: it does take next to no time: drafts are looked up.
+        looks_up: it does take next to no time: drafts are looked up. It also says what became of
+            them, see ``Judge.followed``.
         examines: when it reads a text, it says how often it would have been right, see
             ``Judge.examined``.
     """
@@ -36,10 +37,6 @@ class Known(NamedTuple):
     asks: bool = False
     looks_up: bool = False
     examines: bool = False
-
-    def ranked(self) -> dict[str, Any]:
-        """By rank alone, as JSON types; arguments."""
-        return {"by_rank": list(self.by_rank), "evidence": self.evidence if self.by_rank else 0.0}
 
 
 UNKNOWN = Known()

@@ -76,6 +76,21 @@ class Judge(Protocol):
         root, in the order of worth."""
         ...
 
+    def followed(
+        self,
+        requests: Sequence[int],
+        kinds: Sequence[Sequence[int]],
+        accepted: Sequence[Sequence[int]],
+    ) -> None:
+        """Hears, of a drafter that looks drafts up, what became of those that it offered for these
+        texts last, whether they were verified or not.
+
+        Args:
+            kinds: of those nodes of which it is known; none where there was no draft.
+            accepted: the ranks, from 1 on, that each text went through.
+        """
+        return
+
 
 class Choice(NamedTuple):
     """How much to draft.

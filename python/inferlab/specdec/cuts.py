@@ -24,6 +24,7 @@ guess, and a much better one than a mean: long walks have most such roots.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ import numpy as np
 
 from inferlab.config_types import MAX_TREE_NODES
 from inferlab.errors import UsageError
-from inferlab.specdec.recorded import FIRST, NO_LIMIT, Recording
+from inferlab.specdec.acceptance import SURE, kinds_of_logs
+from inferlab.specdec.recorded import FIRST, NO_KIND, NO_LIMIT, Recording
 
 REPLAYABLE = ("longest_prefix", "conf_threshold", "topk_agree")
 
@@ -116,7 +118,7 @@ class Trees:
         origin = np.arange(self.real)
         if inner and recording.about["policy"]["policy"] == "longest_prefix":
             walks = None if self.chain else Trees(recording, inner=False).path(Rule())
-            c, origin, self._ahead = _with_inner_rows(c, walks)
+            c, origin, self._ahead = _with_inner_rows(c, walks, self.tree["by_text"])
         self.columns = c
         sizes = c["row.nodes"].astype(np.int64)
         rows = len(sizes)
@@ -213,6 +215,15 @@ class Trees:
             empty = np.zeros((len(self.starts), 0), np.int64)
             self._paths[rule] = np.stack(steps, axis=1) if steps else empty
         return self._paths[rule]
+
+    def kinds(self) -> list[list[int]]:
+        """Of each row the kinds of its draft nodes, in the order of worth; none where a node has
+        none."""
+        of_nodes = self.columns["node.kind"][self._by_rank]
+        bounds = [*self.starts.tolist(), len(of_nodes)]
+        kinds = of_nodes.tolist()
+        rows = [kinds[start + 1 : end] for start, end in itertools.pairwise(bounds)]
+        return [[] if NO_KIND in row else row for row in rows]
 
     def _further(self, rule: Rule) -> float:
         """P(a walk goes on by a level) of recorded walks that have got below the first."""
@@ -363,13 +374,14 @@ class Trees:
 
 
 def _with_inner_rows(
-    columns: dict[str, np.ndarray], walks: np.ndarray | None
+    columns: dict[str, np.ndarray], walks: np.ndarray | None, by_text: bool
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """The tables of rows and nodes, with a row more for each root within a walk behind whose token
     the text goes on. Its nodes are the rest of the chain, or of the walk.
 
     Args:
         walks: [rows, S], of trees; None: they are chains.
+        by_text: the drafter is as sure of a path's rest as of the whole, but for its beginning.
 
     Returns:
         Columns; of each row the recorded one that it is or is in, and how far behind its root.
@@ -403,6 +415,11 @@ def _with_inner_rows(
     more["node.parent"] = np.maximum(own - 1, 0)
     roots = np.repeat(more["node.rank"][own == 0].astype(np.int64), left)
     more["node.rank"] = more["node.rank"].astype(np.int64) - roots
+    if by_text:
+        sure = np.array([*SURE, *[1.0] * (1 + NO_KIND - len(SURE))])[more["node.kind"]]
+        rest = sure / np.repeat(sure[own == 0], left)
+        kinds = kinds_of_logs(np.log(rest))
+        more["node.kind"] = np.where(more["node.kind"] == NO_KIND, NO_KIND, kinds)
     joined = {name: np.concatenate([c[name], values]) for name, values in more.items()}
     origin = np.concatenate([np.arange(rows), row])
     return {**c, **joined}, origin, np.concatenate([np.zeros(rows, np.int64), ahead])

@@ -318,7 +318,10 @@ class Engine:
         spent = self.clock.lap("commit")
         if drafter is not None and choice.budget != NO_DRAFT:
             drafted_for = batch if members is None else members.batch
-            tree = own = drafter.propose(drafted_for, choice.budget, choice.judge)
+            judge = choice.judge
+            if self.recorder is not None:
+                judge = self.recorder.listen(drafter, judge)
+            tree = own = drafter.propose(drafted_for, choice.budget, judge)
             if members is not None:
                 tree = members.spread(own)
         else:

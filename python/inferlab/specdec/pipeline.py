@@ -255,7 +255,7 @@ class SpeculativePipeline:
             "drafter": self.describe_drafter(),
             "tree": describe_tree(drafter),
             "ladder": list(drafter.ladder()) if drafter is not None else [],
-            "known": drafter.known.ranked() if drafter is not None else None,
+            "known": drafter.known._asdict() if drafter is not None else None,
             "policy": self.policy.describe(),
             "controller": self.controller.describe(),
             "K": self.controller.max_k if drafter is not None else 0,

@@ -34,6 +34,8 @@ column                type   what it is
                              of a root NaN
 ``node.place``        u16    how many tokens the target ranks before it there; 65535: that or more
 ``node.drafted``      f32    the draft's own probability of the token; NaN where it has none to tell
+``node.kind``         u8     how sure the drafter is of the path to it, as a judge is told (see
+                             `inferlab.specdec.acceptance.kinds_of`); 255: nobody was
 ``request.id``        i32    in the part where its first row is
 ``request.prompt``    i32    tokens of the prompt
 ``request.most``      i32    new tokens that were asked for
@@ -43,7 +45,7 @@ column                type   what it is
 
 Metadata: ``inferlab_recording``, the version of this format, and ``about``, JSON: package and torch
 versions, machine, models, dtype, draft mode, drafter, its tree and ladder, policy, controller,
-settings, what the drafter knew of its nodes by rank, and what steps cost on this machine (see
+settings, what the drafter says of its nodes, and what steps cost on this machine (see
 `inferlab.specdec.costs`). No text and no prompt is in a recording, but its token ids are.
 """
 
@@ -64,12 +66,13 @@ from safetensors.numpy import save
 from inferlab.errors import UsageError
 from inferlab.output import replace_file
 
-VERSION = 1
+VERSION = 2
 KEY = "inferlab_recording"
 PHASES = ("prefill", "draft", "verify", "accept", "commit", "rest")
 FIRST, DECODING, CATCHING_UP = 0, 1, 2
 NO_LIMIT = 65535
 MOST_PLACES = 65535
+NO_KIND = 255
 
 COLUMNS: dict[str, type] = {
     "step.kind": np.uint8,
@@ -93,6 +96,7 @@ COLUMNS: dict[str, type] = {
     "node.probability": np.float32,
     "node.place": np.uint16,
     "node.drafted": np.float32,
+    "node.kind": np.uint8,
     "request.id": np.int32,
     "request.prompt": np.int32,
     "request.most": np.int32,

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from inferlab import kernels
+from inferlab import _C, kernels
 from inferlab.models import ForwardOutput
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters import Drafter, ModelDrafter
 from inferlab.specdec.recorded import (
     CATCHING_UP,
@@ -24,6 +25,7 @@ from inferlab.specdec.recorded import (
     DECODING,
     FIRST,
     MOST_PLACES,
+    NO_KIND,
     NO_LIMIT,
     PHASES,
     begin_run,
@@ -47,8 +49,8 @@ _NODE_COLUMNS = ("token", "parent", "choice", "place", "probability", "drafted")
 class Recorder:
     """Keeps what each step drafted, chose and took, and writes it by parts.
 
-    The engine calls ``look`` before a step is committed, ``keep`` after it, and ``timed`` around
-    all that it does. Its own time is part of no step.
+    The engine has it ``listen`` to what a step drafts, calls ``look`` before it is committed,
+    ``keep`` after it, and ``timed`` around all that it does. Its own time is part of no step.
 
     Args:
         folder: of recordings; this one becomes a run in it.
@@ -80,6 +82,16 @@ class Recorder:
         self._num_nodes = 0
         self._changed = False
         self._seen: tuple[torch.Tensor, list[int]] | None = None
+        self._listener: Any = None
+
+    def listen(self, drafter: Drafter, judge: Judge | None) -> Judge | None:
+        """Who is to be told of a step's drafts, so that it is noted what is said of them."""
+        compiled = judge is None or isinstance(judge, _C.planner.Judge)
+        if self._failed or not (drafter.known.asks and compiled):
+            return judge
+        listener: Judge = _C.planner.Listener(judge)
+        self._listener = listener
+        return listener
 
     @contextlib.contextmanager
     def timed(self, clock: Clock, idle: Callable[[], bool]) -> Iterator[None]:
@@ -187,6 +199,7 @@ class Recorder:
             ranks = tree.ranks if tree.ranks is not None else range(host.shape[2])
             place = np.broadcast_to(np.asarray(ranks), real.shape)
             self._columns["node.rank"].append(place[real])
+            self._columns["node.kind"].append(self._kinds(batch, place)[real])
             for i, (request, outcome) in enumerate(zip(batch.requests, outcomes, strict=True)):
                 if request.request_id not in self._known:
                     self._known.add(request.request_id)
@@ -200,6 +213,18 @@ class Recorder:
                 self._columns["emitted.token"].append(tokens)
             self._num_nodes += int(counts.sum())
             self._changed = True
+
+    def _kinds(self, batch: Batch, place: np.ndarray) -> np.ndarray:
+        """[B, N] of nodes whose ranks are ``place``."""
+        kinds = np.full(place.shape, NO_KIND)
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            told = dict(zip(listener.requests, listener.kinds, strict=True))
+            for row, ranks, request in zip(kinds, place, batch.requests, strict=True):
+                of_nodes = np.array([NO_KIND, *told.get(request.request_id, ())])
+                known = ranks < len(of_nodes)
+                row[known] = of_nodes[ranks[known]]
+        return kinds
 
     def _add(self, table: str, **values: Any) -> None:
         for name, value in values.items():

@@ -16,16 +16,16 @@ Requests run as they were recorded: one begins when those have ended that had en
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from inferlab.config import MAX_TREE_NODES
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.cuts import REPLAYABLE, Cut, Rule, Trees
-from inferlab.specdec.recorded import Recording
+from inferlab.specdec.recorded import CATCHING_UP, Recording
+from inferlab.specdec.replay_askers import NOT_OFFERED, Asked, Asker, Going, Offered, Step
 from inferlab.specdec.replay_times import Times
 
 
@@ -101,110 +101,16 @@ class Cell(NamedTuple):
     covered: float
 
 
-class Step(NamedTuple):
-    """What a step on the virtual clock tells of itself.
-
-    Attributes:
-        levels, nodes: of the budget, as the engine limits it near the ends of texts.
-        depths: levels offered to each sequence.
-        ranks: of the accepted nodes of each, see `StepObservation`.
-    """
-
-    levels: int
-    nodes: int
-    ms: float
-    depths: list[int]
-    ranks: list[list[int]]
-
-
-class Going(NamedTuple):
-    """A text of the step to come: its number, growing in the order in which they begin, its tokens
-    so far, and how many it may still get."""
-
-    number: int
-    tokens: int
-    remaining: int
-
-
-class Asker(Protocol):
-    """Who says how much to draft."""
-
-    def ask(self, texts: Sequence[Going], waiting: bool) -> tuple[int, int]:
-        """Levels and nodes. ``waiting``: others will take the places of these."""
-        ...
-
-    def hear(self, batch: int, told: Step) -> None:
-        """Hears how the step went that was asked for last."""
-        ...
-
-
-class Always:
-    """The same budget for each step; MAX_TREE_NODES: all nodes that the drafter has for so many
-    levels."""
-
-    def __init__(self, levels: int, nodes: int = MAX_TREE_NODES) -> None:
-        self.budget = (levels, nodes)
-
-    def ask(self, texts: Sequence[Going], waiting: bool) -> tuple[int, int]:
-        return self.budget
-
-    def hear(self, batch: int, told: Step) -> None:
-        return
-
-
-class Controlled:
-    """A controller of the engine's.
-
-    This is the one place that knows how controllers are asked and told. One that plans knows nodes
-    by their ranks alone here: what drafters know of them beyond is not recorded.
-
-    Args:
-        controller: whose state goes on from where it is.
-        about: of the recording, whose drafter it asks.
-        first: number of the first text, above those that the controller has heard of.
-    """
-
-    def __init__(self, controller: Any, about: Mapping[str, Any], first: int = 0) -> None:
-        from inferlab.specdec.acceptance import Known
-        from inferlab.specdec.control import Outlook, StepObservation
-        from inferlab.specdec.tree import Budget
-
-        self._controller = controller
-        self._outlook, self._observation, self._budget = Outlook, StepObservation, Budget
-        self._ladder = tuple(Budget(*rung) for rung in about["ladder"])
-        self._known = Known(**(about.get("known") or {}))
-        self._tree = about["tree"]
-        self._nodes = 0
-        self._first = first
-
-    def ask(self, texts: Sequence[Going], waiting: bool) -> tuple[int, int]:
-        outlook = self._outlook(
-            self._ladder,
-            [self._first + text.number for text in texts],
-            sum(text.tokens for text in texts) / len(texts),
-            [text.remaining for text in texts],
-            waiting=waiting,
-            known=self._known,
-        )
-        levels, nodes = self._controller.choose(outlook).budget
-        self._nodes = nodes
-        if self._tree["form"] != "chain":  # chains are as long as the controller may ask
-            levels = min(levels, self._tree["levels"])
-            nodes = MAX_TREE_NODES if nodes >= self._tree["nodes"] else nodes
-        return levels, nodes
-
-    def hear(self, batch: int, told: Step) -> None:
-        levels, nodes, ms, depths, ranks = told
-        budget = self._budget(levels, self._nodes if nodes > 0 else 0)
-        self._controller.observe(self._observation(batch, budget, ms, depths, ranks))
-
-
 class Replay:
     """A recording, to be decoded again.
 
     Args:
         recording: of `inferlab.specdec.recorded.read_recording`.
         costs: of the machine; None: those in the recording, else fitted to it.
+
+    Attributes:
+        kinds: of the drafted nodes of each row, in the order of worth; empty where none were told.
+        stand_ins: rows that have some.
     """
 
     def __init__(self, recording: Recording, costs: CostModel | None = None) -> None:
@@ -216,6 +122,10 @@ class Replay:
             costs = CostModel.from_json(kept)
         self.times = Times(recording, self.trees, costs)
         self._cuts: dict[tuple[int, int, Rule], _Rows] = {}
+        self.kinds = self.trees.kinds()
+        self.stand_ins = [
+            row for row in np.flatnonzero(self.trees.decoding).tolist() if self.kinds[row]
+        ]
         c, trees = recording.columns, self.trees
         count = len(c["request.id"])
         self._row_at: list[dict[int, int]] = [{} for _ in range(count)]
@@ -303,7 +213,7 @@ class Replay:
                 covered = float(cut.exact[decoding].mean()) if decoding.any() else 1.0
                 offered = _typical(cut, decoding)
                 for batch in batches:
-                    ms = self.times.predicted(batch, k, offered, context)
+                    ms, _ = self.times.predicted(batch, k, offered, context)
                     cells.append(Cell(k, n, batch, length, batch * length / ms * 1e3, covered))
         return cells
 
@@ -332,6 +242,7 @@ class _Rows(NamedTuple):
     nodes: list[int]
     depths: list[int]
     ranks: list[list[int]]
+    empty: list[bool]
     mean: float
     usual_nodes: int
 
@@ -348,9 +259,36 @@ class _Rows(NamedTuple):
             cut.nodes.tolist(),
             cut.depths.tolist(),
             cut.ranks.tolist(),
+            cut.empty.tolist(),
             mean,
             _typical(cut, decoding),
         )
+
+
+class _Part(NamedTuple):
+    """What is drafted for a text in a step.
+
+    Attributes:
+        row: where its tree was recorded; None: nowhere.
+        like: the row whose tree is as good as its own; None: the mean of all.
+        cut: of all rows, what is verified.
+        levels: that were asked for.
+        came_true: whether the best node that is not verified would have been accepted.
+    """
+
+    row: int | None
+    like: int | None
+    cut: _Rows
+    levels: int
+    came_true: bool | None = None
+
+
+class _Walk(NamedTuple):
+    """Nodes and levels that were offered, and the ranks that were accepted."""
+
+    nodes: int
+    depth: int
+    ranks: list[int]
 
 
 @dataclass
@@ -363,6 +301,7 @@ class _Text:
         end: position of its last token.
         most: position that ``max_tokens`` would end at.
         astray: a token was accepted that the recorded text does not have.
+        offered: what a judge was last told of.
     """
 
     request: int
@@ -371,6 +310,7 @@ class _Text:
     end: int
     most: int
     astray: bool = False
+    offered: Offered = NOT_OFFERED
 
 
 class _Run:
@@ -387,6 +327,7 @@ class _Run:
         self._ids: list[int] = self.columns["request.id"].tolist()
         self._as_recorded = True
         self._begun = 0
+        self._stood_in = 0
 
     def decode_together(self, size: int) -> Replayed:
         """Batches of ``size`` texts, without a recorded time."""
@@ -461,55 +402,111 @@ class _Run:
         return others
 
     def _step(self, texts: list[_Text], waiting: bool) -> None:
-        replay, result = self.replay, self.result
+        replay, times = self.replay, self.replay.times
         going = [Going(t.number, int(t.at) + 1, t.most - int(t.at)) for t in texts]
-        levels, nodes = self.asker.ask(going, waiting)
+        asked = self.asker.ask(going, waiting)
         useful = max(text.remaining for text in going) - 1
-        levels = min(levels, useful)
+        levels, nodes = min(asked.levels, useful), asked.nodes
         if min(levels, nodes) < 1:
             levels = nodes = 0
-        rows = replay._rows(levels, nodes, self.rule)
-        depths: list[int] = []
-        ranks: list[list[int]] = []
-        steps: set[int] = set()
-        widths: list[int] = []
-        usual = rows.usual_nodes if nodes > 0 else 0
-        changed = self._changed
+        context = sum(text.at for text in texts) / len(texts)
+        parts, drafted = self._parts(texts, asked, levels, nodes)
+        remembered = self._remembers and self._changed and nodes > 0
+        walks = [
+            self._walk(text, part, remembered) for text, part in zip(texts, parts, strict=True)
+        ]
+        steps = {-1 if part.row is None else self._step_of[part.row] for part in parts}
+        step = steps.pop() if len(steps) == 1 else -1
+        width = times.width([walk.nodes for walk in walks])
+        if drafted is None:
+            drafted = width
+        elif replay.trees.chain:
+            levels = min(levels, int(drafted))
+        if self._as_recorded and step >= 0 and times.batch[step] == len(texts):
+            ms, draft_ms = times.changed(step, levels, width, drafted)
+        else:
+            ms, draft_ms = times.predicted(len(texts), levels, width, context, drafted)
+        self.result.ms += ms
+        self.result.steps += 1
+        lagging = step >= 0 and self.columns["step.kind"][step] == CATCHING_UP
+        told = Step(
+            levels=levels,
+            nodes=nodes,
+            ms=ms,
+            draft_ms=draft_ms,
+            rows=round(len(texts) * (1 + width)),
+            depths=[walk.depth for walk in walks],
+            ranks=[walk.ranks for walk in walks],
+            caught_up=bool(lagging) and nodes > 0,
+            came_true=[part.came_true for part in parts],
+        )
+        self.asker.hear(len(texts), told)
+
+    def _parts(
+        self, texts: list[_Text], asked: Asked, levels: int, nodes: int
+    ) -> tuple[list[_Part], float | None]:
+        """What is drafted for each text, and, where a judge saw it, for how many nodes drafting
+        took its time."""
+        replay = self.replay
+        whole = replay._rows(levels, nodes, self.rule)
+        rows: list[int | None] = []
         for text in texts:
             row = None if text.astray else replay._row_at[text.request].get(int(text.at))
-            if row is None or self._first[row]:
-                widths.append(usual)
-                steps.add(-1)
-                self._changed = True
-                text.astray = text.astray or self.rule.policy != "longest_prefix"
-                depths.append(levels)
-                ranks.append(list(range(1, round(rows.mean))))
-                self._count(text, rows.mean - 1, rows.mean, False)
-                continue
-            steps.add(self._step_of[row])
-            whole = replay.trees.chain or self._step_of[row] >= 0
-            widths.append(rows.nodes[row] if whole else usual)
-            exact = rows.exact[row] and not (self._remembers and changed and nodes > 0)
-            self._changed = self._changed or not rows.same[row]
-            emitted = rows.emitted[row] if exact else rows.expected[row]
-            accepted = rows.accepted[row]
-            depths.append(rows.depths[row])
-            ranks.append(rows.ranks[row][:accepted])
-            self._count(text, min(accepted, emitted) if exact else emitted - 1, emitted, exact)
-            # What a lossy policy lets pass is unknown where its tree is.
-            sure = exact or self.rule.policy == "longest_prefix"
-            text.astray = text.astray or not sure or not rows.told[row]
-        step = steps.pop() if len(steps) == 1 else -1
-        width = replay.times.width(widths)
-        known = self._as_recorded and step >= 0
-        if known and int(self.columns["step.rows"][step]) == len(texts):
-            ms = replay.times.changed(step, levels, width)
-        else:
-            context = sum(text.at for text in texts) / len(texts)
-            ms = replay.times.predicted(len(texts), levels, width, context)
-        result.ms += ms
-        result.steps += 1
-        self.asker.hear(len(texts), Step(levels, nodes, ms, depths, ranks))
+            rows.append(None if row is None or self._first[row] else row)
+        if asked.judge is None or nodes == 0 or not replay.stand_ins:
+            return [_Part(row, row, whole, levels) for row in rows], None
+        likes = []
+        for row in rows:
+            unknown = row is None or whole.empty[row] or (asked.writes and not replay.kinds[row])
+            likes.append(self._stand_in() if row is None or unknown else row)
+        kinds = [replay.kinds[like][: whole.nodes[like]] for like in likes]
+        counts, drafted = asked.judged(kinds, [text.offered for text in texts])
+        for text, like, of_text in zip(texts, likes, kinds, strict=True):
+            text.offered = Offered(of_text, whole.ranks[like][: whole.accepted[like]])
+        parts = []
+        for row, like, count, of_text in zip(rows, likes, counts, kinds, strict=True):
+            depth = min(count, levels) if replay.trees.chain else levels
+            cut = replay._rows(depth, count, self.rule)
+            came_true = None
+            if count < len(of_text) and replay.trees.chain:
+                # One node further is known if the walk came so far and was not cut by the end.
+                further = replay._rows(count + 1, count + 1, self.rule)
+                ends = cut.accepted[like] < count or further.exact[like]
+                came_true = further.accepted[like] > count if ends else None
+            parts.append(_Part(row if row == like else None, like, cut, levels, came_true))
+        return parts, drafted
+
+    def _stand_in(self) -> int:
+        """A recorded row for a text of which none is known."""
+        self._stood_in += 1
+        return self.replay.stand_ins[self._stood_in % len(self.replay.stand_ins)]
+
+    def _walk(self, text: _Text, part: _Part, remembered: bool) -> _Walk:
+        """Takes a text a step on. ``remembered``: the drafter would have had another memory."""
+        row, cut, like = part.row, part.cut, part.like
+        if row is None:
+            self._changed = True
+            text.astray = text.astray or self.rule.policy != "longest_prefix"
+            if like is None:
+                walk = _Walk(cut.usual_nodes, part.levels, list(range(1, round(cut.mean))))
+                self._count(text, cut.mean - 1, cut.mean, False)
+            else:
+                walk = _Walk(
+                    cut.nodes[like], cut.depths[like], cut.ranks[like][: cut.accepted[like]]
+                )
+                self._count(text, cut.expected[like] - 1, cut.expected[like], False)
+            return walk
+        whole = self.replay.trees.chain or self._step_of[row] >= 0
+        exact = cut.exact[row] and not remembered
+        self._changed = self._changed or not cut.same[row]
+        emitted = cut.emitted[row] if exact else cut.expected[row]
+        accepted = cut.accepted[row]
+        self._count(text, min(accepted, emitted) if exact else emitted - 1, emitted, exact)
+        # What a lossy policy lets pass is unknown where its tree is.
+        sure = exact or self.rule.policy == "longest_prefix"
+        text.astray = text.astray or not sure or not cut.told[row]
+        nodes = cut.nodes[row] if whole else cut.usual_nodes
+        return _Walk(nodes, cut.depths[row], cut.ranks[row][:accepted])
 
     def _count(self, text: _Text, accepted: float, emitted: float, exact: bool) -> None:
         self.result.add(self._ids[text.request], Walked(int(text.at), accepted, exact))

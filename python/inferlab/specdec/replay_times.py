@@ -143,10 +143,19 @@ class Times:
         ]
         return CostModel(StepCosts.fit(steps), DraftCosts.of(times))
 
-    def predicted(self, batch: int, levels: int, nodes: float, context: float) -> float:
-        """A step of any size."""
+    def predicted(
+        self, batch: int, levels: int, nodes: float, context: float, drafted: float | None = None
+    ) -> tuple[float, float]:
+        """A step of any size, and what of it is drafting.
+
+        Args:
+            nodes: that are verified for each sequence.
+            drafted: of how many they were chosen; None: they are all.
+        """
         step = self._costs.verify_ms(batch, nodes, context) * self.step_scale(batch)
-        return float(step + self._drafting(batch, nodes, levels) * self._draft_scale(batch))
+        drafting = self._drafting(batch, nodes if drafted is None else drafted, levels)
+        drafting *= self._draft_scale(batch)
+        return float(step + drafting), float(drafting)
 
     def reading(self, batch: int, tokens: float) -> float:
         """The step that reads a batch of texts, of ``tokens`` each, up to their first tokens."""
@@ -156,11 +165,15 @@ class Times:
         """As of one step with so many rows, each of which sees half of its text in the mean."""
         return self._costs.step.ms(batch, tokens, tokens / 2)
 
-    def changed(self, step: int, levels: int, nodes: float) -> float:
-        """A recorded step, had it had so many levels and draft nodes (see `width`)."""
-        ms, was = float(self.ms[step]), (int(self.levels[step]), float(self.nodes[step]))
-        if nodes == was[1] and min(levels, nodes) == min(was):
-            return ms
+    def changed(
+        self, step: int, levels: int, nodes: float, drafted: float | None = None
+    ) -> tuple[float, float]:
+        """A recorded step, had it been another one, see `predicted`; what of it is drafting."""
         batch, context = int(self.batch[step]), float(self.context[step])
-        before = self.predicted(batch, *was, context)
-        return ms * self.predicted(batch, levels, nodes, context) / before if before > 0 else ms
+        was, ms = float(self.nodes[step]), float(self.ms[step])
+        before, _ = self.predicted(batch, int(self.levels[step]), was, context)
+        after, drafting = self.predicted(batch, levels, nodes, context, drafted)
+        alike = min(levels, nodes) == min(self.levels[step], was) and nodes == was
+        same = alike and drafted in (None, nodes)
+        scale = ms / before if before > 0 else 0.0
+        return (ms if same or before <= 0 else after * scale), drafting * scale

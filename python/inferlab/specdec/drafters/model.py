@@ -126,7 +126,7 @@ class ModelDrafter(Drafter):
             return None
         if logits.shape[-1] < vocab or ground.sampling.changes_logits:
             return None
-        if judge is not None and not isinstance(judge, _C.planner.Planner):
+        if judge is not None and not isinstance(judge, _C.planner.Judge):
             return None
         tokens = torch.empty((len(batch), shape.num_nodes), dtype=torch.int32)
         tokens[:, 0] = ground.roots
