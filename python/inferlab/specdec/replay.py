@@ -418,14 +418,11 @@ class _Run:
         steps = {-1 if part.row is None else self._step_of[part.row] for part in parts}
         step = steps.pop() if len(steps) == 1 else -1
         width = times.width([walk.nodes for walk in walks])
-        if drafted is None:
-            drafted = width
-        elif replay.trees.chain:
-            levels = min(levels, int(drafted))
+        deep = levels if drafted is None or not replay.trees.chain else min(levels, drafted)
         if self._as_recorded and step >= 0 and times.batch[step] == len(texts):
-            ms, draft_ms = times.changed(step, levels, width, drafted)
+            ms, draft_ms = times.changed(step, deep, width, drafted)
         else:
-            ms, draft_ms = times.predicted(len(texts), levels, width, context, drafted)
+            ms, draft_ms = times.predicted(len(texts), deep, width, context, drafted)
         self.result.ms += ms
         self.result.steps += 1
         lagging = step >= 0 and self.columns["step.kind"][step] == CATCHING_UP
@@ -444,7 +441,7 @@ class _Run:
 
     def _parts(
         self, texts: list[_Text], asked: Asked, levels: int, nodes: int
-    ) -> tuple[list[_Part], float | None]:
+    ) -> tuple[list[_Part], int | None]:
         """What is drafted for each text, and, where a judge saw it, for how many nodes drafting
         took its time."""
         replay = self.replay
