@@ -16,8 +16,9 @@ class Account {
  public:
   static constexpr double kFirst = 0.019;
   static constexpr double kLeast = 1.2;  // plain steps of it, however few are to come
+  static constexpr double kMost = 4;     // and however many
   static constexpr double kShare = 0.004;
-  static constexpr double kSavings = 4;
+  static constexpr double kSavings = 8;
   static constexpr double kRisk = 0.15;  // of what drafting is expected to save, may be lost first
   static constexpr double kStake = 0.5;  // of what may be lost, by one step; all of it with the
                                          // smallest drafts
@@ -33,8 +34,8 @@ class Account {
       newest = std::max(newest, request);
     }
     newest_ = newest;
-    const double first = std::clamp(kFirst * steps, kLeast, kSavings) * plain_ms;
-    ms += fresh / requests.size() * (first - ms);
+    const double first = std::clamp(kFirst * steps, kLeast, kMost) * plain_ms;
+    ms += fresh / requests.size() * std::max(first - ms, 0.0);
   }
 
   // So much is expected to be saved until a batch of that size has ended: a part of it may be lost
