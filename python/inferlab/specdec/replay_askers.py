@@ -16,12 +16,21 @@ NOTHING = (0, 0)
 
 
 class Going(NamedTuple):
-    """A text of the step to come: its number, growing in the order in which they begin, its tokens
-    so far, and how many it may still get."""
+    """A text of the step to come.
+
+    Attributes:
+        number: growing in the order in which they begin.
+        tokens: so far.
+        written: of these, those that the target chose.
+        remaining: that it may still get.
+        unread: that a draft model would first have to read.
+    """
 
     number: int
     tokens: int
+    written: int
     remaining: int
+    unread: int
 
 
 class Offered(NamedTuple):
@@ -38,17 +47,21 @@ class Asked(NamedTuple):
     """How much is to be drafted.
 
     Attributes:
+        members: for which texts, by their places; None: for all.
         judge: who is told of it meanwhile; None: nobody.
-        requests: the texts, as the judge knows them.
+        requests: these texts, as the judge knows them.
         writes: chains are drafted level by level while the judge wants more; else drafts are looked
             up, and it hears what became of them.
+        examines: when the drafter has read a text, it hears how often it would have been right.
     """
 
     levels: int
     nodes: int
+    members: Sequence[int] | None = None
     judge: Judge | None = None
     requests: Sequence[int] = ()
     writes: bool = False
+    examines: bool = False
 
     def judged(
         self, kinds: Sequence[Sequence[int]], before: Sequence[Offered]
@@ -162,9 +175,11 @@ class Controlled:
             requests,
             sum(text.tokens for text in texts) / len(texts),
             [text.remaining for text in texts],
+            [text.unread for text in texts] if self._writes else (),
             waiting=waiting,
             packs=self._packs,
             known=self._known,
+            written=[text.written for text in texts],
         )
         choice = self._controller.choose(outlook)
         levels, nodes = choice.budget
@@ -173,7 +188,10 @@ class Controlled:
         if self._tree["form"] != "chain":  # chains are as long as the controller may ask
             levels = min(levels, self._tree["levels"])
             nodes = MAX_TREE_NODES if nodes >= self._tree["nodes"] else nodes
-        return Asked(levels, nodes, choice.judge, requests, self._writes)
+        members = choice.members
+        told = requests if members is None else [requests[place] for place in members]
+        examines = self._writes and self._known.examines
+        return Asked(levels, nodes, members, choice.judge, told, self._writes, examines)
 
     def hear(self, batch: int, told: Step) -> None:
         if self._sleeps:

@@ -165,6 +165,11 @@ class Times:
         """As of one step with so many rows, each of which sees half of its text in the mean."""
         return self._costs.step.ms(batch, tokens, tokens / 2)
 
+    def drafter_reading(self, tokens: int) -> float:
+        """What a draft model takes to read so many tokens before it drafts."""
+        sizes, times = zip(*self._costs.draft.reading or ((0, 0.0),), strict=True)
+        return float(np.interp(tokens, sizes, times))
+
     def changed(
         self, step: int, levels: int, nodes: float, drafted: float | None = None
     ) -> tuple[float, float]:
