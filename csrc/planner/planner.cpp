@@ -189,12 +189,12 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   const bool tries = best == 0 && !asked;
   // What was lost says that not all that seems sure comes.
   const double debt = std::clamp(1 + account_.ms / (kDebt * plain), 0.0, 1.0);
-  const double sure = debt * prospects.sure(count);
+  const double certainty = prospects.certainty(outlook, members);
+  const double sure = debt * Prospects::sure(certainty, count);
   double loss = 0;
   if (!asked) {
     const double saved = plain - found.ms[best] / (1 + found.gains[best]);
-    account_.expect(saved * largest(outlook.remaining, kSome), size,
-                    prospects.acceptance.certainty());
+    account_.expect(saved * largest(outlook.remaining, kSome), size, certainty);
     int needed = 1;  // the smallest that will do
     if (tries) {
       best = smallest_worth_trying(found);
@@ -255,7 +255,7 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
     return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
   }
-  return cost * (1 - sure) <= account_.ms && covered(best, 1, found, prospects_->sure(size), 0) > 0;
+  return cost * (1 - sure) <= account_.ms && covered(best, 1, found, Prospects::sure(sure, size), 0) > 0;
 }
 
 // What is learnt from steps.
@@ -416,7 +416,7 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
     const double cost = times_.read(reading + tokens) - times_.read(reading);
     const int to_come = outlook.remaining.empty() ? kSome : outlook.remaining[i];
     const bool pays = saved * to_come / gain >= kReturn * cost;
-    if (examines && cost <= kExamCost * found.plain && !(pays && sure >= kFairly)) {
+    if (examines && (pays || cost <= kExamCost * found.plain) && !(pays && sure >= kFairly)) {
       // Reading it tells of it, once there is something to tell of.
       if (outlook.written[i] < kExam) {
         const int left = kExam - outlook.written[i];

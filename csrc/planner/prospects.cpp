@@ -67,9 +67,15 @@ double Prospects::own_share(const Outlook& outlook) const {
   return std::min(std::max((all - one) / (size - 1), 0.0) * size / all, 1.0);
 }
 
-double Prospects::sure(int sequences) const {
-  const double known = acceptance.certainty();
-  return known * (1 - (1 - known) / std::sqrt(std::max(sequences, 1)));
+double Prospects::certainty(const Outlook& outlook, const std::vector<int>& members) const {
+  double unknown = 0;
+  for (const int place : members) unknown += 1 - acceptance.known(outlook.requests[place]);
+  if (!members.empty()) unknown /= static_cast<double>(members.size());
+  return 1 - (1 - acceptance.certainty()) * unknown;
+}
+
+double Prospects::sure(double certainty, int sequences) {
+  return certainty * (1 - (1 - certainty) / std::sqrt(std::max(sequences, 1)));
 }
 
 }  // namespace inferlab::planner

@@ -64,10 +64,12 @@ class Prospects {
   Rates rates(const Outlook& outlook, const std::vector<int>& members);
   // Of a plain step's time, what it takes for single sequences; 1 where each token counts.
   double own_share(const Outlook& outlook) const;
-  // How much of what is to be expected of a step is sure to come: the more is known of the drafter,
-  // and the more sequences there are to make up for each other's luck. One that is well known is
-  // worth it on average, whatever a single sequence's luck.
-  double sure(int sequences) const;
+  // In [0, 1): how much is known of the drafter, and of what it does for these texts, by place.
+  double certainty(const Outlook& outlook, const std::vector<int>& members) const;
+  // How much of what is to be expected of a step is sure to come: the more is known, and the more
+  // sequences there are to make up for each other's luck. What is well known is worth it on
+  // average, whatever a single sequence's luck.
+  static double sure(double certainty, int sequences);
 
   std::vector<int> nodes;  // by rung
   Acceptance acceptance;
