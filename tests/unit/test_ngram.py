@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -251,6 +252,50 @@ def test_drafts_of_a_batch_are_the_best_nodes_of_each(together, corpus, branches
             assert depths[row] == max(levels)
         own = [parents[row, 1:count].tolist() for row, count in enumerate(counts)]
         assert is_chain == all(of == list(range(len(of))) for of in own)
+
+
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_judge_hears_how_far_texts_went_along_all_that_was_offered(branches, seed):
+    """Whatever was kept of it, and also where some steps were drafted by nobody."""
+    rng = random.Random(seed)
+    lookup = _C.PromptLookup(None, branches, 1, UNBOUNDED, 2)
+    text = [rng.randint(0, 2) for _ in range(4)]
+    offered: tuple[int, list[int], list[int]] | None = None  # length then, its parents, its kinds
+
+    class Judge:
+        def followed(self, requests, kinds, accepted):
+            self.told = kinds[0], accepted[0]
+
+        def keep(self, requests, kinds):
+            self.offered = kinds[0]
+            return [rng.randint(0, len(of)) for of in kinds]
+
+    for _ in range(40):
+        judge = Judge()
+        lookup.draft([1], [text], 4, 9, judge)
+        walk: list[int] = []
+        known: list[int] = []
+        if offered is not None:
+            length, tokens, parents, known = offered
+            at = 0
+            for token in text[length:]:
+                below = [n for n in range(1, len(tokens)) if parents[n] == at]
+                at = next((n for n in below if tokens[n] == token), -1)
+                if at < 0:
+                    break
+                walk.append(at)
+            else:  # the text has not come further
+                known = known[
+                    : next((n - 1 for n in range(1, len(tokens)) if parents[n] == at), 99)
+                ]
+        assert judge.told == (known, walk)
+        tokens, parents, _, worth = _C.draft_trie(
+            automaton_of(text), None, (0, 0), 4, branches, 1, UNBOUNDED, 2, 9
+        )
+        assert judge.offered == kinds_of(worth[1:])
+        offered = len(text), tokens, parents, judge.offered
+        text = text + [rng.randint(0, 2) for _ in range(rng.choice((1, 1, 2, 6)))]
 
 
 def batch_of(*prompts):

@@ -19,7 +19,7 @@ from inferlab.specdec.controllers import AdaptiveController
 from inferlab.specdec.costs import CostModel, DraftCosts, StepCosts
 from inferlab.specdec.cuts import Rule
 from inferlab.specdec.planner import CostController
-from inferlab.specdec.recorded import FIRST, read_recording
+from inferlab.specdec.recorded import FIRST, NO_KIND, read_recording
 from inferlab.specdec.replay import Replay
 from inferlab.specdec.replay_askers import Always, Controlled
 from inferlab.specdec.tree import Budget
@@ -237,6 +237,77 @@ def test_a_controller_hears_of_its_steps_what_the_engine_would_tell(target, tmp_
         assert mine.accepted == true.accepted
         assert mine.depths == true.depths
         assert mine.step_ms == pytest.approx(true.step_ms, rel=0.5, abs=5)
+
+
+class Choosy(Watching):
+    """Has drafted, and keeps, what is surer than a kind."""
+
+    max_k = 8
+
+    def __init__(self, least):
+        super().__init__()
+        self.least = least
+        self.told = []
+
+    def choose(self, outlook):
+        return Choice(Budget(8, 8), judge=self)
+
+    def examined(self, requests, sure, right):
+        return True
+
+    def followed(self, requests, kinds, accepted):
+        self.told += [(list(k), list(a)) for k, a in zip(kinds, accepted, strict=True) if k]
+
+    def goes_on(self, requests, kinds):
+        return max(kinds) >= self.least
+
+    def keep(self, requests, kinds):
+        return [sum(kind >= self.least for kind in of) for of in kinds]
+
+
+@pytest.mark.parametrize("draft_mode", ["vanilla", "ngram"])
+@pytest.mark.parametrize("least", [2, 5, 9])
+def test_judges_see_in_a_replay_what_they_see_in_the_engine(target, tmp_path, draft_mode, least):
+    settings = {"temperature": 0.8, "max_tokens": 60}
+    _, recording = record(tmp_path / "a", draft_mode, target, k=8, **settings)
+    real = Choosy(least)
+    _, other = record(tmp_path / "b", draft_mode, target, controller=real, **settings)
+    replay = Replay(recording)
+    again = Choosy(least)
+    replayed = replay.run(Controlled(again, replay.about))
+    truth, found = walks(Replay(other).recorded()), walks(replayed)
+    common = found.keys() & truth.keys()
+    assert len(common) > 0.25 * len(truth)
+    assert {at: found[at] for at in common} == {at: truth[at] for at in common}
+    assert len(again.heard) == pytest.approx(len(real.heard), rel=0.1)
+    rows, expected = (sum(step.rows for step in of.heard) for of in (again, real))
+    assert rows == pytest.approx(expected, rel=0.1)
+    if draft_mode == "ngram":
+        assert len(again.told) == pytest.approx(len(real.told), rel=0.2)
+        assert all(len(accepted) <= len(kinds) for kinds, accepted in again.told)
+
+
+def test_a_drafter_that_says_nothing_of_its_nodes_has_no_judge(target, tmp_path):
+    _, recording = record(tmp_path, "eagle", target)
+    assert np.all(recording.columns["node.kind"] == NO_KIND)
+    assert Replay(recording).stand_ins == []
+
+
+def test_a_controller_that_sleeps_is_not_asked(target, tmp_path):
+    class Sleepy(Watching):
+        def choose(self, outlook):
+            super().choose(outlook)
+            return Choice(Budget(0, 0), steps=4)
+
+        def rested(self, batch_size, steps_ms, heard):
+            self.heard += [batch_size] * len(steps_ms)
+
+    _, recording = record(tmp_path, "vanilla", target, prompts=PROMPTS[:1], max_tokens=41)
+    replay = Replay(recording)
+    asker = Sleepy()
+    assert replay.run(Controlled(asker, replay.about)).steps == 41
+    assert len(asker.asked) == 10, "of forty steps behind the first token"
+    assert len(asker.heard) == 40
 
 
 def test_the_cost_controller_runs_on_the_virtual_clock(target, tmp_path):

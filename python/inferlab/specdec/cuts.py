@@ -381,7 +381,7 @@ def _with_inner_rows(
 
     Args:
         walks: [rows, S], of trees; None: they are chains.
-        by_text: the drafter is as sure of a path's rest as of the whole, but for its beginning.
+        by_text: of the drafter, see above.
 
     Returns:
         Columns; of each row the recorded one that it is or is in, and how far behind its root.
@@ -415,11 +415,17 @@ def _with_inner_rows(
     more["node.parent"] = np.maximum(own - 1, 0)
     roots = np.repeat(more["node.rank"][own == 0].astype(np.int64), left)
     more["node.rank"] = more["node.rank"].astype(np.int64) - roots
-    if by_text:
-        sure = np.array([*SURE, *[1.0] * (1 + NO_KIND - len(SURE))])[more["node.kind"]]
-        rest = sure / np.repeat(sure[own == 0], left)
-        kinds = kinds_of_logs(np.log(rest))
-        more["node.kind"] = np.where(more["node.kind"] == NO_KIND, NO_KIND, kinds)
+    told = more["node.kind"] != NO_KIND
+    if walks is None and np.any(told):
+        sure = np.array([*SURE, *[1.0] * (1 + NO_KIND - len(SURE))])
+        if by_text:  # as sure of a path's rest as of the whole, but for its beginning
+            kinds = more["node.kind"]
+            chances = sure[kinds] / np.repeat(sure[kinds[own == 0]], left)
+        else:  # as long a match as made the first node so likely, which has grown since
+            first = np.repeat(sure[c["node.kind"][(np.cumsum(sizes) - sizes)[row] + 1]], left)
+            match = first / (1 - first) + np.repeat(ahead, left)
+            chances = match / (match + np.maximum(own, 1))
+        more["node.kind"] = np.where(told, kinds_of_logs(np.log(chances)), NO_KIND)
     joined = {name: np.concatenate([c[name], values]) for name, values in more.items()}
     origin = np.concatenate([np.arange(rows), row])
     return {**c, **joined}, origin, np.concatenate([np.zeros(rows, np.int64), ahead])

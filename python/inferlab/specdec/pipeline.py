@@ -124,6 +124,15 @@ class SpeculativePipeline:
             raise TypeError(f"policy is {policy!r}; it must be a name or a Policy")
         if controller is not None and not isinstance(controller, (str, Controller)):
             raise TypeError(f"controller is {controller!r}; it must be a name or a Controller")
+        for key, name, loaded in (
+            ("target", "base_model", target),
+            ("draft", "draft_model", draft),
+        ):
+            if loaded is not None and not isinstance(loaded, TargetModel):
+                raise TypeError(
+                    f"{key} is {loaded!r}; it must be a loaded model, such as HFModel.load gives: "
+                    f"names and directories are {name}"
+                )
         overrides.update(
             base_model=os.fspath(base_model) if base_model is not None else None,
             draft_model=os.fspath(draft_model) if draft_model is not None else None,

@@ -126,6 +126,7 @@ class _Part(NamedTuple):
         cut: of all rows, what is verified.
         levels: that were asked for.
         drafts: the drafter was asked.
+        judged: a judge said how much of it is verified.
         came_true: whether the best node that is not verified would have been accepted.
     """
 
@@ -134,6 +135,7 @@ class _Part(NamedTuple):
     cut: Rows
     levels: int
     drafts: bool = False
+    judged: bool = False
     came_true: bool | None = None
 
 
@@ -348,7 +350,7 @@ class Run:
                 ends = cut.accepted[like] < count or further.exact[like]
                 came_true = further.accepted[like] > count if ends else None
             row = like if rows[place] == like else None
-            parts[place] = _Part(row, like, cut, levels, True, came_true)
+            parts[place] = _Part(row, like, cut, levels, True, True, came_true)
         return parts, drafted
 
     def _like(self, row: int | None, whole: Rows, writes: bool) -> int:
@@ -398,6 +400,8 @@ class Run:
             return walk
         whole = self.replay.trees.chain or self._step_of[row] >= 0
         exact = cut.exact[row] and not remembered
+        if part.judged and self._step_of[row] < 0:
+            exact = False  # how sure the drafter would be there is estimated
         self._changed = self._changed or not cut.same[row]
         emitted = cut.emitted[row] if exact else cut.expected[row]
         accepted = cut.accepted[row]
