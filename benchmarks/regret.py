@@ -6,9 +6,7 @@
 Of each drafter every request is recorded with full drafts (`record=`) and decoded again on a
 virtual clock, by `inferlab.specdec.replay`: with each fixed K from 0 (plain decoding) on, and by
 the controller ``cost``, which goes on from request to request and knows nothing at the first. The
-oracle takes the quickest K of each request. A replayed controller knows drafts by their ranks
-alone, so the real one has more to go by. The bundled pair is measured where no other
-is given.
+oracle takes the quickest K of each request. The bundled pair is measured where no other is given.
 """
 
 from __future__ import annotations
