@@ -131,7 +131,7 @@ def test_what_is_written_to_a_bias_later_counts(quantization):
 
 def test_a_packed_module_takes_what_a_linear_one_takes():
     linear = nn.Linear(40, 20)
-    packed = QuantizedLinear(linear, "int8")
+    packed = QuantizedLinear.of(linear, "int8")
     for x in (torch.randn(0, 40), torch.randn(2, 0, 40), torch.randn(40, 6).t(), torch.randn(40)):
         out = packed(x)
         assert out.shape == linear(x).shape
@@ -141,7 +141,7 @@ def test_a_packed_module_takes_what_a_linear_one_takes():
     assert packed.half().weight.dtype == torch.float16
     with torch.no_grad():
         linear.weight[0, 0] = -65504
-    assert QuantizedLinear(linear.half(), "int4").weight.isfinite().all()
+    assert QuantizedLinear.of(linear.half(), "int4").weight.isfinite().all()
 
 
 def test_a_model_that_cannot_be_packed_stays_as_it_was():

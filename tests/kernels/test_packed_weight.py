@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from helpers.isas import ISAS
 from inferlab import _C, kernels
+from inferlab.kernels import pack, unpack
 from inferlab.kernels.fallback.layer import packed_linear as by_torch
-from inferlab.kernels.packed_weight import lay_out
+from inferlab.kernels.packed_weight import _rounded, _scales, lay_out
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -151,6 +152,51 @@ def test_a_scale_of_4_bits_leaves_less_error_than_the_largest_element_would():
     plain = ((groups / scale).round() * scale).view(64, 256)
     best = (kernels.unpack(packed) - weight).square().sum()
     assert best < 0.95 * (plain - weight).square().sum()
+
+
+def slow_compensated(weight: torch.Tensor, moments: torch.Tensor, bits: int, group: int):
+    """GPTQ as it is defined: after each input the rest is the best answer to all errors so far."""
+    rest, inputs = weight.double().clone(), weight.shape[1]
+    h = moments.double()
+    h = h + torch.eye(inputs) * 0.01 * h.diagonal().mean()
+    q = torch.zeros_like(rest)
+    whole = _scales(weight[:, None], bits)
+    for i in range(inputs):
+        if i % group == 0:
+            scale = whole if bits == 8 else _scales(rest[:, None, i : i + group].float(), bits)
+        q[:, i] = _rounded(rest[:, i, None, None].float(), scale, bits)[:, 0, 0]
+        q[:, i] *= scale[:, 0].double()
+        error = rest[:, i] - q[:, i]
+        if i + 1 < inputs:  # argmin of the product's error over what is still free
+            rest[:, i + 1 :] += error[:, None] * torch.linalg.solve(
+                h[i + 1 :, i + 1 :], h[i + 1 :, i]
+            )
+    return q
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32)])
+@pytest.mark.parametrize("inputs", [64, 128])
+def test_roundings_make_up_for_each_other(bits, group, inputs):
+    torch.manual_seed(0)
+    weight = torch.randn(24, inputs)
+    x = torch.randn(400, inputs) @ torch.randn(inputs, inputs)
+    moments = x.T @ x
+    packed = unpack(pack(weight, bits, group, moments))
+    slow = slow_compensated(weight, moments, bits, group)
+    assert (packed.double() - slow).abs().mean() < 0.02 * (slow - weight).abs().mean()
+
+    def error(w):
+        return float((x @ (w - weight).T).square().mean())
+
+    assert error(packed) < 0.8 * error(unpack(pack(weight, bits, group)))
+
+
+def test_inputs_that_were_never_seen_are_rounded_to_nearest():
+    weight, moments = torch.randn(16, 40), torch.zeros(40, 40)
+    assert torch.equal(pack(weight, 4, 32, moments).data, pack(weight, 4, 32).data)
+    for wrong in (torch.zeros(40, 39), torch.full((40, 40), torch.nan)):
+        with pytest.raises(ValueError, match=r"moments must be \[40, 40\], of finite numbers"):
+            pack(weight, 4, 32, wrong)
 
 
 def test_what_cannot_be_packed_or_multiplied_is_refused():

@@ -21,6 +21,7 @@ COMMANDS = {
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",
     "replay": "evaluate other settings on recorded steps, without models",
+    "quantize": "pack a model's weights in 8 or 4 bits, as a directory of its own",
     "calibrate": "measure acceptance, for optimal trees",
     "schema": "the JSON schema of what a command prints with --json",
     "doctor": "what is built in, what this machine offers, what is missing",

@@ -10,6 +10,7 @@ OUTPUTS = 16  # of a tile
 BITS = (8, 4)
 GROUPS = (32, 64, 128)
 SMALLEST = 1e-37  # scale whose inverse is finite; what is smaller is 0
+DAMPING = 0.01  # of the mean second moment, so that moments can be inverted
 ROWS_AT_ONCE = 512  # outputs that are widened to fp32 together
 
 
@@ -36,17 +37,22 @@ class PackedWeight(NamedTuple):
         return 1 if self.bits == 8 else -(-self.in_features // self.group)
 
 
-def pack(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
-    """Rounds a weight to nearest, with the scales (bf16) that leave the least squared error.
+def pack(
+    weight: torch.Tensor, bits: int, group: int = 32, moments: torch.Tensor | None = None
+) -> PackedWeight:
+    """Rounds a weight, with the scales (bf16) that leave the least squared error of its elements.
 
     Args:
         weight: [out, in], floating point.
         bits: 8 or 4.
         group: 32, 64 or 128.
+        moments: [in, in], the sum of x x^T over inputs. With it inputs are rounded one after the
+            other, and those behind make up for the error that each leaves in the product (GPTQ,
+            Frantar et al., 2022); None: each to nearest.
 
     Raises:
-        ValueError: another number of bits or size of groups, or a weight that is no matrix of
-            finite numbers.
+        ValueError: another number of bits or size of groups, a weight that is no matrix of finite
+            numbers, or moments that are none of it.
     """
     if bits not in BITS:
         raise ValueError(f"bits is {bits}; it must be 8 or 4")
@@ -57,20 +63,81 @@ def pack(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
     if not weight.is_floating_point():
         raise ValueError(f"weight has dtype {weight.dtype}; it must be of floating point")
     outputs, inputs = weight.shape
-    parts = [_packed(part, bits, group) for part in weight.detach().split(ROWS_AT_ONCE)]
+    follow = None
+    if moments is not None:
+        if moments.shape != (inputs, inputs) or not bool(moments.isfinite().all()):
+            raise ValueError(f"moments must be [{inputs}, {inputs}], of finite numbers")
+        follow = _what_follows(moments, -inputs % group)
+    parts = [_packed(part, bits, group, follow) for part in weight.detach().split(ROWS_AT_ONCE)]
     return PackedWeight(torch.cat(parts), bits, group, outputs, inputs)
 
 
-def _packed(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+def packed_sizes(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
+    """What `pack` would give, not filled, on the weight's device."""
+    outputs, inputs = weight.shape
+    padded = -(-inputs // group) * group
+    scales = 1 if bits == 8 else padded // group
+    size = -(-scales * OUTPUTS * 2 // 64) * 64 + padded * OUTPUTS * bits // 8
+    data = weight.new_empty((-(-outputs // OUTPUTS), size), dtype=torch.uint8)
+    return PackedWeight(data, bits, group, outputs, inputs)
+
+
+def _packed(
+    weight: torch.Tensor, bits: int, group: int, follow: torch.Tensor | None
+) -> torch.Tensor:
     """The tiles of some outputs, whole ones but for the last."""
     wide = weight.float()
     if not bool(wide.isfinite().all()):
         raise ValueError("weight has NaN or infinite elements; they cannot be rounded")
     wide = torch.nn.functional.pad(wide, (0, -wide.shape[1] % group, 0, -len(wide) % OUTPUTS))
     groups = wide.view(len(wide), 1 if bits == 8 else -1, wide.shape[1] if bits == 8 else group)
+    if follow is None:
+        scales = _scales(groups, bits)
+        q = _rounded(groups, scales, bits).view(wide.shape)
+    else:
+        q, scales = _compensated(groups, bits, group, follow)
+    return lay_out(q + 2 ** (bits - 1), scales, bits)
+
+
+def _what_follows(moments: torch.Tensor, padding: int) -> torch.Tensor:
+    """[in, in] fp32, upper triangular: row i, over its diagonal, is what a unit of error in input i
+    asks of those behind it. The Cholesky factor of the inverse of the moments."""
+    wide = moments.double()
+    diagonal = wide.diagonal().clone()
+    mean = float(diagonal.mean())
+    unseen = diagonal <= 0
+    wide = wide + torch.diag(torch.where(unseen, mean or 1.0, DAMPING * mean))
+    factor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(wide)), upper=True
+    ).float()
+    whole = torch.eye(len(factor) + padding)
+    whole[: len(factor), : len(factor)] = factor
+    return whole
+
+
+def _compensated(
+    groups: torch.Tensor, bits: int, group: int, follow: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q - zero [out, in], as floats, and scales [out, S]."""
+    rest = groups.flatten(1).clone()
+    q = torch.empty_like(rest)
     scales = _scales(groups, bits)
-    q = _rounded(groups, scales, bits).view(wide.shape) + 2 ** (bits - 1)
-    return lay_out(q, scales, bits)
+    for start in range(0, rest.shape[1], group):
+        stop = start + group
+        if bits == 8:
+            scale = scales
+        else:  # of what the inputs before left of it
+            scale = _scales(rest[:, None, start:stop], bits)
+            scales[:, start // group] = scale[:, 0]
+        errors = torch.empty_like(rest[:, start:stop])
+        for i in range(start, stop):
+            column = rest[:, i, None, None]
+            q[:, i] = _rounded(column, scale, bits)[:, 0, 0]
+            left = (rest[:, i] - q[:, i] * scale[:, 0].float()) / follow[i, i]
+            rest[:, i:stop] -= left[:, None] * follow[i, i:stop]
+            errors[:, i - start] = left
+        rest[:, stop:] -= errors @ follow[start:stop, stop:]
+    return q, scales
 
 
 def lay_out(q: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:

@@ -21,6 +21,8 @@ from inferlab.models.architecture import check_config
 from inferlab.models.assets import resolve_model_path
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import check_file
+from inferlab.models.packed_checkpoint import PackedConfig, checksum
+from inferlab.models.quantized import check_format
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +110,18 @@ def load(
 
         parameters = count_parameters(config, trust_remote_code)
         chosen, why = choose_dtype(wanted_dtype, config, parameters, target_device)
-        _check_memory(name, parameters, chosen, max_memory_mb)
+        packed = _packed_as(name, config, target_device)
+        if packed is None:
+            _check_memory(name, parameters, chosen, max_memory_mb)
         if isinstance(source, Path):
             _check_weight_files(name, source, allow_pickle)
+            files = _safetensors_files(name, source)
         else:
-            for file in _cached_safetensors(name, source):
+            files = _cached_safetensors(name, source)
+            for file in files:
                 _check_safetensors(name, file)
+        if packed is not None:
+            _check_packed(name, packed, files, max_memory_mb)
 
         _check_generation_config(name, source)
         tokenizer = _load_tokenizer(name, source, **common)
@@ -208,6 +216,35 @@ def _check_memory(name: str, parameters: int, dtype: torch.dtype, limit_mb: floa
             f"{needed_mb:.0f} MB, over max_memory_mb = {limit_mb:g}; raise it, use a smaller model "
             "or a 16-bit dtype"
         )
+
+
+def _packed_as(name: str, config: Any, device: torch.device) -> PackedConfig | None:
+    """How a checkpoint's weights are packed; None: they are not, as far as inferlab knows."""
+    try:
+        packed = PackedConfig.of(config)
+    except ValueError as error:
+        raise ModelLoadError(f"{name}: {error}") from None
+    if packed is not None:
+        check_format(packed.format, device)
+    return packed
+
+
+def _check_packed(
+    name: str, packed: PackedConfig, files: Sequence[Path], limit_mb: float | None
+) -> None:
+    """Refuses packed weights that are not as they were written, or too large."""
+    size_mb = sum(file.stat().st_size for file in files) / 2**20
+    if limit_mb is not None and size_mb > limit_mb:
+        raise ModelTooLargeError(
+            f"{name}: {size_mb:.0f} MB of {packed.format} weights, over max_memory_mb = "
+            f"{limit_mb:g}; raise it, or use a smaller model"
+        )
+    for file in files:
+        if checksum(file) != packed.sha256.get(file.name):
+            raise ModelLoadError(
+                f"{name}: {file} is damaged: it is not the file that was packed; get it again, or "
+                "make it anew with inferlab quantize"
+            )
 
 
 def _check_weight_files(name: str, directory: Path, allow_pickle: bool) -> None:

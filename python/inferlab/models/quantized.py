@@ -6,6 +6,7 @@ A quantised target is a target of its own: speculation is exact against its own 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from inferlab.kernels import PackedWeight, pack, packed_linear, unpack
+from inferlab.kernels import PackedWeight, pack, packed_linear, packed_sizes, unpack
+from inferlab.models.linear_inputs import Inputs
 
 FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 64), "int4": (4, 32)}
 """Bits of a weight, and how many inputs are rounded together."""
@@ -21,29 +23,43 @@ HEAD_FORMAT = "int8"  # what 4 bits leave of an output head is too little
 
 
 class QuantizedLinear(nn.Module):
-    """``x @ weight.T + bias`` with a packed weight; made of an ``nn.Linear``, or of a ``Conv1D``,
-    which GPT-2 calls the same with a transposed weight, on a CPU.
+    """``x @ weight.T + bias`` with a packed weight, on a CPU.
+
+    Args:
+        packed: the weight.
+        bias: [out] or None.
+        dtype: of the model.
 
     Attributes:
         data: the packed weight's bytes, a buffer.
-        bias: as it was, or None.
         num_parameters: of the weight.
     """
 
     data: torch.Tensor
     like: torch.Tensor
 
-    def __init__(self, source: nn.Linear | Conv1D, quantization: str) -> None:
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
-        bits, group = FORMATS[quantization]
-        packed = pack(source.weight.t() if type(source) is Conv1D else source.weight, bits, group)
         self.out_features, self.in_features = packed.out_features, packed.in_features
-        self.bits, self.group = bits, group
-        self.num_parameters = source.weight.numel()
+        self.bits, self.group = packed.bits, packed.group
+        self.num_parameters = packed.out_features * packed.in_features
         self.register_buffer("data", packed.data)
         # What `half`, `to` and the like make of it is the dtype of the rest.
-        self.register_buffer("like", source.weight.detach().new_empty(0), persistent=False)
-        self.bias = source.bias
+        like = torch.empty(0, dtype=dtype, device=packed.data.device)
+        self.register_buffer("like", like, persistent=False)
+        self.bias = bias
+
+    @classmethod
+    def of(
+        cls, source: nn.Linear | Conv1D, quantization: str, moments: torch.Tensor | None = None
+    ) -> QuantizedLinear:
+        """Packs the weight of an ``nn.Linear``, or of a ``Conv1D``, which GPT-2 calls the same with
+        a transposed weight; see `inferlab.kernels.pack`. On the meta device sizes alone."""
+        weight = source.weight.t() if type(source) is Conv1D else source.weight
+        bits, group = FORMATS[quantization]
+        if weight.is_meta:
+            return cls(packed_sizes(weight, bits, group), source.bias, weight.dtype)
+        return cls(pack(weight, bits, group, moments), source.bias, weight.dtype)
 
     @property
     def packed(self) -> PackedWeight:
@@ -67,11 +83,22 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-def quantize(model: PreTrainedModel, quantization: str) -> None:
+def quantize(
+    model: PreTrainedModel,
+    quantization: str,
+    calibration: Sequence[Sequence[int]] = (),
+    advance: Callable[[int], None] = lambda modules: None,
+) -> None:
     """Packs the weights of all linear modules in place, one after the other.
 
     The embedding stays as it is; an output head that shares its weight gets one of its own, which
     has 8 bits in every format.
+
+    Args:
+        quantization: of `FORMATS`.
+        calibration: texts, token ids each. With them roundings make up for each other's errors on
+            these texts; without, each weight is rounded to nearest.
+        advance: called with the number of modules that were packed since it was called last.
 
     Raises:
         ValueError: an unknown format; a model that is not on a CPU, is packed already, has no
@@ -80,34 +107,57 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
     check_format(quantization, model.device)
     if known := getattr(model, "inferlab_quantization", None):
         raise ValueError(f"quantization is {quantization!r}, but the model is {known} already")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) in (nn.Linear, Conv1D)
-    ]
     for name, module in model.named_modules():
         if type(module) in (nn.Linear, Conv1D) and not bool(module.weight.isfinite().all()):
             raise ValueError(
                 f"{name} has weights that are NaN or infinite; they cannot be rounded to "
                 f"{quantization}: mend the checkpoint, or leave quantization out"
             )
-    if not found:
+    inputs = Inputs(model, calibration) if calibration else None
+    if not replace_linears(model, quantization, inputs, advance):
         raise ValueError(
             f"quantization is {quantization!r}, but {type(model).__name__} has no linear modules "
             "to be packed; leave it out"
         )
-    uses = Counter(id(weight) for weight in (embedding.weight, *(c.weight for *_, c in found)))
-    while found:  # and each weight is let go of when it is packed
-        parent, name, child = found.pop()
-        packed = QuantizedLinear(child, HEAD_FORMAT if child is head else quantization)
-        uses[id(child.weight)] -= 1
-        if uses[id(child.weight)] > 0:
-            packed.num_parameters = 0  # they are the embedding's, or another module's
-        setattr(parent, name, packed)
-    model.config.tie_word_embeddings = False  # the head has a weight of its own now
-    model.inferlab_quantization = quantization
+
+
+def replace_linears(
+    model: PreTrainedModel,
+    quantization: str,
+    inputs: Inputs | None = None,
+    advance: Callable[[int], None] = lambda modules: None,
+) -> bool:
+    """Puts a `QuantizedLinear` in the place of each linear module; whether there were any."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    places = {
+        child: (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) in (nn.Linear, Conv1D)
+    }
+    uses = Counter(id(weight) for weight in (embedding.weight, *(c.weight for c in places)))
+    found = bool(places)
+    for part in [list(places)] if inputs is None else inputs.in_parts(list(places)):
+        moments = {} if inputs is None else inputs.moments(part)
+        while part:  # each weight is let go of when it is packed
+            child = part.pop()
+            parent, name = places.pop(child)
+            format_ = HEAD_FORMAT if child is head else quantization
+            packed = QuantizedLinear.of(child, format_, moments.pop(child, None))
+            uses[id(child.weight)] -= 1
+            if uses[id(child.weight)] > 0:
+                packed.num_parameters = 0  # they are the embedding's, or another module's
+            setattr(parent, name, packed)
+            advance(1)
+    if found:
+        model.config.tie_word_embeddings = False  # the head has a weight of its own now
+        model.inferlab_quantization = quantization
+    return found
+
+
+def linear_modules(model: nn.Module) -> list[nn.Linear | Conv1D]:
+    """Those whose weights can be packed."""
+    return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
 
 
 def check_format(quantization: str, device: torch.device) -> None:

@@ -189,7 +189,7 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> Generator[Emission]:
         """Runs requests and yields what they get, as it comes; closing the iterator aborts the
         rest. Raises as `generate` does."""
-        return self._turns.run(requests)
+        yield from self._turns.run(requests)
 
     def generate(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
@@ -24,13 +25,19 @@ class Turns:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine_ref = weakref.ref(engine)  # whose cache is large: it goes when nobody has it
         self._process = os.getpid()
         self._changed = threading.Condition()
         self._stepping = False
         self._new: list[Request] = []  # to be added before the next step
         self._ended: list[tuple[Request, str]] = []  # to be aborted before the next step
         self._inboxes: dict[Request, deque[Emission]] = {}
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._engine_ref()
+        assert engine is not None, "the engine runs its turns"
+        return engine
 
     def run(self, requests: Sequence[Request]) -> Generator[Emission]:
         """Runs requests and yields what they get, as it comes; closing it aborts the rest.

@@ -1,0 +1,126 @@
+"""Packed models on disk, in the layout of Hugging Face, so that `from_pretrained` reads them.
+
+``config.json`` has a ``quantization_config``: ``quant_method`` "inferlab", ``format`` (see
+`inferlab.models.quantized`), ``version`` of this layout, ``tied``: the head's weight was the
+embedding's, and ``sha256`` of each file of weights, which are safetensors. In these a packed weight
+is ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says; all else is as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from inferlab.models.quantized import FORMATS, QuantizedLinear, replace_linears
+
+METHOD = "inferlab"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``config.json`` says of packed weights.
+
+    Raises:
+        ValueError: a version or a format that is not known here.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        version: int = VERSION,
+        tied: bool = False,
+        sha256: dict[str, str] | None = None,
+        **others: Any,
+    ) -> None:
+        if version != VERSION:
+            raise ValueError(
+                f"the weights are packed in version {version} of the layout, and this inferlab "
+                f"reads version {VERSION}: load them with the inferlab that wrote them, or run "
+                "inferlab quantize again"
+            )
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}; known are {', '.join(map(repr, FORMATS))}")
+        self.quant_method = METHOD
+        self.format, self.version, self.tied = format, version, tied
+        self.sha256 = sha256 or {}
+
+    @classmethod
+    def of(cls, config: Any) -> PackedConfig | None:
+        """That of a model's config; None where nothing is packed so."""
+        packed = getattr(config, "quantization_config", None)
+        packed = packed.to_dict() if isinstance(packed, PackedConfig) else packed
+        if not isinstance(packed, dict) or packed.get("quant_method") != METHOD:
+            return None
+        try:
+            return cls(**packed)
+        except TypeError as error:
+            raise ValueError(f"its quantization_config cannot be read: {error}") from None
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Reads weights that are packed already."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        replace_linears(model, self.quantization_config.format)
+        head = model.get_output_embeddings()
+        if self.quantization_config.tied and isinstance(head, QuantizedLinear):
+            head.num_parameters = 0
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """They are written as they were read."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Not through `from_pretrained`'s own ways."""
+        return False
+
+
+def save_packed(model: PreTrainedModel, tokenizer: Any, folder: Path, *, tied: bool) -> None:
+    """Writes a packed model, whole or not at all.
+
+    Args:
+        folder: that does not exist, or is empty.
+        tied: the head's weight was the embedding's before it was packed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    format_: str = model.inferlab_quantization  # type: ignore[assignment]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        sums = {file.name: checksum(file) for file in sorted(draft.glob("*.safetensors"))}
+        config = json.loads((draft / "config.json").read_text())
+        config["quantization_config"] = PackedConfig(format_, tied=tied, sha256=sums).to_dict()
+        (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for entry in (draft, *draft.iterdir()):  # made for nobody else to read
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
+        if folder.is_dir():
+            folder.rmdir()
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
