@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,34 @@ def test_results_hold_what_they_promise(pipeline):
 def test_policies_and_controllers_of_the_wrong_type_are_refused(argument):
     with pytest.raises(TypeError, match="must be a name or a"):
         SpeculativePipeline(implementation="fake", **argument)
+
+
+@pytest.mark.parametrize(("argument", "name"), [("target", "base_model"), ("draft", "draft_model")])
+def test_a_model_given_by_name_says_which_argument_takes_names(argument, name):
+    with pytest.raises(TypeError, match=f"{argument} is 'x'; .* names and directories are {name}"):
+        SpeculativePipeline(**{argument: "x"})
+
+
+@pytest.mark.parametrize("mode", ["none", "vanilla", "ngram", "recycling", "eagle", "ensemble"])
+def test_a_dropped_pipeline_is_freed_at_once(mode):
+    """Its cache is large, and the garbage collector knows nothing of sizes."""
+    pipeline = SpeculativePipeline(draft_mode=mode, controller="fixed")
+    pipeline.generate("a", max_tokens=2)
+    kept = [weakref.ref(pipeline.engine), weakref.ref(pipeline.engine.cache)]
+    gc.collect()
+    gc.disable()
+    try:
+        del pipeline
+        assert [ref() for ref in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_stream_goes_on_without_its_pipeline():
+    stream = SpeculativePipeline(implementation="fake").stream("a b", max_tokens=20)
+    first = next(stream)
+    gc.collect()
+    assert first.text + "".join(piece.text for piece in stream)
 
 
 def test_a_config_object_stands_alone():
