@@ -199,9 +199,11 @@ class SpecdecConfig(Sampled):
     cost. ``cost_cache: false``: what steps cost is neither read from the user's cache directory nor
     kept there. ``repetition_penalty`` and ``min_new_tokens`` left out are the checkpoint's own,
     else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without
-    both it is sized for the batch. ``quantization`` and ``draft_quantization`` pack the weights of
-    the target and of the draft model when they are loaded, on a CPU. ``record`` is the directory
-    that each pipeline adds a recorded run to, for ``inferlab replay``.
+    both it is sized for the batch. ``engine`` says what runs forwards, of target and draft model:
+    ``native``, compiled calls, which is an error for models that they do not cover; ``hf``, the
+    model's own modules; ``auto``, the first that can. ``quantization`` and ``draft_quantization``
+    pack the weights of the target and of the draft model when they are loaded, on a CPU. ``record``
+    is the directory that each pipeline adds a recorded run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -250,6 +252,7 @@ class SpecdecConfig(Sampled):
     device: Device = "auto"
     force_device: Literal["cpu", "mps", "cuda"] | None = None
     dtype: Dtype = "auto"
+    engine: Literal["auto", "native", "hf"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     draft_quantization: Literal["none", "int8", "int4"] = "none"
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16
@@ -292,8 +295,12 @@ class SpecdecConfig(Sampled):
 
     @model_validator(mode="after")
     def _consistent(self) -> SpecdecConfig:
-        for key in ("quantization", "draft_quantization"):
-            if self.implementation == "fake" and getattr(self, key) != "none":
+        for key, usual in (
+            ("engine", "auto"),
+            ("quantization", "none"),
+            ("draft_quantization", "none"),
+        ):
+            if self.implementation == "fake" and getattr(self, key) != usual:
                 raise ValueError(
                     f"{key}: {getattr(self, key)!r} is not for implementation: 'fake', which has "
                     "no weights; set implementation to 'hf', or leave it out"

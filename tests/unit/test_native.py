@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from helpers.paged import ancestor_words
-from helpers.tiny_models import random_model
-from inferlab import _C
-from inferlab.models import FINAL_HIDDEN, ForwardBatch, HFModel
+from helpers.tiny_models import random_model, tiny_model
+from inferlab import _C, SpeculativePipeline, cli
+from inferlab.config import ConfigError
+from inferlab.models import FINAL_HIDDEN, ForwardBatch, HFModel, UnsupportedArchitectureError
 from inferlab.models.native import Angles
 
 VOCAB, HIDDEN = 500, 96
@@ -165,3 +167,62 @@ def test_angles_of_a_position_keep_their_bits_as_texts_grow():
     assert torch.equal(angles.sin[: Angles.AT_ONCE], before[1])
     whole = angles.of(torch.arange(1500)[None])
     torch.testing.assert_close((angles.cos, angles.sin), whole)
+
+
+# --- which engine -------------------------------------------------------------------------------
+
+
+def test_an_engine_can_be_asked_for():
+    batch = ForwardBatch(
+        torch.randint(0, VOCAB, (2, 9)), torch.arange(9).expand(2, 9),
+        torch.zeros(2, dtype=torch.int32), torch.arange(2, dtype=torch.int32)[:, None],
+    )  # fmt: skip
+    config, logits = target_of().config, {}
+    for asked, runs in (("auto", "native"), ("native", "native"), ("hf", "hf")):
+        target = HFModel(
+            random_model(config.__class__.from_dict(config.to_dict()), seed=5), engine=asked
+        )
+        assert target.engine == runs
+        logits[asked] = target.forward(batch, target.new_cache(2)).logits
+    assert torch.equal(logits["auto"], logits["native"])
+    assert torch.allclose(logits["auto"], logits["hf"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m.model.layers[1].mlp.register_forward_hook(lambda *a: None),
+         r"model\.layers\.1\.mlp is hooked, wrapped or has another forward"),
+        (lambda m: setattr(m.model.layers[0].mlp, "act_fn", torch.nn.GELU()),
+         r"model\.layers\.0\.mlp\.act_fn is a GELU"),
+        (lambda m: setattr(m.model.layers[2].self_attn, "k_proj", torch.nn.Linear(96, 32)),
+         "projections of layer 2 have different forms"),
+    ],
+)  # fmt: skip
+def test_what_the_native_engine_does_not_cover_is_said(change, why, caplog):
+    def changed():
+        model = random_model(target_of().config, seed=5)
+        change(model)
+        return model
+
+    with pytest.raises(UnsupportedArchitectureError, match=f"engine is 'native', but {why}"):
+        HFModel(changed(), engine="native")
+    with caplog.at_level("INFO"):
+        assert HFModel(changed()).engine == "hf"
+    assert re.search(f"its own modules run, since {why}", caplog.text)
+
+
+def test_families_that_the_native_engine_does_not_know_run_their_modules():
+    with pytest.raises(UnsupportedArchitectureError, match="GPT2LMHeadModel is none of LlamaFor"):
+        HFModel(tiny_model("gpt2"), engine="native")
+    assert HFModel(tiny_model("gpt2")).engine == "hf"
+    with pytest.raises(ValueError, match="engine is 'fast'; it must be one of auto, native, hf"):
+        HFModel(tiny_model("gpt2"), engine="fast")
+
+
+def test_the_flag_and_the_key(capsys):
+    assert SpeculativePipeline(engine="hf", draft_mode="none").target.engine == "hf"
+    with pytest.raises(ConfigError, match="engine: 'hf' is not for implementation: 'fake'"):
+        SpeculativePipeline(implementation="fake", engine="hf")
+    words = ["specdec", "--prompt", "a", "--max-tokens", "2", "--engine", "native"]
+    assert cli.main(words) == 0

@@ -49,6 +49,7 @@ FLAGS = {
     "--device": "device",
     "--force-device": "force_device",
     "--dtype": "dtype",
+    "--engine": "engine",
     "--quantization": "quantization",
     "--draft-quantization": "draft_quantization",
     "--max-memory-mb": "max_memory_mb",
@@ -76,6 +77,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N (auto)")
     group.add_argument("--force-device", choices=one_of("force_device"), help="beats --device")
     group.add_argument("--dtype", choices=one_of("dtype"), help="(auto)")
+    group.add_argument(
+        "--engine",
+        choices=one_of("engine"),
+        help="what runs forwards: compiled calls, or the models' own modules (auto: the first "
+        "that can)",
+    )
     group.add_argument(
         "--quantization",
         choices=one_of("quantization"),

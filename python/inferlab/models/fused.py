@@ -48,7 +48,10 @@ _PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm",
 
 
 class FusedDecoder:
-    """Runs embedding to logits of one model; made by `of`.
+    """Runs embedding to logits of one model, of which `why_not` knows nothing.
+
+    Args:
+        limit: the model's context length; None: there is none.
 
     Attributes:
         native: what does it in one call, on a CPU; else None.
@@ -70,17 +73,6 @@ class FusedDecoder:
         self.native = None
         if self._norm_weight.is_cpu:
             self.native = NativeDecoder(model, self._layers, limit)
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, layers: tuple[LayerSpec, ...], limit: int | None
-    ) -> FusedDecoder | None:
-        """The fused decoder of `model`, or None where its modules must run themselves.
-
-        Args:
-            limit: the model's context length; None: there is none.
-        """
-        return cls(model, layers, limit) if _is_known(model, layers) else None
 
     def first(self, count: int) -> FusedDecoder:
         """The first ``count`` layers alone, then norm and head; with the same weights."""
@@ -296,28 +288,35 @@ def can_join(linears: Sequence[Any]) -> bool:
     return whole and len({(each.bits, each.group) for each in linears}) == 1
 
 
-def _is_known(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> bool:
-    """Whether nothing about the model differs from the forward written here."""
-    family = type(model).__name__.removesuffix("ForCausalLM")
+def why_not(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> str | None:
+    """What about a model differs from the forward written here, in words; None: nothing does."""
+    kind = type(model).__name__
+    family = kind.removesuffix("ForCausalLM")
     written_in = sys.modules[type(model).__module__]
     if family not in _KNOWN or not written_in.__name__.startswith("transformers.models."):
-        return False
-    if model.device.type not in ("cpu", "cuda") or any(spec.head_dim % 8 for spec in layers):
-        return False
+        return f"{kind} is none of {', '.join(f'{name}ForCausalLM' for name in _KNOWN)}"
+    if model.device.type not in ("cpu", "cuda"):
+        return f"the model is on {model.device}"
+    if any(spec.head_dim % 8 for spec in layers):
+        return f"its heads are {layers[0].head_dim} wide, no multiple of 8"
     # Quantised, adapted, wrapped or watched modules need their own forward to run.
     known = {getattr(written_in, family + part) for part in _PARTS}
-    if any(kind.__module__ != written_in.__name__ for kind in known):
-        return False  # others were put in their places there, and so in what their forwards call
+    if any(each.__module__ != written_in.__name__ for each in known):
+        # Others were put in their places there, and so in what their forwards call.
+        return f"classes of {written_in.__name__} were exchanged"
     if not all(is_own_function(getattr(written_in, n), written_in.__name__) for n in HELPERS):
-        return False
+        return f"functions of {written_in.__name__} were exchanged"
     known |= {nn.Embedding, nn.Linear, QuantizedLinear, nn.ModuleList, nn.SiLU, SiLUActivation}
-    if not all(type(module) in known and is_untouched(module) for module in model.modules()):
-        return False
-    for layer in model.model.layers:
+    for name, module in model.named_modules():
+        if type(module) not in known:
+            return f"{name or 'the model'} is a {type(module).__name__}"
+        if not is_untouched(module):
+            return f"{name or 'the model'} is hooked, wrapped or has another forward"
+    for index, layer in enumerate(model.model.layers):
         mlp, attention = layer.mlp, layer.self_attn
         if type(mlp.act_fn) not in (nn.SiLU, SiLUActivation):
-            return False
+            return f"its activation is {type(mlp.act_fn).__name__}"
         joint = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
         if not all(map(can_join, joint)):
-            return False
-    return has_weights(model)
+            return f"projections of layer {index} have different forms"
+    return None if has_weights(model) else "its weights are not all there, of one dtype"

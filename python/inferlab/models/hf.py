@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from inferlab.models import loading
 from inferlab.models.architecture import (
     TESTED,
+    UnsupportedArchitectureError,
     check_against_plain,
     check_model,
     decoder_layers,
@@ -27,7 +28,7 @@ from inferlab.models.architecture import (
 from inferlab.models.attention_hook import ATTENTION_NAME, PASS_KEYWORD, LayerSpec, Pass
 from inferlab.models.base import allowed_vocab, known_ids
 from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
-from inferlab.models.fused import FusedDecoder
+from inferlab.models.fused import FusedDecoder, why_not
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.packing import Packing
@@ -35,8 +36,11 @@ from inferlab.models.quantized import check_format, num_parameters, quantize
 from inferlab.models.rotary import context_length, length_rotary, reread_length
 from inferlab.models.stable import StableProducts, experts_implementation, turn
 from inferlab.models.untouched import fingerprint
+from inferlab.types import check
 
 logger = logging.getLogger(__name__)
+
+ENGINES = ("auto", "native", "hf")
 
 
 class HFModel:
@@ -56,6 +60,8 @@ class HFModel:
             modules run then) or with PEFT adapters.
         tokenizer: its tokenizer; None where only token ids go in and out.
         name: for messages and results; default: the model's ``name_or_path``.
+        engine: what runs the forward: "native", the calls of `fused`, which is an error where they
+            cannot; "hf", the model's own modules; "auto", the first that can.
 
     Raises:
         UnsupportedArchitectureError: the architecture's attention does not go through the hook, or
@@ -63,8 +69,15 @@ class HFModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any = None, *, name: str | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        engine: str = "auto",
     ) -> None:
+        check("engine", engine, engine in ENGINES, f"one of {', '.join(ENGINES)}")
+        self._asked_engine = engine
         self.name: str = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
         model = unwrapped(model, self.name)
         check_model(model, self.name)
@@ -135,6 +148,7 @@ class HFModel:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         quantization: str | None = None,
+        engine: str = "auto",
     ) -> HFModel:
         """Loads a bundled model, a local directory or a hub id (see `loading.load`), and packs its
         weights (`quantized.quantize`) where ``quantization`` names a format."""
@@ -151,7 +165,7 @@ class HFModel:
         )
         if quantization is not None:
             quantize(loaded.model, quantization)
-        target = cls(loaded.model, loaded.tokenizer, name=str(name_or_path))
+        target = cls(loaded.model, loaded.tokenizer, name=str(name_or_path), engine=engine)
         target.load_notes = loaded.notes
         return target
 
@@ -267,13 +281,32 @@ class HFModel:
         turn(self._model)
         self._plan = plan_forward(self._model, self.device, self.name)
         self.vocab_size: int = self._plan.vocab_size
-        self._fused = FusedDecoder.of(self._model, self.layers, self.context_length)
+        self._fused = self._new_fused()
         self._can_pack = works_by_rows(self._model)
         self._graphs = self._new_graphs()
         self._stable: AbstractContextManager[Any] = (
             StableProducts() if self.device.type == "cpu" else nullcontext()
         )
         self._facts = fingerprint(self._model)
+
+    def _new_fused(self) -> FusedDecoder | None:
+        """What runs in place of the model's modules; None: they run themselves."""
+        if self._asked_engine == "hf":
+            return None
+        why = why_not(self._model, self.layers)
+        if why is None:
+            return FusedDecoder(self._model, self.layers, self.context_length)
+        if self._asked_engine == "native":
+            raise UnsupportedArchitectureError(
+                f"{self.name}: engine is 'native', but {why}; take 'auto' or 'hf'"
+            )
+        logger.info("%s: its own modules run, since %s", self.name, why)
+        return None
+
+    @property
+    def engine(self) -> str:
+        """What runs the forward: "native", or "hf", the model's own modules."""
+        return "hf" if self._fused is None else "native"
 
     @property
     def built(self) -> Hashable | None:

@@ -40,7 +40,9 @@ def describe_costs(
 def model_facts(model: TargetModel | None) -> list[Any]:
     """What a model's times hang on."""
     config = getattr(model, "config", None)
-    facts = [model.name, format_of(model)] if model is not None else []
+    facts: list[Any] = []
+    if model is not None:
+        facts = [model.name, format_of(model), getattr(model, "engine", None)]
     return [*facts, config.to_dict() if config is not None else None]
 
 

@@ -258,6 +258,7 @@ class SpeculativePipeline:
             "machine": [processor_name(), usable_cores(), self.device, torch.get_num_threads()],
             "model": self.target.name,
             "dtype": format_of(self.target),
+            "engine": getattr(self.target, "engine", None),
             "implementation": c.implementation,
             "draft_mode": c.draft_mode,
             "draft_model": self.draft_name,

@@ -115,4 +115,5 @@ def load_model(config: SpecdecConfig, name: str, quantization: str) -> HFModel:
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
         quantization=None if quantization == "none" else quantization,
+        engine=config.engine,
     )
