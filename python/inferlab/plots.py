@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from inferlab.errors import UsageError
+
 
 def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib Figure of so many inches, without a window.
@@ -14,5 +16,17 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("matplotlib is missing; pip install 'llm-inference-lab[train]'") from error
+        raise ValueError("matplotlib is missing; pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_drawable(what: str) -> None:
+    """Before the work whose figure is asked for.
+
+    Raises:
+        UsageError: matplotlib is missing; begins with ``what``.
+    """
+    try:
+        new_figure(1, 1)
+    except ValueError as error:
+        raise UsageError(f"{what}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -243,3 +244,11 @@ def test_a_prompt_that_cannot_be_run_is_named(capsys, tmp_path):
     file.write_text('{"prompt": "a"}\n{"prompt": " "}\n')
     assert run("--impl", "fake", "--prompts", str(file)) == 2
     assert f"error: {file}:2: prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["advise"], ["calibrate", "--reliability"]])
+def test_what_a_figure_needs_is_asked_for_before_the_work(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert cli.main([*command, "--plot", str(tmp_path / "x.svg")]) == 2
+    error = "error: --plot: matplotlib is missing; pip install matplotlib\n"
+    assert capsys.readouterr().err == error

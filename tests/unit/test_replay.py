@@ -287,6 +287,49 @@ def test_judges_see_in_a_replay_what_they_see_in_the_engine(target, tmp_path, dr
         assert all(len(accepted) <= len(kinds) for kinds, accepted in again.told)
 
 
+class Keeping(Choosy):
+    """Keeps all, of budgets that change."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.asks = 0
+
+    def choose(self, outlook):
+        self.asks += 1
+        judge = self if self.asks % 3 else None
+        return Choice(Budget(1 + self.asks % 3, 2), judge=judge)
+
+
+def test_what_a_judge_hears_of_trees_fits(target, tmp_path):
+    """Within a recorded walk other branches are not known: another tree stands in there."""
+    _, recording = record(tmp_path, "ngram", target, tree=[3, 2, 1], max_tokens=60)
+    judge = Keeping()
+    Replay(recording).run(Controlled(judge, Replay(recording).about))
+    assert len(judge.told) > 20
+    assert all(max(accepted, default=0) <= len(kinds) for kinds, accepted in judge.told)
+    assert all(type(kinds) is type(accepted) is list for kinds, accepted in judge.told)
+
+
+def test_recordings_of_which_some_steps_had_a_judge_of_their_own(target, tmp_path):
+    """Python's judges are not listened to."""
+    for mode in ("ngram", "vanilla"):
+        _, recording = record(tmp_path / mode, mode, target, controller=Keeping(), max_tokens=60)
+        kinds = recording.columns["node.kind"][recording.columns["node.rank"] > 0]
+        assert 0 < (kinds == NO_KIND).sum() < len(kinds)
+        with np.errstate(all="raise"):
+            replay = Replay(recording)
+        judge = Keeping()
+        assert replay.run(Controlled(judge, replay.about)).tokens == replay.recorded().tokens
+        assert all(accepted == [] for kinds, accepted in judge.told if not kinds)
+
+
+def test_a_k_beyond_what_the_drafter_has_is_not_recorded(target, tmp_path):
+    _, recording = record(tmp_path, "medusa", target, k=9)
+    replay = Replay(recording)
+    assert replay.about["K"] == replay.levels < 9
+    assert walks(replay.run(Always(replay.about["K"]))) == walks(replay.recorded())
+
+
 def test_a_drafter_that_says_nothing_of_its_nodes_has_no_judge(target, tmp_path):
     _, recording = record(tmp_path, "eagle", target)
     assert np.all(recording.columns["node.kind"] == NO_KIND)

@@ -17,6 +17,7 @@ from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.errors import UsageError
 from inferlab.output import check_output, print_json, replace_file, write_json
+from inferlab.plots import check_drawable
 
 Output = AdviceStats
 
@@ -133,6 +134,7 @@ def _configured(args: argparse.Namespace) -> tuple[SpecdecConfig, list[str] | No
         if Path(args.plot).suffix not in PLOTS:
             raise UsageError(f"--plot: {args.plot} must end in {' or '.join(PLOTS)}")
         check_output(args.plot, "--plot")
+        check_drawable("--plot")
     if args.json not in (None, STDOUT):
         check_output(args.json, "--json")
     modes, args.draft_mode = args.draft_mode, None

@@ -32,7 +32,7 @@ from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.output import Journal, check_output, is_special, print_json, write_json
-from inferlab.plots import new_figure
+from inferlab.plots import check_drawable
 from inferlab.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -222,10 +222,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
     if args.output:
         as_json = _check_prefix(args.output)[0]
         check_output(as_json.with_suffix(".png"))
-        try:
-            new_figure(1, 1)
-        except ValueError as error:  # before all is measured
-            raise UsageError(f"--output: PREFIX.png cannot be drawn: {error}") from error
+        check_drawable("--output: PREFIX.png cannot be drawn")
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
     with (

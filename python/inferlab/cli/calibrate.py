@@ -17,6 +17,7 @@ from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import UsageError
 from inferlab.output import check_output
+from inferlab.plots import check_drawable
 from inferlab.prompts import read_prompts
 from inferlab.specdec.calibration import write_acceptance
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -87,6 +88,7 @@ def _check(args: argparse.Namespace) -> None:
         if not args.reliability:
             raise UsageError("--plot: has no meaning without --reliability, which it draws")
         check_output(args.plot, "--plot")
+        check_drawable("--plot")
 
 
 def _refuse(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:

@@ -24,7 +24,6 @@ guess, and a much better one than a mean: long walks have most such roots.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -216,14 +215,21 @@ class Trees:
             self._paths[rule] = np.stack(steps, axis=1) if steps else empty
         return self._paths[rule]
 
-    def kinds(self) -> list[list[int]]:
-        """Of each row the kinds of its draft nodes, in the order of worth; none where a node has
-        none."""
-        of_nodes = self.columns["node.kind"][self._by_rank]
-        bounds = [*self.starts.tolist(), len(of_nodes)]
-        kinds = of_nodes.tolist()
-        rows = [kinds[start + 1 : end] for start, end in itertools.pairwise(bounds)]
-        return [[] if NO_KIND in row else row for row in rows]
+    def kinds(self, levels: int) -> list[list[int]]:
+        """Of each row the kinds of the draft nodes of its first levels, in the order of worth; none
+        where a node has none, and within the walks of trees, whose other nodes are not known."""
+        nodes = self._by_rank[(self._depth[self._by_rank] <= levels) & self._drafts[self._by_rank]]
+        of_nodes = self.columns["node.kind"][nodes]
+        counts = np.bincount(self._row[nodes], minlength=len(self.starts))
+        known = np.ones(len(counts), bool)
+        known[self._row[nodes[of_nodes == NO_KIND]]] = False
+        if not self.chain:
+            known &= self._ahead == 0
+        kinds, ends = of_nodes.tolist(), np.cumsum(counts).tolist()
+        return [
+            kinds[end - count : end] if told else []
+            for end, count, told in zip(ends, counts.tolist(), known.tolist(), strict=True)
+        ]
 
     def _further(self, rule: Rule) -> float:
         """P(a walk goes on by a level) of recorded walks that have got below the first."""
@@ -422,8 +428,8 @@ def _with_inner_rows(
             kinds = more["node.kind"]
             chances = sure[kinds] / np.repeat(sure[kinds[own == 0]], left)
         else:  # as long a match as made the first node so likely, which has grown since
-            first = np.repeat(sure[c["node.kind"][(np.cumsum(sizes) - sizes)[row] + 1]], left)
-            match = first / (1 - first) + np.repeat(ahead, left)
+            first = sure[c["node.kind"][(np.cumsum(sizes) - sizes)[row] + 1]]
+            match = np.repeat(first / np.maximum(1 - first, 1e-3) + ahead, left)
             chances = match / (match + np.maximum(own, 1))
         more["node.kind"] = np.where(told, kinds_of_logs(np.log(chances)), NO_KIND)
     joined = {name: np.concatenate([c[name], values]) for name, values in more.items()}

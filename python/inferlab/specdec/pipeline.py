@@ -268,7 +268,7 @@ class SpeculativePipeline:
             "known": drafter.known._asdict() if drafter is not None else None,
             "policy": self.policy.describe(),
             "controller": self.controller.describe(),
-            "K": self.controller.max_k if drafter is not None else 0,
+            "K": min(self.controller.max_k, drafter.max_depth) if drafter is not None else 0,
             "temperature": c.effective_temperature,
             "seed": c.seed,
             "max_batch": c.max_batch,

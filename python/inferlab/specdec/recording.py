@@ -86,6 +86,7 @@ class Recorder:
 
     def listen(self, drafter: Drafter, judge: Judge | None) -> Judge | None:
         """Who is to be told of a step's drafts, so that it is noted what is said of them."""
+        self._listener = None
         compiled = judge is None or isinstance(judge, _C.planner.Judge)
         if self._failed or not (drafter.known.asks and compiled):
             return judge

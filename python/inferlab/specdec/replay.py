@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from inferlab.config_types import MAX_TREE_NODES
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.cuts import REPLAYABLE, Rule, Trees
 from inferlab.specdec.recorded import Recording
@@ -53,8 +54,7 @@ class Replay:
         costs: of the machine; None: those in the recording, else fitted to it.
 
     Attributes:
-        kinds: of the drafted nodes of each row, in the order of worth; empty where none were told.
-        stand_ins: rows that have some.
+        stand_ins: recorded rows whose nodes are told apart by kinds.
     """
 
     def __init__(self, recording: Recording, costs: CostModel | None = None) -> None:
@@ -66,10 +66,9 @@ class Replay:
             costs = CostModel.from_json(kept)
         self.times = Times(recording, self.trees, costs)
         self._cuts: dict[tuple[int, int, Rule], Rows] = {}
-        self.kinds = self.trees.kinds()
-        self.stand_ins = [
-            row for row in np.flatnonzero(self.trees.decoding).tolist() if self.kinds[row]
-        ]
+        self._kinds: dict[int, list[list[int]]] = {}
+        whole = self.kinds(MAX_TREE_NODES)
+        self.stand_ins = [row for row in np.flatnonzero(self.trees.decoding).tolist() if whole[row]]
         c, trees = recording.columns, self.trees
         count = len(c["request.id"])
         self.row_at: list[dict[int, int]] = [{} for _ in range(count)]
@@ -160,6 +159,12 @@ class Replay:
                     ms, _ = self.times.predicted(batch, k, offered, context)
                     cells.append(Cell(k, n, batch, length, batch * length / ms * 1e3, covered))
         return cells
+
+    def kinds(self, levels: int) -> list[list[int]]:
+        """See `Trees.kinds`."""
+        if levels not in self._kinds:
+            self._kinds[levels] = self.trees.kinds(levels)
+        return self._kinds[levels]
 
     def rows(self, levels: int, nodes: int, rule: Rule) -> Rows:
         key = (levels, nodes, rule)

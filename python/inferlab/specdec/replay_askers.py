@@ -80,7 +80,7 @@ class Asked(NamedTuple):
                 count += 1
             kinds, longest = [chain[:count] for chain in chains], count
         else:
-            then, accepted = zip(*before, strict=True)
+            then, accepted = [list(b.kinds) for b in before], [list(b.accepted) for b in before]
             self.judge.followed(self.requests, then, accepted)
         return self.judge.keep(self.requests, kinds), longest
 

@@ -335,8 +335,9 @@ class Run:
             for place in members:
                 parts[place] = _Part(rows[place], rows[place], whole, levels, nodes > 0)
             return parts, None
-        likes = [self._like(rows[place], whole, asked.writes) for place in members]
-        kinds = [replay.kinds[like][: whole.nodes[like]] for like in likes]
+        known = replay.kinds(levels)
+        likes = [self._like(rows[place], known, whole, asked.writes) for place in members]
+        kinds = [known[like][: whole.nodes[like]] for like in likes]
         counts, drafted = asked.judged(kinds, [texts[place].offered for place in members])
         for place, like, count, of_text in zip(members, likes, counts, kinds, strict=True):
             ranks = whole.ranks[like][: whole.accepted[like]]
@@ -353,16 +354,17 @@ class Run:
             parts[place] = _Part(row, like, cut, levels, True, True, came_true)
         return parts, drafted
 
-    def _like(self, row: int | None, whole: Rows, writes: bool) -> int:
+    def _like(self, row: int | None, kinds: list[list[int]], whole: Rows, writes: bool) -> int:
         """The row whose drafts are judged in place of a text's own: that, where it is known."""
-        if row is None or whole.empty[row] or (writes and not self.replay.kinds[row]):
+        if row is None or whole.empty[row]:
             return self._stand_in()
-        return row
+        untold = not kinds[row] and (writes or self.replay.trees.drafted[row] > 0)
+        return self._stand_in() if untold else row
 
     def _passes(self, texts: list[_Text], asked: Asked) -> bool:
         """Whether a draft model that has read these texts is to draft; see `Judge.examined`."""
         assert asked.judge is not None
-        replay, whole = self.replay, self.replay.rows(1, 1, self.rule)
+        replay, whole, kinds = self.replay, self.replay.rows(1, 1, self.rule), self.replay.kinds(1)
         sure: list[list[float]] = []
         right: list[list[bool]] = []
         for text in texts:
@@ -373,8 +375,8 @@ class Run:
                 continue
             for root in range(max(prompt - 1, at - WINDOW), at):
                 row = replay.row_at[text.request].get(root)
-                if row is not None and replay.kinds[row]:
-                    sure[-1].append(SURE[replay.kinds[row][0]])
+                if row is not None and kinds[row]:
+                    sure[-1].append(SURE[kinds[row][0]])
                     right[-1].append(whole.accepted[row] > 0)
         return not any(right) or asked.judge.examined(asked.requests, sure, right)
 
