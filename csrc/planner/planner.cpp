@@ -408,6 +408,7 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
   const double sure = prospects_->acceptance.certainty();
   const bool together = found.own < 1;
   const bool examines = known_.examines && !outlook.written.empty() && found.hope() >= kHopeful;
+  const double worth_asking = std::max(kExamCost * found.plain, kExamShare * account_.ms);
   bool unsure = sure <= 0.5;
   double account = account_.ms;
   if (together && sure > 0.5) account += found.plain;
@@ -416,7 +417,7 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
     const double cost = times_.read(reading + tokens) - times_.read(reading);
     const int to_come = outlook.remaining.empty() ? kSome : outlook.remaining[i];
     const bool pays = saved * to_come / gain >= kReturn * cost;
-    if (examines && (pays || cost <= kExamCost * found.plain) && !(pays && sure >= kFairly)) {
+    if (examines && (pays || cost <= worth_asking) && !(pays && sure >= kFairly)) {
       // Reading it tells of it, once there is something to tell of.
       if (outlook.written[i] < kExam) {
         const int left = kExam - outlook.written[i];

@@ -116,7 +116,8 @@ class Planner : public Judge {
   static constexpr size_t kTold = 4;        // of fewer nothing is decided
   static constexpr double kHopeful = 0.75;  // of the plain rate: so good drafts may pay for a text,
   static constexpr double kNear = 0.95;     // and so good ones are tried again soon
-  static constexpr double kExamCost = 0.75;  // plain steps that reading them may take
+  static constexpr double kExamCost = 0.75;  // plain steps that reading them may take,
+  static constexpr double kExamShare = 0.5;  // or of what may be lost
   static constexpr double kFairly = 0.3;     // certainty of a drafter that is known somewhat
   static constexpr double kNews = 0.03;       // weight of the last time it was asked
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken

@@ -17,7 +17,7 @@ from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
 
-MEASURED = 24.0
+MEASURED = 60.0
 """Observations that rates which lie beside the weights are worth."""
 
 
