@@ -416,7 +416,7 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
   for (const auto& [tokens, i] : waiting) {
     const double cost = times_.read(reading + tokens) - times_.read(reading);
     const int to_come = outlook.remaining.empty() ? kSome : outlook.remaining[i];
-    const bool pays = saved * to_come / gain >= kReturn * cost;
+    const bool pays = saved * to_come / gain >= (1 + kReturn * (1 - sure)) * cost;
     if (examines && (pays || cost <= worth_asking) && !(pays && sure >= kFairly)) {
       // Reading it tells of it, once there is something to tell of.
       if (outlook.written[i] < kExam) {

@@ -106,7 +106,8 @@ class Planner : public Judge {
   Prospects& prospects() { return prospects_.value(); }
 
  private:
-  static constexpr double kReturn = 5;      // times what it takes, must texts promise to be read
+  static constexpr double kReturn = 4;      // times more than it takes, must texts promise to be
+                                            // read, as far as it is not known whether that comes
   static constexpr double kCheap = 0.1;     // plain steps: so cheap drafts show if they pay
   static constexpr double kInVain = 0.01;   // of all time, for drafting that finds nothing
   static constexpr double kFind = 0.8;      // of what a judged draft promises, is sure at most
