@@ -293,6 +293,7 @@ void bind_planner(py::module_& parent) {
       .def_readwrite("ms", &Account::ms)
       .def_property_readonly_static("FIRST", [](py::object) { return Account::kFirst; })
       .def_property_readonly_static("STAKE", [](py::object) { return Account::kStake; })
+      .def_property_readonly_static("MOST", [](py::object) { return Account::kMost; })
       .def_property_readonly_static("SAVINGS", [](py::object) { return Account::kSavings; });
 }
 

@@ -1,9 +1,9 @@
 // What drafting may cost before it is known to pay: of the time, in ms, that was lost against
 // decoding plainly.
 //
-// New sequences are new luck: each brings its part of a share kFirst of the steps to come, and
-// takes what was left of the ones before. kShare of all time is added, and what drafts gained, up
-// to kSavings plain steps.
+// New sequences are new luck: what is left of a share kFirst of the steps to come is filled up for
+// each; what drafts gained for the ones before may be lost with them, too. kShare of all time is
+// added, and what drafts gain, up to kSavings plain steps.
 #pragma once
 
 #include <algorithm>

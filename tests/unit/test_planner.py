@@ -308,23 +308,28 @@ def test_nodes_take_the_place_of_padding_where_it_is_computed(size, packs):
     assert counts[0] > 0
 
 
-def test_a_new_text_begins_with_an_account_of_its_own():
+def test_a_new_text_brings_its_share_to_the_account_and_takes_over_what_was_gained():
     account = Account()
     account.admit([0], 100, 10.0)
     first = account.FIRST * 100 * 10
     assert account.ms == first
     account.ms = 35.0
-    account.admit([0], 100, 10.0)
-    assert account.ms == 35
     account.admit([0, 1], 100, 10.0)
-    assert account.ms == (35 + first) / 2
+    assert account.ms == 35, "gained by the ones before"
+    account.ms = 9.0
+    account.admit([1, 2], 100, 10.0)
+    assert account.ms == (9 + first) / 2, "one of two is new"
     account.ms = -50.0
     assert account.may_lose(smallest=True) == 0
-    account.admit([2], 100, 10.0)
-    assert account.ms == first
-    account.admit([3], 100_000, 10.0)
+    account.admit([3], 100, 10.0)
+    assert account.ms == first, "what was lost with others is not its debt"
+    account.admit([4], 100_000, 10.0)
+    assert account.ms == account.MOST * 10
+    account.ms = 1e6
+    account.admit([4], 100, 10.0)
     assert account.ms == account.SAVINGS * 10
-    account.admit([4], 1, 10.0)
+    account.ms = 0.0
+    account.admit([5], 1, 10.0)
     assert account.ms == 12
     account.expect(100.0, 1, 0.5)
     assert account.may_lose(smallest=False) == pytest.approx(account.STAKE * (12 + 7.5))
@@ -476,12 +481,15 @@ def test_drafts_that_were_left_out_tell_what_they_were_worth():
         for _ in range(60):
             outlook = Outlook(CHAIN[:4], [0], 32.0, [500], packs=True, known=known)
             choice = controller.choose(outlook)
-            (count,) = choice.judge.keep([0], [[5]]) if choice.judge else (0,)
+            count = 0
+            if choice.judge:
+                choice.judge.followed([0], [[5]], [[1] if right else []])  # of the step before
+                (count,) = choice.judge.keep([0], [[5]])
             counts[right].append(count)
             controller.observe(
                 StepObservation(
                     1, choice.budget, 10.0 + 8.0 * count, [count], [[1] if count and right else []],
-                    False, 1 + count, 0.01, True, [right if choice.judge and not count else None],
+                    False, 1 + count, 0.01, True,
                 )
             )  # fmt: skip
     assert counts[True][:3] == [0, 0, 0]
