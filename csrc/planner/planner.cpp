@@ -255,7 +255,8 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
     return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
   }
-  return cost * (1 - sure) <= account_.ms && covered(best, 1, found, Prospects::sure(sure, size), 0) > 0;
+  return cost * (1 - sure) <= account_.ms &&
+         covered(best, 1, found, Prospects::sure(sure, size), 0) > 0;
 }
 
 // What is learnt from steps.

@@ -120,7 +120,7 @@ class Planner : public Judge {
   static constexpr double kExamCost = 0.75;  // plain steps that reading them may take,
   static constexpr double kExamShare = 0.5;  // or of what may be lost
   static constexpr double kFairly = 0.3;     // certainty of a drafter that is known somewhat
-  static constexpr double kNews = 0.03;       // weight of the last time it was asked
+  static constexpr double kNews = 0.03;      // weight of the last time it was asked
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
   static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
                                              // model
@@ -159,12 +159,12 @@ class Planner : public Judge {
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;
   std::optional<Drafting> now_;
-  std::map<int, Timed> timed_;  // by doublings of the batch size
-  std::map<int, int> last_;     // by batch size, the rung taken last
+  std::map<int, Timed> timed_;    // by doublings of the batch size
+  std::map<int, int> last_;       // by batch size, the rung taken last
   double finds_ = 1.5 * kAsking;  // what asking saves, over what it takes, on average
-  int in_vain_ = 0;             // steps in a row that found nothing,
-  int rest_ = 0;                // and so many to rest
-  int asleep_ = 0;              // steps until the account might cover a try
+  int in_vain_ = 0;               // steps in a row that found nothing,
+  int rest_ = 0;                  // and so many to rest
+  int asleep_ = 0;                // steps until the account might cover a try
   double promised_ = 1;
   double hope_ = 1;  // of the last look, see `Rates`
 };
