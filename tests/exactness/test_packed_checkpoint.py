@@ -33,6 +33,7 @@ def test_what_is_read_is_what_was_written(tmp_path, family, format_):
     model = saved(tmp_path / "model", family, format_)
     read = HFModel.load(tmp_path / "model", dtype="float32")
     assert read.quantization == format_
+    assert f": {num_parameters(model) / 1e6:.1f} M parameters" in read.load_notes[0]
     assert num_parameters(read.model) == num_parameters(model)
     state = read.model.state_dict()
     for name, tensor in model.state_dict().items():
@@ -80,15 +81,55 @@ def test_files_that_are_not_as_written_are_refused(tmp_path):
     for changes, message in (
         ({"version": 2}, "packed in version 2 of the layout, and this inferlab reads version 1"),
         ({"format": "int3"}, "format is 'int3'; known are 'int8', 'int4'"),
-        ({"sha256": {}}, "is damaged"),
+        ({"sha256": {"model.safetensors": "0" * 64}}, "is damaged"),
+        ({"sha256": 3}, "sha256 is 3; it must be a mapping"),
     ):
         with pytest.raises(ModelLoadError, match=message):
             load_with(**changes)
-    load_with()
+    assert load_with(sha256={}).quantization == "int4", "nothing is compared"
     with pytest.raises(ModelTooLargeError, match=r"int4 weights, over max_memory_mb = 0\.01"):
         HFModel.load(folder, max_memory_mb=0.01)
     with pytest.raises(ValueError, match="quantization is 'int8', but the model is int4 already"):
         HFModel.load(folder, quantization="int8")
+
+
+def test_what_transformers_saves_again_is_read(tmp_path):
+    saved(tmp_path / "model", "llama", "int8")
+    read = HFModel.load(tmp_path / "model")
+    with read.plain() as plain:
+        plain.save_pretrained(tmp_path / "again", max_shard_size="50KB")
+    read.tokenizer.save_pretrained(tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+    again = HFModel.load(tmp_path / "again")
+    for name, tensor in read.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_an_empty_directory_is_written_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "source" / "model", "llama", "int8")
+    tiny = tiny_model("llama")
+    tiny.save_pretrained(tmp_path / "plain")
+    tiny_tokenizer(tiny.config.vocab_size).save_pretrained(tmp_path / "plain")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "file").write_text("a")
+    words = ["quantize", str(tmp_path / "plain"), "--format", "int8", "--output"]
+    assert cli.main([*words, "link"]) == 0
+    assert HFModel.load(tmp_path / "empty").quantization == "int8"
+    assert cli.main([*words, "file/x"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "none.jsonl").write_text('{"prompt": ""}\n')
+    assert cli.main([*words, "new", "--calibration", "none.jsonl"]) == 2
+    assert "none.jsonl has no tokens" in capsys.readouterr().err
+
+
+def test_texts_on_which_a_model_overflows_are_refused():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.mul_(1e30)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.\w+ is given numbers .* not finite"):
+        quantize(model, "int4", [[5, 6, 7]])
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -109,7 +150,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     [
         (("--calibration-tokens", "9"), "--calibration-tokens: is of --calibration"),
         (("--calibration", "nowhere.txt"), "--calibration: nowhere.txt cannot be read: No such"),
-        (("--output", "."), "--output: . is there already; name a new or an empty directory"),
+        (("--output", "."), "is there already; name a new or an empty directory"),
         (("--max-memory-mb", "1"), "MODEL: inferlab/tiny: 5.1 M parameters in float32 need"),
     ],
 )

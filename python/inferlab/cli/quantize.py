@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab quantize``; returns the exit code."""
-    folder = Path(args.output)
+    folder = Path(args.output).resolve()
     _check(args, folder)
     setup_logging(args.log_level or "INFO", args.verbose)
     texts = [] if args.calibration is None else _texts(Path(args.calibration))
@@ -64,10 +65,14 @@ def run(args: argparse.Namespace) -> int:
         if PackedConfig.of(model.config) is not None:
             raise ValueError(f"{args.model} is packed already; name the model that it was made of")
         ids = _pieces(loaded, texts, args.calibration_tokens or TOKENS)
+        if texts and not any(ids):
+            raise UsageError(f"--calibration: {args.calibration} has no tokens")
         before, tied = _bytes(model), bool(model.config.tie_word_embeddings)
         count = len(linear_modules(model))
         with progress(count, "packing", not args.no_progress) as advance:
             quantize(model, args.format, ids, advance)
+    except UsageError:
+        raise
     except (ValueError, OSError) as error:
         raise UsageError(f"MODEL: {error}") from error
     try:
@@ -76,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--output: {folder}: {error.strerror or error}") from error
     how = f"on {sum(map(len, ids))} tokens" if ids else "to nearest"
     sizes = f"{before / 2**20:.1f} MB, now {_bytes(model) / 2**20:.1f} MB"
-    show_line([str(folder), f"{count} weights rounded to {args.format} {how}", sizes])
+    show_line([args.output, f"{count} weights rounded to {args.format} {how}", sizes])
     return EXIT_OK
 
 
@@ -89,6 +94,10 @@ def _check(args: argparse.Namespace, folder: Path) -> None:
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--output: {folder} is there already; name a new or an empty directory")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        why = "permission denied" if above.is_dir() else f"{above} is a file"
+        raise UsageError(f"--output: {folder} cannot be written: {why}")
 
 
 def _texts(file: Path) -> list[str]:

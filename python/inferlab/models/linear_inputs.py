@@ -48,7 +48,11 @@ class Inputs:
         return parts
 
     def moments(self, modules: Sequence[nn.Module]) -> dict[nn.Module, torch.Tensor]:
-        """[in, in] fp32 of each that runs: the sum of x x^T over all tokens."""
+        """[in, in] fp32 of each that runs: the sum of x x^T over all tokens.
+
+        Raises:
+            ValueError: it is not finite; names the module.
+        """
         found: dict[nn.Module, torch.Tensor] = {}
 
         def add(module: nn.Module, x: torch.Tensor) -> None:
@@ -58,6 +62,13 @@ class Inputs:
             found[module].addmm_(rows.t(), rows)
 
         self._run(modules, add, self._texts)
+        names = {module: name for name, module in self._model.named_modules()}
+        for module, moments in found.items():
+            if not bool(moments.isfinite().all()):
+                raise ValueError(
+                    f"calibration: {names[module]} is given numbers on these texts that are not "
+                    "finite, or too large; take another dtype, or leave calibration out"
+                )
         return found
 
     @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -108,9 +109,13 @@ def load(
         if not (remote_class and trust_remote_code):
             check_config(config, name, model_class)
 
-        parameters = count_parameters(config, trust_remote_code)
-        chosen, why = choose_dtype(wanted_dtype, config, parameters, target_device)
         packed = _packed_as(name, config, target_device)
+        learnt = config
+        if packed is not None and packed.tied:
+            learnt = copy.deepcopy(config)
+            learnt.tie_word_embeddings = True
+        parameters = count_parameters(learnt, trust_remote_code)
+        chosen, why = choose_dtype(wanted_dtype, config, parameters, target_device)
         if packed is None:
             _check_memory(name, parameters, chosen, max_memory_mb)
         if isinstance(source, Path):
@@ -240,7 +245,7 @@ def _check_packed(
             f"{limit_mb:g}; raise it, or use a smaller model"
         )
     for file in files:
-        if checksum(file) != packed.sha256.get(file.name):
+        if packed.sha256 and checksum(file) != packed.sha256.get(file.name):
             raise ModelLoadError(
                 f"{name}: {file} is damaged: it is not the file that was packed; get it again, or "
                 "make it anew with inferlab quantize"

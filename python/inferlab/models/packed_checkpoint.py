@@ -2,14 +2,16 @@
 
 ``config.json`` has a ``quantization_config``: ``quant_method`` "inferlab", ``format`` (see
 `inferlab.models.quantized`), ``version`` of this layout, ``tied``: the head's weight was the
-embedding's, and ``sha256`` of each file of weights, which are safetensors. In these a packed weight
-is ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says; all else is as it was.
+embedding's, and ``sha256`` of each file of weights, which are safetensors; without sums nothing is
+compared. In these files a packed weight is ``NAME.data``, uint8, laid out as
+``inferlab/packed_weight.h`` says; all else is as it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -49,6 +51,8 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}; known are {', '.join(map(repr, FORMATS))}")
+        if not isinstance(sha256 or {}, dict):
+            raise ValueError(f"sha256 is {sha256!r}; it must be a mapping from files to sums")
         self.quant_method = METHOD
         self.format, self.version, self.tied = format, version, tied
         self.sha256 = sha256 or {}
@@ -75,6 +79,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         head = model.get_output_embeddings()
         if self.quantization_config.tied and isinstance(head, QuantizedLinear):
             head.num_parameters = 0
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.quantization_config.sha256 = {}  # of these files, not of those it may be saved to
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """They are written as they were read."""
@@ -107,8 +114,10 @@ def save_packed(model: PreTrainedModel, tokenizer: Any, folder: Path, *, tied: b
         config = json.loads((draft / "config.json").read_text())
         config["quantization_config"] = PackedConfig(format_, tied=tied, sha256=sums).to_dict()
         (draft / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        mask = os.umask(0)
+        os.umask(mask)
         for entry in (draft, *draft.iterdir()):  # made for nobody else to read
-            entry.chmod(0o755 if entry.is_dir() else 0o644)
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
         if folder.is_dir():
             folder.rmdir()
         draft.rename(folder)
