@@ -36,6 +36,11 @@ class PackedWeight(NamedTuple):
         """Scales of an output."""
         return 1 if self.bits == 8 else -(-self.in_features // self.group)
 
+    @property
+    def scale_bytes(self) -> int:
+        """Of a tile, up to where q begins."""
+        return -(-self.num_scales * OUTPUTS * 2 // 64) * 64
+
 
 def pack(
     weight: torch.Tensor, bits: int, group: int = 32, moments: torch.Tensor | None = None
@@ -75,11 +80,9 @@ def pack(
 def packed_sizes(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
     """What `pack` would give, not filled, on the weight's device."""
     outputs, inputs = weight.shape
-    padded = -(-inputs // group) * group
-    scales = 1 if bits == 8 else padded // group
-    size = -(-scales * OUTPUTS * 2 // 64) * 64 + padded * OUTPUTS * bits // 8
-    data = weight.new_empty((-(-outputs // OUTPUTS), size), dtype=torch.uint8)
-    return PackedWeight(data, bits, group, outputs, inputs)
+    sizes = PackedWeight(weight.new_empty(0, dtype=torch.uint8), bits, group, outputs, inputs)
+    size = sizes.scale_bytes + -(-inputs // group) * group * OUTPUTS * bits // 8
+    return sizes._replace(data=sizes.data.new_empty(-(-outputs // OUTPUTS), size))
 
 
 def _packed(
@@ -164,10 +167,14 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
 def parts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales [outputs, S] bf16 and q [outputs, inputs] int32 of whole tiles and groups."""
     tiles, count = len(packed.data), packed.num_scales
-    split = -(-count * OUTPUTS * 2 // 64) * 64
     scales = packed.data[:, : count * OUTPUTS * 2].contiguous().view(torch.bfloat16)
     scales = scales.view(tiles, count, OUTPUTS).transpose(1, 2).reshape(tiles * OUTPUTS, count)
-    q = packed.data[:, split:].view(tiles, -1, OUTPUTS, 4).transpose(1, 2).to(torch.int32)
+    q = (
+        packed.data[:, packed.scale_bytes :]
+        .view(tiles, -1, OUTPUTS, 4)
+        .transpose(1, 2)
+        .to(torch.int32)
+    )
     if packed.bits == 4:
         q = torch.stack((q & 15, q >> 4), dim=3).flatten(2, 3)
     return scales, q.reshape(tiles * OUTPUTS, -1)

@@ -19,6 +19,8 @@ from inferlab.models.linear_inputs import Inputs
 
 FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 64), "int4": (4, 32)}
 """Bits of a weight, and how many inputs are rounded together."""
+LINEARS = (nn.Linear, Conv1D)
+"""Whose weights can be packed; as they are, no subclasses."""
 HEAD_FORMAT = "int8"  # what 4 bits leave of an output head is too little
 
 
@@ -108,7 +110,7 @@ def quantize(
     if known := getattr(model, "inferlab_quantization", None):
         raise ValueError(f"quantization is {quantization!r}, but the model is {known} already")
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and not bool(module.weight.isfinite().all()):
+        if type(module) in LINEARS and not bool(module.weight.isfinite().all()):
             raise ValueError(
                 f"{name} has weights that are NaN or infinite; they cannot be rounded to "
                 f"{quantization}: mend the checkpoint, or leave quantization out"
@@ -133,7 +135,7 @@ def replace_linears(
         child: (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) in (nn.Linear, Conv1D)
+        if type(child) in LINEARS
     }
     uses = Counter(id(weight) for weight in (embedding.weight, *(c.weight for c in places)))
     found = bool(places)
@@ -157,7 +159,7 @@ def replace_linears(
 
 def linear_modules(model: nn.Module) -> list[nn.Linear | Conv1D]:
     """Those whose weights can be packed."""
-    return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    return [module for module in model.modules() if type(module) in LINEARS]
 
 
 def check_format(quantization: str, device: torch.device) -> None:

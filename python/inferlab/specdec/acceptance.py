@@ -41,6 +41,9 @@ class Known(NamedTuple):
 
 UNKNOWN = Known()
 
+WINDOW = 16
+"""Of a text the last tokens that the target chose, at most so many, are examined."""
+
 
 _BINS, _STEP, _LOWEST = _C.planner.KINDS, _C.planner.KIND_STEP, _C.planner.LOWEST_ODDS
 

@@ -17,6 +17,7 @@ Requests run as they were recorded: one begins when those have ended that had en
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -52,9 +53,6 @@ class Replay:
     Args:
         recording: of `inferlab.specdec.recorded.read_recording`.
         costs: of the machine; None: those in the recording, else fitted to it.
-
-    Attributes:
-        stand_ins: recorded rows whose nodes are told apart by kinds.
     """
 
     def __init__(self, recording: Recording, costs: CostModel | None = None) -> None:
@@ -67,8 +65,6 @@ class Replay:
         self.times = Times(recording, self.trees, costs)
         self._cuts: dict[tuple[int, int, Rule], Rows] = {}
         self._kinds: dict[int, list[list[int]]] = {}
-        whole = self.kinds(MAX_TREE_NODES)
-        self.stand_ins = [row for row in np.flatnonzero(self.trees.decoding).tolist() if whole[row]]
         c, trees = recording.columns, self.trees
         count = len(c["request.id"])
         self.row_at: list[dict[int, int]] = [{} for _ in range(count)]
@@ -159,6 +155,12 @@ class Replay:
                     ms, _ = self.times.predicted(batch, k, offered, context)
                     cells.append(Cell(k, n, batch, length, batch * length / ms * 1e3, covered))
         return cells
+
+    @cached_property
+    def stand_ins(self) -> list[int]:
+        """Recorded rows whose nodes are told apart by kinds."""
+        whole = self.kinds(MAX_TREE_NODES)
+        return [row for row in np.flatnonzero(self.trees.decoding).tolist() if whole[row]]
 
     def kinds(self, levels: int) -> list[list[int]]:
         """See `Trees.kinds`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from inferlab.specdec.acceptance import SURE
+from inferlab.specdec.acceptance import SURE, WINDOW
 from inferlab.specdec.cuts import Cut, Rule
 from inferlab.specdec.replay_askers import NOT_OFFERED, Asked, Asker, Going, Offered, Step
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 READY = 16
 """Tokens that a draft model reads in a usual step."""
-WINDOW = 16
-"""Of a text the last tokens that the target chose, at most so many, are examined."""
 
 
 class Walked(NamedTuple):

@@ -6,14 +6,11 @@ import torch
 
 from inferlab import kernels
 from inferlab.kernels import SamplingTensors
-from inferlab.specdec.acceptance import sure_of
+from inferlab.specdec.acceptance import WINDOW, sure_of
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.writer import SameVocabulary
 from inferlab.specdec.reading import Reading
-
-WINDOW = 16
-"""Of a text the last tokens that the target chose, at most so many, are asked for."""
 
 
 class Examination:
