@@ -21,7 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3
 from helpers.compare import generated
 from helpers.tiny_models import tiny_config, tiny_model, tiny_tokenizer
 from inferlab.models import HFModel
-from inferlab.models.untouched import fingerprint, is_as_written, is_untouched
+from inferlab.models.untouched import Snapshot, is_as_written, is_untouched
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 NEW_TOKENS = 20
@@ -332,11 +332,56 @@ def test_a_head_of_several_modules_works():
             SpeculativePipeline(target=target, draft_mode=mode, **{mode: {"model": heads}})
 
 
-def test_the_fingerprint_keeps_no_exchanged_module_alive():
+def set_to_a_tensor(model):
+    layers(model)[0].mlp.scale = torch.ones(2)
+
+
+def set_to_another_tensor(model):
+    layers(model)[0].mlp.scale = torch.ones(2)
+
+
+def grow_a_list(model):
+    model.config.some.append(1)
+
+
+def call_otherwise(model):
+    layers(model)[0].mlp.__class__ = type("Mlp", (type(layers(model)[0].mlp),), {})
+
+
+def replace_a_scalar_buffer(model):
+    model.register_buffer("one", torch.ones(1))
+
+
+def test_a_snapshot_holds_until_something_is_changed():
     model = LlamaForCausalLM(tiny_config("llama")).eval()
-    facts = fingerprint(model)
+    model.config.some = []
+    weight = layers(model)[0].mlp.down_proj.weight
+    changes: list[Callable[[], object]] = [
+        lambda: set_to_a_tensor(model),
+        lambda: set_to_another_tensor(model),
+        lambda: grow_a_list(model),
+        lambda: call_otherwise(model),
+        lambda: replace_a_scalar_buffer(model),
+        lambda: replace_a_scalar_buffer(model),
+        lambda: setattr(weight, "data", weight.data.t().contiguous().t()),
+        lambda: setattr(weight, "data", weight.data.clone()),
+        lambda: layers(model)[0].mlp.register_forward_hook(lambda *_: None),
+        lambda: setattr(layers(model)[0], "mlp", nn.Identity()),
+        lambda: delattr(model, "one"),
+    ]
+    for change in changes:
+        seen = Snapshot(model)
+        assert seen.holds()
+        change()
+        assert not seen.holds()
+    weight.data.mul_(2)
+    assert Snapshot(model).holds()
+
+
+def test_exchanged_modules_are_let_go_with_the_next_text():
+    model = tiny_model("llama")
+    target = HFModel(model, engine="hf")
     gone = weakref.ref(layers(model)[0].mlp)
     layers(model)[0].mlp = nn.Identity()
+    target.notice_changes()
     assert gone() is None
-    assert fingerprint(model) != facts
-    assert fingerprint(model) == fingerprint(model)

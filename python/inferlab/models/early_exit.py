@@ -65,13 +65,13 @@ class EarlyExit(HFModel):
         self._graphs = self._new_graphs()
         self._head, self._rotary = target._head, target._rotary
         self.context_length = target.context_length
-        self._facts = target._facts
+        self._seen = target._seen
 
     def notice_changes(self) -> None:
         """See `HFModel`."""
         with self._lock:
             self._target.notice_changes()
-            if self._facts is not self._target._facts:
+            if self._seen is not self._target._seen:
                 self._build()
 
     @contextmanager

@@ -35,7 +35,7 @@ from inferlab.models.packing import Packing
 from inferlab.models.quantized import check_format, num_parameters, quantize
 from inferlab.models.rotary import context_length, length_rotary, reread_length
 from inferlab.models.stable import StableProducts, experts_implementation, turn
-from inferlab.models.untouched import fingerprint
+from inferlab.models.untouched import Snapshot
 from inferlab.types import check
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ class HFModel:
         self._stable: AbstractContextManager[Any] = (
             StableProducts() if self.device.type == "cpu" else nullcontext()
         )
-        self._facts = fingerprint(self._model)
+        self._seen: Snapshot | None = Snapshot(self._model)
 
     def _new_fused(self) -> FusedDecoder | None:
         """What runs in place of the model's modules; None: they run themselves."""
@@ -324,7 +324,7 @@ class HFModel:
                 caches do not fit.
         """
         with self._lock, torch.inference_mode(False):
-            if fingerprint(self._model) == self._facts:
+            if self._seen is not None and self._seen.holds():
                 return
             logger.info("%s was changed: what runs it is built anew", self.name)
             vocab_size, shapes = self.vocab_size, [spec[:2] for spec in self.layers]
@@ -338,7 +338,7 @@ class HFModel:
             )
             now = [spec[:2] for spec in self.layers]
             if not same_place or self.vocab_size != vocab_size or now != shapes[: len(now)]:
-                self._facts = []
+                self._seen = None
                 raise ValueError(
                     f"{self.name} has another dtype, device, vocabulary, or other attention heads "
                     "than when it was wrapped, and caches do not fit; wrap it in a new HFModel"

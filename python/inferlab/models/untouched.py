@@ -4,13 +4,12 @@ A path that knows a forward may stand in for modules only while they have exactl
 the module in which their class stands wrote it, all the way down: no hooks (on the module or on all
 modules of the process), no replaced `forward` or call, neither on the module nor on its class, and
 weights that can be read. What such a path took from the modules when it was built (sizes, scales,
-epsilons, windows, addresses) is in `fingerprint`, which is compared before each new text.
+epsilons, windows, addresses) is in a `Snapshot`, which is compared before each new text.
 """
 
 from __future__ import annotations
 
 import sys
-import weakref
 from types import FunctionType
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import PreTrainedConfig
 _CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _LIBRARIES = ("torch", "transformers")  # whose wrappers around a forward leave its results alone
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
+_WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device})
 
 # Functions beside the classes of a family, which their forwards call.
@@ -68,35 +68,58 @@ def has_weights(model: nn.Module) -> bool:
     return len(kinds) == 1 and next(iter(kinds))[0].type != "meta"
 
 
-def fingerprint(model: nn.Module) -> list[Any]:
-    """Changes when a module of the model is exchanged, hooked or given another forward, when one of
-    its attributes or of its configuration's is set to something else, or when a weight moves; not
-    when a weight's values change."""
-    modules = list(model.modules())
-    facts: list[Any] = [_all_are_watched()]
-    for kind in dict.fromkeys(map(type, modules)):  # layers repeat, and this is asked per text
-        facts += [kind, is_as_written(kind), *(_Same(getattr(kind, name)) for name in _CALLS)]
-        written_in = vars(sys.modules.get(kind.__module__, object))
-        facts += [_Same(written_in.get(name)) for name in HELPERS]
-    configs: dict[int, PreTrainedConfig] = {}
-    for module in modules:
-        facts += (weakref.ref(module), type(module), _runs_its_class(module))
-        own = vars(module)
-        for tensors in (own["_parameters"], own["_buffers"]):
-            if tensors:
-                facts += [None if tensor is None else _place(tensor) for tensor in tensors.values()]
-        for name, value in own.items():
-            if name in _TORCHS_OWN:
-                continue
-            if type(value) in _PLAIN:
-                facts += (name, value)
-            elif isinstance(value, PreTrainedConfig):
-                configs[id(value)] = value
-            else:
-                facts += (name, _frozen(value))
-    for config in configs.values():
-        facts += [(name, _frozen(value)) for name, value in vars(config).items()]
-    return facts
+class Snapshot:
+    """A model as it is now, to be compared with before each new text: in microseconds, since steps
+    of a small model take but some hundred of them.
+
+    A module is its attributes, so what is compared are dictionaries with their copies. What a
+    snapshot knows of a model lives as long as the snapshot.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._types = list(map(type, self._modules))
+        self._classes = self._facts_of_classes()
+        tables = {id(module): vars(module) for module in self._modules}
+        for table in list(tables.values()):
+            configs = (each for each in table.values() if isinstance(each, PreTrainedConfig))
+            tables |= {id(config): vars(config) for config in configs}
+        self._live = list(tables.values())
+        self._live += (vars(module)[name] for module in self._modules for name in _WATCHED)
+        self._copies = [dict(table) for table in self._live]
+        # Equal dictionaries hold the same containers and tensors; of these more is to be known.
+        self._inner = [
+            (table, name)
+            for table in self._live
+            for name, value in table.items()
+            if isinstance(value, (torch.Tensor, dict, list, tuple)) and name not in _TORCHS_OWN
+        ]
+        self._frozen = self._facts_of_inner()
+
+    def holds(self) -> bool:
+        """Whether no module of the model was exchanged, hooked or given another forward, none of
+        its attributes or of its configuration's was set to something else, and no weight has moved;
+        values of weights may have changed."""
+        try:
+            return (
+                self._live == self._copies
+                and list(map(type, self._modules)) == self._types
+                and self._facts_of_classes() == self._classes
+                and self._facts_of_inner() == self._frozen
+            )
+        except Exception:  # the equality of what was set there: of tensors it is no yes or no
+            return False
+
+    def _facts_of_classes(self) -> list[Any]:
+        facts: list[Any] = [_all_are_watched()]
+        for kind in dict.fromkeys(self._types):  # layers repeat
+            facts += [_Same(getattr(kind, name)) for name in _CALLS]
+            written_in = vars(sys.modules.get(kind.__module__, object))
+            facts += [_Same(written_in.get(name)) for name in HELPERS]
+        return facts
+
+    def _facts_of_inner(self) -> list[Any]:
+        return [_frozen(table[name]) for table, name in self._inner]
 
 
 def _all_are_watched() -> bool:
