@@ -64,7 +64,7 @@ void bind_system(py::module_& m) {
     d["cuda_architectures"] = py::none();
 #endif
 #if defined(INFERLAB_X86)
-    d["isas"] = std::vector<std::string>{"avx2", "avx512", "amx"};
+    d["isas"] = std::vector<std::string>{"avx2", "avx512", "avx512_bf16", "amx"};
 #else
     d["isas"] = std::vector<std::string>{"generic"};
 #endif

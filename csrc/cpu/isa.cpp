@@ -33,7 +33,8 @@ Isa detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return amx() ? Isa::kAmx : Isa::kAvx512;
+    if (amx()) return Isa::kAmx;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
   }
   return Isa::kAvx2;
 #else
@@ -57,6 +58,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAmx:
       return "amx";
     default:
@@ -70,7 +73,7 @@ bool force_isa(const char* name) {
     return true;
   }
   const Isa best = detect();
-  for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
+  for (const Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx}) {
     if (std::strcmp(name, isa_name(isa)) != 0) continue;
     const bool built = (isa == Isa::kGeneric) == (best == Isa::kGeneric);
     if (!built || static_cast<int>(isa) > static_cast<int>(best)) return false;

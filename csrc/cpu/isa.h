@@ -3,15 +3,15 @@
 
 namespace inferlab::cpu {
 
-// In order: each runs the code of those before it. kAmx is kAvx512's code, with AMX tiles for bf16
-// inside some kernels.
-enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
+// In order: each runs the code of those before it. The last two are kAvx512's code, with products
+// of bf16 pairs and AMX tiles for bf16 inside some kernels.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 Isa active_isa();
 const char* isa_name(Isa isa);
 
-// For tests: run on a lower instruction set ("avx2", "avx512", "amx", "generic"; "auto" undoes it).
-// False if this build or this processor does not have it.
+// For tests: run on a lower instruction set ("avx2", "avx512", "avx512_bf16", "amx", "generic";
+// "auto" undoes it). False if this build or this processor does not have it.
 bool force_isa(const char* name);
 
 }  // namespace inferlab::cpu

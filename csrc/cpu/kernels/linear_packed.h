@@ -105,6 +105,7 @@ template <int kBits, bool kFast, int M, int V>
 inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t row,
                          const uint8_t* const* tiles, float* sums, int64_t stride) {
   constexpr int kVectors = 16 / kLanes;  // of a tile
+  constexpr int kAhead = 2048;           // bytes of W that are asked for before they are needed
   // A sum waits some cycles for the one before: few rows have two of them under way.
   constexpr bool kSplit = M <= 2;
   constexpr int kRest = kSplit ? M : 1;
@@ -148,6 +149,8 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
           second = high_halves(first);
           first = low_halves(first);
         }
+        __builtin_prefetch(q[v] + kAhead);
+        if constexpr (kBits == 8) __builtin_prefetch(q[v] + kAhead + 64);
         q[v] += 16 * kBits;
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
