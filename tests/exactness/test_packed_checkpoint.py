@@ -49,7 +49,7 @@ def test_all_commands_read_it(tmp_path, capsys):
     folder = tmp_path / "packed"
     words = ["quantize", "inferlab/tiny", "--format", "int8", "--output", str(folder)]
     assert cli.main(words) == 0
-    assert "weights rounded to int8 to nearest · 19.4 MB, now 8.2 MB" in capsys.readouterr().out
+    assert "weights rounded to int8 to nearest · 9.7 MB, now 7.0 MB" in capsys.readouterr().out
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
     ask = ["--prompt", "class Stack:", "--max-tokens", "12", "--json"]
     texts = []
@@ -57,7 +57,7 @@ def test_all_commands_read_it(tmp_path, capsys):
         assert cli.main(["specdec", *model, *ask]) == 0
         texts.append(json.loads(capsys.readouterr().out))
     assert texts[0]["text"] == texts[1]["text"]
-    assert texts[0]["dtype"] == texts[1]["dtype"] == "float32, int8 weights"
+    assert texts[0]["dtype"] == texts[1]["dtype"] == "bfloat16, int8 weights"
     assert cli.main(["baseline", "--model", str(folder), *ask]) == 0
 
 
@@ -151,7 +151,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
         (("--calibration-tokens", "9"), "--calibration-tokens: is of --calibration"),
         (("--calibration", "nowhere.txt"), "--calibration: nowhere.txt cannot be read: No such"),
         (("--output", "."), "is there already; name a new or an empty directory"),
-        (("--max-memory-mb", "1"), "MODEL: inferlab/tiny: 5.1 M parameters in float32 need"),
+        (("--max-memory-mb", "1"), "MODEL: inferlab/tiny: 5.1 M parameters in bfloat16 need"),
     ],
 )
 def test_flags_that_make_no_sense(capsys, words, message):

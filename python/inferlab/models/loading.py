@@ -40,10 +40,6 @@ DTYPES = {
 
 _INDEX = "model.safetensors.index.json"
 
-# Below this size a CPU is busier converting bf16 than reading fp32: one pass of the bundled 5 M
-# model takes 3.1 ms in fp32 and 5.5 ms in bf16.
-SMALL_MODEL_PARAMETERS = 50_000_000
-
 
 class ModelLoadError(ValueError):
     """A model that cannot be loaded; the message says what was found and what to do."""
@@ -79,7 +75,7 @@ def load(
     Args:
         name_or_path: directory, bundled name or hub id, in this order.
         device: "auto" takes the first of `device_priority` that is present.
-        dtype: "auto" is fp32 on a CPU for small models (< 50 M parameters), else the stored dtype.
+        dtype: "auto" is the stored dtype.
         max_memory_mb: limit for the weights in MB (2^20 bytes), checked before they are read.
         trust_remote_code: run the Python files that a checkpoint brings along.
         allow_pickle: read ``pytorch_model.bin``, whose unpickling can run code.
@@ -115,7 +111,7 @@ def load(
             learnt = copy.deepcopy(config)
             learnt.tie_word_embeddings = True
         parameters = count_parameters(learnt, trust_remote_code)
-        chosen, why = choose_dtype(wanted_dtype, config, parameters, target_device)
+        chosen, why = choose_dtype(wanted_dtype, config)
         if packed is None:
             _check_memory(name, parameters, chosen, max_memory_mb)
         if isinstance(source, Path):
@@ -190,17 +186,13 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     raise ValueError(f"dtype is {dtype!r}; allowed are 'auto', {', '.join(map(repr, DTYPES))}")
 
 
-def choose_dtype(
-    wanted: torch.dtype | None, config: Any, num_parameters: int, device: torch.device
-) -> tuple[torch.dtype, str]:
+def choose_dtype(wanted: torch.dtype | None, config: Any) -> tuple[torch.dtype, str]:
     """The dtype to load in and the reason, in words (see `load`)."""
     if wanted is not None:
         return wanted, "as asked"
     stored = getattr(config.get_text_config(decoder=True), "dtype", None) or config.dtype
     if stored not in DTYPES.values():
         return torch.float32, "the config names no other"
-    if device.type == "cpu" and num_parameters < SMALL_MODEL_PARAMETERS:
-        return torch.float32, "fastest on a CPU below 50 M parameters"
     return stored, "as stored"
 
 
