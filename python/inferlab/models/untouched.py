@@ -10,6 +10,7 @@ epsilons, windows, addresses) is in a `Snapshot`, which is compared before each 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
@@ -22,7 +23,7 @@ _CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 _LIBRARIES = ("torch", "transformers")  # whose wrappers around a forward leave its results alone
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device})
+_CONTAINERS = (dict, list, tuple)
 
 # Functions beside the classes of a family, which their forwards call.
 HELPERS = ("apply_rotary_pos_emb", "rotate_half")
@@ -80,21 +81,26 @@ class Snapshot:
         self._modules = list(model.modules())
         self._types = list(map(type, self._modules))
         self._classes = self._facts_of_classes()
-        tables = {id(module): vars(module) for module in self._modules}
+        tables = {id(module): vars(module) for module in self._modules}  # they, and their configs
         for table in list(tables.values()):
             configs = (each for each in table.values() if isinstance(each, PreTrainedConfig))
             tables |= {id(config): vars(config) for config in configs}
         self._live = list(tables.values())
         self._live += (vars(module)[name] for module in self._modules for name in _WATCHED)
         self._copies = [dict(table) for table in self._live]
-        # Equal dictionaries hold the same containers and tensors; of these more is to be known.
+        # What equal dictionaries hold may be equal and still another, or change in place.
         self._inner = [
-            (table, name)
+            (table, name, value)
             for table in self._live
             for name, value in table.items()
-            if isinstance(value, (torch.Tensor, dict, list, tuple)) and name not in _TORCHS_OWN
+            if isinstance(value, (*_CONTAINERS, torch.Tensor, PreTrainedConfig))
+            and name not in _TORCHS_OWN
         ]
-        self._frozen = self._facts_of_inner()
+        values = [value for _, _, value in self._inner]
+        self._tensors = [each for value in values for each in _tensors_in(value)]
+        self._places = list(map(_place, self._tensors))
+        self._containers = [value for value in values if isinstance(value, _CONTAINERS)]
+        self._contents = list(map(_copied, self._containers))
 
     def holds(self) -> bool:
         """Whether no module of the model was exchanged, hooked or given another forward, none of
@@ -105,7 +111,9 @@ class Snapshot:
                 self._live == self._copies
                 and list(map(type, self._modules)) == self._types
                 and self._facts_of_classes() == self._classes
-                and self._facts_of_inner() == self._frozen
+                and all(table[name] is value for table, name, value in self._inner)
+                and self._containers == self._contents
+                and list(map(_place, self._tensors)) == self._places
             )
         except Exception:  # the equality of what was set there: of tensors it is no yes or no
             return False
@@ -117,9 +125,6 @@ class Snapshot:
             written_in = vars(sys.modules.get(kind.__module__, object))
             facts += [_Same(written_in.get(name)) for name in HELPERS]
         return facts
-
-    def _facts_of_inner(self) -> list[Any]:
-        return [_frozen(table[name]) for table, name in self._inner]
 
 
 def _all_are_watched() -> bool:
@@ -153,17 +158,21 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return address, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _frozen(value: Any) -> Any:
-    """What tells a value from another one later on, even where the value is changed in place."""
-    if type(value) in _PLAIN:
-        return value
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return _place(value)
+        yield value
+    elif isinstance(value, _CONTAINERS):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each)
+
+
+def _copied(value: Any) -> Any:
+    """The containers copied, with the same things in them."""
     if isinstance(value, dict):
-        return tuple((str(key), _frozen(each)) for key, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_frozen, value))
-    return _Same(value)
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return list(map(_copied, value))
+    return tuple(map(_copied, value)) if isinstance(value, tuple) else value
 
 
 class _Same:
