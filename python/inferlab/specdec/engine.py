@@ -27,6 +27,8 @@ from inferlab.specdec.turns import Turns
 from inferlab.specdec.walk import Outcome, came_true
 from inferlab.types import GenerationResult, SamplingParams
 
+UNTOLD = 32
+"""Steps decided on at once where no drafter hears of any text."""
 ASLEEP = Choice(NO_DRAFT)
 
 
@@ -446,7 +448,7 @@ class Engine:
         """What to draft, and whether the drafter must catch up for it."""
         drafter = self.drafter
         if drafter is None or (told is not None and not told.places):
-            return Choice(NO_DRAFT), False
+            return Choice(NO_DRAFT, steps=UNTOLD), False
         unread = drafter.unread(batch if told is None else told.batch)
         lagging = max(unread)
         if drafter.hears_all:  # it is never far behind
