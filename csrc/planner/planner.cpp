@@ -135,6 +135,7 @@ void Planner::rested(int size, const std::vector<double>& ms, bool heard) {
   for (const double of_one : ms) {
     if (!std::isfinite(of_one)) continue;
     account_.passed(of_one);
+    account_.ms -= beside;
     times_.verified(size, size, of_one - beside);
   }
 }
@@ -247,7 +248,7 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
   const Rates found = prospects_->rates(outlook, everyone);
   const int best = found.best();
   const double gain = 1 + found.gains[best], cost = times_.read(tokens);
-  const double saved = found.plain * gain - found.ms[best];
+  const double saved = found.plain * gain / kPrudence - found.ms[best];
   const auto& remaining = outlook.remaining;
   const double steps = std::accumulate(remaining.begin(), remaining.end(), 0.0) / (size * gain);
   const double sure = prospects_->acceptance.certainty();
@@ -255,8 +256,10 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
     return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
   }
-  return cost * (1 - sure) <= account_.ms &&
-         covered(best, 1, found, Prospects::sure(sure, size), 0) > 0;
+  if (cost * (1 - sure) > account_.ms) return false;
+  if (covered(best, 1, found, Prospects::sure(sure, size), 0) == 0) return false;
+  account_.ms -= cost * (1 - sure);
+  return true;
 }
 
 // What is learnt from steps.
@@ -292,6 +295,7 @@ double Planner::observe(const Step& step) {
     }
   } else if (step.heard) {
     verify_ms -= times_.keeping_up(step.size);
+    account_.ms -= times_.keeping_up(step.size);
   }
   // Where a drafter read texts first, all else of the step was slow as well.
   const int rows = rows_of(step, now && now->level > 0);
@@ -409,7 +413,8 @@ std::vector<int> Planner::members_of(const Outlook& outlook, int& reading, int& 
   const double sure = prospects_->acceptance.certainty();
   const bool together = found.own < 1;
   const bool examines = known_.examines && !outlook.written.empty() && found.hope() >= kHopeful;
-  const double worth_asking = std::max(kExamCost * found.plain, kExamShare * account_.ms);
+  const double share = sure > 0 ? kExamShare : 1;  // all of it where nothing is known
+  const double worth_asking = std::max(kExamCost * found.plain, share * account_.ms);
   bool unsure = sure <= 0.5;
   double account = account_.ms;
   if (together && sure > 0.5) account += found.plain;

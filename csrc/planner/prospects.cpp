@@ -53,7 +53,10 @@ Rates Prospects::rates(const Outlook& outlook, const std::vector<int>& members) 
     const double rows = outlook.packs ? size + count * kept[nodes[rung]]
                                       : static_cast<double>(size) * (1 + nodes[rung]);
     const auto row = std::min(static_cast<size_t>(std::ceil(rows)), times.size() - 1);
-    result.ms.push_back(times[row] + result.drafting[rung]);
+    // A drafter that hears of all steps can be told to give up, so plain ones go without it. The
+    // others are judged as kindly as if it cost them: that a judge cuts drafts is not in the ranks.
+    const bool free = rung == 0 && outlook.unread.empty();
+    result.ms.push_back(times[row] + (free ? 0 : result.drafting[rung]));
     result.gains.push_back(course.steps[0] / course.steps[rung] - 1);
     result.rates.push_back(size * (1 + result.gains[rung]) / result.ms[rung]);
   }
