@@ -283,7 +283,7 @@ double Planner::observe(const Step& step) {
   double verify_ms = step.ms - step.draft_ms, drafting_ms = 0;
   if (now) {
     const Plan& plan = now->plan;
-    if (plan.asked) rest_ = rest_behind(*now, step.draft_ms);
+    if (plan.asked) rest_ = rest_behind(*now, step);
     double brought = 0;
     for (int i = 0; i < step.size; ++i) brought += step.accepted[i].size() * plan.worth[i];
     tokens += brought / step.size;
@@ -311,12 +311,19 @@ double Planner::observe(const Step& step) {
 
 // Where drafting is all but free: for how many steps not to ask. For none while asking is worth its
 // time on average; else the more, the more often in a row it was in vain.
-int Planner::rest_behind(const Drafting& asked, double draft_ms) {
+int Planner::rest_behind(const Drafting& asked, const Step& step) {
   const Plan& plan = asked.plan;
   // What is looked up takes longer where it is found; what is written, for each level.
-  const double asking = asked.level > 0 ? plan.drafting[asked.level] +
-                                              plan.verifying(asked.outlook.size() + 1) - plan.plain
-                                        : std::min(plan.drafting[1], draft_ms);
+  double asking = asked.level > 0 ? plan.drafting[asked.level] +
+                                        plan.verifying(asked.outlook.size() + 1) - plan.plain
+                                  : std::min(plan.drafting[1], step.draft_ms);
+  if (asked.level == 0) {
+    // Deciding and telling take their time, too: it shows where nothing else was done.
+    const bool alone = rows_of(step, false) == step.size && !step.caught_up;
+    const double more = std::clamp(step.ms - step.draft_ms - plan.plain, 0.0, plan.plain);
+    if (alone) beside_ += kBeside * (more - beside_);
+    asking += beside_;
+  }
   const double found = std::max(asked.value, 0.0) / plan.price;
   finds_ += kNews * (found / std::max(asking, 1e-6) - finds_);
   const bool vain = found < std::max(asking, plan.drafting[1]);

@@ -112,7 +112,7 @@ class Planner : public Judge {
   static constexpr double kInVain = 0.01;   // of all time, for drafting that finds nothing
   static constexpr double kFind = 0.8;      // of what a judged draft promises, is sure at most
   static constexpr double kDebt = 4;        // plain steps lost, and no gain is sure any longer
-  static constexpr double kAsking = 2;      // times as long as drafting takes asking in all
+  static constexpr double kAsking = 1;      // times as long as drafting takes asking in all
   static constexpr int kExam = 8;           // tokens of a text that tell of an unknown drafter
   static constexpr size_t kTold = 4;        // of fewer nothing is decided
   static constexpr double kHopeful = 0.75;  // of the plain rate: so good drafts may pay for a text,
@@ -121,6 +121,7 @@ class Planner : public Judge {
   static constexpr double kExamShare = 0.5;  // or of what may be lost
   static constexpr double kFairly = 0.3;     // certainty of a drafter that is known somewhat
   static constexpr double kNews = 0.03;      // weight of the last time it was asked
+  static constexpr double kBeside = 0.1;     // weight of the last time asking was in vain
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
   static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
                                              // model
@@ -145,7 +146,7 @@ class Planner : public Judge {
   int covered(int rung, int smallest, const Rates& found, double sure, int reading) const;
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
-  int rest_behind(const Drafting& asked, double draft_ms);
+  int rest_behind(const Drafting& asked, const Step& step);
   bool is_under_way(const std::vector<int64_t>& requests, const Check& check) const;
   void learn(const Drafting& now, const Step& step);
   void learn_examined(int64_t request, const std::vector<double>& sure,
@@ -162,6 +163,7 @@ class Planner : public Judge {
   std::map<int, Timed> timed_;    // by doublings of the batch size
   std::map<int, int> last_;       // by batch size, the rung taken last
   double finds_ = 1.5 * kAsking;  // what asking saves, over what it takes, on average
+  double beside_ = 0;             // ms that asking takes beside drafting, on average
   int in_vain_ = 0;               // steps in a row that found nothing,
   int rest_ = 0;                  // and so many to rest
   int asleep_ = 0;                // steps until the account might cover a try
