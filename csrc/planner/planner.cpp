@@ -328,7 +328,7 @@ int Planner::rest_behind(const Drafting& asked, const Step& step) {
   finds_ += kNews * (found / std::max(asking, 1e-6) - finds_);
   const bool vain = found < std::max(asking, plan.drafting[1]);
   in_vain_ = vain ? std::min(in_vain_ + 1, 16) : 0;
-  if (finds_ > kAsking) return 0;
+  if (finds_ > 1) return 0;
   return static_cast<int>(std::min((1 << in_vain_) - 1.0, asking / (kInVain * plan.plain)));
 }
 

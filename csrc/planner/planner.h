@@ -112,7 +112,6 @@ class Planner : public Judge {
   static constexpr double kInVain = 0.01;   // of all time, for drafting that finds nothing
   static constexpr double kFind = 0.8;      // of what a judged draft promises, is sure at most
   static constexpr double kDebt = 4;        // plain steps lost, and no gain is sure any longer
-  static constexpr double kAsking = 1;      // times as long as drafting takes asking in all
   static constexpr int kExam = 8;           // tokens of a text that tell of an unknown drafter
   static constexpr size_t kTold = 4;        // of fewer nothing is decided
   static constexpr double kHopeful = 0.75;  // of the plain rate: so good drafts may pay for a text,
@@ -160,13 +159,13 @@ class Planner : public Judge {
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;
   std::optional<Drafting> now_;
-  std::map<int, Timed> timed_;    // by doublings of the batch size
-  std::map<int, int> last_;       // by batch size, the rung taken last
-  double finds_ = 1.5 * kAsking;  // what asking saves, over what it takes, on average
-  double beside_ = 0;             // ms that asking takes beside drafting, on average
-  int in_vain_ = 0;               // steps in a row that found nothing,
-  int rest_ = 0;                  // and so many to rest
-  int asleep_ = 0;                // steps until the account might cover a try
+  std::map<int, Timed> timed_;  // by doublings of the batch size
+  std::map<int, int> last_;     // by batch size, the rung taken last
+  double finds_ = 1.5;          // what asking saves, over what it takes, on average
+  double beside_ = 0;           // ms that asking takes beside drafting, on average
+  int in_vain_ = 0;             // steps in a row that found nothing,
+  int rest_ = 0;                // and so many to rest
+  int asleep_ = 0;              // steps until the account might cover a try
   double promised_ = 1;
   double hope_ = 1;  // of the last look, see `Rates`
 };
