@@ -48,6 +48,7 @@ Decision Planner::choose(Outlook outlook) {
   const std::lock_guard lock(mutex_);
   now_.reset();
   if (rungs_.size() == 1) return not_drafted(kSleep);
+  if (rest_ > 0) return not_drafted(std::exchange(rest_, 0));
   std::optional<Plan> plan = look(outlook);
   if (!plan) {
     Decision decision = not_drafted(std::min(asleep_, kSleep));
@@ -55,7 +56,6 @@ Decision Planner::choose(Outlook outlook) {
     decision.gives_up = heard * times_.keeping_up(outlook.size()) > account_.may_lose(true);
     return decision;
   }
-  if (plan->asked && rest_ > 0) return not_drafted(std::exchange(rest_, 0));
   if (!(plan->asked && measured_) && is_due(outlook.size())) return not_drafted(1);
   Decision decision{plan->rung, 1, false, plan->members,
                     known_.asks && !prospects_->acceptance.chances().empty()};
@@ -279,15 +279,18 @@ double Planner::observe(const Step& step) {
                    now->plan.reading);
     return times_.step(step.size, step.size);
   }
-  double tokens = 1;  // of plain steps that would have got as far
+  const int rows = rows_of(step, now && now->level > 0);
+  bool in_vain = false;  // it was asked, and nothing else was done
+  double tokens = 1;     // of plain steps that would have got as far
   double verify_ms = step.ms - step.draft_ms, drafting_ms = 0;
   if (now) {
     const Plan& plan = now->plan;
-    if (plan.asked) rest_ = rest_behind(*now, step);
+    in_vain = plan.asked && now->level == 0 && rows == step.size;
+    if (plan.asked) rest_ = rest_behind(*now, step, in_vain);
     double brought = 0;
     for (int i = 0; i < step.size; ++i) brought += step.accepted[i].size() * plan.worth[i];
     tokens += brought / step.size;
-    drafting_ms = plan.drafting[now->level > 0 ? now->level : plan.rung];
+    drafting_ms = plan.drafting[now->level > 0 ? now->level : plan.rung] + in_vain * beside_;
     if (step.caught_up && !now->examined) {
       // Reading is to pay in all steps to come, as far as that is known.
       const double unsure = plan.reading > 0 ? 1 - prospects_->acceptance.certainty() : 1;
@@ -298,8 +301,7 @@ double Planner::observe(const Step& step) {
     account_.ms -= times_.keeping_up(step.size);
   }
   // Where a drafter read texts first, all else of the step was slow as well.
-  const int rows = rows_of(step, now && now->level > 0);
-  if (!step.caught_up) times_.verified(step.size, rows, verify_ms);
+  if (!step.caught_up && !in_vain) times_.verified(step.size, rows, verify_ms);
   if (now) {
     // What such steps take, as far as that is known by now: one may be slow by chance.
     account_.ms +=
@@ -311,7 +313,7 @@ double Planner::observe(const Step& step) {
 
 // Where drafting is all but free: for how many steps not to ask. For none while asking is worth its
 // time on average; else the more, the more often in a row it was in vain.
-int Planner::rest_behind(const Drafting& asked, const Step& step) {
+int Planner::rest_behind(const Drafting& asked, const Step& step, bool in_vain) {
   const Plan& plan = asked.plan;
   // What is looked up takes longer where it is found; what is written, for each level.
   double asking = asked.level > 0 ? plan.drafting[asked.level] +
@@ -319,15 +321,14 @@ int Planner::rest_behind(const Drafting& asked, const Step& step) {
                                   : std::min(plan.drafting[1], step.draft_ms);
   if (asked.level == 0) {
     // Deciding and telling take their time, too: it shows where nothing else was done.
-    const bool alone = rows_of(step, false) == step.size && !step.caught_up;
     const double more = std::clamp(step.ms - step.draft_ms - plan.plain, 0.0, plan.plain);
-    if (alone) beside_ += kBeside * (more - beside_);
+    if (in_vain) beside_ += kBeside * (more - beside_);
     asking += beside_;
   }
   const double found = std::max(asked.value, 0.0) / plan.price;
   finds_ += kNews * (found / std::max(asking, 1e-6) - finds_);
   const bool vain = found < std::max(asking, plan.drafting[1]);
-  in_vain_ = vain ? std::min(in_vain_ + 1, 16) : 0;
+  in_vain_ = vain ? std::min(in_vain_ + 1, 16) : in_vain_ / 2;
   if (finds_ > 1) return 0;
   return static_cast<int>(std::min((1 << in_vain_) - 1.0, asking / (kInVain * plan.plain)));
 }

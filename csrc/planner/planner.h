@@ -145,7 +145,7 @@ class Planner : public Judge {
   int covered(int rung, int smallest, const Rates& found, double sure, int reading) const;
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
-  int rest_behind(const Drafting& asked, const Step& step);
+  int rest_behind(const Drafting& asked, const Step& step, bool in_vain);
   bool is_under_way(const std::vector<int64_t>& requests, const Check& check) const;
   void learn(const Drafting& now, const Step& step);
   void learn_examined(int64_t request, const std::vector<double>& sure,

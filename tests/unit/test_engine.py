@@ -389,6 +389,23 @@ def test_another_batch_wakes_a_controller():
     assert controller.rests == [(2, 2), (4, 1)]
 
 
+class Deaf(Sleeping):
+    """Tells the drafter of no text."""
+
+    def follows(self, tokens, outlook):
+        return False
+
+
+def test_a_controller_is_not_asked_about_texts_that_no_drafter_hears_of():
+    controller = Deaf()
+    engine = make_engine(controller=controller)
+    engine.drafter.hears_all = True
+    tokens_of(engine, SamplingParams(max_tokens=60, ignore_eos=True))
+    assert controller.asked == []
+    assert controller.told == 2, "59 steps behind the first token, 32 at once"
+    assert sum(steps for steps, _ in controller.rests) == 57
+
+
 class Sparing(FixedController):
     """Keeps the first nodes of every draft, as many as it likes, and collects what it hears."""
 

@@ -13,6 +13,7 @@ from inferlab._C.planner import STEPS, TEXTS, Account, course, lead
 from helpers.simulation import CHAIN, World
 from inferlab.specdec.acceptance import SURE, Acceptance, Known, kinds_of
 from inferlab.specdec.control import Outlook, StepObservation
+from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.tree import NO_DRAFT, Budget
 
@@ -228,6 +229,19 @@ def test_drafters_that_hear_all_are_told_of_texts_where_it_pays():
     assert not CostController(0, cheap.costs()).follows(32, outlook)
 
 
+def test_hearing_comes_off_what_may_be_lost():
+    steps = [StepTime(1, nodes, 32, 10.0) for nodes in (1, 2, 4, 8)]
+    drafting = [DraftTime(1, nodes, 1.0 + nodes) for nodes in range(9)]
+    costs = CostModel(StepCosts.fit(steps), DraftCosts.of(drafting))
+    left = []
+    for heard in (False, True):
+        controller = CostController(8, costs)
+        controller.choose(Outlook(CHAIN, [0], 32.0, [200]))
+        controller.rested(1, [10.0] * 5, heard=heard)
+        left.append(controller._planner.account_ms)
+    assert left[0] - left[1] == pytest.approx(5 * 1.0)
+
+
 def test_tokens_of_texts_that_are_behind_are_worth_more():
     world = World(row_ms=0.1, flat=1)
     controller = CostController(8, world.costs())
@@ -288,6 +302,29 @@ def test_drafting_that_is_all_but_free_is_judged_by_what_it_finds():
     world.run(controller, 64, 4)
     assert sum(world.chosen[before : before + 10]) > 0
     assert len(world.chosen) - before < 40
+
+
+def times_asked(beside_ms: float) -> int:
+    """In the time of 400 plain steps, where nothing is ever found."""
+    plain_ms = 10.0
+    controller = CostController(4, World(plain_ms, draft_ms=0.05).costs())
+    known = Known(by_kind=SURE, evidence=8, asks=True, looks_up=True)
+    asked, steps = 0, 0
+    while steps < 400:
+        choice = controller.choose(Outlook(CHAIN[:4], [0], 32.0, [500], packs=True, known=known))
+        steps += choice.steps
+        if choice.budget == NO_DRAFT:
+            controller.rested(1, [plain_ms] * choice.steps, heard=False)
+            continue
+        asked += 1
+        ms = plain_ms + 0.05 + beside_ms
+        controller.observe(StepObservation(1, choice.budget, ms, [0], [[]], rows=1, draft_ms=0.05))
+    return asked
+
+
+def test_what_asking_takes_beside_looking_counts():
+    assert times_asked(2.0) < times_asked(0.0) / 3
+    assert times_asked(2.0) * 2.0 < 0.03 * 400 * 10
 
 
 @pytest.mark.parametrize(("size", "packs"), [(4, True), (16, True), (4, False)])
