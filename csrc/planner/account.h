@@ -19,7 +19,7 @@ class Account {
   static constexpr double kMost = 4;     // and however many
   static constexpr double kShare = 0.004;
   static constexpr double kSavings = 8;
-  static constexpr double kRisk = 0.15;  // of what drafting is expected to save, may be lost first
+  static constexpr double kRisk = 0.5;   // of what drafting is expected to save, may be lost first
   static constexpr double kStake = 0.5;  // of what may be lost, by one step; all of it with the
                                          // smallest drafts
   double ms = 0;

@@ -369,7 +369,7 @@ def test_a_new_text_brings_its_share_to_the_account_and_takes_over_what_was_gain
     account.admit([5], 1, 10.0)
     assert account.ms == 12
     account.expect(100.0, 1, 0.5)
-    assert account.may_lose(smallest=False) == pytest.approx(account.STAKE * (12 + 7.5))
+    assert account.may_lose(smallest=False) == pytest.approx(account.STAKE * (12 + 25))
 
 
 def test_what_plain_steps_save_up_is_bounded():
