@@ -77,6 +77,10 @@ bool force_isa(const char* name) {
     if (std::strcmp(name, isa_name(isa)) != 0) continue;
     const bool built = (isa == Isa::kGeneric) == (best == Isa::kGeneric);
     if (!built || static_cast<int>(isa) > static_cast<int>(best)) return false;
+#if defined(INFERLAB_X86)
+    // A machine may have tiles and lack these.
+    if (isa == Isa::kAvx512Bf16 && !__builtin_cpu_supports("avx512bf16")) return false;
+#endif
     g_forced.store(static_cast<int>(isa));
     return true;
   }

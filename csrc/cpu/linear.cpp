@@ -1,5 +1,5 @@
 // Splits the outputs over threads; rows of x that are not fp32 are widened, or laid out for AMX,
-// once, up front.
+// once, up front, but where bf16 is multiplied as it is.
 // Bytes: out * in * s (the weight, once), rows * (in + out) * s.
 #include "inferlab/linear.h"
 

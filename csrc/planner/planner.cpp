@@ -37,6 +37,9 @@ void Planner::climb(std::vector<Budget> rungs, const Known& known) {
   rungs_ = std::move(rungs);
   now_.reset();
   last_.clear();
+  finds_ = kHopes;
+  beside_ = 0;
+  in_vain_ = rest_ = 0;
   times_.climb(rungs_);
   prospects_.emplace(rungs_, known, times_);
   known_ = known;
@@ -48,7 +51,11 @@ Decision Planner::choose(Outlook outlook) {
   const std::lock_guard lock(mutex_);
   now_.reset();
   if (rungs_.size() == 1) return not_drafted(kSleep);
-  if (rest_ > 0) return not_drafted(std::exchange(rest_, 0));
+  if (rest_ > 0) {
+    const int steps = std::min(rest_, kSleep);
+    rest_ -= steps;
+    return not_drafted(steps);
+  }
   std::optional<Plan> plan = look(outlook);
   if (!plan) {
     Decision decision = not_drafted(std::min(asleep_, kSleep));
@@ -173,8 +180,12 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   promised_ = rates[best] / rates[0];
   hope_ = found.hope();
   asleep_ = 0;
+  // What the account gains by a plain step; of a drafter that hears of it, mostly nothing.
+  const double saved_up =
+      Account::kShare * plain - (outlook.unread.empty() ? times_.keeping_up(size) : 0);
   const auto sleep = [&](double ms) {
-    asleep_ = static_cast<int>(std::clamp(ms / (Account::kShare * plain), 0.0, 1e6));
+    const double steps = saved_up > 0 ? ms / saved_up : (ms > 0 ? kNever : 0);
+    asleep_ = static_cast<int>(std::clamp(steps, 0.0, kNever));
     return std::nullopt;
   };
   if (members.empty()) {
@@ -254,10 +265,11 @@ bool Planner::follows(int tokens, const Outlook& outlook) {
   const double sure = prospects_->acceptance.certainty();
   if (saved * steps <= cost) {
     // Nothing to be gained, as far as is known: tried where it is all but free.
-    return cost + found.ms[1] - found.plain <= account_.ms && sure < 0.5;
+    if (cost + found.ms[1] - found.plain > account_.ms || sure >= 0.5) return false;
+  } else if (cost * (1 - sure) > account_.ms ||
+             covered(best, 1, found, Prospects::sure(sure, size), 0) == 0) {
+    return false;
   }
-  if (cost * (1 - sure) > account_.ms) return false;
-  if (covered(best, 1, found, Prospects::sure(sure, size), 0) == 0) return false;
   account_.ms -= cost * (1 - sure);
   return true;
 }
@@ -290,7 +302,7 @@ double Planner::observe(const Step& step) {
     double brought = 0;
     for (int i = 0; i < step.size; ++i) brought += step.accepted[i].size() * plan.worth[i];
     tokens += brought / step.size;
-    drafting_ms = plan.drafting[now->level > 0 ? now->level : plan.rung] + in_vain * beside_;
+    drafting_ms = plan.drafting[now->level > 0 ? now->level : plan.rung] + in_vain * beside(plan);
     if (step.caught_up && !now->examined) {
       // Reading is to pay in all steps to come, as far as that is known.
       const double unsure = plan.reading > 0 ? 1 - prospects_->acceptance.certainty() : 1;
@@ -301,7 +313,10 @@ double Planner::observe(const Step& step) {
     account_.ms -= times_.keeping_up(step.size);
   }
   // Where a drafter read texts first, all else of the step was slow as well.
-  if (!step.caught_up && !in_vain) times_.verified(step.size, rows, verify_ms);
+  // One that asked in vain is no plain step, but where it is clearly quicker than those are held to
+  // be.
+  const bool tells = !in_vain || verify_ms < kQuicker * now->plan.plain;
+  if (!step.caught_up && tells) times_.verified(step.size, rows, verify_ms);
   if (now) {
     // What such steps take, as far as that is known by now: one may be slow by chance.
     account_.ms +=
@@ -321,15 +336,15 @@ int Planner::rest_behind(const Drafting& asked, const Step& step, bool in_vain) 
                                   : std::min(plan.drafting[1], step.draft_ms);
   if (asked.level == 0) {
     // Deciding and telling take their time, too: it shows where nothing else was done.
-    const double more = std::clamp(step.ms - step.draft_ms - plan.plain, 0.0, plan.plain);
-    if (in_vain) beside_ += kBeside * (more - beside_);
-    asking += beside_;
+    const double more = (step.ms - step.draft_ms) / plan.plain - 1;
+    if (in_vain) beside_ += kBeside * (std::clamp(more, -1.0, 1.0) - beside_);
+    asking += beside(plan);
   }
   const double found = std::max(asked.value, 0.0) / plan.price;
   finds_ += kNews * (found / std::max(asking, 1e-6) - finds_);
   const bool vain = found < std::max(asking, plan.drafting[1]);
   in_vain_ = vain ? std::min(in_vain_ + 1, 16) : in_vain_ / 2;
-  if (finds_ > 1) return 0;
+  if (finds_ > kClearly) return 0;
   return static_cast<int>(std::min((1 << in_vain_) - 1.0, asking / (kInVain * plan.plain)));
 }
 

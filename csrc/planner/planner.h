@@ -21,6 +21,7 @@
 // anew. Of a step that another engine's came between, it judges no drafts.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -120,6 +121,11 @@ class Planner : public Judge {
   static constexpr double kExamShare = 0.5;  // or of what may be lost
   static constexpr double kFairly = 0.3;     // certainty of a drafter that is known somewhat
   static constexpr double kNews = 0.03;      // weight of the last time it was asked
+  static constexpr double kHopes = 1.5;      // what asking saves, over what it takes, before it
+                                             // is known
+  static constexpr double kClearly = 0.6;    // of what asking takes, and it does not pay
+  static constexpr double kQuicker = 0.8;    // of a plain step's time
+  static constexpr double kNever = 1e6;      // steps
   static constexpr double kBeside = 0.1;     // weight of the last time asking was in vain
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken
   static constexpr double kPrudence = 1.05;  // and drafts over plain decoding: not all is in the
@@ -145,6 +151,7 @@ class Planner : public Judge {
   int covered(int rung, int smallest, const Rates& found, double sure, int reading) const;
   std::vector<std::vector<double>> worth_of(const Rates& found, int rung,
                                             const std::vector<int>& members, double brought) const;
+  double beside(const Plan& plan) const { return std::max(beside_, 0.0) * plan.plain; }
   int rest_behind(const Drafting& asked, const Step& step, bool in_vain);
   bool is_under_way(const std::vector<int64_t>& requests, const Check& check) const;
   void learn(const Drafting& now, const Step& step);
@@ -161,8 +168,8 @@ class Planner : public Judge {
   std::optional<Drafting> now_;
   std::map<int, Timed> timed_;  // by doublings of the batch size
   std::map<int, int> last_;     // by batch size, the rung taken last
-  double finds_ = 1.5;          // what asking saves, over what it takes, on average
-  double beside_ = 0;           // ms that asking takes beside drafting, on average
+  double finds_ = kHopes;       // what asking saves, over what it takes, on average
+  double beside_ = 0;           // plain steps that asking takes beside drafting, on average
   int in_vain_ = 0;             // steps in a row that found nothing,
   int rest_ = 0;                // and so many to rest
   int asleep_ = 0;              // steps until the account might cover a try

@@ -348,6 +348,10 @@ def call_otherwise(model):
     layers(model)[0].mlp.__class__ = type("Mlp", (type(layers(model)[0].mlp),), {})
 
 
+def exchange_all_attributes(module):
+    module.__dict__ = dict(module.__dict__)
+
+
 def replace_a_scalar_buffer(model):
     model.register_buffer("one", torch.ones(1))
 
@@ -360,6 +364,7 @@ def test_a_snapshot_holds_until_something_is_changed():
         lambda: set_to_a_tensor(model),
         lambda: set_to_another_tensor(model),
         lambda: grow_a_list(model),
+        lambda: exchange_all_attributes(layers(model)[1].mlp),
         lambda: call_otherwise(model),
         lambda: replace_a_scalar_buffer(model),
         lambda: replace_a_scalar_buffer(model),
@@ -374,8 +379,11 @@ def test_a_snapshot_holds_until_something_is_changed():
         assert seen.holds()
         change()
         assert not seen.holds()
-    weight.data.mul_(2)
-    assert Snapshot(model).holds()
+    model = LlamaForCausalLM(tiny_config("llama")).eval()
+    seen = Snapshot(model)
+    model(torch.tensor([[5, 9, 33]]))
+    layers(model)[0].mlp.down_proj.weight.data.mul_(2)
+    assert seen.holds()
 
 
 def test_exchanged_modules_are_let_go_with_the_next_text():

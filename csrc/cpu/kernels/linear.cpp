@@ -1,8 +1,8 @@
 // The products of a range of outputs: bf16 by AMX where there is (linear_amx.h), else register
-// blocks of up to kRows rows by 4 outputs: a vector of W is loaded once for all rows of the block.
-// Elements are widened to fp32, x once and W as it is loaded, or multiplied in pairs as they are.
-// Packed weights have products of their own (linear_packed.h). A block's shape changes no bit of a
-// result.
+// blocks of up to kRows rows by 4 outputs, or half as many by 8: a vector of W is loaded once for
+// all rows of the block. Elements are widened to fp32, x once and W as it is loaded, or multiplied
+// in pairs as they are. Packed weights have products of their own (linear_packed.h). A block's
+// shape changes no bit of a result.
 #include "inferlab/linear.h"
 
 #include <cmath>
@@ -73,8 +73,8 @@ struct Widened {
 };
 
 #if defined(INFERLAB_ISA_AVX512)
-// bf16 by pairs, half as many instructions as with fp32, and nothing to widen. Subnormal numbers
-// are read as zero.
+// bf16 by pairs, half as many instructions as with fp32, and nothing to widen. Whole vectors read
+// subnormal numbers as zero.
 struct Bf16Pairs {
   using X = bf16;
   using W = bf16;

@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
 _CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+_OF_A_FUNCTION = ("__code__", "__wrapped__")
 _LIBRARIES = ("torch", "transformers")  # whose wrappers around a forward leave its results alone
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training"}
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -81,25 +82,27 @@ class Snapshot:
         self._modules = list(model.modules())
         self._types = list(map(type, self._modules))
         self._classes = self._facts_of_classes()
-        tables = {id(module): vars(module) for module in self._modules}  # they, and their configs
-        for table in list(tables.values()):
-            configs = (each for each in table.values() if isinstance(each, PreTrainedConfig))
-            tables |= {id(config): vars(config) for config in configs}
-        self._live = list(tables.values())
+        owners: dict[int, Any] = {id(module): module for module in self._modules}
+        for module in self._modules:
+            configs = (each for each in vars(module).values() if isinstance(each, PreTrainedConfig))
+            owners |= {id(config): config for config in configs}
+        self._owned = [(owner, vars(owner)) for owner in owners.values()]
+        self._live = [table for _, table in self._owned]
         self._live += (vars(module)[name] for module in self._modules for name in _WATCHED)
         self._copies = [dict(table) for table in self._live]
-        # What equal dictionaries hold may be equal and still another, or change in place.
-        self._inner = [
+        # What equal dictionaries hold may be equal and still another, or change in place; tuples
+        # only may be another, which is no change.
+        inner = [
             (table, name, value)
             for table in self._live
             for name, value in table.items()
             if isinstance(value, (*_CONTAINERS, torch.Tensor, PreTrainedConfig))
             and name not in _TORCHS_OWN
         ]
-        values = [value for _, _, value in self._inner]
-        self._tensors = [each for value in values for each in _tensors_in(value)]
+        self._inner = [each for each in inner if not isinstance(each[2], tuple)]
+        self._tensors = [tensor for _, _, value in inner for tensor in _tensors_in(value)]
         self._places = list(map(_place, self._tensors))
-        self._containers = [value for value in values if isinstance(value, _CONTAINERS)]
+        self._containers = [value for _, _, value in inner if isinstance(value, _CONTAINERS)]
         self._contents = list(map(_copied, self._containers))
 
     def holds(self) -> bool:
@@ -108,7 +111,8 @@ class Snapshot:
         values of weights may have changed."""
         try:
             return (
-                self._live == self._copies
+                all(vars(owner) is table for owner, table in self._owned)
+                and self._live == self._copies
                 and list(map(type, self._modules)) == self._types
                 and self._facts_of_classes() == self._classes
                 and all(table[name] is value for table, name, value in self._inner)
@@ -122,6 +126,8 @@ class Snapshot:
         facts: list[Any] = [_all_are_watched()]
         for kind in dict.fromkeys(self._types):  # layers repeat
             facts += [_Same(getattr(kind, name)) for name in _CALLS]
+            forward = getattr(kind, _CALLS[0])
+            facts += [_Same(getattr(forward, name, None)) for name in _OF_A_FUNCTION]
             written_in = vars(sys.modules.get(kind.__module__, object))
             facts += [_Same(written_in.get(name)) for name in HELPERS]
         return facts
