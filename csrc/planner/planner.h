@@ -121,7 +121,7 @@ class Planner : public Judge {
   static constexpr double kExamShare = 0.5;  // or of what may be lost
   static constexpr double kFairly = 0.3;     // certainty of a drafter that is known somewhat
   static constexpr double kNews = 0.03;      // weight of the last time it was asked
-  static constexpr double kHopes = 1.5;      // what asking saves, over what it takes, before it
+  static constexpr double kHopes = 0.9;      // what asking saves, over what it takes, before it
                                              // is known
   static constexpr double kClearly = 0.6;    // of what asking takes, and it does not pay
   static constexpr double kQuicker = 0.8;    // of a plain step's time
