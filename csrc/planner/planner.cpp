@@ -138,12 +138,12 @@ bool Planner::examined(const std::vector<int64_t>& requests,
 
 void Planner::rested(int size, const std::vector<double>& ms, bool heard) {
   const std::lock_guard lock(mutex_);
-  const double beside = heard ? times_.keeping_up(size) : 0;
+  const double hearing = heard ? times_.keeping_up(size) : 0;
   for (const double of_one : ms) {
     if (!std::isfinite(of_one)) continue;
     account_.passed(of_one);
-    account_.ms -= beside;
-    times_.verified(size, size, of_one - beside);
+    account_.ms -= hearing;
+    times_.verified(size, size, of_one - hearing);
   }
 }
 
@@ -184,8 +184,7 @@ std::optional<Plan> Planner::look(const Outlook& outlook) {
   const double saved_up =
       Account::kShare * plain - (outlook.unread.empty() ? times_.keeping_up(size) : 0);
   const auto sleep = [&](double ms) {
-    const double steps = saved_up > 0 ? ms / saved_up : (ms > 0 ? kNever : 0);
-    asleep_ = static_cast<int>(std::clamp(steps, 0.0, kNever));
+    asleep_ = static_cast<int>(std::clamp(ms / std::max(saved_up, 1e-9), 0.0, kNever));
     return std::nullopt;
   };
   if (members.empty()) {
@@ -309,12 +308,12 @@ double Planner::observe(const Step& step) {
       drafting_ms += unsure * (step.draft_ms - drafting_ms);
     }
   } else if (step.heard) {
-    verify_ms -= times_.keeping_up(step.size);
-    account_.ms -= times_.keeping_up(step.size);
+    const double hearing = times_.keeping_up(step.size);
+    verify_ms -= hearing;
+    account_.ms -= hearing;
   }
-  // Where a drafter read texts first, all else of the step was slow as well.
-  // One that asked in vain is no plain step, but where it is clearly quicker than those are held to
-  // be.
+  // Where a drafter read texts first, all else of the step was slow as well. And a step that asked
+  // in vain tells nothing of plain ones, but where it is clearly quicker than they are held to be.
   const bool tells = !in_vain || verify_ms < kQuicker * now->plan.plain;
   if (!step.caught_up && tells) times_.verified(step.size, rows, verify_ms);
   if (now) {

@@ -65,11 +65,6 @@ struct Widened {
     return vload(p);
   }
   static vf dot(vf x, vf w, vf sum) { return vfma(x, w, sum); }
-  // The sum with what is left beyond the last whole vector.
-  static float rest(const float* x, const T* w, int64_t count, float sum) {
-    for (int64_t j = 0; j < count; ++j) sum = std::fma(x[j], to_float(w[j]), sum);
-    return sum;
-  }
 };
 
 #if defined(INFERLAB_ISA_AVX512)
@@ -87,10 +82,6 @@ struct Bf16Pairs {
   static vf dot(__m512i x, __m512i w, vf sum) {
     // The instruction by its name: the rest of the file is for processors without it, too.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(x), "v"(w));
-    return sum;
-  }
-  static float rest(const bf16* x, const bf16* w, int64_t count, float sum) {
-    for (int64_t j = 0; j < count; ++j) sum = std::fma(to_float(x[j]), to_float(w[j]), sum);
     return sum;
   }
 };
@@ -133,7 +124,9 @@ inline void dot_block(const typename By::X* x, int64_t x_stride, const typename 
       }
     }
     for (int n = 0; n < N && k < in; ++n) {
-      out[n] = By::rest(x + m * x_stride + k, w + n * in + k, in - k, out[n]);
+      for (int64_t j = k; j < in; ++j) {
+        out[n] = std::fma(to_float(x[m * x_stride + j]), to_float(w[n * in + j]), out[n]);
+      }
     }
   }
 }

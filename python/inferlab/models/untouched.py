@@ -90,8 +90,8 @@ class Snapshot:
         self._live = [table for _, table in self._owned]
         self._live += (vars(module)[name] for module in self._modules for name in _WATCHED)
         self._copies = [dict(table) for table in self._live]
-        # What equal dictionaries hold may be equal and still another, or change in place; tuples
-        # only may be another, which is no change.
+        # What equal dictionaries hold may be equal and still another, which only of a tuple is no
+        # change, or change in place.
         inner = [
             (table, name, value)
             for table in self._live
@@ -125,9 +125,9 @@ class Snapshot:
     def _facts_of_classes(self) -> list[Any]:
         facts: list[Any] = [_all_are_watched()]
         for kind in dict.fromkeys(self._types):  # layers repeat
-            facts += [_Same(getattr(kind, name)) for name in _CALLS]
-            forward = getattr(kind, _CALLS[0])
-            facts += [_Same(getattr(forward, name, None)) for name in _OF_A_FUNCTION]
+            calls = [getattr(kind, name) for name in _CALLS]
+            inside = [getattr(calls[0], name, None) for name in _OF_A_FUNCTION]
+            facts += map(_Same, (*calls, *inside))
             written_in = vars(sys.modules.get(kind.__module__, object))
             facts += [_Same(written_in.get(name)) for name in HELPERS]
         return facts
