@@ -389,6 +389,19 @@ class SpeculativePipeline:
         for request in self._requests(prompt, {})[2]:
             self.engine.check(request)
 
+    def request(self, prompt: Prompt, **params: Any) -> Request:
+        """A request for the engine (`Engine.add`), decoded as `generate` would decode it.
+
+        Args:
+            prompt: text or token ids.
+            params: as of `generate`.
+
+        Raises:
+            TypeError, ValueError: as `generate` does.
+        """
+        _, _, (request,) = self._requests(prompt, params)
+        return request
+
     def stream(
         self,
         prompt: Prompt | Sequence[Prompt] | None = None,
@@ -519,7 +532,7 @@ class SpeculativePipeline:
             values["min_tokens"] = min(values["min_tokens"], given["max_tokens"])
         follows = "min_tokens" not in given and "min_new_tokens" not in self.config.model_fields_set
         requests = []
-        for ids, own_seed in zip(map(self._encode, prompts), seeds, strict=True):
+        for ids, own_seed in zip(map(self.encode, prompts), seeds, strict=True):
             if follows:
                 least = self._checkpoint.least_new_tokens(len(ids))
                 values["min_tokens"] = min(least, values["max_tokens"])
@@ -553,7 +566,8 @@ class SpeculativePipeline:
             "stop": tuple(c.stop),
         }
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt as token ids. Raises ValueError where it is empty or cannot be encoded."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self.target.tokenizer is None:

@@ -1,0 +1,81 @@
+"""What a server says when it cannot answer: OpenAI's error objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+STATUS_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        param: the field of the body that is at fault.
+        code: OpenAI's word for it, where there is one.
+        retry_after: seconds.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers: dict[str, str] = {}
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(retry_after)
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer, and of the event in a stream."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": STATUS_TYPES.get(self.status, "invalid_request_error"),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body, named by its field."""
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    kind = errors[0]["type"]
+    if kind in ("json_invalid", "json_type"):
+        return ApiError(400, f"the body is not JSON: {errors[0]['msg']}", code="invalid_json")
+    if kind in ("model_type", "model_attributes_type"):
+        return ApiError(400, "the body must be a JSON object", code="invalid_json")
+    place = ".".join(str(part) for part in errors[0]["loc"] if not _is_branch(part))
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        message = "is not known here"
+    return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of a place is pydantic's name for a type of a union."""
+    return isinstance(part, str) and (
+        part in ("str", "int", "float", "bool") or part.startswith(("list[", "constrained-"))
+    )

@@ -1,0 +1,166 @@
+"""What clients send: OpenAI's fields, and those that vLLM adds and clients know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_TOKENS = 2**31 - 1
+NAMED_STOPS = 16
+
+Text: TypeAlias = Annotated[str, Field()]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+Unused: TypeAlias = Any
+"""Of a field that changes nothing here: who asks, and how the asking is kept."""
+
+
+class ApiModel(BaseModel):
+    """A JSON object of the API. Unknown fields are refused: nothing is ignored in silence."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(ApiModel):
+    """What a stream has beside its text."""
+
+    include_usage: bool = False
+    include_obfuscation: Unused = None
+
+
+class SamplingFields(ApiModel):
+    """What text and chat completions have in common."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=NAMED_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=NAMED_STOPS)] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Unused = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        for text in [stop] if isinstance(stop, str) else stop or ():
+            if not text:
+                raise ValueError("must not be empty")
+        return stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for token in bias or ():
+            if not (token.isascii() and token.isdigit() and len(token) < 11):
+                raise ValueError(f"{token[:20]!r} is not a token id")
+        return bias
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `SpeculativePipeline.request` that were given, but the seed."""
+        names = (
+            *("max_tokens", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty"),
+            *("presence_penalty", "frequency_penalty", "stop", "ignore_eos"),
+        )
+        given = {name: getattr(self, name) for name in names}
+        given["top_k"] = None if self.top_k is None else max(self.top_k, 0)
+        given["stop"] = [] if self.stop is None else self.stop
+        if self.stop_token_ids is not None:
+            given["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.logit_bias is not None:
+            given["logit_bias"] = {int(token): value for token, value in self.logit_bias.items()}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class CompletionRequest(SamplingFields):
+    """The body of ``/v1/completions``."""
+
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of is not supported beyond n: ask for n choices and take one")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or more."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextPart(ApiModel):
+    """A part of a message. Texts are the only ones: nothing is ever fetched."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class ChatMessage(ApiModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def text(self) -> str:
+        """Its content, parts joined."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+
+class ChatRequest(SamplingFields):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Unused = None
+
+    def sampling(self) -> dict[str, Any]:
+        given = super().sampling()
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        return given
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages for a chat template, contents as texts."""
+        return [
+            {"role": m.role, "content": m.text()} | ({"name": m.name} if m.name else {})
+            for m in self.messages
+        ]

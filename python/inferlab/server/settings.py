@@ -1,0 +1,34 @@
+"""What a server allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inferlab.types import check
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits and names of a server.
+
+    Args:
+        model_name: under which the target is served; None: its own.
+        api_keys: any of them opens everything; none: all is open.
+        max_body_bytes: of a request's body; larger ones are refused before they are read.
+        max_waiting: requests that may wait for their turn, choices of one counted apart.
+        max_choices: the largest ``n``, prompts of one request multiplied.
+        drain_seconds: how long requests may go on once the server is told to end.
+    """
+
+    model_name: str | None = None
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 4 * 2**20
+    max_waiting: int = 1024
+    max_choices: int = 128
+    drain_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_waiting", "max_choices"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
+        check("drain_seconds", self.drain_seconds, self.drain_seconds >= 0, "a number >= 0")
+        check("api_keys", "", all(self.api_keys), "without empty ones")

@@ -1,0 +1,157 @@
+"""The OpenAI-compatible server, as a real process: what it answers, and with whose words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import openai
+import pytest
+
+from helpers.served import Served
+from inferlab import SpeculativePipeline
+from inferlab.models.assets import BUNDLED
+
+pytestmark = pytest.mark.network
+
+TEMPLATE = (
+    "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+)
+PROMPT = "class Stack:"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The bundled target with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
+    shutil.copytree(BUNDLED["inferlab/tiny"], folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with Served("--base-model", str(model), "--served-model-name", "tiny") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return SpeculativePipeline(draft_mode="none")
+
+
+def test_a_completion_is_what_the_pipeline_decodes_plainly(client, plain):
+    expected = plain.generate(PROMPT, max_tokens=40)
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=40, temperature=0)
+    assert answer.choices[0].text == expected["text"]
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(plain.encode(PROMPT))
+    assert answer.usage.completion_tokens == 40
+
+
+def test_a_stream_has_the_same_text_and_its_usage_at_the_end(client, plain):
+    sampling = {"max_tokens": 40, "temperature": 0.8, "top_p": 0.9, "seed": 7}
+    expected = plain.generate(PROMPT, **sampling)
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, stream=True, stream_options={"include_usage": True}, **sampling
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert text == expected["text"]
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_choices_have_the_seeds_that_follow(client, plain):
+    answer = client.completions.create(
+        model="tiny", prompt=[PROMPT, "import os"], n=2, max_tokens=12, temperature=1, seed=5
+    )
+    expected = [
+        plain.generate(prompt, max_tokens=12, temperature=1.0, seed=seed)["text"]
+        for prompt in (PROMPT, "import os")
+        for seed in (5, 6)
+    ]
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    prompts = sum(len(plain.encode(p)) for p in (PROMPT, "import os"))
+    assert answer.usage.prompt_tokens == prompts
+
+
+def test_a_chat_goes_through_the_template(client, plain):
+    messages = [{"role": "user", "content": "hello"}]
+    expected = plain.generate("# user: hello\n", max_tokens=12)["text"]
+    for content in ("hello", [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]):
+        messages[0]["content"] = content
+        answer = client.chat.completions.create(
+            model="tiny", messages=messages, max_completion_tokens=12, temperature=0
+        )
+        assert answer.choices[0].message.content == expected
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=12, temperature=0, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == expected
+    assert [c.delta.role for c in chunks].count("assistant") == 1
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_stop_strings_end_and_are_cut_in_streams_too(client):
+    given = {"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
+    whole = client.completions.create(**given, stop=["class that", "zzz"])
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].text.endswith("The class is a ")
+    pieces = client.completions.create(**given, stop=["class that"], stream=True)
+    assert "".join(chunk.choices[0].text for chunk in pieces) == whole.choices[0].text
+
+
+def test_echo_puts_the_prompt_in_front(client):
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, echo=True
+    )
+    assert answer.choices[0].text.startswith(PROMPT + "\n")
+
+
+def test_many_at_a_time_answer_as_one_alone(server, plain):
+    bodies = [
+        {"prompt": f"def f{i}(", "max_tokens": 8 + i, "temperature": 0.7, "seed": i}
+        for i in range(24)
+    ]
+    import concurrent.futures
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda body: server.complete(**body).json(), bodies))
+    for body, answer in zip(bodies, answers, strict=True):
+        expected = plain.generate(
+            body["prompt"], max_tokens=body["max_tokens"], temperature=0.7, seed=body["seed"]
+        )
+        assert answer["choices"][0]["text"] == expected["text"]
+    server.wait_until_idle()
+
+
+def test_models_health_and_figures(server, client):
+    (model,) = client.models.list().data
+    assert (model.id, model.max_model_len) == ("tiny", 1024)
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert server.http.get("/health").status_code == 200
+    assert server.http.get("/ready").status_code == 200
+    before = server.metric("vllm:generation_tokens_total")
+    server.complete(max_tokens=9)
+    assert server.metric("vllm:generation_tokens_total") == before + 9
+    assert server.metric("vllm:e2e_request_latency_seconds_count") >= 1
+
+
+def test_the_document_describes_the_bodies(server):
+    document = server.http.get("/openapi.json").json()
+    text = json.dumps(document)
+    for name in ("CompletionRequest", "ChatRequest", "ChatMessage"):
+        assert name in document["components"]["schemas"]
+    for reference in {
+        part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]
+    }:
+        assert reference in document["components"]["schemas"]

@@ -1,0 +1,84 @@
+"""The real server, `inferlab serve`, as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_LIMIT_S = 120
+
+
+class Served:
+    """A server process that runs until the end of a ``with`` block.
+
+    Attributes:
+        url: where it is, without ``/v1``.
+        log: what it has written.
+
+    Args:
+        flags: of `inferlab serve`.
+    """
+
+    def __init__(self, *flags: str) -> None:
+        self._flags = flags
+
+    def __enter__(self) -> Served:
+        self._folder = tempfile.TemporaryDirectory(prefix="inferlab-served-")
+        self.log = Path(self._folder.name) / "log"
+        words = [sys.executable, "-m", "inferlab", "serve", "--port", "0", *self._flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(words, stderr=log, stdout=log, env=environment)
+        self.url = self._address()
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._folder.cleanup()
+
+    def complete(self, **body: Any) -> httpx.Response:
+        """A text completion, greedy and short unless asked otherwise."""
+        given = {"prompt": "class Stack:", "max_tokens": 16, "temperature": 0, **body}
+        return self.http.post("/v1/completions", json=given)
+
+    def terminate(self, limit_s: float = 60) -> int:
+        """Tells it to end; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(limit_s)
+
+    def metric(self, name: str) -> float:
+        """The sum of a figure over its labels."""
+        lines = self.http.get("/metrics").text.splitlines()
+        values = [line.rsplit(" ", 1)[1] for line in lines if re.match(rf"{name}[ {{]", line)]
+        return sum(map(float, values))
+
+    def wait_until_idle(self, limit_s: float = 30) -> None:
+        """Until nothing runs, nothing waits and no page is in use."""
+        end = time.monotonic() + limit_s
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        while any(self.metric(name) for name in (*names, "vllm:kv_cache_usage_perc")):
+            assert time.monotonic() < end, self.http.get("/metrics").text
+            time.sleep(0.05)
+
+    def _address(self) -> str:
+        end = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < end:
+            if found := re.search(r"serving \S+ on (http://\S+)", self.log.read_text()):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
