@@ -199,8 +199,10 @@ class SpecdecConfig(Sampled):
     cost. ``cost_cache: false``: what steps cost is neither read from the user's cache directory nor
     kept there. ``repetition_penalty`` and ``min_new_tokens`` left out are the checkpoint's own,
     else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without
-    both it is sized for the batch. ``engine`` says what runs forwards, of target and draft model:
-    ``native``, compiled calls, which is an error for models that they do not cover; ``hf``, the
+    both it is sized for the batch. ``share_prefixes``: texts that begin alike share what was read
+    of it, for drafters that need not hear of it; a text that was decoded before is found again, so
+    times of prompts that are repeated are not those of new ones. ``engine`` says what runs
+    forwards, of target and draft model: ``native``, compiled calls, which is an error for models that they do not cover; ``hf``, the
     model's own modules; ``auto``, the first that can. ``quantization`` and ``draft_quantization``
     pack the weights of the target and of the draft model when they are loaded, on a CPU. ``record``
     is the directory that each pipeline adds a recorded run to, for ``inferlab replay``.
@@ -259,6 +261,7 @@ class SpecdecConfig(Sampled):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     kv_memory_mb: Positive | None = None
     num_pages: PositiveCount | None = None
+    share_prefixes: bool = False
     record: Annotated[str, StringConstraints(min_length=1), allowed("a directory")] | None = None
     verbose: bool = False
 

@@ -134,6 +134,15 @@ def test_many_at_a_time_answer_as_one_alone(server, plain):
     server.wait_until_idle()
 
 
+def test_a_beginning_that_was_read_before_is_not_read_again(server):
+    prompt = "import os\nimport sys\n\n\ndef read_all(path):\n    " * 3
+    usage = [server.complete(prompt=prompt, seed=i).json()["usage"] for i in range(2)]
+    first, second = (u["prompt_tokens_details"]["cached_tokens"] for u in usage)
+    assert first == 0
+    assert second >= usage[0]["prompt_tokens"] - 17
+    assert server.metric("vllm:prefix_cache_hits_total") >= second
+
+
 def test_models_health_and_figures(server, client):
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == ("tiny", 1024)
@@ -144,6 +153,14 @@ def test_models_health_and_figures(server, client):
     server.complete(max_tokens=9)
     assert server.metric("vllm:generation_tokens_total") == before + 9
     assert server.metric("vllm:e2e_request_latency_seconds_count") >= 1
+
+
+def test_a_request_that_takes_too_long_ends():
+    with Served("--request-seconds", "0.001") as served:
+        answer = served.complete(max_tokens=900, ignore_eos=True)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "timeout"
+        served.wait_until_idle()
 
 
 def test_the_document_describes_the_bodies(server):

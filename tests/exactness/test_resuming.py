@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -36,14 +37,29 @@ PARAMS = [
 ]
 
 
-def run(engine: Engine, requests: list[Request], rng: random.Random, chance: float) -> None:
-    """To the end, with random requests preempted between random steps."""
-    for request in requests:
-        engine.add(request)
-    while engine.scheduler.has_work:
+def run(
+    engine: Engine,
+    requests: list[Request],
+    rng: random.Random,
+    chance: float,
+    cancelled: Sequence[Request] = (),
+) -> None:
+    """To the end, with random requests preempted between random steps; they come in any order.
+
+    Args:
+        cancelled: requests that are cancelled at some time.
+    """
+    coming = [*requests, *cancelled]
+    rng.shuffle(coming)
+    while coming or engine.scheduler.has_work:
+        while coming and rng.random() < 0.5:
+            engine.add(coming.pop())
         for request in list(engine.scheduler.running):
             if rng.random() < chance:
                 engine.scheduler.preempt(request)
+        for request in cancelled:
+            if rng.random() < 0.1:
+                engine.abort(request.request_id)
         engine.scheduler.read_tokens = rng.choice((1, 3, 16, 40, 512))
         engine.step()
 
@@ -98,7 +114,32 @@ def test_a_text_that_is_read_anew_goes_on_as_it_would_have(mode, tree):
         assert engine.scheduler.allocator.num_free == engine.cache.num_pages
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("mode", MODES)
+def test_few_pages_and_shared_beginnings_change_no_token(mode):
+    rng = random.Random(mode)
+    pipeline = SpeculativePipeline(
+        target=target(), draft_mode=mode, max_batch=4, num_pages=40, share_prefixes=True
+    )
+    engine = pipeline.engine
+    engine.controller = FixedController(3)
+    begin = target().tokenizer.encode(TEXTS[2])
+    prompts = [begin[: rng.randrange(40, 140)] + target().tokenizer.encode(t) for t in TEXTS * 2]
+    params = [PARAMS[i % len(PARAMS)] for i in range(len(prompts))]
+    alone = SpeculativePipeline(target=target(), draft_mode="none", max_batch=1).engine
+    expected = [r.token_ids for r in alone.generate(zip(prompts, params, strict=True))]
+    requests = [Request(p, params) for p, params in zip(prompts, params, strict=True)]
+    run(engine, requests, rng, 0.02)
+    for request, tokens in zip(requests, expected, strict=True):
+        assert_same_tokens(
+            target(), list(request.prompt), tokens, request.output, request.params, mode
+        )
+    assert engine.scheduler.allocator.num_free == 40
+    assert sum(r.num_preempted for r in requests) > 0
+    if engine.drafter is None or not engine.drafter.hears_all:
+        assert sum(r.num_shared for r in requests) > 100
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=6),
     seed=st.integers(0, 2**32),
@@ -106,24 +147,36 @@ def test_a_text_that_is_read_anew_goes_on_as_it_would_have(mode, tree):
     drafter=st.sampled_from(("none", "chain", "tree", "ngram")),
     page_size=st.sampled_from((1, 4, 16)),
     max_batch=st.integers(1, 5),
+    room=st.sampled_from((96, 160, 512)),
+    shares=st.booleans(),
 )
-def test_any_order_of_reading_and_preempting(lengths, seed, chance, drafter, page_size, max_batch):
+def test_any_order_of_coming_reading_preempting_and_cancelling(
+    lengths, seed, chance, drafter, page_size, max_batch, room, shares
+):
     rng = random.Random(seed)
     model = FakeLM(seed=7)
-    pages = 512 // page_size
+    pages = room // page_size
     draft = FakeLM(seed=7, agreement=0.6)
     shape = TreeShape.regular((2, 2, 1)) if drafter == "tree" else TreeShape.chain(3)
     made = {
         "none": None,
         "ngram": NgramDrafter(4, branches=2),
     }.get(drafter, ModelDrafter(draft, draft.new_cache(pages, page_size), shape))
-    prompts = [[rng.randrange(260, 512) for _ in range(length)] for length in lengths]
+    begin = [[rng.randrange(260, 512) for _ in range(70)] for _ in range(2)]
+    prompts = []
+    for length in lengths:
+        alike = rng.randrange(length + 1)
+        own = [rng.randrange(260, 512) for _ in range(length - alike)]
+        prompts.append([*rng.choice(begin)[:alike], *own])
     params = SamplingParams(max_tokens=12, temperature=0.8, seed=seed)
     plain = Engine(model, model.new_cache(128), Policy(), FixedController(0), max_batch=1)
     expected = [r.token_ids for r in plain.generate([(p, params) for p in prompts])]
     cache = model.new_cache(pages, page_size)
-    engine = Engine(model, cache, Policy(), FixedController(3), made, max_batch)
-    requests = [Request(p, params) for p in prompts]
-    run(engine, requests, rng, chance)
+    engine = Engine(
+        model, cache, Policy(), FixedController(3), made, max_batch, shares_prefixes=shares
+    )
+    requests = [Request(p, params, priority=rng.randrange(3)) for p in prompts]
+    cancelled = [Request(p, params, priority=rng.randrange(3)) for p in prompts[:2]]
+    run(engine, requests, rng, chance, cancelled)
     assert [r.output for r in requests] == expected
     assert engine.scheduler.allocator.num_free == pages

@@ -40,11 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-choices", type=int, default=128, metavar="N", help="prompts x n of a request (128)"
     )
     group.add_argument(
+        "--request-seconds", type=float, metavar="S", help="how long a request may take (no limit)"
+    )
+    group.add_argument(
         "--drain-seconds",
         type=float,
         default=30.0,
         metavar="S",
         help="how long requests may go on after SIGTERM (30)",
+    )
+    group.add_argument(
+        "--no-prefix-sharing",
+        action="store_true",
+        help="read each text anew, however it begins (texts share what they begin with)",
     )
     add_config_argument(parser, "configs/specdec.yaml")
     add_model_arguments(parser)
@@ -57,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab serve`` until SIGTERM or Ctrl-C."""
     overrides, names = given_overrides(args)
     config = load_config(SpecdecConfig, args.config, overrides, names=names)
+    if args.no_prefix_sharing or "share_prefixes" not in config.model_fields_set:
+        config = config.model_copy(update={"share_prefixes": not args.no_prefix_sharing})
     setup_logging(config.log_level, args.verbose or config.verbose)
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port: {args.port} is not allowed; must be from 0 to 65535")
@@ -77,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         max_body_bytes=int(args.max_body_mb * 2**20),
         max_waiting=args.max_waiting,
         max_choices=args.max_choices,
+        request_seconds=args.request_seconds,
         drain_seconds=args.drain_seconds,
     )
     pipeline = SpeculativePipeline(config=config)

@@ -27,6 +27,7 @@ class Plan:
 
     Attributes:
         preempted: requests that lost their pages since the plan before.
+        grown: whether a request that was admitted before has got more pages.
         admitted: requests that were given pages, new ones and such as were preempted.
         chunks: what is to be read.
         decode: who drafts and verifies: all that were read up to their roots before. Those whose
@@ -34,6 +35,7 @@ class Plan:
     """
 
     preempted: list[Request] = field(default_factory=list)
+    grown: bool = False
     admitted: list[Request] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decode: list[Request] = field(default_factory=list)

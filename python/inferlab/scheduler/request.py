@@ -21,11 +21,18 @@ class Request:
             first behind a prompt of one token.
         num_cached: tokens whose K/V is in the pages; ``len(tokens) - 1`` between two steps once all
             is read.
+        read_from: where its reading began: what lies before was in shared pages.
         read_length: tokens of the text that `generate` reads in one forward: the prompt, or more
             where a model reads the text anew (``TargetModel.reread_length``).
         finish_reason: why it ended: "length", "stop" (an end token), "stop_string", "error" (see
-            ``error``), "interrupted", "aborted"; None before.
+            ``error``), "interrupted", "aborted", "deadline"; None before.
         text: what the new tokens add to the prompt's text, once it has ended.
+        priority: those of a smaller number go first.
+        deadline: when it ends, by `time.perf_counter`, finished or not; None: never.
+        arrival: its place in the order in which requests came.
+        num_overtaken: requests that came later and were admitted before.
+        num_shared: tokens of the prompt whose K/V was there already when it was first admitted.
+        num_preempted: how often it lost its pages.
         num_told: new tokens that were handed out.
         num_drafted: of those that were not, how many were drafted.
     """
@@ -33,11 +40,14 @@ class Request:
     prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     forced: Mapping[int, int] = field(default_factory=dict)
+    priority: int = 0
+    deadline: float | None = None
     request_id: int = -1
     arrived_at: float = 0.0
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
+    read_from: int = 0
     read_length: int = 0
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -45,6 +55,10 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     text: str | None = None
+    arrival: int = -1
+    num_overtaken: int = 0
+    num_shared: int = 0
+    num_preempted: int = 0
     num_told: int = 0
     num_drafted: int = 0
 

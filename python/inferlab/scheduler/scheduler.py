@@ -1,29 +1,42 @@
-"""Who runs in the next step: first come, first served, within the batch and the pages there are."""
+"""Who runs in the next step, within the batch and the pages there are."""
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from bisect import insort
+from heapq import heappop, heappush
+from itertools import count
 
 from inferlab.scheduler.pages import PageAllocator
 from inferlab.scheduler.plan import Chunk, Plan
+from inferlab.scheduler.prefixes import PrefixKeys
 from inferlab.scheduler.request import Request
 
 READ_TOKENS = 512
 """Tokens that a step reads at most, of all texts together."""
+SHORT_READ = 64
+"""Texts with no more tokens to read are read before longer ones, in half of that."""
+SPARE_PAGES = 7
+"""A request that needs a page gets so many more where pages are plenty."""
+MAX_OVERTAKEN = 64
+"""A request that so many later ones have overtaken is overtaken by no more."""
 
 
 class Scheduler:
     """Plans steps.
 
-    A request takes all the pages it can need (prompt, new tokens and one draft tree) when it is
-    admitted. So a running one never runs out of pages, and one that does not fit waits. Texts are
-    read in order of arrival; each gets a token from the step on that completes its reading.
+    Requests are admitted in the order of their priorities, then of their arrival, when there are
+    pages for what they have to read and one draft tree. They take more as they grow; where there
+    are none left, the running request that comes last in that order gives up its pages and is read
+    anew later. So the first of all always runs to its end, and no request waits without bound:
+    one that was overtaken often goes before all priorities.
 
     Args:
         allocator: the pool's pages.
         max_batch: requests that run together at most.
         tree_slots: slots behind the committed tokens that a step's tree may fill.
         read_tokens: tokens that a step reads at most, roots not counted.
+        shares: whether texts that begin alike share the pages of it.
     """
 
     def __init__(
@@ -32,6 +45,7 @@ class Scheduler:
         max_batch: int,
         tree_slots: int,
         read_tokens: int = READ_TOKENS,
+        shares: bool = False,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be >= 1")
@@ -41,11 +55,17 @@ class Scheduler:
         self.max_batch = max_batch
         self.tree_slots = tree_slots
         self.read_tokens = read_tokens
-        self.waiting: deque[Request] = deque()
+        self.shares = shares
+        self.waiting: list[Request] = []  # in the order in which they are admitted
         self.running: list[Request] = []
+        self._arrivals = count()
+        self._keys: dict[Request, PrefixKeys] = {}
+        self._published: dict[Request, int] = {}  # pages
         self._preempted: list[Request] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
 
     def pages_needed(self, request: Request) -> int:
+        """Pages that a request takes at most."""
         tokens = len(request.prompt) + request.params.max_tokens + self.tree_slots
         return self.allocator.pages_for(tokens)
 
@@ -63,61 +83,171 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError as `check` does."""
         self.check(request)
-        self.waiting.append(request)
+        request.arrival = next(self._arrivals)
+        if self.shares:
+            self._keys[request] = PrefixKeys(request.tokens, self.allocator.page_size)
+        if request.deadline is not None:
+            heappush(self._deadlines, (request.deadline, request.arrival, request))
+        insort(self.waiting, request, key=_rank)
 
     def plan(self) -> Plan:
         """Admits what there is room for and says what the next step does."""
+        if self.shares:
+            self._publish()
+        before = len(self._preempted)
+        grown = self._grow()
+        admitted = self._admit() if len(self._preempted) == before else []
         preempted, self._preempted = self._preempted, []
-        admitted = self._admit()
-        chunks, decode = [], []
-        left = self.read_tokens
-        for request in self.running:
-            if request.is_read:
-                decode.append(request)
-                continue
-            count = min(request.unread, left)
-            root = count == request.unread
-            if root or count > 0:
-                start = request.num_cached
-                chunks.append(Chunk(request, start, start + count, root))
-                left -= count
-        return Plan(preempted, admitted, chunks, decode)
+        decode = [request for request in self.running if request.is_read]
+        return Plan(preempted, grown, admitted, self._chunks(), decode)
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's pages; it is the next to be admitted, and reads all anew."""
+        """Takes a running request's pages; it waits where it stood, and is read anew."""
         self.running.remove(request)
         self._free(request)
-        self.waiting.appendleft(request)
+        request.num_preempted += 1
+        insort(self.waiting, request, key=_rank)
         self._preempted.append(request)
+
+    def expire(self, now: float) -> None:
+        """Ends those whose time is over."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, request = heappop(self._deadlines)
+            request.finish_reason = request.finish_reason or "deadline"
 
     def retire(self) -> list[Request]:
         """Takes finished requests out of the batch and the queue, and frees their pages."""
         done = [r for r in (*self.running, *self.waiting) if r.finished]
         if done:
+            if self.shares:
+                self._publish()
             self.running = [r for r in self.running if not r.finished]
-            self.waiting = deque(r for r in self.waiting if not r.finished)
+            self.waiting = [r for r in self.waiting if not r.finished]
             for request in done:
                 self._free(request)
+                self._keys.pop(request, None)
         return done
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def _grow(self) -> bool:
+        """Gives those that decode the pages of their next step, taking them from the last in order
+        where there are too few; whether somebody got any."""
+        grown = False
+        for request in sorted(self.running, key=_rank):
+            if not request.pages or not request.is_read:
+                continue  # it has just lost them; or it has those of all its reading
+            missing = self._pages_now(request) - len(request.pages)
+            if missing <= 0:
+                continue
+            while missing > self.allocator.num_free:
+                last = max(self.running, key=_rank)
+                self.preempt(last)
+                if last is request:
+                    break
+            else:
+                most = self.pages_needed(request) - len(request.pages)
+                spare = min(SPARE_PAGES, most - missing)
+                if self.allocator.num_free - missing > 2 * spare * len(self.running):
+                    missing += spare
+                request.pages += self.allocator.allocate(missing)
+                grown = True
+        return grown
+
+    def _pages_now(self, request: Request) -> int:
+        """Pages for all tokens of a request and a draft tree behind its root."""
+        return self.allocator.pages_for(len(request.tokens) - 1 + self.tree_slots)
+
     def _admit(self) -> list[Request]:
-        """Moves waiting requests into the batch, in order of arrival; returns them."""
-        admitted = []
+        """Moves waiting requests into the batch, in order; returns them.
+
+        A page for each running request stays free, so that the new one is not the next to go.
+        """
+        admitted: list[Request] = []
         while self.waiting and len(self.running) < self.max_batch:
-            needed = self.pages_needed(self.waiting[0])
-            if needed > self.allocator.num_free:
+            request = self.waiting[0]
+            shared = self._shared(request)
+            missing = self._pages_now(request) - len(shared)
+            left = self.allocator.num_free - self.allocator.num_idle(shared) - missing
+            if left < len(self.running):
                 break
-            request = self.waiting.popleft()
-            request.pages = self.allocator.allocate(needed)
+            self.allocator.reuse(shared)
+            request.pages = [*shared, *self.allocator.allocate(missing)]
+            request.num_cached = request.read_from = len(shared) * self.allocator.page_size
+            self._published[request] = len(shared)
+            if request.num_preempted == 0:
+                request.num_shared = request.num_cached
+            del self.waiting[0]
             self.running.append(request)
             admitted.append(request)
+            self._count_overtaken(request)
         return admitted
+
+    def _count_overtaken(self, request: Request) -> None:
+        overtaken = [w for w in self.waiting if w.arrival < request.arrival]
+        for waiting in overtaken:
+            waiting.num_overtaken += 1
+        if any(waiting.num_overtaken == MAX_OVERTAKEN for waiting in overtaken):
+            self.waiting.sort(key=_rank)
+
+    def _shared(self, request: Request) -> list[int]:
+        """Pages that hold the beginning of a text. One token before its root is left to be read."""
+        if not self.shares:
+            return []
+        full = (len(request.tokens) - 2) // self.allocator.page_size
+        return self.allocator.known(self._keys[request].first(max(full, 0)))
+
+    def _publish(self) -> None:
+        """Says of the full pages of running requests what they hold."""
+        for request in self.running:
+            if request.finish_reason == "error":
+                continue
+            done = self._published[request]
+            full = request.num_cached // self.allocator.page_size
+            if full > done:
+                keys = self._keys[request].first(full)
+                for page in range(done, full):
+                    self.allocator.publish(request.pages[page], keys[page])
+                self._published[request] = full
+
+    def _chunks(self) -> list[Chunk]:
+        """What is read: short texts first, then the others, of which each leaves the next what it
+        does not need."""
+        unread = [request for request in self.running if not request.is_read]
+        most = min(SHORT_READ, self.read_tokens // 2)
+        short = [request for request in unread if request.unread <= most]
+        long = [request for request in unread if request.unread > most]
+        left = self.read_tokens // 2 if long else self.read_tokens
+        chunks = []
+        for request in short:
+            if request.unread <= left:
+                chunks.append(_chunk(request, request.unread))
+                left -= request.unread
+        left += self.read_tokens - self.read_tokens // 2 if long else 0
+        for request in long:
+            count = min(request.unread, left)
+            if count > 0:
+                chunks.append(_chunk(request, count))
+                left -= count
+        return chunks
 
     def _free(self, request: Request) -> None:
         self.allocator.release(request.pages)
         request.pages = []
         request.num_cached = 0
+        self._published.pop(request, None)
+
+
+def _chunk(request: Request, count: int) -> Chunk:
+    """The next ``count`` tokens of a text, with its root where they are the last before it."""
+    start = request.num_cached
+    return Chunk(request, start, start + count, count == request.unread)
+
+
+def _rank(request: Request) -> tuple[float, int]:
+    """The order of requests: smaller ones go first."""
+    if request.num_overtaken >= MAX_OVERTAKEN:
+        return -math.inf, request.arrival
+    return request.priority, request.arrival

@@ -42,7 +42,7 @@ def usage_of(requests: Sequence[Request], choices: int) -> Json:
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         },
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": sum(r.num_shared for r in requests[::choices])},
     }
 
 
@@ -50,6 +50,8 @@ def failure_of(request: Request) -> ApiError | None:
     """What to say of a request that ended without an answer."""
     if request.finish_reason == "error":
         return ApiError(500, request.error or "the request failed")
+    if request.finish_reason == "deadline":
+        return ApiError(504, "the request took longer than it may", code="timeout")
     if request.finish_reason == "aborted":
         return ApiError(503, "the server is shutting down", retry_after=1)
     return None

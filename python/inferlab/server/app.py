@@ -169,7 +169,7 @@ class Service:
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
             for choice in range(count):
-                requests.append(self._request(prompt, given, body.seed, choice))
+                requests.append(self._request(prompt, given, body, choice))
         stream = bool(body.stream)
         call = Call(self.engine, self._waker, requests, stream)
         try:
@@ -202,16 +202,20 @@ class Service:
             return Response(status_code=499)  # nobody reads it
 
     def _request(
-        self, prompt: list[int], given: dict[str, Any], seed: int | None, choice: int
+        self, prompt: list[int], given: dict[str, Any], body: SamplingFields, choice: int
     ) -> Request:
         """The choices of a seed are those of the seeds that follow it."""
         given = self._defaults | given
-        first = secrets.randbits(64) if seed is None else seed
+        first = secrets.randbits(64) if body.seed is None else body.seed
         try:
-            return self.pipeline.request(prompt, seed=(first + choice) % 2**64, **given)
+            request = self.pipeline.request(prompt, seed=(first + choice) % 2**64, **given)
         except ValueError as error:
             param = str(error).split(" ", 1)[0]
             raise ApiError(400, str(error), param=param if param in given else None) from error
+        request.priority = body.priority
+        if self.settings.request_seconds is not None:
+            request.deadline = time.perf_counter() + self.settings.request_seconds
+        return request
 
     def _check_room(self, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) + max_tokens <= self._limit:

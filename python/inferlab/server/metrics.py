@@ -36,6 +36,15 @@ class Metrics:
         self._model = model
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens.").labels(model)
         self._new_tokens = counter("vllm:generation_tokens", "New tokens.").labels(model)
+        self._queried = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens that could have been there already."
+        ).labels(model)
+        self._found = counter(
+            "vllm:prefix_cache_hits", "Prompt tokens that were there already."
+        ).labels(model)
+        self._preemptions = counter(
+            "vllm:num_preemptions", "Times that a request lost its pages and was read anew."
+        ).labels(model)
         self._ended = counter(
             "vllm:request_success", "Requests that ended, by reason.", ("finished_reason",)
         )
@@ -82,6 +91,9 @@ class Metrics:
             return
         stats = request.stats
         self._prompt_tokens.inc(len(request.prompt))
+        self._queried.inc(len(request.prompt))
+        self._found.inc(request.num_shared)
+        self._preemptions.inc(request.num_preempted)
         self._new_tokens.inc(request.num_output)
         self._steps.inc(stats.steps)
         self._drafts.inc(stats.offered_at[0] if stats.offered_at else 0)

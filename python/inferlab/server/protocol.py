@@ -47,6 +47,7 @@ class SamplingFields(ApiModel):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=NAMED_STOPS)] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Unused = None

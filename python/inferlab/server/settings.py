@@ -17,6 +17,7 @@ class ServerSettings:
         max_body_bytes: of a request's body; larger ones are refused before they are read.
         max_waiting: requests that may wait for their turn, choices of one counted apart.
         max_choices: the largest ``n``, prompts of one request multiplied.
+        request_seconds: how long a request may take, waiting included; None: as long as it takes.
         drain_seconds: how long requests may go on once the server is told to end.
     """
 
@@ -25,10 +26,13 @@ class ServerSettings:
     max_body_bytes: int = 4 * 2**20
     max_waiting: int = 1024
     max_choices: int = 128
+    request_seconds: float | None = None
     drain_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_waiting", "max_choices"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
         check("drain_seconds", self.drain_seconds, self.drain_seconds >= 0, "a number >= 0")
+        seconds = self.request_seconds
+        check("request_seconds", seconds, seconds is None or seconds > 0, "a number > 0, or None")
         check("api_keys", "", all(self.api_keys), "without empty ones")

@@ -128,6 +128,10 @@ class Batch:
             self._suppressed = suppressed
             self.sampling = self._sampling_tensors(suppressed)
 
+    def refresh_pages(self) -> None:
+        """Takes over that some of its sequences have more pages."""
+        self.block_table = upload_pages([r.pages for r in self.requests], self.device)
+
     def _room(self, request: Request) -> int:
         """How many tokens can be kept before the target reads the text anew."""
         if self._reread_length is None or request.num_cached >= self._reread_length:

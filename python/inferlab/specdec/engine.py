@@ -50,6 +50,8 @@ class Engine:
         drafter: who drafts; None decodes plainly.
         max_batch: requests that run together at most.
         recorder: keeps what each step did, to be replayed.
+        shares_prefixes: texts that begin alike share K/V pages, of texts that have ended as well.
+            Saves their reading, where what a drafter needs of it is not what it would hear.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Engine:
         drafter: Drafter | None = None,
         max_batch: int = 32,
         recorder: Recorder | None = None,
+        shares_prefixes: bool = False,
     ) -> None:
         self.recorder = recorder
         self.target = target
@@ -71,8 +74,13 @@ class Engine:
         self.clock = step.Clock()
         tree_slots = drafter.max_nodes if drafter is not None else 1
         self._ladder = drafter.ladder() if drafter is not None else ()
+        # Where a text's length changes how it is read, its beginning is not that of a longer one.
+        hears = drafter is not None and drafter.hears_all
         self.scheduler = Scheduler(
-            PageAllocator(cache.num_pages, cache.page_size), max_batch, tree_slots
+            PageAllocator(cache.num_pages, cache.page_size),
+            max_batch,
+            tree_slots,
+            shares=shares_prefixes and target.reread_length is None and not hears,
         )
         self._ids = count()
         self._turns = Turns(self)
@@ -144,7 +152,8 @@ class Engine:
 
     def _step(self) -> list[Emission]:
         started = time.perf_counter()
-        done = self._retire()  # of those that ended before their first step
+        self.scheduler.expire(started)
+        done = self._retire()  # of those that ended before their first step, or by the clock
         self._restart_outgrown()
         plan = self.scheduler.plan()
         before_ms = (time.perf_counter() - started) * 1e3
@@ -153,6 +162,10 @@ class Engine:
             self._forget(request)
         for request in plan.admitted:
             self._clock_at_start.setdefault(request.request_id, dict(self.clock.totals))
+        if plan.grown and self._batch is not None:
+            self._batch.refresh_pages()
+            if self._members is not None:
+                self._members.batch.refresh_pages()
         if plan.admitted:
             self.target.notice_changes()
         if plan.chunks:
@@ -284,20 +297,19 @@ class Engine:
             self._conclude(batch, tree, reading.at_roots(output), drafter)
 
     def _is_told(self, plan: Plan) -> bool:
-        """Whether the drafter hears of the chunks. Those of one plan share their lot: a text is
-        told whole or not at all."""
+        """Whether the drafter hears of the chunks. It hears of all or none; of one whose beginning
+        it was not told it is of no use."""
         drafter = self.drafter
         if drafter is None or not drafter.hears_all:
             return drafter is not None
-        begun = [chunk for chunk in plan.chunks if chunk.start > 0]
-        if begun:
-            told = begun[0].request.request_id not in self._unheard
-        else:
-            tokens = sum(chunk.request.unread + 1 for chunk in plan.chunks)
-            requests = [*plan.decode, *(chunk.request for chunk in plan.chunks)]
-            told = self.controller.follows(tokens, self._outlook(requests))
+        begun = {c.request.request_id for c in plan.chunks if c.start > c.request.read_from}
+        new = [c.request for c in plan.chunks if c.request.request_id not in begun]
+        told = not begun <= self._unheard
+        if not told and new:
+            tokens = sum(request.unread + 1 for request in new)
+            told = self.controller.follows(tokens, self._outlook([*plan.decode, *new]))
         if not told:
-            self._unheard |= {chunk.request.request_id for chunk in plan.chunks}
+            self._unheard |= {request.request_id for request in new}
         return told
 
     def _decode(self, requests: list[Request]) -> tuple[StepObservation, bool]:

@@ -642,6 +642,7 @@ class SpeculativePipeline:
             self.controller,
             self._plan.build(pages) if self._plan is not None else None,
             c.max_batch,
+            shares_prefixes=c.share_prefixes,
         )
 
     def _num_pages(self) -> int:
