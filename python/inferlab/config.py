@@ -202,10 +202,11 @@ class SpecdecConfig(Sampled):
     both it is sized for the batch. ``share_prefixes``: texts that begin alike share what was read
     of it, for drafters that need not hear of it; a text that was decoded before is found again, so
     times of prompts that are repeated are not those of new ones. ``engine`` says what runs
-    forwards, of target and draft model: ``native``, compiled calls, which is an error for models that they do not cover; ``hf``, the
-    model's own modules; ``auto``, the first that can. ``quantization`` and ``draft_quantization``
-    pack the weights of the target and of the draft model when they are loaded, on a CPU. ``record``
-    is the directory that each pipeline adds a recorded run to, for ``inferlab replay``.
+    forwards, of target and draft model: ``native``, compiled calls, which is an error for models
+    that they do not cover; ``hf``, the model's own modules; ``auto``, the first that can.
+    ``quantization`` and ``draft_quantization`` pack the weights of the target and of the draft
+    model when they are loaded, on a CPU. ``record`` is the directory that each pipeline adds a
+    recorded run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class SamplingParams:
             string that is one's whole name ends the generation at that token.
         stop_token_ids: token ids that end it, beside the model's end-of-text ids.
         ignore_eos: go on past the model's end-of-text ids.
+        logprobs: how many of the likeliest tokens are told with each new one, and how likely all
+            these are by the model's own logits; 0: the new one alone; None: nothing of it.
     """
 
     max_tokens: int = 64
@@ -48,8 +51,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", _integer("logprobs", self.logprobs))
+            check("logprobs", self.logprobs, self.logprobs >= 0, "an integer >= 0, or None")
         for name in ("max_tokens", "min_tokens", "top_k", "seed"):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
         for name in (
@@ -218,6 +225,18 @@ class SpeculationStats:
         return self.steps + self.prefill_forwards
 
 
+class TokenLogprobs(NamedTuple):
+    """What the target thought of a token that was chosen.
+
+    Attributes:
+        logprob: of the token itself; 0 where it was given and not chosen.
+        top: ids and log-probabilities of the likeliest, the best first.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass
 class GenerationResult:
     """One finished (or interrupted) request."""
@@ -230,3 +249,4 @@ class GenerationResult:
     timings_ms: dict[str, float]
     text: str = ""
     error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None

@@ -7,6 +7,7 @@ import shutil
 
 import openai
 import pytest
+import torch
 
 from helpers.served import Served
 from inferlab import SpeculativePipeline
@@ -132,6 +133,92 @@ def test_many_at_a_time_answer_as_one_alone(server, plain):
         )
         assert answer["choices"][0]["text"] == expected["text"]
     server.wait_until_idle()
+
+
+def log_probabilities(plain, prompt, tokens):
+    """By the model's own forward: [len(tokens), V]."""
+    ids = torch.tensor([[*plain.encode(prompt), *tokens]])
+    with plain.target.plain() as model, torch.no_grad():
+        logits = model(ids).logits[0, -len(tokens) - 1 : -1].float()
+    return torch.log_softmax(logits, dim=-1)
+
+
+def test_log_probabilities_are_the_models_own(client, plain):
+    sampling = {"temperature": 0.7, "seed": 3, "max_tokens": 24}
+    tokens = plain.generate(PROMPT, **sampling)["token_ids"]
+    scores = log_probabilities(plain, PROMPT, tokens)
+    expected = scores[range(len(tokens)), tokens]
+    answer = client.completions.create(model="tiny", prompt=PROMPT, logprobs=3, **sampling)
+    told = answer.choices[0].logprobs
+    assert "".join(told.tokens) == answer.choices[0].text
+    assert told.token_logprobs == pytest.approx(expected.tolist(), abs=0.1)
+    assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(len(tokens))]
+    best = scores.topk(3).values
+    for values, top, name, own in zip(
+        best, told.top_logprobs, told.tokens, told.token_logprobs, strict=True
+    ):
+        assert sorted(top.values(), reverse=True) == pytest.approx(values.tolist(), abs=0.4)  # bf16
+        assert top.get(name, own) == own
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPT, logprobs=3, stream=True, **sampling
+    )
+    parts = [chunk.choices[0].logprobs for chunk in stream if chunk.choices[0].logprobs]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for part in parts for value in getattr(part, name)]
+        assert joined == getattr(told, name)
+
+
+def test_a_chat_tells_log_probabilities_too(client):
+    given = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        "logprobs": True,
+    }
+    whole = client.chat.completions.create(**given, top_logprobs=2).choices[0]
+    told = whole.logprobs.content
+    assert b"".join(bytes(one.bytes) for one in told).decode() == whole.message.content
+    for one in told:
+        assert len(one.top_logprobs) == 2
+        assert one.top_logprobs[0].token == one.token, "greedy"
+        assert one.top_logprobs[0].logprob == one.logprob
+    assert all(not one.top_logprobs for one in
+               client.chat.completions.create(**given).choices[0].logprobs.content)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def always_drafting():
+    with Served("--K", "4") as served:
+        yield served
+
+
+def test_a_request_says_how_it_is_drafted_for(always_drafting, plain):
+    text = plain.generate(PROMPT, max_tokens=48)["text"]
+
+    def run(**speculation):
+        asked = {**speculation, "stats": True}
+        answer = always_drafting.complete(max_tokens=48, speculation=asked).json()
+        return answer["choices"][0]["text"], answer["metrics"]["speculative_decoding"]
+
+    drafted, stats = run()
+    assert drafted == text
+    assert stats["num_draft_tokens"] >= stats["num_accepted_draft_tokens"] > 0
+    assert sum(stats["acceptance_histogram"]) == stats["num_spec_steps"]
+    weighted = sum(j * n for j, n in enumerate(stats["acceptance_histogram"]))
+    assert weighted == stats["num_accepted_draft_tokens"]
+    for none in ({"mode": "none"}, {"k": 0}):
+        drafted, stats = run(**none)
+        assert drafted == text
+        assert (stats["num_draft_tokens"], stats["num_steps"]) == (0, 48)
+    drafted, stats = run(k=1)
+    assert drafted == text
+    assert stats["num_spec_tokens"] == 1
+    drafted, stats = run(policy="topk_agree", threshold=400)
+    assert drafted != text, "nearly every draft is taken"
+    refused = always_drafting.complete(speculation={"mode": "eagle"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "speculation.mode"
 
 
 def test_a_beginning_that_was_read_before_is_not_read_again(server):

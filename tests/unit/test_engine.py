@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -464,3 +465,61 @@ def test_a_policy_that_accepts_other_tokens_too_sees_nothing_of_what_was_left_ou
     controller = Sparing(seed=1)
     tokens_of(make_engine(policy=make_policy("typical"), controller=controller), SamplingParams())
     assert not any(step.came_true for step in controller.heard)
+
+
+@pytest.mark.parametrize("drafter", ["none", "vanilla", "ngram"])
+def test_log_probabilities_do_not_depend_on_drafts(drafter):
+    params = SamplingParams(max_tokens=30, temperature=0.9, top_p=0.9, seed=8, logprobs=3)
+    target = FakeLM(seed=3)
+    engine = make_engine(drafter, widths=(2, 2, 1) if drafter == "vanilla" else (1, 1, 1))
+    told = engine.generate([(p, params) for p in PROMPTS])
+    silent = tokens_of(make_engine("none"), replace(params, logprobs=None))
+    for prompt, result, tokens in zip(PROMPTS, told, silent, strict=True):
+        assert result.token_ids == tokens
+        assert len(result.logprobs) == len(tokens)
+        scores = torch.log_softmax(logits_of(target, [*prompt, *tokens[:-1]]), dim=-1)
+        for row, token, one in zip(scores[-len(tokens) :], tokens, result.logprobs, strict=True):
+            assert one.logprob == pytest.approx(row[token].item(), abs=1e-5)
+            values, ids = row.topk(3)
+            assert [id_ for id_, _ in one.top] == ids.tolist()
+            assert [value for _, value in one.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def logits_of(model: FakeLM, tokens: list[int]) -> torch.Tensor:
+    """[len(tokens), V]: behind each of them, read alone."""
+    engine = Engine(model, model.new_cache(16), Policy(), FixedController(0), max_batch=1)
+    rows = []
+    verify = engine.policy.verify
+
+    class Looking(Policy):
+        def verify(self, logits, tree, batch):
+            rows.append(logits[0, 0].clone())
+            return verify(logits, tree, batch)
+
+    engine.policy = Looking()
+    for end in range(1, len(tokens) + 1):
+        engine.generate([(tokens[:end], SamplingParams(max_tokens=1))])
+    return torch.stack(rows)
+
+
+def test_each_request_may_limit_its_drafts_and_have_a_policy_of_its_own():
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=5)
+    plain = tokens_of(make_engine("none"), params)
+    engine = make_engine("vanilla")
+    requests = [
+        Request(p, params, max_draft=m) for p, m in zip(PROMPTS, (0, 1, 2, None), strict=True)
+    ]
+    engine.generate(requests)
+    assert [r.output for r in requests] == plain
+    assert [len(r.stats.offered_at) for r in requests] == [0, 1, 2, 4]
+    assert requests[0].stats.steps == 40
+    assert min(r.stats.accepted for r in requests[1:]) > 0
+    requests = [Request(p, params) for p in PROMPTS]
+    requests[0].acceptance = ("topk_agree", 500)
+    requests[2].acceptance = ("longest_prefix", 0.0)
+    engine.generate(requests)
+    lossy = make_engine("vanilla", policy=make_policy("topk_agree", k=500))
+    alone = lossy.generate([(PROMPTS[0], params)])
+    assert [r.output for r in requests] == [alone[0].token_ids, *plain[1:]]
+    assert requests[0].output != plain[0]
+    assert requests[0].stats.acceptance_rate == 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from inferlab.types import SamplingParams, SpeculationStats
+from inferlab.types import SamplingParams, SpeculationStats, TokenLogprobs
 
 
 @dataclass(eq=False)
@@ -27,6 +27,9 @@ class Request:
         finish_reason: why it ended: "length", "stop" (an end token), "stop_string", "error" (see
             ``error``), "interrupted", "aborted", "deadline"; None before.
         text: what the new tokens add to the prompt's text, once it has ended.
+        max_draft: levels drafted for it in a step at most; 0: none ever; None: what there is.
+        acceptance: name and threshold of its own acceptance policy; None: the engine's.
+        logprobs: of each new token, where its parameters ask for them.
         priority: those of a smaller number go first.
         deadline: when it ends, by `time.perf_counter`, finished or not; None: never.
         arrival: its place in the order in which requests came.
@@ -40,6 +43,8 @@ class Request:
     prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     forced: Mapping[int, int] = field(default_factory=dict)
+    max_draft: int | None = None
+    acceptance: tuple[str, float] | None = None
     priority: int = 0
     deadline: float | None = None
     request_id: int = -1
@@ -59,6 +64,7 @@ class Request:
     num_overtaken: int = 0
     num_shared: int = 0
     num_preempted: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_told: int = 0
     num_drafted: int = 0
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -14,7 +16,10 @@ from starlette.responses import Response
 from inferlab.scheduler import Request
 from inferlab.server.calls import Call, ClientGone, Receive
 from inferlab.server.failures import ApiError
+from inferlab.server.tokens import TokenNames
+from inferlab.specdec.emission import Emission
 from inferlab.specdec.text import TextStream
+from inferlab.types import SpeculationStats, TokenLogprobs
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Json = dict[str, Any]
@@ -46,6 +51,26 @@ def usage_of(requests: Sequence[Request], choices: int) -> Json:
     }
 
 
+def speculation_of(requests: Sequence[Request]) -> Json:
+    """What drafting came to, under vLLM's names; entry j of the histogram counts the steps with
+    drafts of which j were accepted."""
+    stats = SpeculationStats()
+    for request in requests:
+        stats.add(request.stats)
+    at_least = [stats.offered_at[0] if stats.offered_at else 0, *stats.accepted_at, 0]
+    return {
+        "mean_acceptance_length": stats.mean_accepted_length,
+        "draft_acceptance_rate": stats.acceptance_rate,
+        "acceptance_histogram": [a - b for a, b in itertools.pairwise(at_least)],
+        "num_spec_steps": at_least[0],
+        "num_steps": stats.steps,
+        "num_accepted_draft_tokens": stats.accepted,
+        "num_draft_tokens": stats.proposed,
+        "num_draft_nodes": stats.draft_nodes,
+        "num_spec_tokens": len(stats.offered_at),
+    }
+
+
 def failure_of(request: Request) -> ApiError | None:
     """What to say of a request that ended without an answer."""
     if request.finish_reason == "error":
@@ -58,16 +83,26 @@ def failure_of(request: Request) -> ApiError | None:
 
 
 class Form(Protocol):
-    """How choices are written down."""
+    """How choices are written down.
+
+    ``logprobs`` of its methods are those of the text's tokens, or None where nobody asked.
+    """
 
     prefix: str
     whole_object: str
     chunk_object: str
 
-    def whole(self, index: int, text: str, reason: str | None) -> Json:
+    def logprobs(
+        self, names: TokenNames, tokens: Sequence[int], of: Sequence[TokenLogprobs], offset: int
+    ) -> Json:
+        """Log-probabilities of tokens, before which so many characters were."""
+
+    def whole(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
         """A choice of a whole answer."""
 
-    def piece(self, index: int, text: str, reason: str | None, first: bool) -> Json:
+    def piece(
+        self, index: int, text: str, logprobs: Json | None, reason: str | None, first: bool
+    ) -> Json:
         """A choice of a chunk: new text, or the end.
 
         Args:
@@ -80,11 +115,18 @@ class TextForm:
 
     prefix, whole_object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
-    def whole(self, index: int, text: str, reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def logprobs(
+        self, names: TokenNames, tokens: Sequence[int], of: Sequence[TokenLogprobs], offset: int
+    ) -> Json:
+        return names.of_text(tokens, of, offset)
 
-    def piece(self, index: int, text: str, reason: str | None, first: bool) -> Json:
-        return self.whole(index, text, reason)
+    def whole(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def piece(
+        self, index: int, text: str, logprobs: Json | None, reason: str | None, first: bool
+    ) -> Json:
+        return self.whole(index, text, logprobs, reason)
 
 
 class ChatForm:
@@ -92,22 +134,65 @@ class ChatForm:
 
     prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, index: int, text: str, reason: str | None) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    def logprobs(
+        self, names: TokenNames, tokens: Sequence[int], of: Sequence[TokenLogprobs], offset: int
+    ) -> Json:
+        return names.of_chat(tokens, of)
 
-    def piece(self, index: int, text: str, reason: str | None, first: bool) -> Json:
+    def whole(self, index: int, text: str, logprobs: Json | None, reason: str | None) -> Json:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def piece(
+        self, index: int, text: str, logprobs: Json | None, reason: str | None, first: bool
+    ) -> Json:
         delta = {"role": "assistant"} if first else {}
         if text:
             delta["content"] = text
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+@dataclass
+class Extras:
+    """What an answer holds beside its texts.
+
+    Attributes:
+        usage: whether a stream ends with it; whole answers always have it.
+        names: of tokens, where log-probabilities are asked for.
+        speculation: whether what came of drafting is told.
+    """
+
+    usage: bool = False
+    names: TokenNames | None = None
+    speculation: bool = False
+
+
+class Growing:
+    """A choice of a stream: its text, and the log-probabilities of what has not been sent."""
+
+    def __init__(self, text: TextStream, before: str) -> None:
+        self.text = text
+        self.before = before
+        self.begun = False
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.offset = len(before)
+
+    def take(self, names: TokenNames, form: Form) -> Json | None:
+        """The log-probabilities that are due; None: there are none."""
+        if not self.tokens:
+            return None
+        made = form.logprobs(names, self.tokens, self.logprobs, self.offset)
+        self.offset += sum(len(names.name(token)) for token in self.tokens)
+        self.tokens, self.logprobs = [], []
+        return made
 
 
 class Answer:
     """One answer, of one or more choices.
 
     Args:
-        texts: of each choice, its text as it grows.
+        texts: of each choice, its text as it grows; streams only.
         before: of each choice, what stands in front of its text (``echo``).
         choices: per prompt.
     """
@@ -120,14 +205,14 @@ class Answer:
         texts: Sequence[TextStream],
         before: Sequence[str],
         choices: int,
-        include_usage: bool,
+        extras: Extras,
     ) -> None:
         self._call = call
         self._form = form
-        self._texts = texts
         self._before = before
+        self._growing = list(map(Growing, texts, before))
         self._choices = choices
-        self._include_usage = include_usage
+        self._extras = extras
         self._head = {
             "id": form.prefix + uuid.uuid4().hex,
             "object": form.whole_object,
@@ -142,64 +227,83 @@ class Answer:
             ApiError: one of them failed.
             ClientGone: nobody waits for it any more.
         """
-        requests = self._call.requests
         async with aclosing(self._call.emissions(receive)) as emissions:
             async for _ in emissions:
                 pass
-        for request in requests:
+        made = []
+        names = self._extras.names
+        for index, request in enumerate(self._call.requests):
             if failure := failure_of(request):
                 raise failure
-        made = [
-            self._form.whole(i, self._before[i] + (r.text or ""), finish_reason(r))
-            for i, r in enumerate(requests)
-        ]
-        return {**self._head, "choices": made, "usage": usage_of(requests, self._choices)}
+            before = self._before[index]
+            logprobs = None
+            if names is not None:
+                logprobs = self._form.logprobs(names, request.output, request.logprobs, len(before))
+            text = before + (request.text or "")
+            made.append(self._form.whole(index, text, logprobs, finish_reason(request)))
+        return {**self._head, "choices": made, **self._figures()}
 
     async def events(self, receive: Receive) -> AsyncGenerator[bytes]:
         """The answer as server-sent events, all that there is at a time as one piece of bytes."""
-        requests = self._call.requests
-        index_of = {request: index for index, request in enumerate(requests)}
-        begun: set[int] = set()
-
-        def chunk(index: int, text: str, reason: str | None = None) -> bytes:
-            first = index not in begun
-            begun.add(index)
-            return self._chunk(self._form.piece(index, text, reason, first))
-
+        index_of = {request: index for index, request in enumerate(self._call.requests)}
         if any(self._before):
-            yield b"".join(chunk(i, before) for i, before in enumerate(self._before))
+            yield b"".join(self._chunk(i, before) for i, before in enumerate(self._before))
         async with aclosing(self._call.emissions(receive)) as emissions:
             async for came in emissions:
                 out: list[bytes] = []
                 for emission in came:
-                    request = emission.request
-                    index = index_of[request]
-                    if failure := failure_of(request):
+                    index = index_of[emission.request]
+                    if failure := failure_of(emission.request):
                         yield b"".join(out) + _event(failure.body())
                         return
-                    stream = self._texts[index]
-                    if emission.finished:
-                        text = stream.end(request.text or "")
-                    else:
-                        text = stream.add(emission.tokens)
-                    if text:
-                        out.append(chunk(index, text))
-                    if emission.finished:
-                        out.append(chunk(index, "", finish_reason(request)))
+                    out += self._chunks(index, emission)
                 if out:
                     yield b"".join(out)
-        if self._include_usage:
-            used = {"choices": [], "usage": usage_of(requests, self._choices)}
-            yield _event(self._chunk_head | used)
+        if self._extras.usage or self._extras.speculation:
+            yield _event(self._chunk_head | {"choices": [], **self._figures()})
         yield DONE
+
+    def _chunks(self, index: int, emission: Emission) -> list[bytes]:
+        """What a choice has got, as events."""
+        growing = self._growing[index]
+        request = emission.request
+        logprobs = None
+        if self._extras.names is not None:
+            growing.tokens += emission.tokens
+            growing.logprobs += emission.logprobs
+        if emission.finished:
+            text = growing.text.end(request.text or "")
+        else:
+            text = growing.text.add(emission.tokens)
+        if self._extras.names is not None and (text or emission.finished):
+            logprobs = growing.take(self._extras.names, self._form)
+        out = []
+        if text or logprobs:
+            out.append(self._chunk(index, text, logprobs))
+        if emission.finished:
+            out.append(self._chunk(index, "", None, finish_reason(request)))
+        return out
+
+    def _figures(self) -> Json:
+        """What is told at the end."""
+        requests = self._call.requests
+        figures: Json = {"usage": usage_of(requests, self._choices)}
+        if self._extras.speculation:
+            figures["metrics"] = {"speculative_decoding": speculation_of(requests)}
+        return figures
 
     @property
     def _chunk_head(self) -> Json:
         return self._head | {"object": self._form.chunk_object}
 
-    def _chunk(self, choice: Json) -> bytes:
+    def _chunk(
+        self, index: int, text: str, logprobs: Json | None = None, reason: str | None = None
+    ) -> bytes:
+        growing = self._growing[index]
+        first, growing.begun = not growing.begun, True
+        choice = self._form.piece(index, text, logprobs, reason, first)
         chunk = self._chunk_head | {"choices": [choice]}
-        if self._include_usage:
+        if self._extras.usage:
             chunk["usage"] = None
         return _event(chunk)
 

@@ -20,16 +20,23 @@ from starlette.exceptions import HTTPException
 
 from inferlab import __version__
 from inferlab.scheduler import Request
-from inferlab.server.answers import Answer, ChatForm, EventStream, Form, TextForm
+from inferlab.server.answers import Answer, ChatForm, EventStream, Extras, Form, TextForm
 from inferlab.server.calls import Call, ClientGone, Waker
 from inferlab.server.engine_thread import EngineThread, QueueFull, Unavailable
 from inferlab.server.failures import ApiError, of_validation
 from inferlab.server.gate import Gate
 from inferlab.server.metrics import Metrics
-from inferlab.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+from inferlab.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    SamplingFields,
+    SpeculationFields,
+)
 from inferlab.server.settings import ServerSettings
+from inferlab.server.tokens import TokenNames
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
+from inferlab.specdec.tree import are_chains
 
 LONG_TEXT = 4096
 """Texts of more characters are tokenized in a thread, so that the loop goes on meanwhile."""
@@ -60,6 +67,7 @@ class Service:
         self._decode = text_decoder(tokenizer)
         self._unsettled = unsettled_tokens(tokenizer)
         self._tokenizing = asyncio.Lock()
+        self._names: TokenNames | None = None  # made when somebody asks
         own = {"temperature", "do_sample"} & pipeline.config.model_fields_set
         self._defaults = {} if own else {"temperature": 1.0}  # OpenAI's
 
@@ -165,6 +173,8 @@ class Service:
         http: HttpRequest,
     ) -> Any:
         count = body.n or 1
+        if body.num_logprobs() is not None and self._names is None:
+            self._names = await asyncio.to_thread(self._make_names)
         requests = []
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
@@ -185,6 +195,11 @@ class Service:
             for r in (requests if stream else ())
         ]
         options = body.stream_options
+        extras = Extras(
+            usage=options is not None and options.include_usage,
+            names=self._names if body.num_logprobs() is not None else None,
+            speculation=body.speculation is not None and body.speculation.stats,
+        )
         answer = Answer(
             call,
             form,
@@ -192,7 +207,7 @@ class Service:
             texts,
             [text for text in before for _ in range(count)],
             count,
-            options is not None and options.include_usage,
+            extras,
         )
         if stream:
             return EventStream(answer)
@@ -213,9 +228,46 @@ class Service:
             param = str(error).split(" ", 1)[0]
             raise ApiError(400, str(error), param=param if param in given else None) from error
         request.priority = body.priority
+        if body.speculation is not None:
+            self._speculate(request, body.speculation)
         if self.settings.request_seconds is not None:
             request.deadline = time.perf_counter() + self.settings.request_seconds
         return request
+
+    def _make_names(self) -> TokenNames:
+        target = self.pipeline.target
+        if target.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer to name tokens by", param="logprobs")
+        return TokenNames(target.tokenizer, target.vocab_size)
+
+    def _speculate(self, request: Request, wanted: SpeculationFields) -> None:
+        """Has a request drafted for as it asks."""
+        own = self.pipeline.config.draft_mode
+        if wanted.mode not in (None, "none", own):
+            raise ApiError(
+                400,
+                f"speculation.mode is {wanted.mode!r}; this server drafts by {own!r}, or not at "
+                f"all: 'none'",
+                param="speculation.mode",
+            )
+        drafter = self.pipeline.engine.drafter
+        if wanted.k and drafter is not None and not are_chains(drafter.ladder()):
+            raise ApiError(
+                400,
+                f"speculation.k is {wanted.k}; this server drafts trees, all of one depth: leave "
+                f"k out, or 0 for no drafts",
+                param="speculation.k",
+            )
+        request.max_draft = 0 if wanted.mode == "none" else wanted.k
+        if wanted.policy is not None:
+            if self.pipeline.policy.name == "rejection":
+                raise ApiError(
+                    400,
+                    "speculation.policy cannot be chosen where the server's is 'rejection', whose "
+                    "drafts are drawn otherwise",
+                    param="speculation.policy",
+                )
+            request.acceptance = (wanted.policy, wanted.threshold)
 
     def _check_room(self, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) + max_tokens <= self._limit:

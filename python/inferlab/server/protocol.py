@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from inferlab.config import MAX_DRAFT
+from inferlab.specdec.policies import Policy
+
 MAX_TOKENS = 2**31 - 1
+MAX_LOGPROBS = 20
 NAMED_STOPS = 16
 
-Text: TypeAlias = Annotated[str, Field()]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 Unused: TypeAlias = Any
 """Of a field that changes nothing here: who asks, and how the asking is kept."""
@@ -26,6 +29,29 @@ class StreamOptions(ApiModel):
 
     include_usage: bool = False
     include_obfuscation: Unused = None
+
+
+class SpeculationFields(ApiModel):
+    """How one request is to be drafted for (``speculation``, in clients' ``extra_body``).
+
+    Attributes:
+        mode: the server's own draft mode, or ``none``.
+        k: draft tokens of a step at most, along one path; 0: none.
+        policy: another acceptance policy than the server's, and its threshold (tau, k or p).
+        stats: what came of it is told under ``metrics`` of the answer.
+    """
+
+    mode: str | None = None
+    k: Annotated[int, Field(ge=0, le=MAX_DRAFT)] | None = None
+    policy: Literal["longest_prefix", "conf_threshold", "topk_agree", "typical"] | None = None
+    threshold: float = 0.0
+    stats: bool = False
+
+    @model_validator(mode="after")
+    def _threshold_of_its_policy(self) -> SpeculationFields:
+        if self.policy is not None:
+            Policy(self.policy, self.threshold)
+        return self
 
 
 class SamplingFields(ApiModel):
@@ -50,6 +76,7 @@ class SamplingFields(ApiModel):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    speculation: SpeculationFields | None = None
     user: Unused = None
     metadata: Unused = None
     store: Unused = None
@@ -79,6 +106,10 @@ class SamplingFields(ApiModel):
             raise ValueError("stream_options needs stream=true")
         return self
 
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each; None: nothing is."""
+        raise NotImplementedError
+
     def sampling(self) -> dict[str, Any]:
         """The arguments of `SpeculativePipeline.request` that were given, but the seed."""
         names = (
@@ -88,6 +119,7 @@ class SamplingFields(ApiModel):
         given = {name: getattr(self, name) for name in names}
         given["top_k"] = None if self.top_k is None else max(self.top_k, 0)
         given["stop"] = [] if self.stop is None else self.stop
+        given["logprobs"] = self.num_logprobs()
         if self.stop_token_ids is not None:
             given["stop_token_ids"] = tuple(self.stop_token_ids)
         if self.logit_bias is not None:
@@ -99,6 +131,7 @@ class CompletionRequest(SamplingFields):
     """The body of ``/v1/completions``."""
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: None = None
@@ -107,7 +140,12 @@ class CompletionRequest(SamplingFields):
     def _supported(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of is not supported beyond n: ask for n choices and take one")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo and logprobs do not go together: prompts are not scored")
         return self
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or more."""
@@ -148,6 +186,8 @@ class ChatRequest(SamplingFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -158,6 +198,15 @@ class ChatRequest(SamplingFields):
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
         return given
+
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _logprobs_go_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages for a chat template, contents as texts."""

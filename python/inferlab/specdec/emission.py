@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from inferlab.scheduler import Request
+from inferlab.types import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Emission:
     Attributes:
         request: whose they are.
         tokens: the new tokens, possibly none.
+        logprobs: of each of them, where the request asks for that.
         drafted: how many of them were drafted and accepted; the others are the target's own.
         finished: whether these are the last; ``request.finish_reason`` says why.
     """
@@ -22,12 +24,14 @@ class Emission:
     tokens: list[int]
     drafted: int
     finished: bool
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request) -> Emission:
         """All that a request has and was not told of."""
         tokens = request.tokens[len(request.prompt) + request.num_told :]
+        logprobs = request.logprobs[request.num_told :]
         drafted = request.num_drafted
         request.num_told += len(tokens)
         request.num_drafted = 0
-        return cls(request, tokens, drafted, request.finished)
+        return cls(request, tokens, drafted, request.finished, logprobs)

@@ -10,13 +10,14 @@ from itertools import count
 import torch
 
 from inferlab.errors import Interrupted
-from inferlab.models import ForwardOutput, KVCache, TargetModel
+from inferlab.models import ForwardOutput, KVCache, TargetModel, allowed_vocab
 from inferlab.scheduler import PageAllocator, Plan, Request, Scheduler
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.emission import Emission
+from inferlab.specdec.logprobs import token_logprobs
 from inferlab.specdec.members import Members
 from inferlab.specdec.policies import Policy
 from inferlab.specdec.reading import Reading
@@ -25,7 +26,7 @@ from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_dec
 from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.turns import Turns
 from inferlab.specdec.walk import Outcome, came_true
-from inferlab.types import GenerationResult, SamplingParams
+from inferlab.types import GenerationResult, SamplingParams, TokenLogprobs
 
 UNTOLD = 32
 """Steps decided on at once where no drafter hears of any text."""
@@ -140,6 +141,10 @@ class Engine:
         self.scheduler.add(request)
         if 0 in request.forced:
             self._emit(request, [request.forced[0]])
+            if request.params.logprobs is not None:
+                request.logprobs.append(TokenLogprobs(0.0, []))
+        if request.max_draft == 0:
+            self._unheard.add(request.request_id)
         return request
 
     @torch.inference_mode()
@@ -256,6 +261,7 @@ class Engine:
             timings_ms=timings,
             text=self._text(request),
             error=request.error,
+            logprobs=request.logprobs if request.params.logprobs is not None else None,
         )
 
     def _restart_outgrown(self) -> None:
@@ -274,7 +280,8 @@ class Engine:
         """Lets go of what is known of a request but its tokens."""
         self._wake()
         self._batch = self._members = None
-        self._unheard.discard(request.request_id)
+        if request.max_draft != 0 or request.finished:
+            self._unheard.discard(request.request_id)
         if self.drafter is not None:
             self.drafter.release(request)
 
@@ -336,6 +343,8 @@ class Engine:
             if self.recorder is not None:
                 judge = self.recorder.listen(drafter, judge)
             tree = own = drafter.propose(drafted_for, choice.budget, judge)
+            if any(r.max_draft is not None for r in drafted_for.requests):
+                tree = own = own.capped([r.max_draft for r in drafted_for.requests])
             if members is not None:
                 tree = members.spread(own)
         else:
@@ -403,7 +412,7 @@ class Engine:
             own: through which trees these walked.
             budget, lagging: for the recorder; None means first tokens.
         """
-        walk = step.verify(self.policy, output, tree, batch)
+        walk = step.verify(self._policies(batch), output, tree, batch)
         spent = self.clock.lap("accept")
         if self.recorder is not None:
             self.recorder.look(batch, tree, output)
@@ -426,6 +435,8 @@ class Engine:
         emitted_tokens = []
         for i, (request, outcome) in enumerate(zip(batch.requests, outcomes, strict=True)):
             emitted = self._emit(request, outcome.tokens)
+            if request.params.logprobs is not None and emitted:
+                request.logprobs += self._logprobs(request, output.logits[i], outcome, emitted)
             accepted = min(outcome.accepted, emitted)
             request.stats.record(tree.depths[i], tree.node_counts[i] - 1, accepted, emitted)
             request.num_drafted += accepted
@@ -440,6 +451,23 @@ class Engine:
             self.recorder.keep(batch, tree, outcomes, emitted_tokens, self.clock, budget, lagging)
             self.clock.start()
         return outcomes, spent
+
+    def _policies(self, batch: Batch) -> list[Policy]:
+        """Of each sequence; one, where that is everybody's."""
+        if all(request.acceptance is None for request in batch.requests):
+            return [self.policy]
+        return [
+            self.policy if request.acceptance is None else Policy(*request.acceptance)
+            for request in batch.requests
+        ]
+
+    def _logprobs(
+        self, request: Request, logits: torch.Tensor, outcome: Outcome, emitted: int
+    ) -> list[TokenLogprobs]:
+        """Of the last ``emitted`` tokens. ``logits``: [N, V], at the nodes of its tree."""
+        rows = logits[outcome.nodes[:emitted]]
+        most = request.params.logprobs or 0
+        return token_logprobs(rows, request.tokens[-emitted:], most, allowed_vocab(self.target))
 
     def _told(self, batch: Batch) -> Members | None:
         """Whose steps the drafter hears of; None: all."""
@@ -472,7 +500,8 @@ class Engine:
         levels, nodes = choice.budget
         if levels == 0:
             return choice._replace(budget=NO_DRAFT), False
-        useful = max(r.remaining for r in batch.requests) - 1
+        able = batch if told is None else told.batch
+        useful = max(_useful(request) for request in able.requests)
         levels = min(levels, drafter.max_depth, useful)
         if min(levels, nodes) < 1:
             return Choice(NO_DRAFT), False
@@ -564,3 +593,9 @@ class Engine:
         text = NewText(text_decoder(self.target.tokenizer), request.prompt)
         params = request.params
         return StopStrings(params.stop, text, self._special_tokens, params.min_tokens)
+
+
+def _useful(request: Request) -> int:
+    """Levels of drafts that a request could keep."""
+    most = request.remaining - 1
+    return most if request.max_draft is None else min(most, request.max_draft)

@@ -7,11 +7,13 @@ the host waits for it.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from inferlab.kernels import VerifyResult
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel
 from inferlab.models.transfer import upload
 from inferlab.specdec.batch import Batch
@@ -87,9 +89,24 @@ def num_rows(tree: DraftTree, device: torch.device) -> int:
     return len(tree.node_counts) * tree.num_nodes
 
 
-def verify(policy: Policy, output: ForwardOutput, tree: DraftTree, batch: Batch) -> Walk:
-    """Walks the trees of a batch."""
-    result = policy.verify(output.logits, tree, batch)
+def verify(
+    policies: Sequence[Policy], output: ForwardOutput, tree: DraftTree, batch: Batch
+) -> Walk:
+    """Walks the trees of a batch.
+
+    Args:
+        policies: of each sequence, or one for all.
+    """
+    result = policies[0].verify(output.logits, tree, batch)
+    for policy in set(policies) - {policies[0]}:
+        own = torch.tensor([p == policy for p in policies], device=batch.device)
+        other = policy.verify(output.logits, tree, batch)
+        result = VerifyResult(
+            *(
+                torch.where(own.view(-1, *[1] * (mine.dim() - 1)), theirs, mine)
+                for mine, theirs in zip(result, other, strict=True)
+            )
+        )
     entries = result.num_accepted
     return Walk(
         tree=tree,

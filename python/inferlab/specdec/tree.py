@@ -282,6 +282,17 @@ class DraftTree:
         """Ranks of the nodes of a walk, the root left out."""
         return list(nodes[1:]) if self.ranks is None else [self.ranks[n] for n in nodes[1:]]
 
+    def capped(self, levels: Sequence[int | None]) -> DraftTree:
+        """Of chains, each with so many levels at most (None: all that it has). Of other trees all
+        levels stay that the deepest may have; the others' walks end where theirs do not go on."""
+        allowed = [
+            depth if most is None else min(depth, most)
+            for depth, most in zip(self.depths, levels, strict=True)
+        ]
+        if not self.is_chain or allowed == list(self.depths):
+            return self
+        return DraftTree.chains(self.tokens, allowed, self.draft_logits)
+
     @classmethod
     def of_shape(
         cls, shape: TreeShape, tokens: torch.Tensor, draft_logits: torch.Tensor | None = None
