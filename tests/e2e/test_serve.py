@@ -221,6 +221,29 @@ def test_a_request_says_how_it_is_drafted_for(always_drafting, plain):
     assert refused.json()["error"]["param"] == "speculation.mode"
 
 
+def test_what_a_client_predicts_is_drafted(plain):
+    """The answer itself as its prediction, with one line changed."""
+    expected = plain.generate("def read_config(path):", max_tokens=96)["text"]
+    lines = expected.split("\n")
+    lines[len(lines) // 2] = "    zzz = 1"
+    predicted = "\n".join(lines)
+    with Served("--draft-mode", "ngram", "--K", "6") as served:
+        steps = []
+        for prediction in (None, {"type": "content", "content": predicted}):
+            answer = served.complete(
+                prompt="def read_config(path):",
+                max_tokens=96,
+                prediction=prediction,
+                speculation={"stats": True},
+            ).json()
+            assert answer["choices"][0]["text"] == expected
+            steps.append(answer["metrics"]["speculative_decoding"]["num_steps"])
+            details = answer["usage"]["completion_tokens_details"]
+        assert steps[1] < steps[0]
+        assert details["accepted_prediction_tokens"] == 96 - steps[1]
+        assert details["rejected_prediction_tokens"] > 0
+
+
 def test_a_beginning_that_was_read_before_is_not_read_again(server):
     prompt = "import os\nimport sys\n\n\ndef read_all(path):\n    " * 3
     usage = [server.complete(prompt=prompt, seed=i).json()["usage"] for i in range(2)]

@@ -29,6 +29,7 @@ class Request:
         text: what the new tokens add to the prompt's text, once it has ended.
         max_draft: levels drafted for it in a step at most; 0: none ever; None: what there is.
         acceptance: name and threshold of its own acceptance policy; None: the engine's.
+        predicted: tokens that its text may have much of; drafters that look texts up draft from it.
         logprobs: of each new token, where its parameters ask for them.
         priority: those of a smaller number go first.
         deadline: when it ends, by `time.perf_counter`, finished or not; None: never.
@@ -45,6 +46,7 @@ class Request:
     forced: Mapping[int, int] = field(default_factory=dict)
     max_draft: int | None = None
     acceptance: tuple[str, float] | None = None
+    predicted: list[int] = field(default_factory=list)
     priority: int = 0
     deadline: float | None = None
     request_id: int = -1

@@ -35,17 +35,20 @@ def finish_reason(request: Request) -> str | None:
 
 
 def usage_of(requests: Sequence[Request], choices: int) -> Json:
-    """Tokens of all choices; a prompt counts once for the choices that it has."""
+    """Tokens of all choices; a prompt counts once for the choices that it has. Of requests with a
+    prediction, the drafts that were accepted, or not, are its tokens."""
     prompt = sum(len(request.prompt) for request in requests[::choices])
     completion = sum(request.num_output for request in requests)
+    predicted = [request.stats for request in requests if request.predicted]
+    accepted = sum(stats.accepted for stats in predicted)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "completion_tokens_details": {
             "reasoning_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(s.proposed for s in predicted) - accepted,
         },
         "prompt_tokens_details": {"cached_tokens": sum(r.num_shared for r in requests[::choices])},
     }

@@ -31,6 +31,7 @@ from inferlab.server.protocol import (
     CompletionRequest,
     SamplingFields,
     SpeculationFields,
+    joined,
 )
 from inferlab.server.settings import ServerSettings
 from inferlab.server.tokens import TokenNames
@@ -175,11 +176,17 @@ class Service:
         count = body.n or 1
         if body.num_logprobs() is not None and self._names is None:
             self._names = await asyncio.to_thread(self._make_names)
+        predicted = []
+        if body.prediction is not None:
+            text = joined(body.prediction.content)
+            predicted = await self._off_loop(len(text), self._continuation, text)
         requests = []
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
             for choice in range(count):
                 requests.append(self._request(prompt, given, body, choice))
+        for request in requests:
+            request.predicted = predicted
         stream = bool(body.stream)
         call = Call(self.engine, self._waker, requests, stream)
         try:
@@ -233,6 +240,14 @@ class Service:
         if self.settings.request_seconds is not None:
             request.deadline = time.perf_counter() + self.settings.request_seconds
         return request
+
+    def _continuation(self, text: str) -> list[int]:
+        """A text as what follows another."""
+        tokenizer = self.pipeline.target.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer", param="prediction")
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def _make_names(self) -> TokenNames:
         target = self.pipeline.target

@@ -54,6 +54,25 @@ class SpeculationFields(ApiModel):
         return self
 
 
+class TextPart(ApiModel):
+    """A part of a message. Texts are the only ones: nothing is ever fetched."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class Prediction(ApiModel):
+    """What the client expects the answer to be, mostly (OpenAI's predicted outputs)."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
+def joined(content: str | list[TextPart]) -> str:
+    """A content as one text."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 class SamplingFields(ApiModel):
     """What text and chat completions have in common."""
 
@@ -77,6 +96,7 @@ class SamplingFields(ApiModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculation: SpeculationFields | None = None
+    prediction: Prediction | None = None
     user: Unused = None
     metadata: Unused = None
     store: Unused = None
@@ -156,13 +176,6 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class TextPart(ApiModel):
-    """A part of a message. Texts are the only ones: nothing is ever fetched."""
-
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
 class ChatMessage(ApiModel):
     """A message of a conversation."""
 
@@ -176,9 +189,7 @@ class ChatMessage(ApiModel):
 
     def text(self) -> str:
         """Its content, parts joined."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
+        return joined(self.content or "")
 
 
 class ChatRequest(SamplingFields):

@@ -29,7 +29,8 @@ UNBOUNDED = 2**31 - 1
 
 
 class NgramDrafter(Drafter):
-    """Drafts from the sequence's own tokens, and from a corpus, without a model.
+    """Drafts from the sequence's own tokens, what was predicted of it, and a corpus, without a
+    model.
 
     The longest suffix of the text that occurred before is looked up, and what followed it there is
     drafted: what followed most often, the newest on ties. Where that reaches the end of the text it
@@ -80,7 +81,7 @@ class NgramDrafter(Drafter):
     def propose(self, batch: Batch, budget: Budget, judge: Judge | None = None) -> DraftTree:
         tokens, parents, is_chain, depths, node_counts, left_out = self._lookup.draft(
             [r.request_id for r in batch.requests],
-            [r.tokens for r in batch.requests],
+            [r.predicted + r.tokens if r.predicted else r.tokens for r in batch.requests],
             min(budget.levels, self.max_depth),
             min(budget.nodes, self.max_nodes - 1),
             judge,
