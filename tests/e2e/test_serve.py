@@ -102,6 +102,34 @@ def test_a_chat_goes_through_the_template(client, plain):
     assert chunks[-1].finish_reason == "length"
 
 
+def test_a_response_is_the_chat_in_another_form(client, plain):
+    expected = plain.generate("# system: be brief\n# user: hello\n", max_tokens=12)["text"]
+    given = {
+        "model": "tiny",
+        "instructions": "be brief",
+        "max_output_tokens": 12,
+        "temperature": 0,
+    }
+    whole = client.responses.create(input="hello", **given)
+    assert whole.output_text == expected
+    assert whole.status == "incomplete"
+    assert whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.usage.output_tokens == 12
+    messages = [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]
+    events = list(client.responses.create(input=messages, stream=True, **given))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert len(deltas) > 1
+    assert "".join(deltas) == expected
+    assert (events[0].type, events[-1].type) == ("response.created", "response.incomplete")
+    assert events[-1].response.output_text == expected
+    stop = expected[len(expected) // 2 :][:3]
+    with client.responses.stream(input="hello", **given, extra_body={"stop": stop}) as stream:
+        ended = stream.get_final_response()
+    assert ended.status == "completed"
+    assert ended.output_text == expected[: expected.index(stop)]
+
+
 def test_stop_strings_end_and_are_cut_in_streams_too(client):
     given = {"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
     whole = client.completions.create(**given, stop=["class that", "zzz"])
@@ -276,7 +304,7 @@ def test_a_request_that_takes_too_long_ends():
 def test_the_document_describes_the_bodies(server):
     document = server.http.get("/openapi.json").json()
     text = json.dumps(document)
-    for name in ("CompletionRequest", "ChatRequest", "ChatMessage"):
+    for name in ("CompletionRequest", "ChatRequest", "ChatMessage", "ResponsesRequest"):
         assert name in document["components"]["schemas"]
     for reference in {
         part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]

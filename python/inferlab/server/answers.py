@@ -257,13 +257,13 @@ class Answer:
                 for emission in came:
                     index = index_of[emission.request]
                     if failure := failure_of(emission.request):
-                        yield b"".join(out) + _event(failure.body())
+                        yield b"".join(out) + write_event(failure.body())
                         return
                     out += self._chunks(index, emission)
                 if out:
                     yield b"".join(out)
         if self._extras.usage or self._extras.speculation:
-            yield _event(self._chunk_head | {"choices": [], **self._figures()})
+            yield write_event(self._chunk_head | {"choices": [], **self._figures()})
         yield DONE
 
     def _chunks(self, index: int, emission: Emission) -> list[bytes]:
@@ -308,7 +308,14 @@ class Answer:
         chunk = self._chunk_head | {"choices": [choice]}
         if self._extras.usage:
             chunk["usage"] = None
-        return _event(chunk)
+        return write_event(chunk)
+
+
+class Streamed(Protocol):
+    """What can be sent as a stream."""
+
+    def events(self, receive: Receive) -> AsyncGenerator[bytes]:
+        """Its events, all that there is at a time as one piece of bytes."""
 
 
 class EventStream(Response):
@@ -318,7 +325,7 @@ class EventStream(Response):
     the time the reader takes more is sent together.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Streamed) -> None:
         super().__init__(
             headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             media_type="text/event-stream",
@@ -338,6 +345,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _event(content: Json) -> bytes:
+def write_event(content: Json, kind: str | None = None) -> bytes:
+    """A server-sent event."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return f"data: {text}\n\n".encode()
+    return (f"event: {kind}\ndata: {text}\n\n" if kind else f"data: {text}\n\n").encode()

@@ -29,10 +29,12 @@ from inferlab.server.metrics import Metrics
 from inferlab.server.protocol import (
     ChatRequest,
     CompletionRequest,
+    RequestFields,
     SamplingFields,
     SpeculationFields,
     joined,
 )
+from inferlab.server.responses import ResponseAnswer, ResponsesRequest
 from inferlab.server.settings import ServerSettings
 from inferlab.server.tokens import TokenNames
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -44,7 +46,7 @@ LONG_TEXT = 4096
 DEFAULT_MAX_TOKENS = 16
 """New tokens of a text completion that says nothing of them, as in OpenAI's API."""
 
-Body = TypeVar("Body", bound=SamplingFields)
+Body = TypeVar("Body", bound=RequestFields)
 
 
 class Service:
@@ -77,7 +79,7 @@ class Service:
         self._waker = Waker(asyncio.get_running_loop())
         self.engine.start()
 
-    async def complete(self, body: CompletionRequest, http: HttpRequest) -> Any:
+    async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
         """Answers ``/v1/completions``."""
         self._check_model(body.model)
         given = {"max_tokens": DEFAULT_MAX_TOKENS, **body.sampling()}
@@ -89,20 +91,35 @@ class Service:
         before = [self._echo(text) if body.echo else "" for text in texts]
         return await self._answer(prompts, given, before, TextForm(), body, http)
 
-    async def chat(self, body: ChatRequest, http: HttpRequest) -> Any:
+    async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         """Answers ``/v1/chat/completions``."""
         self._check_model(body.model)
         self._check_choices(body.n or 1)
-        messages = body.conversation()
+        prompt, given = await self._chat_prompt(body.conversation(), body)
+        return await self._answer([prompt], given, [""], ChatForm(), body, http)
+
+    async def respond(self, body: ResponsesRequest, http: HttpRequest) -> Response:
+        """Answers ``/v1/responses``."""
+        self._check_model(body.model)
+        prompt, given = await self._chat_prompt(body.messages(), body)
+        call = await self._call([prompt], given, body)
+        text = self._text(call.requests[0]) if body.stream else None
+        answer = ResponseAnswer(call, self.model, text, body)
+        return await _send(answer, bool(body.stream), http)
+
+    async def _chat_prompt(
+        self, messages: list[dict[str, str]], body: RequestFields
+    ) -> tuple[list[int], dict[str, Any]]:
+        """A conversation as a prompt, and how to go on: to the end of the context, if the body says
+        nothing else."""
         size = sum(len(message["content"]) for message in messages)
         try:
             prompt = await self._off_loop(size, self.pipeline.chat_prompt, messages)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
         given = body.sampling()
-        if "max_tokens" not in given:
-            given["max_tokens"] = max(self._room(prompt), 1)
-        return await self._answer([prompt], given, [""], ChatForm(), body, http)
+        given.setdefault("max_tokens", max(self._limit - len(prompt), 1))
+        return prompt, given
 
     def models(self) -> list[dict[str, Any]]:
         """What is served."""
@@ -124,9 +141,6 @@ class Service:
         room = pages.num_pages * pages.page_size - scheduler.tree_slots
         context = self.pipeline.target.context_length
         return room if context is None else min(room, context)
-
-    def _room(self, prompt: Sequence[int]) -> int:
-        return self._limit - len(prompt)
 
     def _check_model(self, model: str | None) -> None:
         if model not in (None, self.model):
@@ -172,10 +186,36 @@ class Service:
         form: Form,
         body: SamplingFields,
         http: HttpRequest,
-    ) -> Any:
+    ) -> Response:
         count = body.n or 1
         if body.num_logprobs() is not None and self._names is None:
             self._names = await asyncio.to_thread(self._make_names)
+        call = await self._call(prompts, given, body, count)
+        options = body.stream_options
+        extras = Extras(
+            usage=options is not None and options.include_usage,
+            names=self._names if body.num_logprobs() is not None else None,
+            speculation=body.speculation is not None and body.speculation.stats,
+        )
+        answer = Answer(
+            call,
+            form,
+            self.model,
+            [self._text(r) for r in (call.requests if body.stream else ())],
+            [text for text in before for _ in range(count)],
+            count,
+            extras,
+        )
+        return await _send(answer, bool(body.stream), http)
+
+    async def _call(
+        self,
+        prompts: Sequence[list[int]],
+        given: dict[str, Any],
+        body: RequestFields,
+        count: int = 1,
+    ) -> Call:
+        """Hands in ``count`` choices of each prompt."""
         predicted = []
         if body.prediction is not None:
             text = joined(body.prediction.content)
@@ -187,8 +227,7 @@ class Service:
                 requests.append(self._request(prompt, given, body, choice))
         for request in requests:
             request.predicted = predicted
-        stream = bool(body.stream)
-        call = Call(self.engine, self._waker, requests, stream)
+        call = Call(self.engine, self._waker, requests, bool(body.stream))
         try:
             call.submit()
         except ValueError as error:
@@ -197,34 +236,14 @@ class Service:
             raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
         except Unavailable as error:
             raise ApiError(503, str(error), retry_after=1) from error
-        texts = [
-            TextStream(NewText(self._decode, r.prompt), r.params.stop, self._unsettled)
-            for r in (requests if stream else ())
-        ]
-        options = body.stream_options
-        extras = Extras(
-            usage=options is not None and options.include_usage,
-            names=self._names if body.num_logprobs() is not None else None,
-            speculation=body.speculation is not None and body.speculation.stats,
-        )
-        answer = Answer(
-            call,
-            form,
-            self.model,
-            texts,
-            [text for text in before for _ in range(count)],
-            count,
-            extras,
-        )
-        if stream:
-            return EventStream(answer)
-        try:
-            return JSONResponse(await answer.whole(http.receive))
-        except ClientGone:
-            return Response(status_code=499)  # nobody reads it
+        return call
+
+    def _text(self, request: Request) -> TextStream:
+        prompt = NewText(self._decode, request.prompt)
+        return TextStream(prompt, request.params.stop, self._unsettled)
 
     def _request(
-        self, prompt: list[int], given: dict[str, Any], body: SamplingFields, choice: int
+        self, prompt: list[int], given: dict[str, Any], body: RequestFields, choice: int
     ) -> Request:
         """The choices of a seed are those of the seeds that follow it."""
         given = self._defaults | given
@@ -331,6 +350,10 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
     async def chat_completions(http: HttpRequest) -> Response:
         return await service.chat(await _read(http, ChatRequest), http)
 
+    @app.post("/v1/responses", **_described(ResponsesRequest))
+    async def responses(http: HttpRequest) -> Response:
+        return await service.respond(await _read(http, ResponsesRequest), http)
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": service.models()}
@@ -364,6 +387,16 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
 
     app.openapi = functools.cache(functools.partial(_document, app))  # type: ignore[method-assign]
     return app
+
+
+async def _send(answer: Answer | ResponseAnswer, stream: bool, http: HttpRequest) -> Response:
+    """The answer, or a stream of it."""
+    if stream:
+        return EventStream(answer)
+    try:
+        return JSONResponse(await answer.whole(http.receive))
+    except ClientGone:
+        return Response(status_code=499)  # nobody reads it
 
 
 async def _read(http: HttpRequest, kind: type[Body]) -> Body:
@@ -400,7 +433,7 @@ _ERROR = {
 }
 
 
-def _described(kind: type[SamplingFields]) -> dict[str, Any]:
+def _described(kind: type[RequestFields]) -> dict[str, Any]:
     """What the OpenAPI document says of a path that reads its body itself."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {
@@ -415,7 +448,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, bodies included."""
     made = get_openapi(title=app.title, version=app.version, routes=app.routes)
     _, schemas = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+        [(kind, "validation") for kind in (CompletionRequest, ChatRequest, ResponsesRequest)],
         ref_template="#/components/schemas/{model}",
     )
     made.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

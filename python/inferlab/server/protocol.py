@@ -73,11 +73,10 @@ def joined(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-class SamplingFields(ApiModel):
-    """What text and chat completions have in common."""
+class RequestFields(ApiModel):
+    """What all requests have in common."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -91,10 +90,8 @@ class SamplingFields(ApiModel):
     stop: str | Annotated[list[str], Field(max_length=NAMED_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=NAMED_STOPS)] | None = None
     ignore_eos: bool | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     speculation: SpeculationFields | None = None
     prediction: Prediction | None = None
     user: Unused = None
@@ -120,12 +117,6 @@ class SamplingFields(ApiModel):
                 raise ValueError(f"{token[:20]!r} is not a token id")
         return bias
 
-    @model_validator(mode="after")
-    def _options_of_a_stream(self) -> SamplingFields:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
-        return self
-
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told beside each; None: nothing is."""
         raise NotImplementedError
@@ -133,8 +124,8 @@ class SamplingFields(ApiModel):
     def sampling(self) -> dict[str, Any]:
         """The arguments of `SpeculativePipeline.request` that were given, but the seed."""
         names = (
-            *("max_tokens", "min_tokens", "temperature", "top_p", "min_p", "repetition_penalty"),
-            *("presence_penalty", "frequency_penalty", "stop", "ignore_eos"),
+            *("min_tokens", "temperature", "top_p", "min_p", "repetition_penalty"),
+            *("presence_penalty", "frequency_penalty", "ignore_eos"),
         )
         given = {name: getattr(self, name) for name in names}
         given["top_k"] = None if self.top_k is None else max(self.top_k, 0)
@@ -145,6 +136,24 @@ class SamplingFields(ApiModel):
         if self.logit_bias is not None:
             given["logit_bias"] = {int(token): value for token, value in self.logit_bias.items()}
         return {name: value for name, value in given.items() if value is not None}
+
+
+class SamplingFields(RequestFields):
+    """What text and chat completions have in common."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        given = super().sampling()
+        return given if self.max_tokens is None else {**given, "max_tokens": self.max_tokens}
 
 
 class CompletionRequest(SamplingFields):
