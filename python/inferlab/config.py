@@ -200,7 +200,7 @@ class SpecdecConfig(Sampled):
     kept there. ``repetition_penalty`` and ``min_new_tokens`` left out are the checkpoint's own,
     else off. ``kv_memory_mb`` and ``num_pages`` bound the KV cache, the smaller one wins; without
     both it is sized for the batch. ``share_prefixes``: texts that begin alike share what was read
-    of it, for drafters that need not hear of it; a text that was decoded before is found again, so
+    of it, as long as weights stay as they are; a text that was decoded before is found again, so
     times of prompts that are repeated are not those of new ones. ``engine`` says what runs
     forwards, of target and draft model: ``native``, compiled calls, which is an error for models
     that they do not cover; ``hf``, the model's own modules; ``auto``, the first that can.

@@ -135,8 +135,26 @@ def test_few_pages_and_shared_beginnings_change_no_token(mode):
         )
     assert engine.scheduler.allocator.num_free == 40
     assert sum(r.num_preempted for r in requests) > 0
-    if engine.drafter is None or not engine.drafter.hears_all:
-        assert sum(r.num_shared for r in requests) > 100
+    assert sum(r.num_shared for r in requests) > 100
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "medusa", "eagle", "ensemble"])
+def test_drafts_behind_a_shared_beginning_are_those_behind_one_that_was_read(mode):
+    """As many are accepted: the drafter's own K/V of the pages is that of its own reading."""
+    prompts = [TEXTS[2] + text for text in ("    def pop(self", "x = 1\n", "    def push(self, x")]
+    accepted = []
+    for shares in (False, True):
+        pipeline = SpeculativePipeline(
+            target=target(), draft_mode=mode, max_batch=1, share_prefixes=shares
+        )
+        pipeline.engine.controller = FixedController(3)
+        results = [pipeline.generate(prompt, max_tokens=40) for prompt in prompts * 2]
+        accepted.append([r["accepted"] for r in results])
+        if shares:
+            again = pipeline.engine.add(pipeline.request(prompts[0]))
+            pipeline.engine.step()
+            assert again.num_shared >= len(again.prompt) - 17
+    assert accepted[1] == accepted[0]
 
 
 @settings(max_examples=100, deadline=None)

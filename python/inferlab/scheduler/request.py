@@ -19,6 +19,7 @@ class Request:
     Attributes:
         forced: new tokens that are not chosen, by their place: only the last possible one, or the
             first behind a prompt of one token.
+        stamps: of its pages, when they were handed out (see `PageAllocator`).
         num_cached: tokens whose K/V is in the pages; ``len(tokens) - 1`` between two steps once all
             is read.
         read_from: where its reading began: what lies before was in shared pages.
@@ -53,6 +54,7 @@ class Request:
     arrived_at: float = 0.0
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    stamps: list[int] = field(default_factory=list)
     num_cached: int = 0
     read_from: int = 0
     read_length: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import count
 
@@ -37,6 +38,8 @@ class Scheduler:
         tree_slots: slots behind the committed tokens that a step's tree may fill.
         read_tokens: tokens that a step reads at most, roots not counted.
         shares: whether texts that begin alike share the pages of it.
+        adopt: told of a request that begins on shared pages; how many of its tokens
+            (``num_cached``) need not be read.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Scheduler:
         tree_slots: int,
         read_tokens: int = READ_TOKENS,
         shares: bool = False,
+        adopt: Callable[[Request], int] = lambda request: request.num_cached,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be >= 1")
@@ -56,6 +60,7 @@ class Scheduler:
         self.tree_slots = tree_slots
         self.read_tokens = read_tokens
         self.shares = shares
+        self._adopt = adopt
         self.waiting: list[Request] = []  # in the order in which they are admitted
         self.running: list[Request] = []
         self._arrivals = count()
@@ -152,7 +157,7 @@ class Scheduler:
                 spare = min(SPARE_PAGES, most - missing)
                 if self.allocator.num_free - missing > 2 * spare * len(self.running):
                     missing += spare
-                request.pages += self.allocator.allocate(missing)
+                self._give(request, self.allocator.allocate(missing))
                 grown = True
         return grown
 
@@ -174,8 +179,11 @@ class Scheduler:
             if left < len(self.running):
                 break
             self.allocator.reuse(shared)
-            request.pages = [*shared, *self.allocator.allocate(missing)]
-            request.num_cached = request.read_from = len(shared) * self.allocator.page_size
+            self._give(request, [*shared, *self.allocator.allocate(missing)])
+            request.num_cached = len(shared) * self.allocator.page_size
+            if shared:
+                request.num_cached = self._adopt(request)
+            request.read_from = request.num_cached
             self._published[request] = len(shared)
             if request.num_preempted == 0:
                 request.num_shared = request.num_cached
@@ -233,9 +241,13 @@ class Scheduler:
                 left -= count
         return chunks
 
+    def _give(self, request: Request, pages: list[int]) -> None:
+        request.pages += pages
+        request.stamps += [self.allocator.stamps[page] for page in pages]
+
     def _free(self, request: Request) -> None:
         self.allocator.release(request.pages)
-        request.pages = []
+        request.pages, request.stamps = [], []
         request.num_cached = 0
         self._published.pop(request, None)
 

@@ -52,7 +52,7 @@ class Engine:
         max_batch: requests that run together at most.
         recorder: keeps what each step did, to be replayed.
         shares_prefixes: texts that begin alike share K/V pages, of texts that have ended as well.
-            Saves their reading, where what a drafter needs of it is not what it would hear.
+            Weights must not be changed meanwhile.
     """
 
     def __init__(
@@ -76,13 +76,14 @@ class Engine:
         tree_slots = drafter.max_nodes if drafter is not None else 1
         self._ladder = drafter.ladder() if drafter is not None else ()
         # Where a text's length changes how it is read, its beginning is not that of a longer one.
-        hears = drafter is not None and drafter.hears_all
         self.scheduler = Scheduler(
             PageAllocator(cache.num_pages, cache.page_size),
             max_batch,
             tree_slots,
-            shares=shares_prefixes and target.reread_length is None and not hears,
+            shares=shares_prefixes and target.reread_length is None,
+            adopt=self._adopt,
         )
+        self._follows = True  # whether the drafter heard of the last text
         self._ids = count()
         self._turns = Turns(self)
         self._batch: Batch | None = None
@@ -317,7 +318,19 @@ class Engine:
             told = self.controller.follows(tokens, self._outlook([*plan.decode, *new]))
         if not told:
             self._unheard |= {request.request_id for request in new}
+        if new:
+            self._follows = told
         return told
+
+    def _adopt(self, request: Request) -> int:
+        """How many tokens in shared pages are not read anew: all of them, but those that a drafter
+        must hear of, while texts are told to it at all."""
+        drafter = self.drafter
+        held = request.num_cached if drafter is None else drafter.adopt(request)
+        if drafter is not None and held < request.num_cached and not self._follows:
+            self._unheard.add(request.request_id)
+            return request.num_cached
+        return held
 
     def _decode(self, requests: list[Request]) -> tuple[StepObservation, bool]:
         """One step for requests that are read up to their roots; what the controller is to hear of

@@ -76,6 +76,15 @@ class Drafter(ABC):
         before: of prompts, and of steps it took no part in."""
         return [0] * len(batch)
 
+    def adopt(self, request: Request) -> int:
+        """Takes over what it holds of shared pages that a request begins on.
+
+        Returns:
+            How many of the ``num_cached`` tokens in them the target need not read once more for
+            this drafter to hear of them.
+        """
+        return request.num_cached
+
     def release(self, request: Request) -> None:
         """Forgets a request: it has left the batch, or its text will be read anew."""
         return

@@ -22,6 +22,7 @@ from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.features import PendingFeatures
 from inferlab.specdec.drafters.grown import Growth, drafted_of, drafted_tree, known_of_grown
+from inferlab.specdec.drafters.held import HeldPages
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest
 from inferlab.specdec.drafters.static import describe_shape, drafted_level
 from inferlab.specdec.drafters.writer import Ground
@@ -78,6 +79,7 @@ class EagleDrafter(Drafter):
         self.max_nodes = 1 + drafted
         self.max_depth = self.depth
         self._pending = PendingFeatures()
+        self._held = HeldPages(cache.page_size, looks_ahead=True)
         self._graphs = DraftGraphs(head.device)
         self.known = known if shape is not None else known_of_grown(known, head.device)
 
@@ -263,6 +265,7 @@ class EagleDrafter(Drafter):
         # The pair of the root is processed once more when drafting begins: from it the tree grows.
         for chunk, features in zip(reading.chunks, reading.by_chunk(output.features), strict=True):
             self._pending.start(chunk.request, features[-1:], max(chunk.stop - 1, 0))
+            self._held.add(chunk.request, chunk.stop)
 
     @torch.inference_mode()
     def commit(self, batch: Batch, walk: Walk) -> None:
@@ -275,6 +278,9 @@ class EagleDrafter(Drafter):
     def unread(self, batch: Batch) -> list[int]:
         self._pending.enter(batch)
         return [max(n - self.max_depth - 1, 0) for n in self._pending.counts(batch)]
+
+    def adopt(self, request: Request) -> int:
+        return self._held.count(request)
 
     def release(self, request: Request) -> None:
         self._pending.release(request)

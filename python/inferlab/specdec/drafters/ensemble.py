@@ -121,6 +121,9 @@ class EnsembleDrafter(Drafter):
             max(of_row) for of_row in zip(*(d.unread(batch) for d in self.drafters), strict=True)
         ]
 
+    def adopt(self, request: Request) -> int:
+        return min(drafter.adopt(request) for drafter in self.drafters)
+
     def release(self, request: Request) -> None:
         for drafter in self.drafters:
             drafter.release(request)

@@ -20,6 +20,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.captured import DraftGraphs
 from inferlab.specdec.drafters.examination import Examination
+from inferlab.specdec.drafters.held import HeldPages
 from inferlab.specdec.drafters.static import describe_shape
 from inferlab.specdec.drafters.watched import Watched
 from inferlab.specdec.drafters.writer import Ground, SameVocabulary, TreeWriter
@@ -66,6 +67,7 @@ class ModelDrafter(Drafter):
         self._graphs = DraftGraphs(model.device)
         if shape.is_chain and model.device.type == "cpu":
             self.known = known._replace(by_kind=SURE, asks=True, examines=coupled)
+        self._held = HeldPages(cache.page_size)
         self._cached_of: dict[int, int] = {}  # by request, tokens whose K/V the cache holds
         self._walked: tuple[Batch, Walk] | None = None  # a step that _cached_of does not count yet
         self._batch: Batch | None = None  # the one that _cached belongs to
@@ -185,6 +187,7 @@ class ModelDrafter(Drafter):
             examination.mark(output.logits)
         for chunk in reading.chunks:
             self._cached_of[chunk.request.request_id] = chunk.stop
+            self._held.add(chunk.request, chunk.stop)
         self._batch = None
 
     def _widest_tail(self, batch: Batch) -> int:
@@ -243,6 +246,11 @@ class ModelDrafter(Drafter):
     def unread(self, batch: Batch) -> list[int]:
         self._count_walked()
         return [max(self._lag(r) - 2, 0) for r in batch.requests]
+
+    def adopt(self, request: Request) -> int:
+        if held := self._held.count(request):
+            self._cached_of[request.request_id] = held
+        return request.num_cached
 
     def release(self, request: Request) -> None:
         self._cached_of.pop(request.request_id, None)
