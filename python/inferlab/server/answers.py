@@ -161,12 +161,16 @@ class Extras:
 
     Attributes:
         usage: whether a stream ends with it; whole answers always have it.
-        names: of tokens, where log-probabilities are asked for.
+        names: of tokens, where something is told of each.
+        logprobs: whether their log-probabilities are.
+        tokens: whether how they came is, in a stream.
         speculation: whether what came of drafting is told.
     """
 
     usage: bool = False
     names: TokenNames | None = None
+    logprobs: bool = False
+    tokens: bool = False
     speculation: bool = False
 
 
@@ -183,7 +187,7 @@ class Growing:
 
     def take(self, names: TokenNames, form: Form) -> Json | None:
         """The log-probabilities that are due; None: there are none."""
-        if not self.tokens:
+        if not self.logprobs:
             return None
         made = form.logprobs(names, self.tokens, self.logprobs, self.offset)
         self.offset += sum(len(names.name(token)) for token in self.tokens)
@@ -234,7 +238,7 @@ class Answer:
             async for _ in emissions:
                 pass
         made = []
-        names = self._extras.names
+        names = self._extras.names if self._extras.logprobs else None
         for index, request in enumerate(self._call.requests):
             if failure := failure_of(request):
                 raise failure
@@ -271,18 +275,25 @@ class Answer:
         growing = self._growing[index]
         request = emission.request
         logprobs = None
-        if self._extras.names is not None:
+        names = self._extras.names
+        if self._extras.logprobs:
             growing.tokens += emission.tokens
             growing.logprobs += emission.logprobs
         if emission.finished:
             text = growing.text.end(request.text or "")
         else:
             text = growing.text.add(emission.tokens)
-        if self._extras.names is not None and (text or emission.finished):
-            logprobs = growing.take(self._extras.names, self._form)
+        if names is not None and (text or emission.finished):
+            logprobs = growing.take(names, self._form)
+        came = []
+        if names is not None and self._extras.tokens:
+            came = [
+                {"text": names.name(token), "drafted": place < emission.drafted}
+                for place, token in enumerate(emission.tokens)
+            ]
         out = []
-        if text or logprobs:
-            out.append(self._chunk(index, text, logprobs))
+        if text or logprobs or came:
+            out.append(self._chunk(index, text, logprobs, came=came))
         if emission.finished:
             out.append(self._chunk(index, "", None, finish_reason(request)))
         return out
@@ -300,11 +311,18 @@ class Answer:
         return self._head | {"object": self._form.chunk_object}
 
     def _chunk(
-        self, index: int, text: str, logprobs: Json | None = None, reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        logprobs: Json | None = None,
+        reason: str | None = None,
+        came: Sequence[Json] = (),
     ) -> bytes:
         growing = self._growing[index]
         first, growing.begun = not growing.begun, True
         choice = self._form.piece(index, text, logprobs, reason, first)
+        if came:
+            choice["tokens"] = came
         chunk = self._chunk_head | {"choices": [choice]}
         if self._extras.usage:
             chunk["usage"] = None

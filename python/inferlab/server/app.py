@@ -8,12 +8,13 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from importlib import resources
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -188,14 +189,18 @@ class Service:
         http: HttpRequest,
     ) -> Response:
         count = body.n or 1
-        if body.num_logprobs() is not None and self._names is None:
+        told = body.speculation or SpeculationFields()
+        named = body.num_logprobs() is not None or told.tokens
+        if named and self._names is None:
             self._names = await asyncio.to_thread(self._make_names)
         call = await self._call(prompts, given, body, count)
         options = body.stream_options
         extras = Extras(
             usage=options is not None and options.include_usage,
-            names=self._names if body.num_logprobs() is not None else None,
-            speculation=body.speculation is not None and body.speculation.stats,
+            names=self._names if named else None,
+            logprobs=body.num_logprobs() is not None,
+            tokens=told.tokens,
+            speculation=told.stats,
         )
         answer = Answer(
             call,
@@ -364,6 +369,12 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
             if known["id"] == model:
                 return known
         raise ApiError(404, f"the model {model!r} is not served here", code="model_not_found")
+
+    page = (resources.files("inferlab.server") / "page.html").read_text()
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page)
 
     @app.get("/health", responses={503: _ERROR})
     async def health() -> Response:

@@ -13,8 +13,9 @@ from inferlab.server.answers import Send
 from inferlab.server.calls import Receive
 from inferlab.server.failures import ApiError
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What load balancers ask, which have no key."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+"""What browsers and load balancers ask before they have a key: the page, which asks for one, and
+whether anybody is there."""
 
 DISCARD_SECONDS = 2.0
 """How long what is left of a refused body is taken in, to be thrown away."""

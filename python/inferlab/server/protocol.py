@@ -39,6 +39,7 @@ class SpeculationFields(ApiModel):
         k: draft tokens of a step at most, along one path; 0: none.
         policy: another acceptance policy than the server's, and its threshold (tau, k or p).
         stats: what came of it is told under ``metrics`` of the answer.
+        tokens: chunks of a stream say of each token whether it was drafted.
     """
 
     mode: str | None = None
@@ -46,6 +47,7 @@ class SpeculationFields(ApiModel):
     policy: Literal["longest_prefix", "conf_threshold", "topk_agree", "typical"] | None = None
     threshold: float = 0.0
     stats: bool = False
+    tokens: bool = False
 
     @model_validator(mode="after")
     def _threshold_of_its_policy(self) -> SpeculationFields:
