@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
-import html
 import json
-import re
 import shutil
-import subprocess
 
 import openai
 import pytest
 import torch
 
+from helpers.browser import CHROMIUM, Page
 from helpers.served import Served
 from inferlab import SpeculativePipeline
 from inferlab.models.assets import BUNDLED
@@ -250,28 +248,25 @@ def test_a_request_says_how_it_is_drafted_for(always_drafting, plain):
     assert refused.json()["error"]["param"] == "speculation.mode"
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-
-
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 def test_the_page_shows_how_each_token_came(always_drafting):
     answer = always_drafting.complete(max_tokens=40, speculation={"stats": True}).json()
     stats = answer["metrics"]["speculative_decoding"]
-    where = f"{always_drafting.url}/?prompt=class%20Stack%3A&max_tokens=40"
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    words += ["--virtual-time-budget=60000", where]
-    for _ in range(5):  # its clock runs ahead of the server's
-        shown = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
-        if 'data-done="40"' in shown:
-            break
-    tokens = re.findall(r'<span class="(drafted|own)">([^<]*)</span>', shown)[:40]
-    assert "".join(html.unescape(text) for _, text in tokens) == answer["choices"][0]["text"]
-    drafted = [kind for kind, _ in tokens].count("drafted")
-    assert drafted == stats["num_accepted_draft_tokens"] > 0
-    assert f"accepted length {stats['mean_acceptance_length']:.2f}" in shown
-    assert "inferlab/tiny" in shown
+    with Page(f"{always_drafting.url}/?prompt=class%20Stack%3A&max_tokens=40") as page:
+        assert page.wait_for("document.body.dataset.done") == "40"
+        spans = "[...document.querySelectorAll('#out span')]"
+        shown = page.value(f"{spans}.map(s => s.textContent).join('')")
+        assert shown == answer["choices"][0]["text"]
+        kinds = page.value(f"{spans}.map(s => s.className)")
+        assert kinds.count("drafted") == stats["num_accepted_draft_tokens"] > 0
+        assert kinds.count("own") == stats["num_steps"]
+        told = page.value("document.getElementById('figures').textContent")
+        assert f"accepted length {stats['mean_acceptance_length']:.2f}" in told
+        assert page.wait_for("document.getElementById('model').textContent") == "inferlab/tiny"
+        page.value("document.getElementById('max_tokens').value = 5000")
+        page.value("document.getElementById('go').click()")
+        refused = page.wait_for("document.querySelector('.error')?.textContent")
+        assert "maximum context length" in refused
 
 
 def test_what_a_client_predicts_is_drafted(plain):
