@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
-SWITCH_SECONDS = 0.0005
-"""How long a thread of Python keeps others waiting; by default ten times as long, which is many
-steps of a small model."""
 KEEP_ALIVE_SECONDS = 75
 
 
@@ -74,14 +70,11 @@ def serve(
         OSError: the address cannot be had.
     """
     listening = _listen(host, port)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         server = Server(app, host, port, drain_seconds=drain_seconds)
         ready(*listening.getsockname()[:2])
         server.run(sockets=[listening])
     finally:
-        sys.setswitchinterval(before)
         listening.close()
 
 
