@@ -4,11 +4,11 @@
         [--max-tokens 64] [--servers plain,inferlab,transformers,transformers-cb] [--flags "..."]
         [--prompts FILE.json]
 
-Closed loop: so many connections, each of which asks anew when its answer has ended. All servers
-run at the same time and are measured in turns, each round the same requests in another order;
-streams at temperature 0, so `inferlab` answers as `plain` does, which is itself without drafts.
-Medians over rounds of: time to the first chunk that has text (its 99th percentile beside it), milliseconds per
-token behind that (TPOT: from the first such chunk to the last, over the tokens of ``usage`` but
+Closed loop: so many connections, each of which asks anew when its answer has ended. All servers run
+at the same time and are measured in turns, each round the same requests in another order; streams
+at temperature 0, so `inferlab` answers as `plain` does, which is itself without drafts. Medians
+over rounds of: time to the first chunk that has text (its 99th percentile beside it), milliseconds
+per token behind that (TPOT: from the first such chunk to the last, over the tokens of ``usage`` but
 one), tokens per second of all. ``bare`` is the same engine without HTTP, one request at a time.
 """
 
@@ -192,7 +192,7 @@ def start(name: str, args: argparse.Namespace, folder: Path, stack: ExitStack) -
     else:
         model = "local/model"
         hub = folder / "hub"
-        put_into_hub_cache(resolve_model_path(args.model), hub, model)
+        put_into_hub_cache(Path(resolve_model_path(args.model)), hub, model)
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
         words = ["transformers.cli.transformers", "serve", "--device", "cpu", *THEIRS[name]]
     log = folder / f"{name}.log"

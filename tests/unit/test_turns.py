@@ -88,6 +88,27 @@ def test_texts_are_read_beside_others_that_decode(expected):
     assert [r.stats.prefill_forwards for r in requests] == [0, 0, 7, 0]
 
 
+def test_where_nothing_is_drafted_reading_and_decoding_share_a_forward(expected):
+    engine = make_engine("none")
+    rows = []
+    forward = engine.target.forward
+
+    def counted(batch, *args):
+        rows.append(batch.tokens.shape)
+        return forward(batch, *args)
+
+    engine.target.forward = counted
+    first = engine.add(Request(PROMPTS[0], PARAMS))
+    engine.step()
+    second = engine.add(Request(PROMPTS[2], PARAMS))
+    engine.step()
+    assert len(rows) == 2
+    assert (first.num_output, second.num_output) == (2, 1)
+    while engine.scheduler.has_work:
+        engine.step()
+    assert [first.output, second.output] == [expected[0], expected[2]]
+
+
 def test_aborting_gives_the_pages_back_at_once(expected):
     engine = make_engine()
     requests = [engine.add(Request(p, PARAMS)) for p in PROMPTS[:3]]

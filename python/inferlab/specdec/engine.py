@@ -11,7 +11,7 @@ import torch
 
 from inferlab.errors import Interrupted
 from inferlab.models import ForwardOutput, KVCache, TargetModel, allowed_vocab
-from inferlab.scheduler import PageAllocator, Plan, Request, Scheduler
+from inferlab.scheduler import Chunk, PageAllocator, Plan, Request, Scheduler
 from inferlab.specdec import step
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
@@ -174,9 +174,10 @@ class Engine:
                 self._members.batch.refresh_pages()
         if plan.admitted:
             self.target.notice_changes()
+        rides = plan.chunks and plan.decode and self._decides_plainly()
         if plan.chunks:
-            self._read(plan)
-        decoded = self._decode(plan.decode) if plan.decode else None
+            self._read(plan, plan.decode if rides else [])
+        decoded = self._decode(plan.decode) if plan.decode and not rides else None
         emissions = {r.request_id: Emission.of(r) for r in (*plan.started, *plan.decode)}
         if decoded is not None:
             # All of a step counts, as it does where steps were measured beforehand.
@@ -286,10 +287,25 @@ class Engine:
         if self.drafter is not None:
             self.drafter.release(request)
 
-    def _read(self, plan: Plan) -> None:
+    def _decides_plainly(self) -> bool:
+        """Whether nothing would be drafted in the next step, and nobody is to hear of it or of what
+        it takes: then its roots may ride in the forward that reads, where rows are packed."""
+        if self.recorder is not None or self.target.device.type != "cpu":
+            return False
+        if self.drafter is None:
+            return True
+        return self._asleep > 0 and not self.drafter.hears_all
+
+    def _read(self, plan: Plan, riding: list[Request]) -> None:
         """Parts of texts, in one forward, which the drafter hears of. Those that come to their root
-        get a token: first tokens do not wait for drafts."""
-        reading = Reading(plan.chunks, self.target.device)
+        get a token: first tokens do not wait for drafts. So do the roots of those that decode
+        plainly beside them."""
+        chunks = plan.chunks
+        if riding:
+            self._wake()
+            self._batch = self._members = None
+            chunks = [*chunks, *(Chunk(r, r.num_cached, r.num_cached, True) for r in riding)]
+        reading = Reading(chunks, self.target.device)
         drafter = self.drafter if self._is_told(plan) else None
         layers = drafter.feature_layers if drafter is not None else ()
         output = self.target.forward(reading.batch, self.cache, layers)
@@ -299,8 +315,8 @@ class Engine:
         if drafter is not None:
             drafter.prefill(reading, output)
         self.clock.lap("prefill")
-        if plan.started:
-            batch = Batch.of(plan.started, self.target)
+        if started := [*plan.started, *riding]:
+            batch = Batch.of(started, self.target)
             tree = DraftTree.root_only(batch.roots)
             self._conclude(batch, tree, reading.at_roots(output), drafter)
 
