@@ -174,10 +174,8 @@ class Engine:
                 self._members.batch.refresh_pages()
         if plan.admitted:
             self.target.notice_changes()
-        rides = plan.chunks and plan.decode and self._decides_plainly()
-        if plan.chunks:
-            self._read(plan, plan.decode if rides else [])
-        decoded = self._decode(plan.decode) if plan.decode and not rides else None
+        rode = self._read(plan) if plan.chunks else False
+        decoded = self._decode(plan.decode) if plan.decode and not rode else None
         emissions = {r.request_id: Emission.of(r) for r in (*plan.started, *plan.decode)}
         if decoded is not None:
             # All of a step counts, as it does where steps were measured beforehand.
@@ -287,26 +285,19 @@ class Engine:
         if self.drafter is not None:
             self.drafter.release(request)
 
-    def _decides_plainly(self) -> bool:
-        """Whether nothing would be drafted in the next step, and nobody is to hear of it or of what
-        it takes: then its roots may ride in the forward that reads, where rows are packed."""
-        if self.recorder is not None or self.target.device.type != "cpu":
-            return False
-        if self.drafter is None:
-            return True
-        return self._asleep > 0 and not self.drafter.hears_all
-
-    def _read(self, plan: Plan, riding: list[Request]) -> None:
+    def _read(self, plan: Plan) -> bool:
         """Parts of texts, in one forward, which the drafter hears of. Those that come to their root
-        get a token: first tokens do not wait for drafts. So do the roots of those that decode
-        plainly beside them."""
+        get a token: first tokens do not wait for drafts. So do the roots of those that decode,
+        plainly, where they ride in it; returns whether they did."""
+        told = self._is_told(plan)
+        drafter = self.drafter if told else None
         chunks = plan.chunks
+        riding = plan.decode if self._may_ride(plan, told) else []
         if riding:
             self._wake()
             self._batch = self._members = None
             chunks = [*chunks, *(Chunk(r, r.num_cached, r.num_cached, True) for r in riding)]
         reading = Reading(chunks, self.target.device)
-        drafter = self.drafter if self._is_told(plan) else None
         layers = drafter.feature_layers if drafter is not None else ()
         output = self.target.forward(reading.batch, self.cache, layers)
         for chunk in plan.chunks:
@@ -319,6 +310,17 @@ class Engine:
             batch = Batch.of(started, self.target)
             tree = DraftTree.root_only(batch.roots)
             self._conclude(batch, tree, reading.at_roots(output), drafter)
+        return bool(riding)
+
+    def _may_ride(self, plan: Plan, told: bool) -> bool:
+        """Whether those that decode take part in the forward that reads. Where rows are packed they
+        cost next to nothing there, less for a token than any draft; but a drafter that must hear of
+        their steps would have to be told of them apart."""
+        if self.recorder is not None or self.target.device.type != "cpu":
+            return False
+        if self.drafter is None or not self.drafter.hears_all:
+            return True
+        return not told and all(r.request_id in self._unheard for r in plan.decode)
 
     def _is_told(self, plan: Plan) -> bool:
         """Whether the drafter hears of the chunks. It hears of all or none; of one whose beginning
