@@ -312,10 +312,13 @@ double Planner::observe(const Step& step) {
     verify_ms -= hearing;
     account_.ms -= hearing;
   }
-  // Where a drafter read texts first, all else of the step was slow as well. And a step that asked
-  // in vain tells nothing of plain ones, but where it is clearly quicker than they are held to be.
-  const bool tells = !in_vain || verify_ms < kQuicker * now->plan.plain;
-  if (!step.caught_up && tells) times_.verified(step.size, rows, verify_ms);
+  // Where a drafter read texts first, all else of the step was slow as well. And of a step that
+  // asked in vain plain ones take no more, but perhaps less.
+  if (!step.caught_up && in_vain) {
+    times_.verified_beside(step.size, verify_ms);
+  } else if (!step.caught_up) {
+    times_.verified(step.size, rows, verify_ms);
+  }
   if (now) {
     // What such steps take, as far as that is known by now: one may be slow by chance.
     account_.ms +=

@@ -124,7 +124,6 @@ class Planner : public Judge {
   static constexpr double kHopes = 0.9;      // what asking saves, over what it takes, before it
                                              // is known
   static constexpr double kClearly = 0.6;    // of what asking takes, and it does not pay
-  static constexpr double kQuicker = 0.8;    // of a plain step's time
   static constexpr double kNever = 1e6;      // steps
   static constexpr double kBeside = 0.1;     // weight of the last time asking was in vain
   static constexpr double kMargin = 1.02;    // what another rung must promise to be taken

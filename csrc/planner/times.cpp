@@ -68,6 +68,12 @@ void Drift::observe(Kind kind, double predicted, double measured, double pace, b
   ++version_;
 }
 
+void Drift::bound(Kind kind, double predicted, double measured, double pace) {
+  if (std::min(predicted, measured) <= 0) return;
+  above_[kind].add(std::log(measured / predicted), std::log(pace));
+  ++version_;
+}
+
 double Drift::factor(Kind kind) const {
   const auto found = of_kind_.find(kind);
   const bool seen = found != of_kind_.end();
@@ -77,7 +83,10 @@ double Drift::factor(Kind kind) const {
     const double count = common_.logs.size();
     shared = (count * shared + kShared * apart_.middle) / (count + kShared);
   }
-  return std::exp((own * middle + kShared * shared) / (own + kShared));
+  const double known = (own * middle + kShared * shared) / (own + kShared);
+  const auto above = above_.find(kind);
+  if (above == above_.end() || above->second.logs.size() < kBounds) return std::exp(known);
+  return std::exp(std::min(known, above->second.middle));
 }
 
 void StepTimes::climb(const std::vector<Budget>& rungs) {
@@ -156,6 +165,10 @@ void StepTimes::verified(int size, int rows, double ms) {
   // Plain steps are the most: what is common to steps that draft, is told by those, once there are
   // some.
   verifying_.observe(kind, usual, ms, pace_.factor(), rows == size);
+}
+
+void StepTimes::verified_beside(int size, double ms) {
+  verifying_.bound(kind_of_step(size, size), model(size, size), ms, pace_.factor());
 }
 
 void StepTimes::drafted(int members, Budget drafted, double ms, int read) {

@@ -47,6 +47,8 @@ class Drift {
 
   // `apart`: it tells of other kinds only until there are observations of some of them.
   void observe(Kind kind, double predicted, double measured, double pace, bool apart = false);
+  // What is measured is of something that takes longer.
+  void bound(Kind kind, double predicted, double measured, double pace);
   double factor(Kind kind) const;
   int version() const { return version_; }  // changes with what is known
 
@@ -63,8 +65,9 @@ class Drift {
   static constexpr size_t kKept = 15;
   static constexpr double kFar = 0.47;    // log 1.6
   static constexpr double kShared = 1.5;  // weight of what is common, in observations
+  static constexpr size_t kBounds = 5;    // so many tell that it is not more
 
-  std::unordered_map<Kind, Ratios> of_kind_;
+  std::unordered_map<Kind, Ratios> of_kind_, above_;
   Ratios common_, apart_;
   int version_ = 0;
 };
@@ -91,6 +94,8 @@ class StepTimes {
   // What was measured: a step's time without drafting, and what drafting took, with so many tokens
   // of whole texts read before; -1: as in a usual step, 0: the drafter was a little behind.
   void verified(int size, int rows, double ms);
+  // A plain step with something else beside it: it takes no longer alone.
+  void verified_beside(int size, double ms);
   void drafted(int members, Budget drafted, double ms, int read);
 
  private:

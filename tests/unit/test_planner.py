@@ -551,6 +551,29 @@ def test_what_steps_of_a_sleep_took_is_what_plain_steps_take():
     ) == pytest.approx(6.0, rel=0.05)
 
 
+def test_steps_that_asked_in_vain_say_that_plain_ones_take_no_more():
+    """Where looking up always seems to pay, plain steps are never seen alone: that they were
+    measured to take too long must show all the same."""
+    controller = CostController(4, World(10.0, draft_ms=0.05, row_ms=1.0).costs())
+    known = Known(by_kind=SURE, evidence=8, asks=True, looks_up=True)
+    plain = StepObservation(1, NO_DRAFT, 7.5, [0], [[]], rows=1)
+
+    def told():
+        return controller._planner.observe(
+            plain.batch_size, plain.budget, plain.step_ms, [[]], False, 1, 0.0, False, []
+        )
+
+    for _ in range(30):
+        choice = controller.choose(Outlook(CHAIN[:4], [0], 32.0, [500], packs=True, known=known))
+        if choice.budget == NO_DRAFT:
+            controller.rested(1, [7.5] * choice.steps, heard=False)
+        else:
+            controller.observe(
+                StepObservation(1, choice.budget, 8.5, [0], [[]], rows=1, draft_ms=0.05)
+            )
+    assert told() == pytest.approx(7.5, rel=0.15)
+
+
 @pytest.mark.parametrize("looks_up", [False, True])
 def test_looking_up_is_asked_for_however_long_it_was_measured_to_take(looks_up):
     controller = CostController(4, World(draft_ms=20.0).costs())
