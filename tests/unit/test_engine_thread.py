@@ -118,9 +118,10 @@ def test_one_that_fails_late_in_a_long_text_is_told_from_those_behind_it():
         assert [owner.ends() for owner in owners] == [["error"]] + [["length"]] * len(PROMPTS)
 
 
-def test_bad_requests_one_after_the_other_do_not_kill_the_engine():
+@pytest.mark.parametrize("method", ["_decode", "_read"])
+def test_bad_requests_one_after_the_other_do_not_kill_the_engine(method):
     pipeline = make_pipeline()
-    fail_in(pipeline, "_decode", poisoned)
+    fail_in(pipeline, method, poisoned)
     with running(pipeline) as engine:
         for i in range(8):
             owner = Owner(pipeline, [POISON, 330 + i])

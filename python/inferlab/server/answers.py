@@ -133,6 +133,10 @@ class Answer:
             "model": model,
         }
 
+    def abort(self) -> None:
+        """Ends what has not ended."""
+        self._call.abort()
+
     async def whole(self, receive: Receive) -> Json:
         """The answer, once all choices have ended.
 
@@ -219,14 +223,17 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         headers = self.raw_headers
-        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        async with aclosing(self._answer.events(receive)) as events:
-            try:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": headers}
+        try:
+            await send(start)
+            async with aclosing(self._answer.events(receive)) as events:
                 async for data in events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            except ClientGone:
-                return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            pass
+        finally:
+            self._answer.abort()
 
 
 def _event(content: Json) -> bytes:

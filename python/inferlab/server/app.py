@@ -6,8 +6,9 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -76,9 +77,11 @@ class Service:
         if not texts:
             raise ApiError(400, "prompt: must not be empty", param="prompt")
         self._check_choices(len(texts) * (body.n or 1))
-        prompts = [await self._tokens(text) for text in texts]
-        before = [self._echo(text) if body.echo else "" for text in texts]
-        return await self._answer(prompts, given, before, TextForm(), body, http)
+        size = sum(len(text) for text in texts)
+        prompts = await self._tokens(
+            "prompt", size, lambda: list(map(self.pipeline.encode, texts)), http
+        )
+        return await self._answer(prompts, given, TextForm(), body, http, body.echo and texts)
 
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Any:
         """Answers ``/v1/chat/completions``."""
@@ -86,14 +89,12 @@ class Service:
         self._check_choices(body.n or 1)
         messages = body.conversation()
         size = sum(len(message["content"]) for message in messages)
-        try:
-            prompt = await self._off_loop(size, self.pipeline.chat_prompt, messages)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from error
+        prompts = await self._tokens(
+            "messages", size, lambda: [self.pipeline.chat_prompt(messages)], http
+        )
         given = body.sampling()
-        if "max_tokens" not in given:
-            given["max_tokens"] = max(self._room(prompt), 1)
-        return await self._answer([prompt], given, [""], ChatForm(), body, http)
+        given.setdefault("max_tokens", max(self._limit - len(prompts[0]), 1))
+        return await self._answer(prompts, given, ChatForm(), body, http)
 
     def models(self) -> list[dict[str, Any]]:
         """What is served."""
@@ -116,9 +117,6 @@ class Service:
         context = self.pipeline.target.context_length
         return room if context is None else min(room, context)
 
-    def _room(self, prompt: Sequence[int]) -> int:
-        return self._limit - len(prompt)
-
     def _check_model(self, model: str | None) -> None:
         if model not in (None, self.model):
             raise ApiError(
@@ -137,81 +135,85 @@ class Service:
                 param="n",
             )
 
-    async def _off_loop(self, size: int, function: Any, *args: Any) -> Any:
-        """Calls a function of a text, in a thread if that is long; one of those at a time."""
-        if size <= LONG_TEXT:
-            return function(*args)
-        async with self._tokenizing:
-            return await asyncio.to_thread(function, *args)
+    async def _tokens(
+        self, param: str, size: int, encode: Callable[[], list[list[int]]], http: HttpRequest
+    ) -> list[list[int]]:
+        """Prompts as token ids. Long ones are made in a thread, one of those at a time.
 
-    async def _tokens(self, prompt: str | list[int]) -> list[int]:
-        size = len(prompt) if isinstance(prompt, str) else 0
+        Args:
+            param: the field of the body that they come from.
+            size: characters.
+
+        Raises:
+            ApiError: they cannot be encoded.
+            ClientGone: nobody waits for them any more.
+        """
         try:
-            ids: list[int] = await self._off_loop(size, self.pipeline.encode, prompt)
+            if size <= LONG_TEXT:
+                return encode()
+            async with self._tokenizing:
+                if await http.is_disconnected():
+                    raise ClientGone
+                return await asyncio.to_thread(encode)
         except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from error
-        return ids
-
-    def _echo(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._decode(prompt)
+            raise ApiError(400, str(error), param=param) from error
 
     async def _answer(
         self,
         prompts: Sequence[list[int]],
         given: dict[str, Any],
-        before: Sequence[str],
         form: Form,
         body: SamplingFields,
         http: HttpRequest,
+        echo: Sequence[str | list[int]] | None = None,
     ) -> Any:
         count = body.n or 1
-        requests = []
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
-            for choice in range(count):
-                requests.append(self._request(prompt, given, body.seed, choice))
+        requests = [
+            request
+            for prompt in prompts
+            for request in self._requests(prompt, given, body.seed, count)
+        ]
         stream = bool(body.stream)
-        call = Call(self.engine, self._waker, requests, stream)
-        try:
-            call.submit()
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
-        except QueueFull as error:
-            raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
-        except Unavailable as error:
-            raise ApiError(503, str(error), retry_after=1) from error
         texts = [
             TextStream(NewText(self._decode, r.prompt), r.params.stop, self._unsettled)
             for r in (requests if stream else ())
         ]
+        before = [
+            text if isinstance(text, str) else self._decode(text)
+            for text in echo or [""] * len(prompts)
+            for _ in range(count)
+        ]
+        call = Call(self.engine, self._waker, requests, stream)
         options = body.stream_options
-        answer = Answer(
-            call,
-            form,
-            self.model,
-            texts,
-            [text for text in before for _ in range(count)],
-            count,
-            options is not None and options.include_usage,
-        )
+        usage = options is not None and options.include_usage
+        answer = Answer(call, form, self.model, texts, before, count, usage)
+        try:
+            call.submit()
+        except ValueError as error:
+            raise _of_value(error, given) from error
+        except QueueFull as error:
+            raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
+        except Unavailable as error:
+            raise ApiError(503, str(error), retry_after=1) from error
         if stream:
             return EventStream(answer)
-        try:
-            return JSONResponse(await answer.whole(http.receive))
-        except ClientGone:
-            return Response(status_code=499)  # nobody reads it
+        return JSONResponse(await answer.whole(http.receive))
 
-    def _request(
-        self, prompt: list[int], given: dict[str, Any], seed: int | None, choice: int
-    ) -> Request:
-        """The choices of a seed are those of the seeds that follow it."""
-        given = self._defaults | given
-        first = secrets.randbits(64) if seed is None else seed
+    def _requests(
+        self, prompt: list[int], given: dict[str, Any], seed: int | None, count: int
+    ) -> list[Request]:
+        """The choices for a prompt: those of a seed are those of the seeds that follow it."""
+        seed = secrets.randbits(64) if seed is None else seed
         try:
-            return self.pipeline.request(prompt, seed=(first + choice) % 2**64, **given)
+            first = self.pipeline.request(prompt, **self._defaults | given)
         except ValueError as error:
-            param = str(error).split(" ", 1)[0]
-            raise ApiError(400, str(error), param=param if param in given else None) from error
+            raise _of_value(error, given) from error
+        return [
+            Request(prompt, replace(first.params, seed=(seed + i) % 2**64), first.forced)
+            for i in range(count)
+        ]
 
     def _check_room(self, prompt: Sequence[int], max_tokens: int) -> None:
         if len(prompt) + max_tokens <= self._limit:
@@ -246,6 +248,14 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
     @app.exception_handler(ApiError)
     async def _api_error(_: HttpRequest, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(ClientGone)
+    async def _client_gone(_: HttpRequest, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def _fault(_: HttpRequest, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(500, "a fault of the server; its log says more").body(), 500)
 
     @app.exception_handler(HTTPException)
     async def _http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
@@ -296,12 +306,27 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
 
 
 async def _read(http: HttpRequest, kind: type[Body]) -> Body:
-    """The body of a request. Raises ApiError where it is not one."""
+    """The body of a request. Raises ApiError where it is not one.
+
+    It must be said to be JSON: what may be said to be something else, any page that a user looks at
+    can have their browser send to a server on their machine.
+    """
+    said = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if said != "application/json":
+        raise ApiError(415, f"Content-Type is {said!r}; it must be application/json")
+    if http.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise ApiError(415, "the body has a Content-Encoding; it must be sent as it is")
     body = await http.body()
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise of_validation(error) from error
+
+
+def _of_value(error: ValueError, given: dict[str, Any]) -> ApiError:
+    """A value that the pipeline or the engine refuses: their messages begin with its name."""
+    param = str(error).split(" ", 1)[0]
+    return ApiError(400, str(error), param=param if param in {*given, "prompt"} else None)
 
 
 _ERROR = {
@@ -336,7 +361,7 @@ def _described(kind: type[SamplingFields]) -> dict[str, Any]:
         "openapi_extra": {
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
         },
-        "responses": {status: _ERROR for status in (400, 401, 404, 413, 429, 500, 503)},
+        "responses": {status: _ERROR for status in (400, 401, 404, 408, 413, 415, 429, 500, 503)},
     }
 
 

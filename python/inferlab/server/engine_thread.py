@@ -167,11 +167,15 @@ class EngineThread:
         with self._changed:
             self._draining = True
 
-    def stop(self) -> None:
-        """Ends all requests as aborted, and the thread."""
+    def end(self) -> None:
+        """Has all requests end as aborted, and then the thread; does not wait for it."""
         with self._changed:
             self._draining = self._stopping = True
             self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends all requests as aborted, and the thread."""
+        self.end()
         if self._thread.is_alive():
             self._thread.join()
 

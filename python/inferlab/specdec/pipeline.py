@@ -399,8 +399,10 @@ class SpeculativePipeline:
         Raises:
             TypeError, ValueError: as `generate` does.
         """
-        _, _, (request,) = self._requests(prompt, params)
-        return request
+        _, _, requests = self._requests(prompt, params)
+        if len(requests) != 1:  # `generate` takes an empty list for no prompts
+            raise ValueError("prompt is empty; it must have at least one token")
+        return requests[0]
 
     def stream(
         self,
@@ -568,15 +570,17 @@ class SpeculativePipeline:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids. Raises ValueError where it is empty or cannot be encoded."""
+        ids: list[int]
         if not isinstance(prompt, str):
-            return list(prompt)
-        if self.target.tokenizer is None:
+            ids = list(prompt)
+        elif self.target.tokenizer is None:
             raise ValueError(
                 f"{self.target.name} has no tokenizer; give the prompt as token ids, or add "
                 f"tokenizer.json to the model's directory"
             )
-        check_text("prompt", prompt)
-        ids: list[int] = self.target.tokenizer.encode(prompt)
+        else:
+            check_text("prompt", prompt)
+            ids = self.target.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
