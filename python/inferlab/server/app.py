@@ -81,7 +81,8 @@ class Service:
         prompts = await self._tokens(
             "prompt", size, lambda: list(map(self.pipeline.encode, texts)), http
         )
-        return await self._answer(prompts, given, TextForm(), body, http, body.echo and texts)
+        echo = texts if body.echo else None
+        return await self._answer(prompts, given, TextForm(), body, http, echo)
 
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Any:
         """Answers ``/v1/chat/completions``."""
