@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,14 +17,19 @@ HEAD_SECONDS = 30.0
 """How long the head of a request may take, and a new connection to begin one."""
 MAX_PIPELINED = 16
 """Requests of a connection that may wait for the answer to the one before them."""
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's connection, with bounds, that tells every request of it when the client leaves."""
+    """uvicorn's connection, with bounds, that tells every request of it when the client leaves.
+
+    Offers of other protocols are passed over: the parser would take the body for the other one.
+    """
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._head_bytes = 0
+        self._in_body = False
         self._deadline: asyncio.TimerHandle | None = None
         self._unanswered: list[Any] = []  # before the newest request; uvicorn tells that one alone
 
@@ -41,6 +47,9 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
+        if not self._in_body:
+            head, blank, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + blank + rest
         super().data_received(data)
         if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
@@ -52,6 +61,7 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_deadline()
+        self._in_body = True
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests are pipelined")
         before = self.cycle
@@ -63,12 +73,13 @@ class Connection(HttpToolsProtocol):
         self._head_bytes -= 2 * len(body)
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_body = False
+
     def send_400_response(self, msg: str) -> None:
         """In OpenAI's form, what is no HTTP, or more than is taken."""
         self._refuse(400, msg)
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Other protocols are offered by many clients, and need none."""
 
     def _refuse(self, status: int, message: str) -> None:
         if not self._is_answering():

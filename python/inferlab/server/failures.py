@@ -21,7 +21,7 @@ STATUS_TYPES = {
 }
 
 
-LONGEST_MESSAGE = 1000
+LONGEST_MESSAGE, LONGEST_NAME = 1000, 100
 """Characters; clients are told what was wrong, and not all that they sent."""
 
 
@@ -45,9 +45,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        super().__init__(_shortened(message))
+        super().__init__(_shortened(message, LONGEST_MESSAGE))
         self.status = status
-        self.param = None if param is None else _shortened(param)
+        self.param = None if param is None else _shortened(param, LONGEST_NAME)
         self.code = code
         self.headers: dict[str, str] = {}
         if retry_after is not None:
@@ -90,8 +90,8 @@ def _distance(wrong: ErrorDetails) -> tuple[int, ...]:
     return (len(wrong["loc"]), *places, not wrong["type"].endswith("_type"))
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def _is_branch(part: int | str) -> bool:

@@ -113,7 +113,13 @@ async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
 
     A client that is in the middle of sending would see a reset connection and never the answer.
     """
-    headers = {"content-type": "application/json", "connection": "close", **error.headers}
+    body = json.dumps(error.body()).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers,
+    }
     await send(
         {
             "type": "http.response.start",
@@ -121,7 +127,6 @@ async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
             "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
         }
     )
-    body = json.dumps(error.body()).encode()
     await send({"type": "http.response.body", "body": body, "more_body": True})
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(_discard(receive), DISCARD_SECONDS)
