@@ -172,7 +172,7 @@ class Soak:
         if draw.random() < 0.5:
             leave_at = draw.randint(0, 20) if leaves else None
             with self._http.stream("POST", path, json={**body, "stream": True}) as answer:
-                answer.raise_for_status()
+                assert answer.status_code == 200, f"{answer.status_code}: {answer.read()!r}"
                 made = read_stream(answer.iter_lines(), path, len(expected), leave_at)
             assert not made or made == expected, f"{body}: {made} is not {expected}"
             return "stream" if made else "left stream"
@@ -183,7 +183,9 @@ class Soak:
             except httpx.ReadTimeout:
                 return "left"
             return "whole"
-        made = texts_of(self._http.post(path, json=body).raise_for_status(), path)
+        answer = self._http.post(path, json=body)
+        assert answer.status_code == 200, f"{answer.status_code}: {answer.text}"
+        made = texts_of(answer, path)
         assert made == expected, f"{body}: {made} is not {expected}"
         return "whole"
 
@@ -220,10 +222,13 @@ def run(args: Any, folder: Path) -> list[str]:
             soak = Soak(address(server, log), args, lambda: resident(server.pid))
             soak.run()
             spent = time.perf_counter() - started
+            faults = soak.faults
+            if faults:
+                return [*faults, f"the server's status is {server.poll()}", log.read_text()]
             end = time.monotonic() + IDLE_SECONDS
             while (busy := soak.busy()) and time.monotonic() < end:
                 time.sleep(0.05)
-            faults = soak.faults + [f"{name} is {value} at the end" for name, value in busy.items()]
+            faults += [f"{name} is {value} at the end" for name, value in busy.items()]
             grown = (resident(server.pid) - (soak.after_a_fifth or 0)) / 2**20
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(soak.seen.items()))
             print(f"{sum(soak.seen.values())} requests in {spent:.0f} s: {kinds}; {grown:+.1f} MB")

@@ -242,7 +242,12 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
         finally:
             await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(title="LLM Inference Lab", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="LLM Inference Lab",
+        version=__version__,
+        lifespan=lifespan,
+        responses={401: _ERROR} if settings.api_keys else None,
+    )
     app.state.service = service
     app.add_middleware(Gate, keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
 
@@ -282,13 +287,13 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
                 return known
         raise ApiError(404, f"the model {model!r} is not served here", code="model_not_found")
 
-    @app.get("/health", responses={503: _ERROR})
+    @app.get("/health", response_class=Response, responses={503: _ERROR})
     async def health() -> Response:
         if service.engine.failure is not None:
             raise ApiError(503, service.engine.failure)
         return Response()
 
-    @app.get("/ready", responses={503: _ERROR})
+    @app.get("/ready", response_class=Response, responses={503: _ERROR})
     async def ready() -> Response:
         try:
             service.engine.check_taking()
@@ -355,6 +360,9 @@ _ERROR = {
 }
 
 
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
 def _described(kind: type[SamplingFields]) -> dict[str, Any]:
     """What the OpenAPI document says of a path that reads its body itself."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
@@ -362,7 +370,8 @@ def _described(kind: type[SamplingFields]) -> dict[str, Any]:
         "openapi_extra": {
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
         },
-        "responses": {status: _ERROR for status in (400, 401, 404, 408, 413, 415, 429, 500, 503)},
+        "responses": {200: _STREAM}
+        | {status: _ERROR for status in (400, 401, 404, 408, 413, 415, 429, 500, 503)},
     }
 
 

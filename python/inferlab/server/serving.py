@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import signal
 import socket
@@ -14,6 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from inferlab.server.connection import Connection
+
+log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0005
 """How long a thread of Python keeps others waiting; by default ten times as long, which is many
@@ -63,6 +66,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def _end(self) -> None:
+        log.info("told to end: what runs is completed, for %g s at most", self._drain_seconds)
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
