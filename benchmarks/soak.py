@@ -6,8 +6,8 @@ kinds.
 
 Starts `inferlab serve` and sends it streams and whole answers, chats and texts, sampled and greedy
 ones, stop strings, several choices, some that are wrong, and hangs up on some of them. In the end
-nothing may run, wait or hold pages; the memory may not have grown by more than the bound since a
-fifth of the requests were done; and every answer must be what the same body was answered when it
+nothing may run, wait or hold pages; the memory may not have grown by more than the bound since
+half of the requests were done; and every answer must be what the same body was answered when it
 was asked alone, before.
 """
 
@@ -115,7 +115,7 @@ class Soak:
     def __init__(self, url: str, args: Any, memory: Any) -> None:
         self.args = args
         self.memory = memory
-        self.after_a_fifth: int | None = None
+        self.after_half: int | None = None
         self.seen: Counter[str] = Counter()
         self.faults: list[str] = []
         self._http = httpx.Client(base_url=url, timeout=120, trust_env=False, limits=UNLIMITED)
@@ -148,8 +148,8 @@ class Soak:
         while True:
             with self._lock:
                 number = next(self._numbers, None)
-                if number == self.args.requests // 5:
-                    self.after_a_fifth = self.memory()
+                if number == self.args.requests // 2:
+                    self.after_half = self.memory()
             if number is None or self.faults:
                 return
             try:
@@ -229,7 +229,7 @@ def run(args: Any, folder: Path) -> list[str]:
             while (busy := soak.busy()) and time.monotonic() < end:
                 time.sleep(0.05)
             faults += [f"{name} is {value} at the end" for name, value in busy.items()]
-            grown = (resident(server.pid) - (soak.after_a_fifth or 0)) / 2**20
+            grown = (resident(server.pid) - (soak.after_half or 0)) / 2**20
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(soak.seen.items()))
             print(f"{sum(soak.seen.values())} requests in {spent:.0f} s: {kinds}; {grown:+.1f} MB")
             if grown > args.max_growth_mb:

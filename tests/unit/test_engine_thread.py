@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from contextlib import contextmanager
 
 import pytest
 
 from inferlab import SpeculativePipeline
 from inferlab.server.engine_thread import EngineThread, QueueFull, Ticket, Unavailable
+from inferlab.specdec.emission import Emission
 
 POISON = 499
 """A token id; what has it in its prompt is what steps fail by."""
@@ -208,6 +210,22 @@ def test_what_is_told_of_ends_may_fail():
         engine.submit(owner.ticket)
         assert owner.ends() == ["length"] * len(PROMPTS)
         assert engine.failure is None
+
+
+def test_a_ticket_is_open_until_its_last_emission_is_there():
+    """Who takes what there is looks at `open` first, in another thread."""
+    seen = []
+
+    class Inbox(deque):
+        def append(self, emission):
+            seen.append(ticket.open)
+            super().append(emission)
+
+    pipeline = make_pipeline()
+    ticket = Owner(pipeline, PROMPTS[0]).ticket
+    ticket.inbox = Inbox()
+    ticket.put(Emission(ticket.requests[0], [5], 0, finished=True))
+    assert (seen, ticket.open) == ([1], 0)
 
 
 def test_aborted_requests_leave_and_the_others_go_on():

@@ -55,8 +55,8 @@ class Ticket:
 
     def put(self, emission: Emission) -> None:
         """Takes what a request got, and wakes the owner where that is of interest."""
-        self.open -= emission.finished
         self.inbox.append(emission)
+        self.open -= emission.finished  # behind it: who sees that none is open sees all they got
         if self.streams or self.open == 0:
             self.wake()
 
