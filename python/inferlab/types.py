@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import NamedTuple
 
+LARGEST = 1e30
+"""Of the numbers that logits are changed by; their smallest is 1 / LARGEST. The arithmetic has 32
+bits, in which products of larger ones are infinite, and quotients by smaller ones."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -84,25 +88,30 @@ class SamplingParams:
             0 <= self.min_tokens <= self.max_tokens,
             f"between 0 and max_tokens ({self.max_tokens})",
         )
-        finite = math.isfinite(self.temperature)
-        check("temperature", self.temperature, finite and self.temperature >= 0, "a number >= 0")
+        check(
+            "temperature",
+            self.temperature,
+            0 <= self.temperature <= LARGEST,
+            f"a number from 0 to {LARGEST}",
+        )
         check(
             "top_k",
             self.top_k,
             0 <= self.top_k < 2**31,
             "an integer from 0 to 2**31 - 1 (0 keeps all tokens)",
         )
-        check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        check("top_p", self.top_p, 1 / LARGEST <= self.top_p <= 1, f"in [{1 / LARGEST}, 1]")
         check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         check(
             "repetition_penalty",
             self.repetition_penalty,
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "a number > 0 (1 is off)",
+            1 / LARGEST <= self.repetition_penalty <= LARGEST,
+            f"a number from {1 / LARGEST} to {LARGEST} (1 is off)",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            check(name, value, math.isfinite(value), "a finite number (0 is off)")
+            allowed = f"a number from {-LARGEST} to {LARGEST} (0 is off)"
+            check(name, value, abs(value) <= LARGEST, allowed)
         check("seed", self.seed, 0 <= self.seed < 2**64, "an integer in [0, 2**64)")
         check("stop", self.stop, all(self.stop), "non-empty strings")
         for text in self.stop:
@@ -117,7 +126,10 @@ class SamplingParams:
         )
 
 
-_BIAS = "a mapping from token ids to finite numbers (or -inf, which forbids the token)"
+_BIAS = (
+    f"a mapping from token ids to numbers from {-LARGEST} to {LARGEST} (or -inf, which forbids the "
+    f"token)"
+)
 
 
 def _integer(name: str, value: object) -> int:
@@ -130,7 +142,9 @@ def _is_bias(bias: object) -> bool:
     if bias is None:
         return True
     return isinstance(bias, Mapping) and all(
-        isinstance(token, Integral) and isinstance(value, Real) and value < math.inf
+        isinstance(token, Integral)
+        and isinstance(value, Real)
+        and (abs(float(value)) <= LARGEST or value == -math.inf)
         for token, value in bias.items()
     )
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,12 @@ class Served:
 
     Args:
         flags: of `inferlab serve`.
+        before: called in the process before it becomes the server.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, before: Callable[[], None] | None = None) -> None:
         self._flags = flags
+        self._before = before
 
     def __enter__(self) -> Served:
         self._folder = tempfile.TemporaryDirectory(prefix="inferlab-served-")
@@ -37,7 +41,9 @@ class Served:
         words = [sys.executable, "-m", "inferlab", "serve", "--port", "0", *self._flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(words, stderr=log, stdout=log, env=environment)
+            self.process = subprocess.Popen(
+                words, stderr=log, stdout=log, env=environment, preexec_fn=self._before
+            )
         self.url = self._address()
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         return self
@@ -53,6 +59,18 @@ class Served:
         """A text completion, greedy and short unless asked otherwise."""
         given = {"prompt": "class Stack:", "max_tokens": 16, "temperature": 0, **body}
         return self.http.post("/v1/completions", json=given)
+
+    def connect(self) -> socket.socket:
+        """A connection, for what no client would send."""
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        return socket.create_connection((host, int(port)), timeout=60)
+
+    def wait_until_running(self, count: int = 1, limit_s: float = 60) -> None:
+        """Until so many requests are in the batch."""
+        end = time.monotonic() + limit_s
+        while self.metric("vllm:num_requests_running") < count:
+            assert time.monotonic() < end, "no request came to run"
+            time.sleep(0.002)
 
     def terminate(self, limit_s: float = 60) -> int:
         """Tells it to end; its exit status."""

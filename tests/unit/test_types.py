@@ -69,3 +69,22 @@ def test_statistics_of_nothing_are_zero():
     assert stats.acceptance_rate == 0.0
     assert stats.mean_accepted_length == 0.0
     assert stats.acceptance_by_position == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 1e300),
+        ("top_p", 1e-300),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e39),
+        ("presence_penalty", 1e300),
+        ("frequency_penalty", -1e300),
+        ("logit_bias", {3: 1e300}),
+        ("logit_bias", {3: float("nan")}),
+    ],
+)
+def test_numbers_that_32_bits_cannot_hold_are_refused(name, value):
+    """A step with one of them would fail, and so all that take part in it."""
+    with pytest.raises(ValueError, match=f"{name} is"):
+        SamplingParams(**{name: value})

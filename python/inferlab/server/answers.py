@@ -227,6 +227,10 @@ class Answer:
             "model": model,
         }
 
+    def abort(self) -> None:
+        """Ends what has not ended."""
+        self._call.abort()
+
     async def whole(self, receive: Receive) -> Json:
         """The answer, once all choices have ended.
 
@@ -335,6 +339,9 @@ class Streamed(Protocol):
     def events(self, receive: Receive) -> AsyncGenerator[bytes]:
         """Its events, all that there is at a time as one piece of bytes."""
 
+    def abort(self) -> None:
+        """Ends what has not ended."""
+
 
 class EventStream(Response):
     """An ASGI response of server-sent events.
@@ -353,14 +360,17 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         headers = self.raw_headers
-        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        async with aclosing(self._answer.events(receive)) as events:
-            try:
+        start = {"type": "http.response.start", "status": self.status_code, "headers": headers}
+        try:
+            await send(start)
+            async with aclosing(self._answer.events(receive)) as events:
                 async for data in events:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            except ClientGone:
-                return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            pass
+        finally:
+            self._answer.abort()
 
 
 def write_event(content: Json, kind: str | None = None) -> bytes:

@@ -6,8 +6,9 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -88,39 +89,42 @@ class Service:
         if not texts:
             raise ApiError(400, "prompt: must not be empty", param="prompt")
         self._check_choices(len(texts) * (body.n or 1))
-        prompts = [await self._tokens(text) for text in texts]
-        before = [self._echo(text) if body.echo else "" for text in texts]
-        return await self._answer(prompts, given, before, TextForm(), body, http)
+        size = sum(len(text) for text in texts)
+        prompts = await self._tokens(
+            "prompt", size, lambda: list(map(self.pipeline.encode, texts)), http
+        )
+        echo = texts if body.echo else None
+        return await self._answer(prompts, given, TextForm(), body, http, echo)
 
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         """Answers ``/v1/chat/completions``."""
         self._check_model(body.model)
         self._check_choices(body.n or 1)
-        prompt, given = await self._chat_prompt(body.conversation(), body)
-        return await self._answer([prompt], given, [""], ChatForm(), body, http)
+        prompt, given = await self._chat_prompt(body.conversation(), body, http)
+        return await self._answer([prompt], given, ChatForm(), body, http)
 
     async def respond(self, body: ResponsesRequest, http: HttpRequest) -> Response:
         """Answers ``/v1/responses``."""
         self._check_model(body.model)
-        prompt, given = await self._chat_prompt(body.messages(), body)
-        call = await self._call([prompt], given, body)
+        prompt, given = await self._chat_prompt(body.messages(), body, http)
+        call = await self._call([prompt], given, body, http)
         text = self._text(call.requests[0]) if body.stream else None
         answer = ResponseAnswer(call, self.model, text, body)
+        self._submit(call, given)
         return await _send(answer, bool(body.stream), http)
 
     async def _chat_prompt(
-        self, messages: list[dict[str, str]], body: RequestFields
+        self, messages: list[dict[str, str]], body: RequestFields, http: HttpRequest
     ) -> tuple[list[int], dict[str, Any]]:
         """A conversation as a prompt, and how to go on: to the end of the context, if the body says
         nothing else."""
         size = sum(len(message["content"]) for message in messages)
-        try:
-            prompt = await self._off_loop(size, self.pipeline.chat_prompt, messages)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from error
+        prompts = await self._tokens(
+            "messages", size, lambda: [self.pipeline.chat_prompt(messages)], http
+        )
         given = body.sampling()
-        given.setdefault("max_tokens", max(self._limit - len(prompt), 1))
-        return prompt, given
+        given.setdefault("max_tokens", max(self._limit - len(prompts[0]), 1))
+        return prompts[0], given
 
     def models(self) -> list[dict[str, Any]]:
         """What is served."""
@@ -161,39 +165,49 @@ class Service:
                 param="n",
             )
 
-    async def _off_loop(self, size: int, function: Any, *args: Any) -> Any:
-        """Calls a function of a text, in a thread if that is long; one of those at a time."""
-        if size <= LONG_TEXT:
-            return function(*args)
-        async with self._tokenizing:
-            return await asyncio.to_thread(function, *args)
+    async def _tokens(
+        self, param: str, size: int, encode: Callable[[], list[list[int]]], http: HttpRequest
+    ) -> list[list[int]]:
+        """Prompts as token ids. Long ones are made in a thread, one of those at a time.
 
-    async def _tokens(self, prompt: str | list[int]) -> list[int]:
-        size = len(prompt) if isinstance(prompt, str) else 0
+        Args:
+            param: the field of the body that they come from.
+            size: characters.
+
+        Raises:
+            ApiError: they cannot be encoded.
+            ClientGone: nobody waits for them any more.
+        """
         try:
-            ids: list[int] = await self._off_loop(size, self.pipeline.encode, prompt)
+            if size <= LONG_TEXT:
+                return encode()
+            async with self._tokenizing:
+                if await http.is_disconnected():
+                    raise ClientGone
+                return await asyncio.to_thread(encode)
         except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from error
-        return ids
-
-    def _echo(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._decode(prompt)
+            raise ApiError(400, str(error), param=param) from error
 
     async def _answer(
         self,
         prompts: Sequence[list[int]],
         given: dict[str, Any],
-        before: Sequence[str],
         form: Form,
         body: SamplingFields,
         http: HttpRequest,
+        echo: Sequence[str | list[int]] | None = None,
     ) -> Response:
         count = body.n or 1
         told = body.speculation or SpeculationFields()
         named = body.num_logprobs() is not None or told.tokens
         if named and self._names is None:
             self._names = await asyncio.to_thread(self._make_names)
-        call = await self._call(prompts, given, body, count)
+        call = await self._call(prompts, given, body, http, count)
+        before = [
+            text if isinstance(text, str) else self._decode(text)
+            for text in echo or [""] * len(prompts)
+            for _ in range(count)
+        ]
         options = body.stream_options
         extras = Extras(
             usage=options is not None and options.include_usage,
@@ -202,15 +216,9 @@ class Service:
             tokens=told.tokens,
             speculation=told.stats,
         )
-        answer = Answer(
-            call,
-            form,
-            self.model,
-            [self._text(r) for r in (call.requests if body.stream else ())],
-            [text for text in before for _ in range(count)],
-            count,
-            extras,
-        )
+        texts = [self._text(request) for request in (call.requests if body.stream else ())]
+        answer = Answer(call, form, self.model, texts, before, count, extras)
+        self._submit(call, given)
         return await _send(answer, bool(body.stream), http)
 
     async def _call(
@@ -218,58 +226,65 @@ class Service:
         prompts: Sequence[list[int]],
         given: dict[str, Any],
         body: RequestFields,
+        http: HttpRequest,
         count: int = 1,
     ) -> Call:
-        """Hands in ``count`` choices of each prompt."""
-        predicted = []
+        """``count`` choices of each prompt, to be handed in."""
+        predicted: list[int] = []
         if body.prediction is not None:
             text = joined(body.prediction.content)
-            predicted = await self._off_loop(len(text), self._continuation, text)
+            (predicted,) = await self._tokens(
+                "prediction", len(text), lambda: [self._continuation(text)], http
+            )
         requests = []
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
-            for choice in range(count):
-                requests.append(self._request(prompt, given, body, choice))
+            requests += self._requests(prompt, given, body, count)
         for request in requests:
             request.predicted = predicted
-        call = Call(self.engine, self._waker, requests, bool(body.stream))
+        return Call(self.engine, self._waker, requests, bool(body.stream))
+
+    def _submit(self, call: Call, given: dict[str, Any]) -> None:
+        """Hands a call in; raises ApiError where it is not taken."""
         try:
             call.submit()
         except ValueError as error:
-            raise ApiError(400, str(error)) from error
+            raise _of_value(error, given) from error
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
         except Unavailable as error:
             raise ApiError(503, str(error), retry_after=1) from error
-        return call
 
     def _text(self, request: Request) -> TextStream:
         prompt = NewText(self._decode, request.prompt)
         return TextStream(prompt, request.params.stop, self._unsettled)
 
-    def _request(
-        self, prompt: list[int], given: dict[str, Any], body: RequestFields, choice: int
-    ) -> Request:
-        """The choices of a seed are those of the seeds that follow it."""
-        given = self._defaults | given
-        first = secrets.randbits(64) if body.seed is None else body.seed
+    def _requests(
+        self, prompt: list[int], given: dict[str, Any], body: RequestFields, count: int
+    ) -> list[Request]:
+        """The choices for a prompt: those of a seed are those of the seeds that follow it."""
+        seed = secrets.randbits(64) if body.seed is None else body.seed
         try:
-            request = self.pipeline.request(prompt, seed=(first + choice) % 2**64, **given)
+            first = self.pipeline.request(prompt, **self._defaults | given)
         except ValueError as error:
-            param = str(error).split(" ", 1)[0]
-            raise ApiError(400, str(error), param=param if param in given else None) from error
-        request.priority = body.priority
-        if body.speculation is not None:
-            self._speculate(request, body.speculation)
-        if self.settings.request_seconds is not None:
-            request.deadline = time.perf_counter() + self.settings.request_seconds
-        return request
+            raise _of_value(error, given) from error
+        requests = [
+            Request(prompt, replace(first.params, seed=(seed + i) % 2**64), first.forced)
+            for i in range(count)
+        ]
+        for request in requests:
+            request.priority = body.priority
+            if body.speculation is not None:
+                self._speculate(request, body.speculation)
+            if self.settings.request_seconds is not None:
+                request.deadline = time.perf_counter() + self.settings.request_seconds
+        return requests
 
     def _continuation(self, text: str) -> list[int]:
         """A text as what follows another."""
         tokenizer = self.pipeline.target.tokenizer
         if tokenizer is None:
-            raise ApiError(400, "the model has no tokenizer", param="prediction")
+            raise ValueError("prediction needs a tokenizer, which the model has not")
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
@@ -334,13 +349,26 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
         finally:
             await asyncio.to_thread(service.engine.stop)
 
-    app = FastAPI(title="LLM Inference Lab", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="LLM Inference Lab",
+        version=__version__,
+        lifespan=lifespan,
+        responses={401: _ERROR} if settings.api_keys else None,
+    )
     app.state.service = service
     app.add_middleware(Gate, keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
 
     @app.exception_handler(ApiError)
     async def _api_error(_: HttpRequest, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(ClientGone)
+    async def _client_gone(_: HttpRequest, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def _fault(_: HttpRequest, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(500, "a fault of the server; its log says more").body(), 500)
 
     @app.exception_handler(HTTPException)
     async def _http_error(_: HttpRequest, error: HTTPException) -> JSONResponse:
@@ -376,13 +404,13 @@ def create_app(pipeline: SpeculativePipeline, settings: ServerSettings | None = 
     async def index() -> HTMLResponse:
         return HTMLResponse(page)
 
-    @app.get("/health", responses={503: _ERROR})
+    @app.get("/health", response_class=Response, responses={503: _ERROR})
     async def health() -> Response:
         if service.engine.failure is not None:
             raise ApiError(503, service.engine.failure)
         return Response()
 
-    @app.get("/ready", responses={503: _ERROR})
+    @app.get("/ready", response_class=Response, responses={503: _ERROR})
     async def ready() -> Response:
         try:
             service.engine.check_taking()
@@ -404,19 +432,31 @@ async def _send(answer: Answer | ResponseAnswer, stream: bool, http: HttpRequest
     """The answer, or a stream of it."""
     if stream:
         return EventStream(answer)
-    try:
-        return JSONResponse(await answer.whole(http.receive))
-    except ClientGone:
-        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(await answer.whole(http.receive))
 
 
 async def _read(http: HttpRequest, kind: type[Body]) -> Body:
-    """The body of a request. Raises ApiError where it is not one."""
+    """The body of a request. Raises ApiError where it is not one.
+
+    It must be said to be JSON: what may be said to be something else, any page that a user looks at
+    can have their browser send to a server on their machine.
+    """
+    said = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if said != "application/json":
+        raise ApiError(415, f"Content-Type is {said!r}; it must be application/json")
+    if http.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise ApiError(415, "the body has a Content-Encoding; it must be sent as it is")
     body = await http.body()
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise of_validation(error) from error
+
+
+def _of_value(error: ValueError, given: dict[str, Any]) -> ApiError:
+    """A value that the pipeline or the engine refuses: their messages begin with its name."""
+    param = str(error).split(" ", 1)[0]
+    return ApiError(400, str(error), param=param if param in {*given, "prompt"} else None)
 
 
 _ERROR = {
@@ -444,6 +484,9 @@ _ERROR = {
 }
 
 
+_STREAM = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
 def _described(kind: type[RequestFields]) -> dict[str, Any]:
     """What the OpenAPI document says of a path that reads its body itself."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
@@ -451,7 +494,8 @@ def _described(kind: type[RequestFields]) -> dict[str, Any]:
         "openapi_extra": {
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}
         },
-        "responses": {status: _ERROR for status in (400, 401, 404, 413, 429, 500, 503)},
+        "responses": {200: _STREAM}
+        | {status: _ERROR for status in (400, 401, 404, 408, 413, 415, 429, 500, 503)},
     }
 
 

@@ -14,15 +14,16 @@ from inferlab.models import use_threads_that_exist
 from inferlab.scheduler import Request
 from inferlab.specdec.emission import Emission
 from inferlab.specdec.engine import Engine
+from inferlab.types import SamplingParams
 
 log = logging.getLogger(__name__)
 
 TRIAL_STEPS = 4
-"""Steps for which a request that took part in a step that failed runs as the newest of the batch.
-What fails meanwhile fails by it."""
-FAILURES_IN_A_ROW = 3
-"""So many requests that fail one after the other, without a step that works between them, mean that
-it is not the requests."""
+"""Steps that must give a token to a request that took part in one that failed, with no other such
+request beside it, until it is trusted again. What fails meanwhile fails by it."""
+
+
+PROBE = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
 class Refused(Exception):
@@ -54,8 +55,8 @@ class Ticket:
 
     def put(self, emission: Emission) -> None:
         """Takes what a request got, and wakes the owner where that is of interest."""
-        self.open -= emission.finished
         self.inbox.append(emission)
+        self.open -= emission.finished  # behind it: who sees that none is open sees all they got
         if self.streams or self.open == 0:
             self.wake()
 
@@ -63,12 +64,13 @@ class Ticket:
 class EngineThread:
     """Runs an engine, which nobody else may touch from `start` to `stop`.
 
-    A step that fails fails the request that it fails by, alone. An engine whose steps fail whoever
-    takes part is dead: all its requests end with an error, and no new ones are taken.
+    A step that fails fails the request that it fails by, alone: those that took part are read anew,
+    one by one. An engine that cannot make a step for a request of its own either is dead: all its
+    requests end with an error, and no new ones are taken.
 
     Args:
         engine: it should be idle.
-        max_waiting: requests that may wait for their turn; more are refused.
+        max_waiting: requests that may wait beside a full batch; more are refused.
         on_finish: told of each request that has ended, in the engine's thread.
     """
 
@@ -89,8 +91,7 @@ class EngineThread:
         self._draining = False
         self._stopping = False
         self._failure: str | None = None
-        self._trial = 0  # steps left for the newest of the batch to prove itself
-        self._failed_in_a_row = 0
+        self._suspects: dict[Request, int] = {}  # steps until each is trusted again
         self._thread = threading.Thread(target=self._run, name="inferlab-engine", daemon=True)
 
     def start(self) -> None:
@@ -101,16 +102,21 @@ class EngineThread:
         """Hands in requests.
 
         Raises:
-            ValueError: one of them can not run (see `Engine.check`); none runs then.
+            ValueError: one of them can not run (see `Engine.check`), or they are more than there is
+                ever room for; none runs then.
             QueueFull, Unavailable: they are not taken in.
         """
+        most = self._max_batch + self._max_waiting
+        if len(ticket.requests) > most:
+            raise ValueError(
+                f"{len(ticket.requests)} choices are asked for; there is room for {most}"
+            )
         for request in ticket.requests:
             self._engine.check(request)
         with self._changed:
             self._require_taking()
-            waiting = self.num_waiting
-            if waiting + len(ticket.requests) > self._max_waiting:
-                raise QueueFull(f"{waiting} requests are waiting; {self._max_waiting} may")
+            if len(self._tickets) + len(ticket.requests) > most:
+                raise QueueFull(f"{len(self._tickets)} requests run or wait; {most} may")
             for request in ticket.requests:
                 self._tickets[request] = ticket
             self._new += ticket.requests
@@ -143,7 +149,7 @@ class EngineThread:
     @property
     def num_waiting(self) -> int:
         """Requests that have no pages yet."""
-        return len(self._new) + len(self._engine.scheduler.waiting)
+        return max(len(self._tickets) - self.num_running, 0)
 
     @property
     def num_running(self) -> int:
@@ -161,17 +167,21 @@ class EngineThread:
         with self._changed:
             self._draining = True
 
-    def stop(self) -> None:
-        """Ends all requests as aborted, and the thread."""
+    def end(self) -> None:
+        """Has all requests end as aborted, and then the thread; does not wait for it."""
         with self._changed:
             self._draining = self._stopping = True
             self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends all requests as aborted, and the thread."""
+        self.end()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
-        use_threads_that_exist()
         try:
+            use_threads_that_exist()
             while self._wait():
                 self._deliver(self._step())
         except BaseException as error:  # also what is no Exception: nothing may hang
@@ -195,41 +205,90 @@ class EngineThread:
             except Exception as error:
                 self._fail(request, error)
         for request, reason in ended:
-            if not request.finished and self._engine.abort(request.request_id, reason):
-                self._deliver([Emission.of(request)])
+            if request in self._tickets:
+                self._end(request, reason)
         return not self._stopping
 
     def _step(self) -> list[Emission]:
         """A step of the engine, or what became of one that failed."""
-        scheduler = self._engine.scheduler
         try:
             emissions = self._engine.step()
         except Exception as error:
             log.exception("a step failed")
-            newest = scheduler.running[-1] if scheduler.running else None
-            blamed = newest if self._trial > 0 or len(scheduler.running) == 1 else None
-            self._engine.recover()
-            scheduler.max_batch, self._trial = 1, TRIAL_STEPS
-            if blamed is not None or newest is None:
-                self._failed_in_a_row += 1
-                if self._failed_in_a_row >= FAILURES_IN_A_ROW:
-                    raise
-            if blamed is not None:
-                self._fail(blamed, error)
+            self._after_failure(error)
             return []
-        self._failed_in_a_row = 0
-        if scheduler.max_batch < self._max_batch:
-            self._trial -= 1
-            if self._trial <= 0 and not scheduler.waiting:
-                scheduler.max_batch, self._trial = self._max_batch, 0
-            elif self._trial <= 0:
-                scheduler.max_batch, self._trial = scheduler.max_batch + 1, TRIAL_STEPS
+        if self._suspects:
+            self._trust(emissions)
         return emissions
+
+    def _after_failure(self, error: Exception) -> None:
+        """Fails the request that a step failed by, if that is known, or begins to find it out."""
+        scheduler = self._engine.scheduler
+        there = [*scheduler.running] or list(scheduler.waiting)[: scheduler.max_batch]
+        going = [request for request in there if not request.finished]
+        suspects = [request for request in going if request in self._suspects] or going
+        self._engine.recover()
+        with self._changed:
+            ended = [request for request in self._tickets if request.finished]
+        lost = [request for request in ended if request not in scheduler.waiting]
+        if not there and not lost:
+            raise error
+        for request in lost:
+            self._conclude(request)
+        if len(suspects) == 1 and not lost:
+            self._suspects.pop(suspects[0], None)
+            self._fail(suspects[0], error)
+            self._probe()
+        else:
+            self._suspects |= dict.fromkeys(suspects, TRIAL_STEPS)
+        scheduler.max_batch = 1 if self._suspects else self._max_batch
+
+    def _conclude(self, request: Request) -> None:
+        """Tells of a request that ended in a step which failed before it told of it."""
+        try:
+            request.text = self._engine.result(request).text
+        except Exception as error:
+            self._fail(request, error)
+        else:
+            self._deliver([Emission.of(request)])
+
+    def _probe(self) -> None:
+        """Steps for a request of the engine's own. What they raise, the engine is dead by."""
+        scheduler = self._engine.scheduler
+        others, scheduler.waiting = scheduler.waiting, []
+        probe = self._engine.add(Request([0], PROBE))
+        while not probe.finished:
+            self._engine.step()
+        scheduler.waiting = others
+
+    def _trust(self, emissions: Iterable[Emission]) -> None:
+        """Those that got on; the next suspect may join once no other is in the batch."""
+        scheduler = self._engine.scheduler
+        for emission in emissions:
+            if emission.tokens and emission.request in self._suspects:
+                self._suspects[emission.request] -= 1
+        self._suspects = {
+            request: left
+            for request, left in self._suspects.items()
+            if left > 0 and request in self._tickets and not request.finished
+        }
+        if not self._suspects:
+            scheduler.max_batch = self._max_batch
+        elif not any(request in self._suspects for request in scheduler.running):
+            scheduler.max_batch = len(scheduler.running) + 1
 
     def _fail(self, request: Request, error: BaseException) -> None:
         request.error = f"{type(error).__name__}: {error}"
-        if self._engine.abort(request.request_id, "error") is None:
-            request.finish_reason = "error"
+        request.finish_reason = "error"
+        self._end(request, "error")
+
+    def _end(self, request: Request, reason: str) -> None:
+        """Takes a request out of the engine and tells its owner."""
+        try:
+            self._engine.abort(request.request_id, reason)
+        except Exception:
+            log.exception("a request could not be ended properly")
+        request.finish_reason = request.finish_reason or reason
         self._deliver([Emission.of(request)])
 
     def _deliver(self, emissions: Iterable[Emission]) -> None:
@@ -237,11 +296,16 @@ class EngineThread:
             request = emission.request
             if emission.finished:
                 ticket = self._tickets.pop(request, None)
-                self._on_finish(request)
             else:
                 ticket = self._tickets.get(request)
-            if ticket is not None:
-                ticket.put(emission)
+            if ticket is None:
+                continue
+            if emission.finished:
+                try:
+                    self._on_finish(request)
+                except Exception:
+                    log.exception("the end of a request could not be noted")
+            ticket.put(emission)
 
     def _die(self, error: BaseException) -> None:
         with self._changed:

@@ -5,23 +5,41 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from inferlab.config import MAX_DRAFT
 from inferlab.specdec.policies import Policy
+from inferlab.types import LARGEST
 
 MAX_TOKENS = 2**31 - 1
 MAX_LOGPROBS = 20
 NAMED_STOPS = 16
+STOP_CHARACTERS = 1024
+BIASED_TOKENS = 1024
 
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(fail_fast=True)]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS)]
 Unused: TypeAlias = Any
 """Of a field that changes nothing here: who asks, and how the asking is kept."""
 
 
 class ApiModel(BaseModel):
-    """A JSON object of the API. Unknown fields are refused: nothing is ignored in silence."""
+    """A JSON object of the API. Unknown fields are refused: nothing is ignored in silence.
+
+    Lists fail at their first bad entry, objects at their first unknown field: all of what is wrong
+    with a body of millions would take gigabytes to say.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():
+            if name not in cls.model_fields:
+                raise PydanticCustomError("unknown_field", "is not known here", {"field": name})
+        return given
 
 
 class StreamOptions(ApiModel):
@@ -80,16 +98,21 @@ class RequestFields(ApiModel):
 
     model: str | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=LARGEST)] | None = None
+    top_p: Annotated[float, Field(ge=1 / LARGEST, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1 / LARGEST, le=LARGEST)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASED_TOKENS)
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=NAMED_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=NAMED_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=NAMED_STOPS)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
@@ -103,13 +126,12 @@ class RequestFields(ApiModel):
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
 
-    @field_validator("stop")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        for text in [stop] if isinstance(stop, str) else stop or ():
-            if not text:
-                raise ValueError("must not be empty")
-        return stop
+    def _not_too_many(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > BIASED_TOKENS:
+            raise ValueError(f"has {len(bias)} entries; {BIASED_TOKENS} are allowed")
+        return bias
 
     @field_validator("logit_bias")
     @classmethod
@@ -144,7 +166,7 @@ class SamplingFields(RequestFields):
     """What text and chat completions have in common."""
 
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
@@ -161,7 +183,12 @@ class SamplingFields(RequestFields):
 class CompletionRequest(SamplingFields):
     """The body of ``/v1/completions``."""
 
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -191,7 +218,7 @@ class ChatMessage(ApiModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: None = None
     audio: None = None
@@ -206,11 +233,11 @@ class ChatMessage(ApiModel):
 class ChatRequest(SamplingFields):
     """The body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Unused = None

@@ -46,7 +46,7 @@ class PlainText(ApiModel):
 class ResponsesRequest(RequestFields):
     """The body of ``/v1/responses``."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     text: PlainText | None = None
@@ -118,6 +118,10 @@ class ResponseAnswer:
             "truncation": "disabled",
             "usage": None,
         }
+
+    def abort(self) -> None:
+        """Ends it, if it has not ended."""
+        self._call.abort()
 
     async def whole(self, receive: Receive) -> Json:
         """The answer, once it has ended.

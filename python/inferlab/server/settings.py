@@ -15,7 +15,7 @@ class ServerSettings:
         model_name: under which the target is served; None: its own.
         api_keys: any of them opens everything; none: all is open.
         max_body_bytes: of a request's body; larger ones are refused before they are read.
-        max_waiting: requests that may wait for their turn, choices of one counted apart.
+        max_waiting: requests that may wait beside a full batch, choices of one counted apart.
         max_choices: the largest ``n``, prompts of one request multiplied.
         request_seconds: how long a request may take, waiting included; None: as long as it takes.
         drain_seconds: how long requests may go on once the server is told to end.

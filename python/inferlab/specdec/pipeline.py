@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
+from functools import cached_property
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
 from inferlab.specdec.control import Controller
 from inferlab.specdec.controllers import make_controller
+from inferlab.specdec.conversation import Conversations, Message, texts_of
 from inferlab.specdec.cost_cache import describe_costs, kept_costs, model_facts
 from inferlab.specdec.costing import check, measure
 from inferlab.specdec.costs import CostModel, StepTime
@@ -40,7 +42,6 @@ from inferlab.specdec.tree import TreeShape, are_chains
 from inferlab.types import SamplingParams, check_text
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 
 DEFAULT_KV_MEMORY_MB = 2048
 
@@ -399,8 +400,10 @@ class SpeculativePipeline:
         Raises:
             TypeError, ValueError: as `generate` does.
         """
-        _, _, (request,) = self._requests(prompt, params)
-        return request
+        _, _, requests = self._requests(prompt, params)
+        if len(requests) != 1:  # `generate` takes an empty list for no prompts
+            raise ValueError("prompt is empty; it must have at least one token")
+        return requests[0]
 
     def stream(
         self,
@@ -453,6 +456,7 @@ class SpeculativePipeline:
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """A conversation as a prompt of token ids, up to where the assistant's answer begins.
+        Names of special tokens in messages are text.
 
         Raises:
             ValueError: the tokenizer has no chat template, or it refuses these messages.
@@ -464,17 +468,18 @@ class SpeculativePipeline:
                 f"directory, or give the conversation as a text"
             )
         for i, message in enumerate(messages):
-            for text in _texts(message):
+            for text in texts_of(message):
                 check_text(f"message {i}", text)
         try:
-            ids: list[int] = tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            return self._conversations.encode(messages)
         except Exception as error:
             raise ValueError(
                 f"messages do not suit the chat template of {self.target.name}: {error}"
             ) from error
-        return ids
+
+    @cached_property
+    def _conversations(self) -> Conversations:
+        return Conversations(self.target.tokenizer)
 
     def _run(
         self, prompts: list[Prompt], requests: list[Request], with_text: bool = True
@@ -568,15 +573,17 @@ class SpeculativePipeline:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids. Raises ValueError where it is empty or cannot be encoded."""
+        ids: list[int]
         if not isinstance(prompt, str):
-            return list(prompt)
-        if self.target.tokenizer is None:
+            ids = list(prompt)
+        elif self.target.tokenizer is None:
             raise ValueError(
                 f"{self.target.name} has no tokenizer; give the prompt as token ids, or add "
                 f"tokenizer.json to the model's directory"
             )
-        check_text("prompt", prompt)
-        ids: list[int] = self.target.tokenizer.encode(prompt)
+        else:
+            check_text("prompt", prompt)
+            ids = self.target.tokenizer.encode(prompt)
         if not ids:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
@@ -672,15 +679,6 @@ _COST_SETTINGS = {
 """What of the configuration may change what a step costs."""
 
 _PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample", "messages"}
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a message, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:
