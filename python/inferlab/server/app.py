@@ -28,6 +28,7 @@ from inferlab.server.gate import Gate
 from inferlab.server.metrics import Metrics
 from inferlab.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 from inferlab.server.settings import ServerSettings
+from inferlab.specdec.grammar import GrammarError
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 
@@ -165,11 +166,9 @@ class Service:
         http: HttpRequest,
     ) -> Any:
         count = body.n or 1
-        requests = []
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
-            for choice in range(count):
-                requests.append(self._request(prompt, given, body.seed, choice))
+        requests = await self._requests(prompts, given, body)
         stream = bool(body.stream)
         call = Call(self.engine, self._waker, requests, stream)
         try:
@@ -201,6 +200,33 @@ class Service:
         except ClientGone:
             return Response(status_code=499)  # nobody reads it
 
+    async def _requests(
+        self, prompts: Sequence[list[int]], given: dict[str, Any], body: SamplingFields
+    ) -> list[Request]:
+        """The requests of all choices. Grammars are compiled in a thread."""
+
+        def make(given: dict[str, Any]) -> list[Request]:
+            return [
+                self._request(prompt, given, body.seed, choice)
+                for prompt in prompts
+                for choice in range(body.n or 1)
+            ]
+
+        try:
+            held_to = body.grammar()
+        except GrammarError as error:
+            raise ApiError(400, str(error), param=str(error).split(":", 1)[0]) from error
+        if held_to is None:
+            return make(given)
+        field, grammar = held_to
+        try:
+            made: list[Request] = await self._off_loop(
+                LONG_TEXT + 1, make, given | {"grammar": grammar}
+            )
+        except GrammarError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from error
+        return made
+
     def _request(
         self, prompt: list[int], given: dict[str, Any], seed: int | None, choice: int
     ) -> Request:
@@ -209,6 +235,8 @@ class Service:
         first = secrets.randbits(64) if seed is None else seed
         try:
             return self.pipeline.request(prompt, seed=(first + choice) % 2**64, **given)
+        except GrammarError:
+            raise
         except ValueError as error:
             param = str(error).split(" ", 1)[0]
             raise ApiError(400, str(error), param=param if param in given else None) from error

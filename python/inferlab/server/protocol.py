@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from inferlab.specdec.grammar import Grammar, GrammarError
 
 MAX_TOKENS = 2**31 - 1
 NAMED_STOPS = 16
@@ -28,6 +31,56 @@ class StreamOptions(ApiModel):
     include_obfuscation: Unused = None
 
 
+class JsonSchemaFormat(ApiModel):
+    """A JSON schema with a name, as OpenAI writes it. All are held to strictly."""
+
+    name: Annotated[str, Field(max_length=64)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: Unused = None
+    strict: bool | None = None
+
+
+class ResponseFormat(ApiModel):
+    """What an answer is to be: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema is given with the type json_schema, and only then")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema.schema_)
+        return Grammar.json_object() if self.type == "json_object" else None
+
+
+class StructuredOutputs(ApiModel):
+    """vLLM's words for the same, and for more. One of them is given."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        given = [v for v in (self.json_, self.regex, self.choice) if v is not None]
+        if len(given) + bool(self.json_object) != 1:
+            raise ValueError("one of json, regex, choice and json_object must be given")
+        return self
+
+    def grammar(self) -> Grammar:
+        if self.json_ is not None:
+            return Grammar.json_schema(self.json_)
+        if self.regex is not None:
+            return Grammar.regex(self.regex)
+        return Grammar.json_object() if self.choice is None else Grammar.choice(self.choice)
+
+
 class SamplingFields(ApiModel):
     """What text and chat completions have in common."""
 
@@ -49,6 +102,11 @@ class SamplingFields(ApiModel):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     user: Unused = None
     metadata: Unused = None
     store: Unused = None
@@ -77,6 +135,33 @@ class SamplingFields(ApiModel):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
         return self
+
+    def grammar(self) -> tuple[str, Grammar] | None:
+        """What the answer is held to, behind the name of the field that says so.
+
+        Raises:
+            GrammarError: it is no grammar, or there are several. Begins with the field's name.
+        """
+        makers: dict[str, Callable[[Any], Grammar | None]] = {
+            "response_format": ResponseFormat.grammar,
+            "structured_outputs": StructuredOutputs.grammar,
+            "guided_json": Grammar.json_schema,
+            "guided_regex": Grammar.regex,
+            "guided_choice": Grammar.choice,
+        }
+        found: list[tuple[str, Grammar]] = []
+        for name, make in makers.items():
+            value = getattr(self, name)
+            try:
+                grammar = None if value is None else make(value)
+            except ValueError as error:
+                raise GrammarError(f"{name}: {error}") from error
+            if grammar is not None:
+                found.append((name, grammar))
+        if len(found) > 1:
+            (first, _), (second, _) = found[:2]
+            raise GrammarError(f"{second}: {first} is given, too; an answer has one grammar")
+        return found[0] if found else None
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of `SpeculativePipeline.request` that were given, but the seed."""
