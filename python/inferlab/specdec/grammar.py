@@ -33,6 +33,8 @@ WHITESPACE = r"( |\n[ \t]{0,20})?"
 bound small models write blanks for ever."""
 KEPT = 64
 """Compiled grammars that are kept."""
+# Without it the library allows only its own choice of tokens for text that is certain to come.
+_OPTIONS = '%llguidance {"no_forcing": true}'
 _MOST_DIGITS = 20
 _SAMPLE = '{"a b": [1.5, "x"], "c": null}'
 
@@ -159,22 +161,29 @@ class Grammars:
         return GrammarConstraint(matcher, self._size, ends)
 
     def _compile(self, grammar: Grammar) -> Any:
-        matcher_of = self._library.LLMatcher
         if grammar.kind == "json_schema":
-            _check_multiples(json.loads(grammar.text))
-            source = _safely(
-                matcher_of.grammar_from_json_schema,
-                grammar.text,
-                overrides={"whitespace_pattern": WHITESPACE},
-            )
+            schema = json.loads(grammar.text)
+            _check_multiples(schema)
+            options = schema.get("x-guidance")
+            schema["x-guidance"] = {
+                **(options if isinstance(options, dict) else {}),
+                "whitespace_pattern": WHITESPACE,
+            }
+            rule = f"%json {json.dumps(schema, ensure_ascii=False)}"
         elif grammar.kind == "regex":
-            source = matcher_of.grammar_from_regex(grammar.text)
+            rule = f"/{self._library.regex_to_lark(grammar.text, '')}/"
         else:
-            texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(grammar.text))
-            source = matcher_of.grammar_from_lark("start: " + " | ".join(texts))
-        matcher = _safely(matcher_of, self._words, source, log_level=0, limits=self._limits)
+            texts = json.loads(grammar.text)
+            rule = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        matcher = _safely(
+            self._library.LLMatcher,
+            self._words,
+            f"{_OPTIONS}\nstart: {rule}",
+            log_level=0,
+            limits=self._limits,
+        )
         if matcher.is_error():
-            said = " ".join(matcher.get_error().split())[:300]
+            said = _said(matcher)
             raise GrammarError(f"{grammar.kind} is not valid or not supported: {said}")
         return matcher
 
@@ -326,8 +335,15 @@ def _has(bits: NDArray[np.uint8], token: int) -> bool:
 
 
 def _error(matcher: Any) -> GrammarError:
-    said = " ".join(matcher.get_error().split())[:300]
+    said = _said(matcher)
+    if said.startswith("NoExtension"):
+        said = "no token of the vocabulary is allowed here"
     return GrammarError(f"the grammar cannot be followed any further: {said}")
+
+
+def _said(matcher: Any) -> str:
+    """What the library says went wrong, in one line."""
+    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split())[:300]
 
 
 def _safely(function: Any, *args: Any, **kwargs: Any) -> Any:
