@@ -17,6 +17,7 @@ from inferlab.specdec.drafters import EnsembleDrafter, ModelDrafter, NgramDrafte
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.policies import Policy, make_policy
+from inferlab.specdec.recording import Recorder
 from inferlab.specdec.tree import DraftTree, TreeShape
 from inferlab.types import GenerationResult, SamplingParams
 
@@ -253,6 +254,30 @@ def test_a_step_that_breaks_off_leaves_the_constraint_where_the_text_is():
     while engine.scheduler.has_work:
         engine.step()
     assert request.output == tokens_of(engine_of("none"), [held(SAMPLED, 0)])[0]
+
+
+def test_drafters_hear_of_the_targets_own_logits():
+    """What is forbidden in one text is no news about the others."""
+    engine = engine_of("recycling")
+    seen = []
+    learn = engine.drafter.commit
+    engine.drafter.commit = lambda b, w: (seen.append(w.output.logits.min()), learn(b, w))[1]
+    one(engine, held(SAMPLED, 0))
+    assert len(seen) > 5
+    assert all(lowest > -float("inf") for lowest in seen)
+
+
+@pytest.mark.parametrize("drafter", ["none", "tree"])
+def test_a_recorder_sees_what_was_chosen_from(drafter, tmp_path):
+    engine = engine_of(drafter)
+    engine.recorder = Recorder(str(tmp_path), {})
+    masked = []
+    look = engine.recorder.look
+    engine.recorder.look = lambda b, t, o: (masked.append(o.logits.isinf().any()), look(b, t, o))
+    results = tokens_of(engine, [held(replace(SAMPLED, seed=i), i) for i in range(4)])
+    assert all(masked)
+    expected = [held(replace(SAMPLED, seed=i), i) for i in range(4)]
+    assert results == tokens_of(engine_of("none"), expected)
 
 
 def test_padding_stays_forbidden():

@@ -330,10 +330,10 @@ class Engine:
                 tree = members.spread(own)
         else:
             tree = own = DraftTree.root_only(batch.roots)
+        draft_ms = self.clock.lap("draft")
         grammars = Constrained.of(batch, tree)
         if grammars is not None and grammars.cut(self.policy) and members is not None:
             own.cut([tree.node_counts[place] for place in members.places])
-        draft_ms = self.clock.lap("draft")
         layers = drafter.feature_layers if drafter is not None else ()
         output = step.forward(self.target, self.cache, batch, tree, layers)
         spent += draft_ms + self.clock.lap("verify")
