@@ -115,13 +115,14 @@ def test_a_tree_is_looked_at_as_its_paths_are_one_by_one(target, grammars):
     grammar = GRAMMARS[2]
     a, b, c, one, d = (spelt(target, letter)[0] for letter in "abc1d")
     eos = target.eos_token_ids[0]
-    #        0  1  2  3  4    5  6  7    8    9
-    tokens = [0, a, b, d, c, one, b, c, eos, one]
-    parents = [-1, 0, 1, 1, 2, 4, 3, 0, 4, 8]
+    # The second child of the root, 7, is as good as the first: the matcher must go back for it.
+    #        0  1  2  3  4    5  6  7    8    9 10 11
+    tokens = [0, a, b, d, c, one, b, a, eos, one, c, b]
+    parents = [-1, 0, 1, 1, 2, 4, 3, 0, 4, 8, 7, 10]
     constraint = grammars.constraint(grammar, SamplingParams())
     masks = constraint.masks(tokens, parents)
-    assert np.flatnonzero(masks.reachable).tolist() == [0, 1, 2, 4, 5, 8]
-    assert sorted(masks.nodes) == [0, 1, 2, 4, 5]  # behind an end token nothing is asked
+    assert np.flatnonzero(masks.reachable).tolist() == [0, 1, 2, 4, 5, 7, 8, 10]
+    assert sorted(masks.nodes) == [0, 1, 2, 4, 5, 7, 10]  # behind an end token nothing is asked
     for node, row in zip(masks.nodes, masks.bits, strict=True):
         path, at = [], node
         while at > 0:
