@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ class Constrained:
         self._batch = batch
         self._tree = tree
         self._places = [i for i, r in enumerate(batch.requests) if r.constraint is not None]
-        self._allowed: dict[int, NodeMasks] | None = None
         if tree.num_nodes > 1:
             self._copy, self._copied = _to_host(tree)
 
@@ -51,20 +51,19 @@ class Constrained:
         if tree.num_nodes == 1 or self._batch.device.type != "cpu":
             return False
         counts = list(tree.node_counts)
-        for place, (_, parents) in self._trees().items():
-            allowed = self._what_is_allowed().get(place)
-            if allowed is not None:
-                wanted = allowed.reachable
-                if policy.needs_draft_logits:
-                    wanted = wanted | (np.array(parents) >= 0) & wanted[parents]
-                counts[place] = 1 + int(np.flatnonzero(wanted)[-1])
+        for place, allowed in self._allowed.items():
+            wanted = allowed.reachable
+            if policy.needs_draft_logits:
+                _, parents = self._trees[place]
+                wanted = wanted | (np.array(parents) >= 0) & wanted[parents]
+            counts[place] = 1 + int(np.flatnonzero(wanted)[-1])
         return tree.cut(counts)
 
     @contextmanager
     def masked(self, logits: torch.Tensor) -> Generator[None]:
         """``logits`` [B, N, V] with what is not allowed at -inf, for the length of a ``with``
         block."""
-        allowed = self._what_is_allowed()
+        allowed = self._allowed
         if not allowed:
             yield
             return
@@ -82,26 +81,26 @@ class Constrained:
         finally:
             logits[at] = own
 
-    def _what_is_allowed(self) -> dict[int, NodeMasks]:
+    @cached_property
+    def _allowed(self) -> dict[int, NodeMasks]:
         """Of each constrained request, by its place, but for those whose constraint fails."""
-        if self._allowed is None:
-            self._allowed = {}
-            for place, (tokens, parents) in self._trees().items():
-                request = self._batch.requests[place]
-                assert request.constraint is not None
-                try:
-                    _follow(request, request.constraint)
-                    self._allowed[place] = request.constraint.masks(tokens, parents)
-                except Exception as error:
-                    _fail(request, error)
-        return self._allowed
+        found = {}
+        for place, (tokens, parents) in self._trees.items():
+            request = self._batch.requests[place]
+            assert request.constraint is not None
+            try:
+                _follow(request, request.constraint)
+                found[place] = request.constraint.masks(tokens, parents)
+            except Exception as error:
+                _fail(request, error)
+        return found
 
+    @cached_property
     def _trees(self) -> dict[int, tuple[list[int], list[int]]]:
         """Tokens and parents of the nodes of each constrained request, by its place."""
         if self._tree.num_nodes == 1:
-            return {
-                place: ([self._batch.requests[place].tokens[-1]], [-1]) for place in self._places
-            }
+            roots = {place: self._batch.requests[place].tokens[-1:] for place in self._places}
+            return {place: (root, [-1]) for place, root in roots.items()}
         if self._copied is not None:
             self._copied.synchronize()
         tokens, *links = self._copy[:, self._places].tolist()
