@@ -30,7 +30,7 @@ MAX_MULTIPLE = 10_000
 made when the grammar is compiled, which the library does not bound."""
 WHITESPACE = r"( |\n[ \t]{0,20})?"
 """Between the parts of a JSON text: none, a blank, or a new line and its indentation. Without a
-bound small models write blanks for ever."""
+bound small models write blanks for ever; the library repeats what it is given before 1.8."""
 KEPT = 64
 """Compiled grammars that are kept."""
 # Without it the library allows only its own choice of tokens for text that is certain to come.
