@@ -48,6 +48,7 @@ _EXPORTS = {
     ),
     "inferlab.errors": ("Interrupted",),
     "inferlab.specdec.engine": ("Engine",),
+    "inferlab.specdec.grammar": ("Grammar", "GrammarError"),
     "inferlab.specdec.pipeline": ("GenerationError", "SpeculativePipeline"),
     "inferlab.specdec.policies": ("Policy",),
     "inferlab.specdec.tree": ("Budget", "DraftTree", "TreeShape"),
@@ -94,6 +95,8 @@ if TYPE_CHECKING:
     from inferlab.specdec.drafters import NgramDrafter as NgramDrafter
     from inferlab.specdec.drafters import RecyclingDrafter as RecyclingDrafter
     from inferlab.specdec.engine import Engine as Engine
+    from inferlab.specdec.grammar import Grammar as Grammar
+    from inferlab.specdec.grammar import GrammarError as GrammarError
     from inferlab.specdec.pipeline import GenerationError as GenerationError
     from inferlab.specdec.pipeline import SpeculativePipeline as SpeculativePipeline
     from inferlab.specdec.planner import CostController as CostController

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.stats import chi2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.constraints import Rule
 from helpers.fake_probabilities import next_probabilities
 from inferlab.kernels import SamplingTensors
 from inferlab.models import FakeLM, VocabularyMap
@@ -54,15 +56,30 @@ CHAIN, TREE = (1, 1), (3, 2)
 WIDTHS = pytest.mark.parametrize("widths", [CHAIN, TREE], ids=["chain", "tree"])
 
 
-def expected_triples(model: FakeLM, params: SamplingParams) -> np.ndarray:
-    """P(first, second, third new token), [V, V, V]."""
+def allowed_behind(output: Sequence[int]) -> set[int]:
+    """A grammar: three of the five tokens, others behind others."""
+    last = output[-1] if output else 0
+    return {(last + step) % VOCAB for step in (0, 1, 3)}
+
+
+def expected_triples(model: FakeLM, params: SamplingParams, held: bool = False) -> np.ndarray:
+    """P(first, second, third new token), [V, V, V].
+
+    Args:
+        held: to `allowed_behind`.
+    """
+
+    def behind(*output: int) -> np.ndarray:
+        forbidden = set(range(VOCAB)) - allowed_behind(output) if held else set()
+        bias = dict(params.logit_bias or {}) | dict.fromkeys(forbidden, -np.inf)
+        return next_probabilities(model, PROMPT, replace(params, logit_bias=bias), output)
+
     table = np.zeros((VOCAB,) * 3)
-    first = next_probabilities(model, PROMPT, params)
-    for a in range(VOCAB):
-        second = next_probabilities(model, PROMPT, params, (a,))
-        for b in range(VOCAB):
-            third = next_probabilities(model, PROMPT, params, (a, b))
-            table[a, b] = first[a] * second[b] * third
+    first = behind()
+    for a in np.flatnonzero(first):
+        second = behind(a)
+        for b in np.flatnonzero(second):
+            table[a, b] = first[a] * second[b] * behind(a, b)
     return table
 
 
@@ -80,7 +97,9 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
     return float(chi2.sf(((seen - mean) ** 2 / mean).sum(), freedom)) if freedom else 1.0
 
 
-def p_values(engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS) -> list[float]:
+def p_values(
+    engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS, held: bool = False
+) -> list[float]:
     """One for each kind of request. Requests of all kinds take turns, so they share batches.
 
     The first token comes without a draft, the second and the third are drafted.
@@ -88,19 +107,22 @@ def p_values(engine: Engine, kinds: list[SamplingParams], draws: int = DRAWS) ->
     requests = [
         Request(PROMPT, replace(kinds[i % len(kinds)], seed=i)) for i in range(draws * len(kinds))
     ]
+    if held:
+        for request in requests:
+            request.constraint = Rule(allowed_behind, VOCAB)
     counts = np.zeros((len(kinds), VOCAB, VOCAB, VOCAB))
     for i, result in enumerate(engine.generate(requests)):
         counts[(i % len(kinds), *result.token_ids[:3])] += 1
     model = engine.target
     assert isinstance(model, FakeLM)
     return [
-        chi_square(seen, expected_triples(model, kind))
+        chi_square(seen, expected_triples(model, kind, held))
         for seen, kind in zip(counts, kinds, strict=True)
     ]
 
 
-def p_value(engine: Engine, params: SamplingParams = PLAIN) -> float:
-    return p_values(engine, [params])[0]
+def p_value(engine: Engine, params: SamplingParams = PLAIN, held: bool = False) -> float:
+    return p_values(engine, [params], held=held)[0]
 
 
 def engine_of(drafter: Drafter | None, depth: int = 2, policy: str = "rejection") -> Engine:
@@ -111,9 +133,9 @@ def engine_of(drafter: Drafter | None, depth: int = 2, policy: str = "rejection"
 
 
 def rejection_engine(
-    widths: tuple[int, ...], drafter_class: type[ModelDrafter] = ModelDrafter
+    widths: tuple[int, ...], drafter_class: type[ModelDrafter] = ModelDrafter, seed: int = 2
 ) -> Engine:
-    draft = FakeLM(VOCAB, seed=2, agreement=0.4)
+    draft = FakeLM(VOCAB, seed=seed, agreement=0.4)
     drafter = drafter_class(
         draft,
         draft.new_cache(512, 8),
@@ -182,6 +204,19 @@ def test_changed_logits_keep_the_distribution(kind, widths):
 def test_drafts_drawn_with_penalties_are_caught(kind, widths, monkeypatch):
     monkeypatch.setattr(SamplingTensors, "without_penalties", lambda self: self)
     assert p_value(rejection_engine(widths), CHANGED[kind]) < 1e-6
+
+
+@WIDTHS
+@pytest.mark.parametrize("kind", ["plain", "bias", "all"])
+def test_a_grammar_keeps_the_distribution(kind, widths):
+    params = (CHANGED | {"plain": PLAIN})[kind]
+    assert p_value(rejection_engine(widths, seed=9), params, held=True) > 1e-3
+
+
+def test_drafts_that_are_kept_from_being_rejected_are_caught(monkeypatch):
+    """A forbidden draft token is a try that failed: without it the others come too often."""
+    monkeypatch.setattr(Policy, "needs_draft_logits", False)
+    assert p_value(rejection_engine(CHAIN, seed=9), held=True) < 1e-6
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from inferlab.scheduler.constraint import Constraint
 from inferlab.types import SamplingParams, SpeculationStats, TokenLogprobs
 
 
@@ -19,6 +20,7 @@ class Request:
     Attributes:
         forced: new tokens that are not chosen, by their place: only the last possible one, or the
             first behind a prompt of one token.
+        constraint: what restricts its new tokens; of this request alone.
         stamps: of its pages, when they were handed out (see `PageAllocator`).
         num_cached: tokens whose K/V is in the pages; ``len(tokens) - 1`` between two steps once all
             is read.
@@ -45,6 +47,7 @@ class Request:
     prompt: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     forced: Mapping[int, int] = field(default_factory=dict)
+    constraint: Constraint | None = None
     max_draft: int | None = None
     acceptance: tuple[str, float] | None = None
     predicted: list[int] = field(default_factory=list)

@@ -39,6 +39,7 @@ from inferlab.server.protocol import (
 from inferlab.server.responses import ResponseAnswer, ResponsesRequest
 from inferlab.server.settings import ServerSettings
 from inferlab.server.tokens import TokenNames
+from inferlab.specdec.grammar import GrammarError
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.specdec.tree import are_chains
@@ -236,10 +237,9 @@ class Service:
             (predicted,) = await self._tokens(
                 "prediction", len(text), lambda: [self._continuation(text)], http
             )
-        requests = []
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
-            requests += self._requests(prompt, given, body, count)
+        requests = await self._held_to_grammar(prompts, given, body, count)
         for request in requests:
             request.predicted = predicted
         return Call(self.engine, self._waker, requests, bool(body.stream))
@@ -259,19 +259,50 @@ class Service:
         prompt = NewText(self._decode, request.prompt)
         return TextStream(prompt, request.params.stop, self._unsettled)
 
+    async def _held_to_grammar(
+        self,
+        prompts: Sequence[list[int]],
+        given: dict[str, Any],
+        body: RequestFields,
+        count: int,
+    ) -> list[Request]:
+        """The requests of all choices. Grammars are compiled in a thread."""
+
+        def make(given: dict[str, Any]) -> list[Request]:
+            return [r for prompt in prompts for r in self._requests(prompt, given, body, count)]
+
+        try:
+            held_to = body.grammar()
+        except GrammarError as error:
+            raise ApiError(400, str(error), param=str(error).split(":", 1)[0]) from error
+        if held_to is None:
+            return make(given)
+        field, grammar = held_to
+        try:
+            async with self._tokenizing:
+                return await asyncio.to_thread(make, given | {"grammar": grammar})
+        except GrammarError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from error
+
     def _requests(
         self, prompt: list[int], given: dict[str, Any], body: RequestFields, count: int
     ) -> list[Request]:
         """The choices for a prompt: those of a seed are those of the seeds that follow it."""
         seed = secrets.randbits(64) if body.seed is None else body.seed
         try:
-            first = self.pipeline.request(prompt, **self._defaults | given)
+            first = self.pipeline.request(prompt, seed=seed % 2**64, **self._defaults | given)
+            requests = [first]
+            for i in range(1, count):
+                own = (seed + i) % 2**64
+                if first.constraint is None:
+                    request = Request(prompt, replace(first.params, seed=own), first.forced)
+                else:  # each has its own
+                    request = self.pipeline.request(prompt, seed=own, **self._defaults | given)
+                requests.append(request)
+        except GrammarError:
+            raise
         except ValueError as error:
             raise _of_value(error, given) from error
-        requests = [
-            Request(prompt, replace(first.params, seed=(seed + i) % 2**64), first.forced)
-            for i in range(count)
-        ]
         for request in requests:
             request.priority = body.priority
             if body.speculation is not None:

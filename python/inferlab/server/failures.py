@@ -97,6 +97,7 @@ def _shortened(text: str, longest: int) -> str:
 
 def _is_branch(part: int | str) -> bool:
     """Whether a part of a place is pydantic's name for a type of a union."""
+    kinds = ("list[", "dict[", "constrained-")
     return isinstance(part, str) and (
-        part in ("str", "int", "float", "bool") or part.startswith(("list[", "constrained-"))
+        part in ("str", "int", "float", "bool") or part.startswith(kinds)
     )

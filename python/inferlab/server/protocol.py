@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from inferlab.config import MAX_DRAFT
+from inferlab.specdec.grammar import Grammar, GrammarError
 from inferlab.specdec.policies import Policy
 from inferlab.types import LARGEST
 
@@ -36,8 +38,9 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, given: Any) -> Any:
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name in given if isinstance(given, dict) else ():
-            if name not in cls.model_fields:
+            if name not in known:
                 raise PydanticCustomError("unknown_field", "is not known here", {"field": name})
         return given
 
@@ -47,6 +50,56 @@ class StreamOptions(ApiModel):
 
     include_usage: bool = False
     include_obfuscation: Unused = None
+
+
+class JsonSchemaFormat(ApiModel):
+    """A JSON schema with a name, as OpenAI writes it. All are held to strictly."""
+
+    name: Annotated[str, Field(max_length=64)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: Unused = None
+    strict: bool | None = None
+
+
+class ResponseFormat(ApiModel):
+    """What an answer is to be: any text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema is given with the type json_schema, and only then")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        if self.json_schema is not None:
+            return Grammar.json_schema(self.json_schema.schema_)
+        return Grammar.json_object() if self.type == "json_object" else None
+
+
+class StructuredOutputs(ApiModel):
+    """vLLM's words for the same, and for more. One of them is given."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StructuredOutputs:
+        given = [v for v in (self.json_, self.regex, self.choice) if v is not None]
+        if len(given) + bool(self.json_object) != 1:
+            raise ValueError("one of json, regex, choice and json_object must be given")
+        return self
+
+    def grammar(self) -> Grammar:
+        if self.json_ is not None:
+            return Grammar.json_schema(self.json_)
+        if self.regex is not None:
+            return Grammar.regex(self.regex)
+        return Grammar.json_object() if self.choice is None else Grammar.choice(self.choice)
 
 
 class SpeculationFields(ApiModel):
@@ -119,6 +172,11 @@ class RequestFields(ApiModel):
     stream: bool | None = None
     speculation: SpeculationFields | None = None
     prediction: Prediction | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     user: Unused = None
     metadata: Unused = None
     store: Unused = None
@@ -144,6 +202,33 @@ class RequestFields(ApiModel):
     def num_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told beside each; None: nothing is."""
         raise NotImplementedError
+
+    def grammar(self) -> tuple[str, Grammar] | None:
+        """What the answer is held to, behind the name of the field that says so.
+
+        Raises:
+            GrammarError: it is no grammar, or there are several. Begins with the field's name.
+        """
+        makers: dict[str, Callable[[Any], Grammar | None]] = {
+            "response_format": ResponseFormat.grammar,
+            "structured_outputs": StructuredOutputs.grammar,
+            "guided_json": Grammar.json_schema,
+            "guided_regex": Grammar.regex,
+            "guided_choice": Grammar.choice,
+        }
+        found: list[tuple[str, Grammar]] = []
+        for name, make in makers.items():
+            value = getattr(self, name)
+            try:
+                grammar = None if value is None else make(value)
+            except ValueError as error:
+                raise GrammarError(f"{name}: {error}") from error
+            if grammar is not None:
+                found.append((name, grammar))
+        if len(found) > 1:
+            (first, _), (second, _) = found[:2]
+            raise GrammarError(f"{second}: {first} is given, too; an answer has one grammar")
+        return found[0] if found else None
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of `SpeculativePipeline.request` that were given, but the seed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import count
 
 import torch
@@ -12,8 +12,9 @@ import torch
 from inferlab.errors import Interrupted
 from inferlab.models import ForwardOutput, KVCache, TargetModel, allowed_vocab
 from inferlab.scheduler import Chunk, PageAllocator, Plan, Request, Scheduler
-from inferlab.specdec import step
+from inferlab.specdec import constrained, step
 from inferlab.specdec.batch import Batch
+from inferlab.specdec.constrained import Constrained
 from inferlab.specdec.control import Choice, Controller, Outlook, StepObservation
 from inferlab.specdec.drafters import Drafter
 from inferlab.specdec.emission import Emission
@@ -309,7 +310,8 @@ class Engine:
         if started := [*plan.started, *riding]:
             batch = Batch.of(started, self.target)
             tree = DraftTree.root_only(batch.roots)
-            self._conclude(batch, tree, reading.at_roots(output), drafter)
+            grammars = Constrained.of(batch, tree)
+            self._conclude(batch, tree, reading.at_roots(output), drafter, grammars=grammars)
         return bool(riding)
 
     def _may_ride(self, plan: Plan, told: bool) -> bool:
@@ -381,11 +383,14 @@ class Engine:
         else:
             tree = own = DraftTree.root_only(batch.roots)
         draft_ms = self.clock.lap("draft")
+        grammars = Constrained.of(batch, tree)
+        if grammars is not None and grammars.cut(self.policy) and members is not None:
+            own.cut([tree.node_counts[place] for place in members.places])
         layers = drafter.feature_layers if drafter is not None else ()
         output = step.forward(self.target, self.cache, batch, tree, layers)
         spent += draft_ms + self.clock.lap("verify")
         outcomes, after = self._conclude(
-            batch, tree, output, drafter, members, own, choice.budget, lagging
+            batch, tree, output, drafter, members, own, choice.budget, lagging, grammars
         )
         self._asleep = self._asleep - 1 if asleep else choice.steps - 1
         if choice.gives_up and drafter is not None and drafter.hears_all:
@@ -434,6 +439,7 @@ class Engine:
         own: DraftTree | None = None,
         budget: Budget | None = None,
         lagging: bool = False,
+        grammars: Constrained | None = None,
     ) -> tuple[list[Outcome], float]:
         """What follows the forward; returns what was kept, and the ms that it took.
 
@@ -442,12 +448,14 @@ class Engine:
             members: of whom it hears, where not of all.
             own: through which trees these walked.
             budget, lagging: for the recorder; None means first tokens.
+            grammars: of the requests that have one.
         """
-        walk = step.verify(self._policies(batch), output, tree, batch)
-        spent = self.clock.lap("accept")
-        if self.recorder is not None:
-            self.recorder.look(batch, tree, output)
-            self.clock.start()
+        with nullcontext() if grammars is None else grammars.masked(output.logits):
+            walk = step.verify(self._policies(batch), output, tree, batch)
+            spent = self.clock.lap("accept")
+            if self.recorder is not None:
+                self.recorder.look(batch, tree, output)
+                self.clock.start()
         step.commit(self.cache, batch, walk)
         if members is None:
             if drafter is not None:
@@ -563,12 +571,17 @@ class Engine:
 
     def _emit(self, request: Request, tokens: list[int]) -> int:
         """Appends tokens until one ends the request; returns how many were kept."""
+        if request.finished:  # its constraint failed in this step
+            return 0
         params = request.params
         stops = self._stops.get(request.request_id)
         if request.first_token_at is None:
             request.first_token_at = time.perf_counter()
         for emitted, token in enumerate(tokens):
             if token < 0:
+                constrained.end_without_token(request)
+                if request.finished:
+                    return emitted
                 request.finish_reason = "error"
                 request.error = (
                     f"the logits of {self.target.name} at position {len(request.tokens)} are NaN "
@@ -585,6 +598,7 @@ class Engine:
                     request.finish_reason = "stop"
                 elif stopped:
                     request.finish_reason = "stop_string"
+            constrained.advance(request)
             if request.finish_reason is None and request.remaining == 0:
                 request.finish_reason = "length"
             if request.finished:

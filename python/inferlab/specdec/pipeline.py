@@ -32,6 +32,7 @@ from inferlab.specdec.costing import check, measure
 from inferlab.specdec.costs import CostModel, StepTime
 from inferlab.specdec.drafters.plan import load_model
 from inferlab.specdec.engine import Engine
+from inferlab.specdec.grammar import Grammar, Grammars
 from inferlab.specdec.pieces import Piece, run_pieces
 from inferlab.specdec.planner import UNMEASURED, CostController
 from inferlab.specdec.policies import Policy, make_policy
@@ -305,6 +306,7 @@ class SpeculativePipeline:
         seed: int | Sequence[int] | None = None,
         do_sample: bool | None = None,
         stop: str | Sequence[str] | None = None,
+        grammar: Grammar | None = None,
         on_token: Callable[[Piece], None] | None = None,
         on_result: Callable[[int, SpecdecResult], None] | None = None,
         **params: Any,
@@ -322,6 +324,11 @@ class SpeculativePipeline:
             seed: one for all prompts, or a list with one per prompt. A prompt's tokens depend on
                 its own seed only, so equal prompts with equal seeds give equal texts.
             stop: strings that end the text (and are cut off).
+            grammar: what each text must be: ``Grammar.json_schema({...})``,
+                ``Grammar.json_object()``, ``Grammar.regex("...")`` or ``Grammar.choice([...])``.
+                Its tokens are chosen among those that may follow, whoever drafts; ``finish_reason``
+                is "stop" where the text is whole. Tokens that the checkpoint forces at the ends of
+                a text are not forced then. Needs the extra ``serve``.
             messages: a conversation, ``{"role": ..., "content": ...}`` each, in place of a prompt;
                 the tokenizer's chat template makes the prompt of it.
             on_token: called with the text as it comes, a `Piece` for each step (see `stream`).
@@ -348,8 +355,8 @@ class SpeculativePipeline:
               makes a :class:`inferlab.RequestRecord` of it.
 
         Raises:
-            ValueError: a parameter out of range, or a prompt that is empty, cannot be encoded or is
-                too long; no prompt has run then.
+            ValueError: a parameter out of range, a grammar that is not supported, or a prompt that
+                is empty, cannot be encoded or is too long; no prompt has run then.
             GenerationError: a request failed while running (e.g. NaN logits).
             Interrupted: Ctrl-C; ``results`` holds what there was.
             RuntimeError: in a child of `fork` that cannot go on with what it was given: a model on
@@ -368,6 +375,7 @@ class SpeculativePipeline:
                 "seed": seed,
                 "do_sample": do_sample,
                 "stop": stop,
+                "grammar": grammar,
             },
         )
         results: dict[int, SpecdecResult] = {}
@@ -514,7 +522,7 @@ class SpeculativePipeline:
         if unknown:
             raise TypeError(
                 f"generate() knows no {', '.join(unknown)}; beside its own arguments it takes "
-                f"{', '.join(sorted(_PARAMETERS - {'do_sample', 'messages'}))}"
+                f"{', '.join(sorted(_PARAMETERS - {'do_sample', 'messages', 'grammar'}))}"
             )
         given = {name: value for name, value in given.items() if value is not None}
         messages = given.pop("messages", None)
@@ -524,6 +532,9 @@ class SpeculativePipeline:
         seeds = self._seeds(given.pop("seed", None), len(prompts))
         if given.pop("do_sample", None) is False:
             given["temperature"] = 0.0
+        grammar = given.pop("grammar", None)
+        if grammar is not None and not isinstance(grammar, Grammar):
+            raise TypeError(f"grammar is {grammar!r}; it must be a Grammar")
         stop = given.pop("stop", None)
         if stop is not None:
             given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -542,9 +553,17 @@ class SpeculativePipeline:
                 least = self._checkpoint.least_new_tokens(len(ids))
                 values["min_tokens"] = min(least, values["max_tokens"])
             params = SamplingParams(**values, seed=own_seed)
-            forced = self._checkpoint.forced(len(ids), params.max_tokens)
-            requests.append(Request(ids, params, forced))
+            if grammar is None:
+                forced = self._checkpoint.forced(len(ids), params.max_tokens)
+                requests.append(Request(ids, params, forced))
+            else:
+                constraint = self._grammars.constraint(grammar, params)
+                requests.append(Request(ids, params, constraint=constraint))
         return single, prompts, requests
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.target)
 
     def _seeds(self, seed: int | Sequence[int] | None, count: int) -> list[int]:
         if seed is None:
@@ -678,7 +697,9 @@ _COST_SETTINGS = {
 }
 """What of the configuration may change what a step costs."""
 
-_PARAMETERS = {field.name for field in fields(SamplingParams)} | {"do_sample", "messages"}
+_PARAMETERS = {field.name for field in fields(SamplingParams)} | {
+    *("do_sample", "messages", "grammar")
+}
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:

@@ -293,6 +293,31 @@ class DraftTree:
             return self
         return DraftTree.chains(self.tokens, allowed, self.draft_logits)
 
+    def cut(self, counts: Sequence[int]) -> bool:
+        """Keeps the first ``counts`` nodes of each sequence, [B], a parent being before its
+        children; whether these are fewer. On a CPU; in place, as a drafter knows its tree again."""
+        if list(counts) == list(self.node_counts):
+            return False
+        width = max(counts)
+        ends = upload(counts, np.int32, self.tokens.device)[:, None]
+        gone = torch.arange(width) >= ends
+        depth, first, following = (of[:, :width] for of in self.links[:3])
+        ancestors = self.links.ancestors[:, :width, : -(-width // 64)]
+        self.links = TreeLinks(
+            depth.masked_fill(gone, -1),
+            first.masked_fill(gone | (first >= ends), -1),
+            following.masked_fill(gone | (following >= ends), -1),
+            ancestors.masked_fill(gone[:, :, None], 0),
+        )
+        self.tokens = self.tokens[:, :width].contiguous()
+        if self.draft_logits is not None:
+            self.draft_logits = self.draft_logits[:, :width]
+        deepest = self.links.depth.amax(1).tolist()
+        self.depths = [min(pair) for pair in zip(self.depths, deepest, strict=True)]
+        self.node_counts = list(counts)
+        self.is_chain = self.is_chain or width == 1
+        return True
+
     @classmethod
     def of_shape(
         cls, shape: TreeShape, tokens: torch.Tensor, draft_logits: torch.Tensor | None = None
@@ -345,6 +370,23 @@ class DraftTree:
         tree = cls.of_shape(TreeShape.chain(0), roots[:, None])
         tree.left_out = left_out
         return tree
+
+
+def parents_of(
+    depths: Sequence[Sequence[int]],
+    first_children: Sequence[Sequence[int]],
+    next_siblings: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """From links on the host, [B][N]: each node's parent, -1 at roots, -2 at padding."""
+    rows = []
+    for depth, first, following in zip(depths, first_children, next_siblings, strict=True):
+        parents = [-1 if level == 0 else -2 for level in depth]
+        for n, child in enumerate(first):
+            while child >= 0:
+                parents[child] = n
+                child = following[child]
+        rows.append(parents)
+    return rows
 
 
 def _left_out(tokens: torch.Tensor, counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from inferlab.specdec.control import Judge
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.plan import DrafterPlan, DraftRequest, make_plan
 from inferlab.specdec.reading import Reading
-from inferlab.specdec.tree import Budget, DraftTree, ladder
+from inferlab.specdec.tree import Budget, DraftTree, ladder, parents_of
 from inferlab.specdec.walk import Walk
 from inferlab.types import check
 
@@ -294,20 +294,7 @@ def _ranks(tree: DraftTree) -> Sequence[int]:
 
 def _parents(tree: DraftTree) -> list[list[int]]:
     """[B][N]: -1 at roots, -2 at padding."""
-    rows = []
-    for depths, first, following in zip(
-        tree.links.depth.tolist(),
-        tree.links.first_child.tolist(),
-        tree.links.next_sibling.tolist(),
-        strict=True,
-    ):
-        parents = [-1 if depth == 0 else -2 for depth in depths]
-        for n, child in enumerate(first):
-            while child >= 0:
-                parents[child] = n
-                child = following[child]
-        rows.append(parents)
-    return rows
+    return parents_of(*(links.tolist() for links in tree.links[:3]))
 
 
 def _paths(tree: DraftTree) -> torch.Tensor:
