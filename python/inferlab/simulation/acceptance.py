@@ -85,14 +85,13 @@ class Chances(Acceptance):
     Args:
         levels: the chance that a level is accepted behind the one before; the last one counts for
             all further ones.
-        offered: share of steps in which there is something to draft.
     """
 
-    def __init__(self, levels: Sequence[float], offered: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, levels: Sequence[float], seed: int = 0) -> None:
         super().__init__()
         if not levels or not all(0 <= chance <= 1 for chance in levels):
             raise UsageError("acceptance: chances must be from 0 to 1")
-        self._chances, self._offered = tuple(levels), offered
+        self._chances = tuple(levels)
         self._drawn = np.random.default_rng(seed).random((TRACES, MADE_UP))
 
     @property
@@ -108,12 +107,12 @@ class Chances(Acceptance):
         return MADE_UP
 
     def nodes(self, levels: int) -> float:
-        return levels * self._offered
+        return float(levels)
 
     def _make(self, levels: int) -> np.ndarray:
         chances = [self._chances[min(k, len(self._chances) - 1)] for k in range(levels)]
         emitted = np.ones(self._drawn.shape, np.int64)
-        for chance in self._offered * np.cumprod(chances):
+        for chance in np.cumprod(chances):
             emitted += self._drawn < chance
         return emitted
 
@@ -164,14 +163,15 @@ class Recorded(Acceptance):
     def _make(self, levels: int) -> np.ndarray:
         trees, random = self._trees, np.random.default_rng([self._seed, levels])
         cut = trees.cut(levels, MAX_TREE_NODES, self._rule)
-        known = np.flatnonzero(~cut.empty & ~trees.first & (trees.left > levels))
-        if not len(known):
-            known = np.flatnonzero(trees.decoding)
+        told = ~cut.empty & ~trees.first
+        known = np.flatnonzero(told)
+        usual = np.flatnonzero(told & trees.decoding & (trees.left > levels))
+        if not len(usual):
+            usual = np.flatnonzero(trees.decoding)
         given = np.where(cut.exact, cut.emitted, cut.expected)
         given = np.floor(given + random.random(len(given))).astype(np.int64)
         given = np.clip(given, 1, 255)
-        usual = known[known < trees.real]
-        made = given[random.choice(usual if len(usual) else known, (self.traces, self._width))]
+        made = given[random.choice(usual, (self.traces, self._width))]
         inner, real = known[known >= trees.real], known[known < trees.real]
         for rows in (inner, real):
             made[trees.request[rows], self._at[rows]] = given[rows]

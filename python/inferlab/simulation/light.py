@@ -6,7 +6,8 @@ Texts are numbers here, of tokens and of decoding steps that they still take. Wh
 * a text takes as many steps as its trace says from its first token to its last, and gets its tokens
   evenly over them. Where the levels change while it decodes, the mean of each number of levels
   counts;
-* pages are counted by tokens, half of one being unused in the mean; none is given in advance;
+* pages are counted by tokens, half of one being unused in the mean. What texts get in advance,
+  where pages are plenty, they get when they begin to decode: all, or half of what is spare;
 * of the beginnings that texts share, those of groups are kept alone. They are forgotten when as
   many pages were given away as were free when their last user ended.
 """
@@ -17,7 +18,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 from math import ceil, sqrt
 
-from inferlab.scheduler.scheduler import SHORT_READ
+from inferlab.scheduler.scheduler import SHORT_READ, SPARE_PAGES
 from inferlab.simulation.world import NEVER, Replica, World
 
 _EPS = 1e-6
@@ -75,16 +76,17 @@ class LightReplica(Replica):
         self.world, self.work = world, work
         setting = world.setting
         self._max_batch, self._read_tokens = setting.max_batch, setting.read_tokens
-        self._page, self._pages, self._slots = setting.page_size, setting.pages, setting.slots
+        self._page, self._pages, self._slots = setting.page_size, world.pages, setting.slots
         self._beyond = setting.slots - 1 + (setting.page_size - 1) / 2  # tokens of its last pages
         self._shares = setting.shares
         self.waiting: deque[int] = deque()
         self.reading: list[list[int]] = []  # request, unread, context, pages
         self.decoding: list[tuple[float, int]] = []  # by the work at which it ends
-        self._at_start: dict[int, tuple[float, float]] = {}  # tokens of its text: a + b * work
+        self._terms: dict[int, tuple[float, float, float, float]] = {}  # to the four sums below
         self._written: dict[int, int] = {}  # of those that lost their pages
         self._done = 0.0  # work
         self._base = self._slope = 0.0  # tokens of all texts that decode: base + slope * work
+        self._held = self._grows = 0.0  # the same of the tokens that their pages have room for
         self._reading_pages = 0
         self._saved = 0  # of all prefixes
         self._given = 0.0
@@ -120,7 +122,7 @@ class LightReplica(Replica):
             tally.walks += len(decoding) * steps
             before = self._done
             self._done = after = before + steps * self._gain
-            grown = self._slope * (after - before) / self._page
+            grown = self._grows * (after - before) / self._page
             self._given += grown
             tally.page_s += spent * (self._used_at + grown / 2)
             if self._used_at + grown > tally.most_pages:
@@ -128,9 +130,7 @@ class LightReplica(Replica):
             limit = after + _EPS
             while decoding and decoding[0][0] <= limit:
                 request = heappop(decoding)[1]
-                base, slope = self._at_start.pop(request)
-                self._base -= base
-                self._slope -= slope
+                self._remove(request)
                 done.append(request)
         else:
             tally.page_s += spent * self._used_at
@@ -148,7 +148,7 @@ class LightReplica(Replica):
                 for entry in read:
                     self._start(entry, now, done)
         if not decoding:
-            self._done = self._base = self._slope = 0.0
+            self._done = self._base = self._slope = self._held = self._grows = 0.0
         for request in done:
             world.ended[request] = now
             tally.tokens += world.output[request]
@@ -183,13 +183,33 @@ class LightReplica(Replica):
         heappush(self.decoding, (self._done + work, request))
         slope = left / work
         base = tokens - slope * self._done
-        self._at_start[request] = base, slope
+        held, grows = base + self._beyond, slope
+        running = len(self.decoding) + len(self.reading)
+        if self._pages - self._used() - pages > 2 * SPARE_PAGES * running:
+            ahead = (left + self._slots) // self._page
+            if ahead <= SPARE_PAGES:
+                held, grows = float(tokens + left + self._slots), 0.0
+                self._given += left / self._page
+            else:
+                held += SPARE_PAGES / 2 * self._page
+        self._terms[request] = base, slope, held, grows
         self._base += base
         self._slope += slope
+        self._held += held
+        self._grows += grows
         self._undrafted += tokens
 
+    def _remove(self, request: int) -> tuple[float, float, float, float]:
+        """Of a text that decodes no more."""
+        base, slope, held, grows = terms = self._terms.pop(request)
+        self._base -= base
+        self._slope -= slope
+        self._held -= held
+        self._grows -= grows
+        return terms
+
     def _used(self) -> float:
-        tokens = self._base + self._slope * self._done + len(self.decoding) * self._beyond
+        tokens = self._held + self._grows * self._done
         return tokens / self._page + self._reading_pages - self._saved
 
     def _begin(self, now: float) -> None:
@@ -226,7 +246,7 @@ class LightReplica(Replica):
             if ms == 0.0:
                 steps = max(ceil((self.decoding[0][0] - self._done) / gain - _EPS), 1)
                 room = (self._pages - used) * self._page
-                grows = self._slope * gain
+                grows = self._grows * gain
                 if steps * grows > room:
                     steps = max(min(steps, int(room / grows) + 1), 1)
         self._steps = steps
@@ -275,7 +295,7 @@ class LightReplica(Replica):
                 prefix.users += 1
                 if world.first[request] == NEVER:
                     self.tally.shared += shared * page
-            self._given += missing
+            self._given += missing + idle / 2  # half of which lay before others that are free
             self._reading_pages += pages
             used += missing + idle
             unread = tokens - 1 - shared * page
@@ -320,9 +340,7 @@ class LightReplica(Replica):
             request = decodes[1]
             self.decoding.remove(decodes)
             heapify(self.decoding)
-            base, slope = self._at_start.pop(request)
-            self._base -= base
-            self._slope -= slope
+            base, slope, _, _ = self._remove(request)
             written = int(base + slope * self._done) - world.prompt[request]
             self._written[request] = min(max(written, 1), world.output[request] - 1)
         self._leave(request)

@@ -10,6 +10,7 @@ import numpy as np
 from inferlab.errors import UsageError
 from inferlab.simulation.lengths import Lengths
 
+USUAL_PROMPTS, USUAL_OUTPUTS = Lengths("fixed", 128, 128), Lengths("fixed", 64, 64)
 ARRIVALS = ("poisson", "gamma", "constant")
 
 
@@ -81,8 +82,8 @@ class Load:
 
     requests: int
     arrivals: Arrivals
-    prompts: Lengths = Lengths("fixed", 128, 128)
-    outputs: Lengths = Lengths("fixed", 64, 64)
+    prompts: Lengths = USUAL_PROMPTS
+    outputs: Lengths = USUAL_OUTPUTS
     texts: tuple[Text, ...] = ()
     groups: int = 0
     shared: int = 0

@@ -34,6 +34,9 @@ class Overhead:
             raise UsageError("overhead: times must not be negative, and the scale above 0")
 
 
+NO_OVERHEAD = Overhead()
+
+
 def _as_it_is(batch: float) -> float:
     return 1.0
 
@@ -45,21 +48,23 @@ class Prices:
         costs: of a model and its drafter.
         nodes: from levels to the draft nodes that are verified for a sequence; None: as many.
         overhead: what comes on top.
-        step_scale, reading_scale: by batch, what the model's times are multiplied with (see
-            `inferlab.specdec.replay_times.Scale`).
+        step_scale, draft_scale, reading_scale: by batch, what the model's times are multiplied with
+            (see `inferlab.specdec.replay_times.Times`).
     """
 
     def __init__(
         self,
         costs: CostModel,
         nodes: Callable[[int], float] | None = None,
-        overhead: Overhead = Overhead(),
+        overhead: Overhead = NO_OVERHEAD,
         step_scale: Callable[[float], float] = _as_it_is,
+        draft_scale: Callable[[float], float] = _as_it_is,
         reading_scale: Callable[[float], float] = _as_it_is,
     ) -> None:
         self.costs, self.overhead = costs, overhead
         self._nodes = nodes or float
-        self._step_scale, self._reading_scale = step_scale, reading_scale
+        self._step_scale, self._draft_scale = step_scale, draft_scale
+        self._reading_scale = reading_scale
         self._lines: dict[tuple[int, int], tuple[float, float]] = {}
         reading = costs.draft.reading or ((0, 0.0),)
         self._drafter_reading: tuple[tuple[float, ...], tuple[float, ...]] = tuple(
@@ -72,12 +77,12 @@ class Prices:
         key = batch, levels
         if key not in self._lines:
             nodes = self._nodes(levels) if levels > 0 else 0.0
-            scale = float(self._step_scale(batch)) * self.overhead.scale
-            first, second = (self.costs.verify_ms(batch, nodes, context) for context in (0, 1024))
-            first += self.costs.draft.ms(batch, nodes)
-            second += self.costs.draft.ms(batch, nodes)
+            scale = self.overhead.scale
+            behind = [self.costs.verify_ms(batch, nodes, context) for context in (0, 1024)]
+            first, second = (ms * float(self._step_scale(batch)) * scale for ms in behind)
+            drafting = self.costs.draft.ms(batch, nodes) * float(self._draft_scale(batch)) * scale
             added = self.overhead.step_ms + batch * self.overhead.row_ms
-            self._lines[key] = first * scale + added, (second - first) / 1024 * scale
+            self._lines[key] = first + drafting + added, (second - first) / 1024
         return self._lines[key]
 
     def decode_ms(self, batch: int, levels: int, context: float) -> float:

@@ -20,7 +20,7 @@ class ScheduledReplica(Replica):
         self.world = world
         setting = world.setting
         self.scheduler = Scheduler(
-            PageAllocator(setting.pages, setting.page_size),
+            PageAllocator(world.pages, setting.page_size),
             setting.max_batch,
             setting.slots,
             setting.read_tokens,
@@ -29,6 +29,7 @@ class ScheduledReplica(Replica):
         self._plan = Plan()
         self._levels = 0
         self._begun = 0.0
+        self._used = 0
         self._drafted_for: set[int] = set()
 
     def add(self, request: int, now: float) -> None:

@@ -22,7 +22,7 @@ class Setting:
         levels: that are drafted in each step; `PAYS`; 0: plain decoding.
         max_k: of `PAYS`.
         max_batch, read_tokens, pages, page_size, shares: of each replica, see
-            `inferlab.scheduler.Scheduler`.
+            `inferlab.scheduler.Scheduler`; ``pages`` None: twice as many as a full batch needs.
         tree_slots: slots that a step's tree may fill; None: as many as ``levels`` need.
         bound: of "prefix": a replica takes a group's requests up to so many times the mean load.
     """
@@ -33,7 +33,7 @@ class Setting:
     max_k: int = 8
     max_batch: int = 32
     read_tokens: int = READ_TOKENS
-    pages: int = 1 << 20
+    pages: int | None = None
     page_size: int = 16
     shares: bool = True
     tree_slots: int | None = None
@@ -45,8 +45,11 @@ class Setting:
                 f"routing: {self.routing!r} is unknown; known are {', '.join(ROUTINGS)}"
             )
         for name in ("replicas", "max_batch", "read_tokens", "pages"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}: {getattr(self, name)} is not allowed; must be >= 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: {value} is not allowed; must be >= 1")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise UsageError(f"page_size: {self.page_size} is not allowed; must be a power of two")
         if isinstance(self.levels, str) and self.levels != PAYS:
             raise UsageError(f"K: {self.levels!r} is unknown; give a number, or {PAYS}")
         if self.bound <= 1:

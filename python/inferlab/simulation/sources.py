@@ -10,7 +10,7 @@ import numpy as np
 from inferlab.simulation.acceptance import Recorded
 from inferlab.simulation.lengths import Lengths
 from inferlab.simulation.load import Text
-from inferlab.simulation.prices import Overhead, Prices
+from inferlab.simulation.prices import NO_OVERHEAD, Overhead, Prices
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.cuts import Trees
 from inferlab.specdec.recorded import Recording
@@ -42,7 +42,7 @@ class Source(NamedTuple):
 def of_recording(
     recording: Recording,
     costs: CostModel | None = None,
-    overhead: Overhead = Overhead(),
+    overhead: Overhead = NO_OVERHEAD,
     seed: int = 0,
 ) -> Source:
     """Reads a recording.
@@ -61,7 +61,12 @@ def of_recording(
     own = CostModel.from_json(kept) if kept is not None else None
     times = Times(recording, Trees(recording, inner=False), own)
     prices = Prices(
-        times.costs, acceptance.nodes, overhead, times.step_scale, times.reading_scale
+        times.costs,
+        acceptance.nodes,
+        overhead,
+        times.step_scale,
+        times.draft_scale,
+        times.reading_scale,
     )
     return Source(prices, acceptance, times.measured)
 

@@ -59,9 +59,10 @@ class Objectives:
     e2e: float | None = None
 
 
-def summarize(
-    outcome: Outcome, objectives: Objectives = Objectives(), warm_up: float = 0.0
-) -> Summary:
+NOTHING = Objectives()
+
+
+def summarize(outcome: Outcome, objectives: Objectives = NOTHING, warm_up: float = 0.0) -> Summary:
     """Numbers of a run.
 
     Args:

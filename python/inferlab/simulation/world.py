@@ -60,6 +60,7 @@ class World:
     """One run.
 
     Attributes:
+        pages: of each replica.
         prompt, output, trace, group, shared: of each request, see `Requests`.
         queued: when each began to wait, in seconds.
         first, ended: when each had its first and its last token; `NEVER`: not yet.
@@ -81,10 +82,11 @@ class World:
         self.ended = [NEVER] * count
         longest = int((requests.prompt + requests.output).max()) + setting.slots
         needed = -(-longest // setting.page_size)
-        if needed > setting.pages:
+        self.pages = setting.pages or 2 * setting.max_batch * needed
+        if needed > self.pages:
             raise UsageError(
                 f"pages: a request needs {needed} of {setting.page_size} tokens, a replica has "
-                f"{setting.pages}; give more, or shorter texts"
+                f"{self.pages}; give more, or shorter texts"
             )
 
 

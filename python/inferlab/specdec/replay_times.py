@@ -58,8 +58,8 @@ class Times:
         costs: the cost model, as it was measured or fitted.
         measured: the cost model is the machine's; False: it was fitted to the recorded steps.
         off: median of |predicted / recorded - 1| over the decoding steps.
-        step_scale, reading_scale: what predicted steps are multiplied with, drafting left out, and
-            steps that read texts.
+        step_scale, draft_scale, reading_scale: what predicted steps are multiplied with, drafting
+            left out, what drafting is, and steps that read texts.
         error: of the cost model as it was measured, likewise; ``off`` where it was fitted to them.
     """
 
@@ -90,13 +90,13 @@ class Times:
         self.measured = costs is not None
         self.costs = costs if costs is not None else self._fitted(usual, draft)
         self.off = 0.0
-        self.step_scale = self._draft_scale = Scale()
+        self.step_scale = self.draft_scale = Scale()
         if len(usual):
             step_ms, draft_ms = np.array([self._parts(int(s)) for s in usual]).T
             batch = self.batch[usual]
             self.step_scale = Scale.of(batch, step_ms, (self.ms - draft)[usual])
-            self._draft_scale = Scale.of(batch, draft_ms, draft[usual])
-            predicted = step_ms * self.step_scale(batch) + draft_ms * self._draft_scale(batch)
+            self.draft_scale = Scale.of(batch, draft_ms, draft[usual])
+            predicted = step_ms * self.step_scale(batch) + draft_ms * self.draft_scale(batch)
             self.off = float(np.median(np.abs(predicted / self.ms[usual] - 1)))
         firsts = np.flatnonzero(kind == FIRST)
         read = [self._reading(int(self.batch[s]), self.context[s] + 1) for s in firsts]
@@ -155,7 +155,7 @@ class Times:
         """
         step = self.costs.verify_ms(batch, nodes, context) * self.step_scale(batch)
         drafting = self._drafting(batch, nodes if drafted is None else drafted, levels)
-        drafting *= self._draft_scale(batch)
+        drafting *= self.draft_scale(batch)
         return float(step + drafting), float(drafting)
 
     def reading(self, batch: int, tokens: float) -> float:
