@@ -132,7 +132,7 @@ def usual_ms(costs: CostModel) -> float:
 def known(
     args: argparse.Namespace, prompts: list[str], folder: Path
 ) -> tuple[World, Callable[[], CostModel]]:
-    """What steps cost now and what was accepted of these prompts; and how to measure costs again."""
+    """What steps cost and what these prompts accept; and how to measure costs again."""
     record = folder / "record"
     pipeline = SpeculativePipeline(
         base_model=args.model,

@@ -96,7 +96,7 @@ class Prices:
         Args:
             ended: texts that are read to their end, and get their first token.
         """
-        ms = self.costs.step.ms(texts, max(tokens, texts) / texts, context)
+        ms = self.costs.reading_ms(texts, max(tokens, texts), context)
         ms *= float(self._reading_scale(texts)) * self.overhead.scale
         each = self.overhead.request_ms + self.overhead.row_ms
         return ms + self.overhead.step_ms + ended * each

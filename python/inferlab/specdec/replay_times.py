@@ -164,7 +164,7 @@ class Times:
 
     def _reading(self, batch: int, tokens: float) -> float:
         """As of one step with so many rows, each of which sees half of its text in the mean."""
-        return self.costs.step.ms(batch, tokens, tokens / 2)
+        return self.costs.reading_ms(batch, round(batch * tokens), tokens / 2)
 
     def drafter_reading(self, tokens: int) -> float:
         """What a draft model takes to read so many tokens before it drafts."""
