@@ -5,12 +5,13 @@
 
 Two processes of `inferlab serve`, a thread each, and this one, which asks them and routes (round
 robin). What steps cost is measured first, what they accept is recorded from the same prompts. What
-a server adds (per step, per sequence of a step, per request, and latency) is fitted to closed loops
-of one and of eight clients on one replica, the loads marked `fit`; the others are predicted with
-that. Requests, prompts, lengths and arrival times are the same in both; prefixes are not shared.
-All loads take turns in each round, and costs are measured again; of each number the best round
-counts: other work on a machine makes it slow for longer than a run takes. Two replicas and their
-client are three processes: on two cores they wait for each other, which is not in the model.
+a server adds (per step, per sequence of a step, per request, and latency), and how fast the machine
+was beside when costs were measured, is fitted to closed loops of one and of eight clients on one
+replica, the loads marked `fit`; the others are predicted with that. Requests, prompts, lengths and
+arrival times are the same in both; prefixes are not shared. All loads take turns in each round, and
+costs are measured again; of each number the best round counts: other work on a machine makes it
+slow for longer than a run takes. Two replicas and their client are three processes: on two cores
+they wait for each other, which is not in the model.
 """
 
 from __future__ import annotations
@@ -243,14 +244,15 @@ def fitted(world: World, measured: dict[Case, Found]) -> Overhead:
         )
         return sum(error**2 for error in errors)
 
-    names = ("step_ms", "row_ms", "request_ms", "latency_ms")
+    names = ("scale", "step_ms", "row_ms", "request_ms", "latency_ms")
     best = Overhead(1.0, 0.1, 0.1, 0.5, 0.5)
     least = off(best)
     factor = 2.0
     while factor > 1.02:
         before = least
         for name in names:
-            for by in (factor, 1 / factor, 0.0 if factor == 2.0 else 1 / factor**2):
+            nothing = 0.0 if factor == 2.0 and name != "scale" else 1 / factor**2
+            for by in (factor, 1 / factor, nothing):
                 tried = replace(best, **{name: getattr(best, name) * by})
                 found = off(tried)
                 if found < least:
