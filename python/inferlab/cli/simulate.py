@@ -382,6 +382,7 @@ def _describe(args: argparse.Namespace, acceptance: Acceptance) -> str:
 
 
 def _describe_load(args: argparse.Namespace, load: Load) -> dict[str, Any]:
+    usual = ("recorded", "recorded") if args.dir else (PROMPT_TOKENS, OUTPUT_TOKENS)
     return {
         "requests": load.requests,
         "arrivals": load.arrivals.kind if args.rate else "closed",
@@ -389,8 +390,8 @@ def _describe_load(args: argparse.Namespace, load: Load) -> dict[str, Any]:
         "think_ms": load.arrivals.think_ms,
         "warm_up": args.warm_up,
         "texts": len(load.texts),
-        "prompt_tokens": args.prompts or args.prompt_tokens or PROMPT_TOKENS,
-        "output_tokens": args.output_tokens or OUTPUT_TOKENS,
+        "prompt_tokens": args.prompts or args.prompt_tokens or usual[0],
+        "output_tokens": args.output_tokens or usual[1],
         "groups": load.groups,
         "prefix_tokens": load.shared,
         "zipf": load.zipf,
