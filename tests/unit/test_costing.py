@@ -100,6 +100,7 @@ def test_batches_up_to_the_largest_are_measured():
     assert costs is not None
     assert max(costs.step.rows) == max(b * nodes for b, _, nodes in GRID if b <= 4)
     assert costs.draft.table == ()
+    assert [tokens for tokens, _ in costs.reading] == [31, 124, 191]
 
 
 def test_a_pipeline_measures_itself_and_its_drafter_and_is_not_touched(folder):

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inferlab import _C
-from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
+from inferlab.specdec.costs import (
+    READ_BEHIND,
+    CostModel,
+    DraftCosts,
+    DraftTime,
+    StepCosts,
+    StepTime,
+)
 
 GRID = [
     (batch, nodes, context)
@@ -217,3 +224,19 @@ def test_costs_that_no_controller_can_use_are_no_costs(before, after):
     assert before in text
     with pytest.raises(ValueError, match=r"growing|no costs"):
         CostModel.from_json(text.replace(before, after))
+
+
+def test_reading_takes_what_was_measured():
+    step = StepCosts((1, 64, 128), (1.0, 2.0, 5.0), per_key=0.01, per_product=0.001)
+    model = CostModel(step, reading=((31, 2.0), (496, 20.0)))
+    assert CostModel.from_json(model.to_json()) == model
+    assert model.reading_ms(1, 31, 15) == 2.0
+    assert model.reading_ms(4, 992, 60) == 40.0  # in proportion behind what was measured
+    further = model.reading_ms(2, 496, READ_BEHIND + 100)
+    assert further == pytest.approx(20.0 + (0.01 * 2 + 0.001 * 496) * 100)
+    assert CostModel(step).reading_ms(2, 40, 10) == step.ms(2, 20, 10)  # where nothing was
+    old = {k: v for k, v in json.loads(model.to_json()).items() if k != "reading"}
+    assert CostModel.from_json(json.dumps(old)) == CostModel(step)
+    for wrong in (((31, 2.0), (31, 3.0)), ((0, 1.0),), ((5, float("nan")),)):
+        with pytest.raises(ValueError, match="reading"):
+            CostModel(step, reading=wrong)

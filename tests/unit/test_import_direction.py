@@ -22,7 +22,7 @@ FLOORS = (
     {"specdec", "client"},
     {"baseline"},
     {"server", "training"},
-    {"benchmarks", "certify"},
+    {"benchmarks", "certify", "simulation"},
     {"doctor"},
     {"cli"},
     {"__main__"},
@@ -172,6 +172,7 @@ def test_a_downward_import_is_not(source, module):
         "import inferlab.config, inferlab.types, inferlab.prompts, inferlab.output",
         "import inferlab.records, inferlab.client.ping",
         "import inferlab.scheduler",
+        "import inferlab.simulation.clock, inferlab.simulation.sources",
         "from inferlab.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass",
     ],
 )

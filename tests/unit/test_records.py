@@ -212,6 +212,17 @@ def test_replay(capsys, monkeypatch, tmp_path):
     assert printed(capsys, "replay", str(tmp_path), "--grid", "--batch", "2")["grid"]
 
 
+def test_simulate(capsys, tmp_path):
+    costs = tmp_path / "costs.json"
+    costs.write_text(CostModel(StepCosts((1, 8), (1.0, 2.0))).to_json())
+    words = ("simulate", "--costs", str(costs), "--requests", "9", "--acceptance", "0.5")
+    value = printed(capsys, *words, "--rate", "9", "--replicas", "1,2", "--ttft", "50")
+    assert [row["K"] for row in value["rows"]] == [0, "pays", 0, "pays"]
+    assert len(value["enough"]) == 2
+    value = printed(capsys, *words, "--clients", "2", "--output-tokens", "1")
+    assert value["rows"][0]["result"]["tpot_ms"] is None
+
+
 def test_doctor(capsys, monkeypatch):
     monkeypatch.setattr(doctor.measure_bandwidth, "__defaults__", (2**20, 2))
     printed(capsys, "doctor")

@@ -22,6 +22,7 @@ COMMANDS = {
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",
     "replay": "evaluate other settings on recorded steps, without models",
+    "simulate": "plan capacity: replicas, routing and drafting on a virtual clock",
     "quantize": "pack a model's weights in 8 or 4 bits, as a directory of its own",
     "calibrate": "measure acceptance, for optimal trees",
     "schema": "the JSON schema of what a command prints with --json",

@@ -9,12 +9,13 @@ from contextlib import suppress
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from inferlab.config import MAX_DRAFT, MAX_TREE_NODES
 from inferlab.models import KVCache, TargetModel
 from inferlab.models.graphs import captured_soon
-from inferlab.scheduler import Request
+from inferlab.scheduler import READ_TOKENS, Request
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.control import Choice, Controller, Judge, Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
@@ -263,8 +264,9 @@ def measure(
     if not steps:
         return None
     fitted = StepCosts.fit(_step_times(steps))
+    read = _read_alone(bench)
     if own is None:
-        return CostModel(fitted)
+        return CostModel(fitted, reading=read)
     drafts.update(found)
     for (batch, nodes), ms in kept.items():
         if nodes == 0:  # keeping up with a step takes longer with a drafter's state
@@ -272,7 +274,8 @@ def measure(
     drafting = [DraftTime(batch, nodes, ms) for (batch, nodes), ms in drafts.items()]
     reading = _reading(bench, own, drafts)
     slowed = _slowed(fitted, drafted)
-    return CostModel(fitted, DraftCosts.of(drafting, reading, chains=chains, slowed=slowed))
+    draft = DraftCosts.of(drafting, reading, chains=chains, slowed=slowed)
+    return CostModel(fitted, draft, read)
 
 
 def _cache(target: TargetModel, num_pages: int, page_size: int) -> KVCache:
@@ -320,6 +323,19 @@ def _slowed(fitted: StepCosts, drafted: Sequence[tuple[int, Timed]]) -> float:
         for batch, step in drafted
     ]
     return max(median(ratios), 1.0) if ratios else 1.0
+
+
+def _read_alone(bench: Bench) -> tuple[tuple[int, float], ...]:
+    """By tokens, what one forward takes that reads texts up to their last tokens; more tokens never
+    take less."""
+    found = {
+        batch * (context - 1): ms
+        for (batch, context), ms in bench.prefill_ms.items()
+        if batch * (context - 1) <= READ_TOKENS
+    }
+    sizes = sorted(found)
+    times = np.maximum.accumulate([found[size] for size in sizes])
+    return tuple((size, float(ms)) for size, ms in zip(sizes, times, strict=True))
 
 
 def _reading(bench: Bench, own: Bench, drafts: Least) -> list[tuple[int, float]]:

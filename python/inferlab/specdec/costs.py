@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from inferlab import _C
 
 VERSION = 6
 """Of the file format, and of how times are measured."""
+READ_BEHIND = 64
+"""Tokens that those that are read see in the mean, where reading is measured."""
 
 
 class StepTime(NamedTuple):
@@ -161,10 +164,22 @@ class DraftCosts:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Times of whole steps of one engine."""
+    """Times of whole steps of one engine.
+
+    Attributes:
+        reading: by tokens, ms of a forward that reads the beginnings of texts; both growing. Empty:
+            not measured.
+    """
 
     step: StepCosts
     draft: DraftCosts = DraftCosts(())
+    reading: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = [0, *(tokens for tokens, _ in self.reading)]
+        growing = all(before < after for before, after in pairwise(sizes))
+        if not growing or not all(0 <= ms < math.inf for _, ms in self.reading):
+            raise ValueError("reading must hold times of growing numbers of tokens")
 
     def ms(self, batch: int, nodes: int, context: float) -> float:
         """A step that drafts ``nodes`` for each sequence (0: none) and verifies them."""
@@ -174,6 +189,22 @@ class CostModel:
         """All but drafting of such a step; ``nodes`` may be a mean."""
         slowed = self.draft.slowed if nodes > 0 else 1.0
         return self.step.ms(batch, 1 + nodes, context) * slowed
+
+    def reading_ms(self, texts: int, tokens: int, context: float) -> float:
+        """A forward that reads parts of texts.
+
+        Args:
+            tokens: of all together.
+            context: that each sees, in the mean.
+        """
+        if not self.reading:
+            return self.step.ms(texts, tokens / texts, context)
+        sizes, times = zip((1, self.step.ms(1, 1, 0)), *self.reading, strict=True)
+        ms = float(np.interp(tokens, sizes, times))
+        if tokens > sizes[-1]:
+            ms *= tokens / sizes[-1]
+        beyond = max(context - READ_BEHIND, 0.0)
+        return ms + (self.step.per_key * texts + self.step.per_product * tokens) * beyond
 
     def planner(self, measured: bool = True) -> Any:
         """The compiled one that decides by these: ``csrc/planner/planner.h``."""
@@ -190,7 +221,8 @@ class CostModel:
             if fields["version"] != VERSION:
                 raise ValueError(f"version is {fields['version']}, not {VERSION}")
             step = StepCosts(**{k: _frozen(v) for k, v in fields["step"].items()})
-            model = cls(step, DraftCosts(**{k: _frozen(v) for k, v in fields["draft"].items()}))
+            draft = DraftCosts(**{k: _frozen(v) for k, v in fields["draft"].items()})
+            model = cls(step, draft, _frozen(fields.get("reading", [])))
             model.planner()  # which checks the rest
             return model
         except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

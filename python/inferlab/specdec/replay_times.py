@@ -55,10 +55,11 @@ class Times:
 
     Attributes:
         ms: of each recorded step.
+        costs: the cost model, as it was measured or fitted.
         measured: the cost model is the machine's; False: it was fitted to the recorded steps.
         off: median of |predicted / recorded - 1| over the decoding steps.
-        step_scale, reading_scale: what predicted steps are multiplied with, drafting left out, and
-            steps that read texts.
+        step_scale, draft_scale, reading_scale: what predicted steps are multiplied with, drafting
+            left out, what drafting is, and steps that read texts.
         error: of the cost model as it was measured, likewise; ``off`` where it was fitted to them.
     """
 
@@ -87,24 +88,24 @@ class Times:
         if not len(usual):
             usual = np.flatnonzero((kind != FIRST) & (self.ms > draft))
         self.measured = costs is not None
-        self._costs = costs if costs is not None else self._fitted(usual, draft)
+        self.costs = costs if costs is not None else self._fitted(usual, draft)
         self.off = 0.0
-        self.step_scale = self._draft_scale = Scale()
+        self.step_scale = self.draft_scale = Scale()
         if len(usual):
             step_ms, draft_ms = np.array([self._parts(int(s)) for s in usual]).T
             batch = self.batch[usual]
             self.step_scale = Scale.of(batch, step_ms, (self.ms - draft)[usual])
-            self._draft_scale = Scale.of(batch, draft_ms, draft[usual])
-            predicted = step_ms * self.step_scale(batch) + draft_ms * self._draft_scale(batch)
+            self.draft_scale = Scale.of(batch, draft_ms, draft[usual])
+            predicted = step_ms * self.step_scale(batch) + draft_ms * self.draft_scale(batch)
             self.off = float(np.median(np.abs(predicted / self.ms[usual] - 1)))
         firsts = np.flatnonzero(kind == FIRST)
         read = [self._reading(int(self.batch[s]), self.context[s] + 1) for s in firsts]
         self.reading_scale = Scale.of(self.batch[firsts], np.array(read), self.ms[firsts], 1)
-        self.error = self._costs.step.error if self.measured else self.off
+        self.error = self.costs.step.error if self.measured else self.off
 
     def _parts(self, step: int) -> tuple[float, float]:
         batch, nodes = int(self.batch[step]), float(self.nodes[step])
-        ms = self._costs.verify_ms(batch, nodes, self.context[step])
+        ms = self.costs.verify_ms(batch, nodes, self.context[step])
         return ms, self._drafting(batch, nodes, int(self.levels[step]))
 
     def width(self, nodes: Sequence[int]) -> float:
@@ -118,7 +119,7 @@ class Times:
         """Costs are measured with the most levels that so many nodes can have; each takes as much
         as the others."""
         most = min(nodes, self._most_levels)
-        nothing, whole = (self._costs.draft.ms(batch, n) for n in (0, nodes))
+        nothing, whole = (self.costs.draft.ms(batch, n) for n in (0, nodes))
         return nothing + (whole - nothing) * min(levels / most, 1.0) if most > 0 else whole
 
     def _fitted(self, usual: np.ndarray, draft: np.ndarray) -> CostModel:
@@ -152,9 +153,9 @@ class Times:
             nodes: that are verified for each sequence.
             drafted: of how many they were chosen; None: they are all.
         """
-        step = self._costs.verify_ms(batch, nodes, context) * self.step_scale(batch)
+        step = self.costs.verify_ms(batch, nodes, context) * self.step_scale(batch)
         drafting = self._drafting(batch, nodes if drafted is None else drafted, levels)
-        drafting *= self._draft_scale(batch)
+        drafting *= self.draft_scale(batch)
         return float(step + drafting), float(drafting)
 
     def reading(self, batch: int, tokens: float) -> float:
@@ -163,11 +164,11 @@ class Times:
 
     def _reading(self, batch: int, tokens: float) -> float:
         """As of one step with so many rows, each of which sees half of its text in the mean."""
-        return self._costs.step.ms(batch, tokens, tokens / 2)
+        return self.costs.reading_ms(batch, round(batch * tokens), tokens / 2)
 
     def drafter_reading(self, tokens: int) -> float:
         """What a draft model takes to read so many tokens before it drafts."""
-        sizes, times = zip(*self._costs.draft.reading or ((0, 0.0),), strict=True)
+        sizes, times = zip(*self.costs.draft.reading or ((0, 0.0),), strict=True)
         return float(np.interp(tokens, sizes, times))
 
     def changed(
