@@ -28,7 +28,6 @@ pytestmark = pytest.mark.network
 APP = "inferlab"
 LIMIT_S = 300
 KEY = "secret"
-LIMITS = {"max_body_bytes": 100_000}
 
 
 def eventually(condition, limit_s=LIMIT_S):
@@ -73,9 +72,7 @@ def server(cluster, tmp_path_factory):
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)
     flags = ("--replicas", "2", "--ray-address", cluster.address, "--api-key-file", str(keys))
-    with Served(
-        *flags, "--max-body-mb", str(LIMITS["max_body_bytes"] / 2**20), start_limit_s=LIMIT_S
-    ) as served:
+    with Served(*flags, "--max-body-mb", "0.1", start_limit_s=LIMIT_S) as served:
         served.http.headers["Authorization"] = f"Bearer {KEY}"
         served.http.timeout = LIMIT_S
         yield served
@@ -269,39 +266,46 @@ def test_a_node_that_is_lost_is_replaced_by_one_that_comes(server, cluster, plai
     assert server.complete(**body).json()["choices"][0]["text"] == expected(plain, body)
 
 
-def test_scaling_down_lets_what_runs_finish(server, cluster, plain):
+def test_replicas_that_are_replaced_or_taken_away_finish_what_runs(server, plain):
+    """Served anew by a builder's arguments alone, as `serve run` gives them; then load brings a
+    replica, and its end takes one away."""
     asked = bodies(32, 200)
-    before = replicas()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(server.complete, **body) for body in asked]
-        eventually(lambda: all(one["running"] for one in replicas().values()))
-        serve.run(build({**LIMITS, "replicas": 1}), name=APP)
-        found = [answer.result(LIMIT_S) for answer in answers]
-    for body, answer in zip(asked, found, strict=True):
+    texts = [expected(plain, body) for body in asked]
+
+    def complete(i):
+        answer = server.complete(**asked[i % 32])
         assert answer.status_code == 200, answer.text
-        assert answer.json()["choices"][0]["text"] == expected(plain, body)
-    left = eventually(lambda: len(found := replicas()) == 1 and found)
-    assert left.keys() < before.keys(), "it is one of those that ran"
-    assert server.http.get("/health").status_code == 200
+        assert answer.json()["choices"][0]["text"] == texts[i % 32]
 
+    def complete_until(condition, clients):
+        stop = threading.Event()
 
-def test_load_brings_a_replica_and_its_end_takes_it_away(server):
-    """Served by a builder's arguments alone, as `serve run` gives them."""
+        def load(i):
+            while not stop.is_set():
+                complete(i)
+
+        with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+            loads = [pool.submit(load, i) for i in range(clients)]
+            try:
+                eventually(condition)
+            finally:
+                stop.set()
+            for one in loads:
+                one.result(LIMIT_S)
+
     delays = {"upscale_delay_s": "0", "downscale_delay_s": "0"}
     scale = {"replicas": "1", "max_replicas": "2", "target_ongoing_requests": "2"}
-    serve.run(build({**LIMITS, **delays, **scale}), name=APP)
-    stop = threading.Event()
-
-    def load():
-        while not stop.is_set():
-            server.complete(max_tokens=900, ignore_eos=True)
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        loads = [pool.submit(load) for _ in range(8)]
-        try:
-            eventually(lambda: len(replicas()) == 2)
-        finally:
-            stop.set()
-        for one in loads:
-            one.result(LIMIT_S)
-    eventually(lambda: len(replicas()) == 1)
+    app = build({**delays, **scale})
+    before = replicas()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(complete, i) for i in range(32)]
+        eventually(lambda: all(one["running"] for one in replicas().values()))
+        serve.run(app, name=APP)
+        for answer in answers:
+            answer.result(LIMIT_S)
+    assert not replicas().keys() & before.keys()
+    complete_until(lambda: len(replicas()) == 2, 8)
+    both = replicas()
+    complete_until(lambda: len(replicas()) == 1, 1)
+    assert replicas().keys() < both.keys()
+    assert server.http.get("/health").status_code == 200

@@ -35,16 +35,11 @@ HEALTH_SECONDS = 5.0
 
 
 class Replica:
-    """A pipeline, the thread that makes its steps, and the application that serves it.
+    """A pipeline, the thread that makes its steps, and the application that serves it."""
 
-    Args:
-        given: what was said of `SpecdecConfig`.
-    """
-
-    def __init__(self, given: dict[str, Any], settings: ServerSettings, threads: int) -> None:
+    def __init__(self, config: SpecdecConfig, settings: ServerSettings, threads: int) -> None:
         torch.set_num_threads(threads)
-        pipeline = SpeculativePipeline(config=SpecdecConfig.model_validate(given))
-        self._app = create_app(pipeline, settings)
+        self._app = create_app(SpeculativePipeline(config=config), settings)
         self._service = self._app.state.service
         self._service.start()
         self.name = serve.get_replica_context().replica_id.unique_id
@@ -155,9 +150,7 @@ def application(config: SpecdecConfig, settings: ServerSettings, scale: Scale) -
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
     )
-    # Ray restarts replicas whose arguments are other bytes than before: a mapping, sorted.
-    given = dict(sorted(config.model_dump(exclude_unset=True).items()))
-    behind = replicas.bind(given, replace(settings, api_keys=()), scale.threads)
+    behind = replicas.bind(config, replace(settings, api_keys=()), scale.threads)
     return ingress.bind(behind, settings, scale.api_key_file)
 
 
