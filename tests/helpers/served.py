@@ -29,11 +29,18 @@ class Served:
     Args:
         flags: of `inferlab serve`.
         before: called in the process before it becomes the server.
+        start_limit_s: how long it may take to start.
     """
 
-    def __init__(self, *flags: str, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        before: Callable[[], None] | None = None,
+        start_limit_s: float = START_LIMIT_S,
+    ) -> None:
         self._flags = flags
         self._before = before
+        self._start_limit_s = start_limit_s
 
     def __enter__(self) -> Served:
         self._folder = tempfile.TemporaryDirectory(prefix="inferlab-served-")
@@ -92,7 +99,7 @@ class Served:
             time.sleep(0.05)
 
     def _address(self) -> str:
-        end = time.monotonic() + START_LIMIT_S
+        end = time.monotonic() + self._start_limit_s
         while time.monotonic() < end:
             if found := re.search(r"serving \S+ on (http://\S+)", self.log.read_text()):
                 return found[1]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from inferlab.errors import UsageError
 from inferlab.types import check
 
 
@@ -36,3 +38,14 @@ class ServerSettings:
         seconds = self.request_seconds
         check("request_seconds", seconds, seconds is None or seconds > 0, "a number > 0, or None")
         check("api_keys", "", all(self.api_keys), "without empty ones")
+
+
+def read_keys(path: str | Path) -> tuple[str, ...]:
+    """The API keys of a file. Raises UsageError where there are none."""
+    try:
+        keys = tuple(Path(path).read_text().split())
+    except OSError as error:
+        raise UsageError(f"--api-key-file: {error}") from error
+    if not keys:
+        raise UsageError(f"--api-key-file: {path} is empty; give a key a line")
+    return keys
