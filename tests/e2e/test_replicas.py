@@ -9,11 +9,16 @@ import os
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import openai
 import pytest
 
+# Before ray is imported. Without a token of its own Ray would put one into the user's home.
+os.environ.update(
+    RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid.uuid4().hex * 2, RAY_USAGE_STATS_ENABLED="0"
+)
 ray = pytest.importorskip("ray")
 
 from ray import serve  # noqa: E402
