@@ -63,7 +63,7 @@ Decision Planner::choose(Outlook outlook) {
     decision.gives_up = heard * times_.keeping_up(outlook.size()) > account_.may_lose(true);
     return decision;
   }
-  if (!(plan->asked && measured_) && is_due(outlook.size())) return not_drafted(1);
+  if (is_due(outlook.size())) return not_drafted(1);
   Decision decision{plan->rung, 1, false, plan->members,
                     known_.asks && !prospects_->acceptance.chances().empty()};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
