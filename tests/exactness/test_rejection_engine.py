@@ -129,7 +129,9 @@ def engine_of(drafter: Drafter | None, depth: int = 2, policy: str = "rejection"
     target = FakeLM(VOCAB, seed=2)
     controller = FixedController(depth)
     cache = target.new_cache(512, 8)
-    return Engine(target, cache, Policy(policy), controller, drafter, max_batch=128)
+    engine = Engine(target, cache, Policy(policy), controller, drafter, max_batch=128)
+    engine._may_ride = lambda plan, told: False  # drafts for all, also while others are read
+    return engine
 
 
 def rejection_engine(

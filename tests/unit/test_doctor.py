@@ -42,6 +42,7 @@ def test_what_it_says_of_the_build_and_the_machine(report):
         "bench",
         "train",
         "serve",
+        "ray",
         "socks",
         "quant",
         "dev",

@@ -138,12 +138,12 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def _grow(self) -> bool:
-        """Gives those that decode the pages of their next step, taking them from the last in order
+        """Gives those that run the pages of their next step, taking them from the last in order
         where there are too few; whether somebody got any."""
         grown = False
         for request in sorted(self.running, key=_rank):
-            if not request.pages or not request.is_read:
-                continue  # it has just lost them; or it has those of all its reading
+            if not request.pages:
+                continue  # it has just lost them
             missing = self._pages_now(request) - len(request.pages)
             if missing <= 0:
                 continue

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, nullcontext
 from itertools import count
+from weakref import WeakMethod
 
 import torch
 
@@ -82,7 +83,7 @@ class Engine:
             max_batch,
             tree_slots,
             shares=shares_prefixes and target.reread_length is None,
-            adopt=self._adopt,
+            adopt=_weakly(self._adopt),  # an engine goes, with its cache, when nobody has it
         )
         self._follows = True  # whether the drafter heard of the last text
         self._ids = count()
@@ -644,3 +645,15 @@ def _useful(request: Request) -> int:
     """Levels of drafts that a request could keep."""
     most = request.remaining - 1
     return most if request.max_draft is None else min(most, request.max_draft)
+
+
+def _weakly(method: Callable[[Request], int]) -> Callable[[Request], int]:
+    """A method that does not keep its object."""
+    reference = WeakMethod(method)
+
+    def call(request: Request) -> int:
+        held = reference()
+        assert held is not None, "who plans steps is the engine's own"
+        return held(request)
+
+    return call
