@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import shutil
 
 import openai
 import pytest
 import torch
 
 from helpers.browser import CHROMIUM, Page
-from helpers.served import Served
+from helpers.served import Served, chat_model
 from inferlab import SpeculativePipeline
-from inferlab.models.assets import BUNDLED
 
 pytestmark = pytest.mark.network
 
-TEMPLATE = (
-    "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-)
 PROMPT = "class Stack:"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The bundled target with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
-    shutil.copytree(BUNDLED["inferlab/tiny"], folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")

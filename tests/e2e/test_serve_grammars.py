@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
-import shutil
 import time
 
 import jsonschema
@@ -13,9 +12,8 @@ import openai
 import pydantic
 import pytest
 
-from helpers.served import Served
+from helpers.served import Served, chat_model
 from inferlab import SpeculativePipeline
-from inferlab.models.assets import BUNDLED
 from inferlab.specdec.grammar import Grammar
 
 pytestmark = pytest.mark.network
@@ -40,11 +38,7 @@ HELD = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The bundled target with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
-    shutil.copytree(BUNDLED["inferlab/tiny"], folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tmp_path_factory.mktemp("chat"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")

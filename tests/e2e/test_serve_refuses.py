@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import gzip
 import json
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -14,23 +13,19 @@ import httpx
 import pytest
 
 from helpers import raw_http
-from helpers.served import Served
-from inferlab.models.assets import BUNDLED
+from helpers.served import Served, chat_model
 
 pytestmark = pytest.mark.network
 
 CHAT = "/v1/chat/completions"
 PATHS = (raw_http.COMPLETIONS, CHAT)
-TEMPLATE = "{% for m in messages %}# {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 JSON = {"content-type": "application/json"}
 MAX_BODY = 4 * 2**20
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat") / "tiny"
-    shutil.copytree(BUNDLED["inferlab/tiny"], folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    folder = chat_model(tmp_path_factory.mktemp("chat"))
     with Served("--base-model", str(folder), "--served-model-name", "tiny") as served:
         yield served
 

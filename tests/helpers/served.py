@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,18 @@ from typing import Any
 
 import httpx
 
+from inferlab.models.assets import BUNDLED
+
+TEMPLATE = "{% for m in messages %}# {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 START_LIMIT_S = 120
+
+
+def chat_model(folder: Path, template: str = TEMPLATE) -> Path:
+    """The bundled target with a chat template, in a directory of its own under ``folder``."""
+    made = folder / "tiny-chat"
+    shutil.copytree(BUNDLED["inferlab/tiny"], made)
+    (made / "chat_template.jinja").write_text(template)
+    return made
 
 
 class Served:

@@ -29,40 +29,37 @@ class Metrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(name, text, ("model_name", *labels), registry=self.registry)
 
+        def total(name: str, text: str) -> Counter:
+            return counter(name, text).labels(model)
+
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             made = Histogram(name, text, ("model_name",), registry=self.registry, buckets=buckets)
             return made.labels(model)
 
         self._model = model
-        self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens.").labels(model)
-        self._new_tokens = counter("vllm:generation_tokens", "New tokens.").labels(model)
-        self._queried = counter(
+        self._prompt_tokens = total("vllm:prompt_tokens", "Prompt tokens.")
+        self._new_tokens = total("vllm:generation_tokens", "New tokens.")
+        self._queried = total(
             "vllm:prefix_cache_queries", "Prompt tokens that could have been there already."
-        ).labels(model)
-        self._found = counter(
-            "vllm:prefix_cache_hits", "Prompt tokens that were there already."
-        ).labels(model)
-        self._preemptions = counter(
+        )
+        self._found = total("vllm:prefix_cache_hits", "Prompt tokens that were there already.")
+        self._preemptions = total(
             "vllm:num_preemptions", "Times that a request lost its pages and was read anew."
-        ).labels(model)
+        )
         self._ended = counter(
             "vllm:request_success", "Requests that ended, by reason.", ("finished_reason",)
         )
-        self._steps = counter(
+        self._steps = total(
             "inferlab:steps", "Verification steps of requests, plain ones among them."
-        ).labels(model)
-        self._drafts = counter(
-            "vllm:spec_decode_num_drafts", "Steps in which something was drafted."
-        ).labels(model)
-        self._drafted = counter(
-            "vllm:spec_decode_num_draft_tokens", "Draft tokens along one path."
-        ).labels(model)
-        self._nodes = counter(
+        )
+        self._drafts = total("vllm:spec_decode_num_drafts", "Steps in which something was drafted.")
+        self._drafted = total("vllm:spec_decode_num_draft_tokens", "Draft tokens along one path.")
+        self._nodes = total(
             "inferlab:spec_decode_num_draft_nodes", "Draft tokens, all branches of trees."
-        ).labels(model)
-        self._accepted = counter(
+        )
+        self._accepted = total(
             "vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted."
-        ).labels(model)
+        )
         self._accepted_at = counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Accepted draft tokens by position.",

@@ -227,7 +227,7 @@ class Service:
             )
         for prompt in prompts:
             self._check_room(prompt, given["max_tokens"])
-        requests = await self._held_to_grammar(prompts, given, body, count)
+        requests = await self._of_all_prompts(prompts, given, body, count)
         for request in requests:
             request.predicted = predicted
         return Call(self.engine, self._waker, requests, bool(body.stream))
@@ -247,7 +247,7 @@ class Service:
         prompt = NewText(self._decode, request.prompt)
         return TextStream(prompt, request.params.stop, self._unsettled)
 
-    async def _held_to_grammar(
+    async def _of_all_prompts(
         self,
         prompts: Sequence[list[int]],
         given: dict[str, Any],
