@@ -63,7 +63,7 @@ Decision Planner::choose(Outlook outlook) {
     decision.gives_up = heard * times_.keeping_up(outlook.size()) > account_.may_lose(true);
     return decision;
   }
-  if (is_due(outlook.size())) return not_drafted(1);
+  if (is_due(outlook.size())) return not_drafted(promised_ < kPlainly ? kPlainRow : 1);
   Decision decision{plan->rung, 1, false, plan->members,
                     known_.asks && !prospects_->acceptance.chances().empty()};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));
@@ -143,11 +143,21 @@ void Planner::rested(int size, const std::vector<double>& ms, bool heard) {
     if (!std::isfinite(of_one)) continue;
     account_.passed(of_one);
     account_.ms -= hearing;
-    times_.verified(size, size, of_one - hearing);
+    time_plain(size, of_one - hearing);
   }
 }
 
-// Whether a plain step is to be timed, although drafting pays.
+// Of steps behind one that drafted, which plain ones take no more than, but perhaps less: it leaves
+// little of the target in the caches, and others do meanwhile what it brought them to do.
+void Planner::time_plain(int size, double ms) {
+  if (plain_in_a_row_++ < kSettled) {
+    times_.verified_beside(size, ms);
+  } else {
+    times_.verified(size, size, ms);
+  }
+}
+
+// Whether plain steps are to be timed, although drafting pays.
 bool Planner::is_due(int size) {
   Timed& timed =
       timed_.try_emplace(doublings(size), Timed{measured_ ? kPlainFirst : 1}).first->second;
@@ -314,10 +324,13 @@ double Planner::observe(const Step& step) {
   }
   // Where a drafter read texts first, all else of the step was slow as well. And of a step that
   // asked in vain plain ones take no more, but perhaps less.
-  if (!step.caught_up && in_vain) {
+  if (rows > step.size || step.caught_up) {
+    plain_in_a_row_ = 0;
+    if (!step.caught_up) times_.verified(step.size, rows, verify_ms);
+  } else if (in_vain) {
     times_.verified_beside(step.size, verify_ms);
-  } else if (!step.caught_up) {
-    times_.verified(step.size, rows, verify_ms);
+  } else {
+    time_plain(step.size, verify_ms);
   }
   if (now) {
     // What such steps take, as far as that is known by now: one may be slow by chance.

@@ -131,8 +131,11 @@ class Planner : public Judge {
                                              // model
   static constexpr int kReady = 16;  // tokens that a drafter catches up with in a usual step
   static constexpr int kSleep = 32;  // steps without drafts that are decided on at once, at most
-  static constexpr int kPlainFirst = 8;   // drafted steps until a plain one is timed; then four
-  static constexpr int kPlainLast = 256;  // times as many, up to so many more
+  static constexpr int kPlainFirst = 8;    // drafted steps until plain ones are timed; then four
+  static constexpr int kPlainLast = 256;   // times as many, up to so many more
+  static constexpr int kSettled = 2;       // plain steps in a row until they are as fast as ever:
+  static constexpr int kPlainRow = 4;      // so many are timed, but one where drafting promises
+  static constexpr double kPlainly = 1.5;  // more than so many times the plain rate
 
   struct Timed {  // when the next plain step is due, in steps that were to draft
     int due;
@@ -143,6 +146,7 @@ class Planner : public Judge {
   std::optional<Plan> look(const Outlook& outlook);
   static Decision not_drafted(int steps);
   bool is_due(int size);
+  void time_plain(int size, double ms);
   std::vector<int> members_of(const Outlook& outlook, int& reading, int& wait);
   int smallest_worth_trying(const Rates& found) const;
   int smallest_that_pays(const Rates& found) const;
@@ -172,6 +176,7 @@ class Planner : public Judge {
   int in_vain_ = 0;             // steps in a row that found nothing,
   int rest_ = 0;                // and so many to rest
   int asleep_ = 0;              // steps until the account might cover a try
+  int plain_in_a_row_ = 0;      // steps, up to the last one
   double promised_ = 1;
   double hope_ = 1;  // of the last look, see `Rates`
 };

@@ -87,15 +87,39 @@ def test_a_stream_is_held_to_it_too(client):
     jsonschema.validate(json.loads(whole.message.content), SCHEMA)
 
 
-def test_a_pydantic_model_is_parsed(client):
-    class Point(pydantic.BaseModel):
-        x: int = pydantic.Field(ge=0, le=9)
-        name: str = pydantic.Field(max_length=5)
+class Point(pydantic.BaseModel):
+    x: int = pydantic.Field(ge=0, le=9)
+    name: str = pydantic.Field(max_length=5)
 
+
+def test_a_pydantic_model_is_parsed(client):
     answer = client.chat.completions.parse(
         model="tiny", messages=MESSAGES, response_format=Point, seed=1, max_tokens=200
     )
     assert isinstance(answer.choices[0].message.parsed, Point)
+
+
+def test_a_response_is_held_to_it_too(client):
+    held = {"type": "json_schema", "name": "data", "schema": SCHEMA, "strict": True}
+    asked = dict(model="tiny", input=MESSAGES, max_output_tokens=90, temperature=0.0)
+    answer = client.responses.create(text={"format": held}, **asked)
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, response_format=HELD, max_tokens=90, temperature=0.0
+    )
+    assert answer.output_text == chat.choices[0].message.content
+    assert answer.text.format.to_dict() == held
+    with client.responses.stream(text={"format": held}, **asked) as stream:
+        assert stream.get_final_response().output_text == answer.output_text
+    parsed = client.responses.parse(
+        model="tiny", input=MESSAGES, text_format=Point, extra_body={"seed": 1}
+    )
+    assert isinstance(parsed.output_parsed, Point)
+    free = client.responses.create(text={"format": {"type": "json_object"}}, **asked)
+    assert free.output_text.startswith("{")
+    with pytest.raises(openai.BadRequestError, match=r"text.*response_format"):
+        client.responses.create(
+            text={"format": held}, extra_body={"response_format": {"type": "json_object"}}, **asked
+        )
 
 
 def test_text_and_any_object(client):

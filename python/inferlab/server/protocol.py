@@ -209,15 +209,8 @@ class RequestFields(ApiModel):
         Raises:
             GrammarError: it is no grammar, or there are several. Begins with the field's name.
         """
-        makers: dict[str, Callable[[Any], Grammar | None]] = {
-            "response_format": ResponseFormat.grammar,
-            "structured_outputs": StructuredOutputs.grammar,
-            "guided_json": Grammar.json_schema,
-            "guided_regex": Grammar.regex,
-            "guided_choice": Grammar.choice,
-        }
         found: list[tuple[str, Grammar]] = []
-        for name, make in makers.items():
+        for name, make in self._grammar_fields().items():
             value = getattr(self, name)
             try:
                 grammar = None if value is None else make(value)
@@ -229,6 +222,16 @@ class RequestFields(ApiModel):
             (first, _), (second, _) = found[:2]
             raise GrammarError(f"{second}: {first} is given, too; an answer has one grammar")
         return found[0] if found else None
+
+    def _grammar_fields(self) -> dict[str, Callable[[Any], Grammar | None]]:
+        """Fields that may hold an answer to a grammar, and what makes one of their values."""
+        return {
+            "response_format": ResponseFormat.grammar,
+            "structured_outputs": StructuredOutputs.grammar,
+            "guided_json": Grammar.json_schema,
+            "guided_regex": Grammar.regex,
+            "guided_choice": Grammar.choice,
+        }
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of `SpeculativePipeline.request` that were given, but the seed."""

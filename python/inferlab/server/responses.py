@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
@@ -17,9 +17,11 @@ from inferlab.server.protocol import (
     MAX_TOKENS,
     ApiModel,
     ChatMessage,
+    JsonSchemaFormat,
     RequestFields,
     Unused,
 )
+from inferlab.specdec.grammar import Grammar
 from inferlab.specdec.text import TextStream
 
 
@@ -31,16 +33,32 @@ class InputMessage(ChatMessage):
     status: Unused = None
 
 
-class PlainText(ApiModel):
+class AnyText(ApiModel):
+    """A format: texts of any kind, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+    def grammar(self) -> Grammar | None:
+        return Grammar.json_object() if self.type == "json_object" else None
+
+
+class JsonText(JsonSchemaFormat):
+    """A format: JSON of a schema, which is written beside its type here."""
+
+    type: Literal["json_schema"]
+
+    def grammar(self) -> Grammar:
+        return Grammar.json_schema(self.schema_)
+
+
+class TextFields(ApiModel):
     """``text`` of a request: how its answer is written."""
 
-    class Format(ApiModel):
-        """Any text."""
-
-        type: Literal["text"] = "text"
-
-    format: Format | None = None
+    format: Annotated[AnyText | JsonText, Field(discriminator="type")] | None = None
     verbosity: Literal["medium"] | None = None
+
+    def grammar(self) -> Grammar | None:
+        return None if self.format is None else self.format.grammar()
 
 
 class ResponsesRequest(RequestFields):
@@ -49,7 +67,7 @@ class ResponsesRequest(RequestFields):
     input: str | Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    text: PlainText | None = None
+    text: TextFields | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Unused = None
@@ -62,6 +80,9 @@ class ResponsesRequest(RequestFields):
 
     def num_logprobs(self) -> int | None:
         return None
+
+    def _grammar_fields(self) -> dict[str, Callable[[Any], Grammar | None]]:
+        return {**super()._grammar_fields(), "text": TextFields.grammar}
 
     def sampling(self) -> dict[str, Any]:
         given = super().sampling()
@@ -97,6 +118,7 @@ class ResponseAnswer:
         self._tells_speculation = body.speculation is not None and body.speculation.stats
         self._item = "msg_" + uuid.uuid4().hex
         params = self._request.params
+        written = (body.text and body.text.format) or AnyText(type="text")
         self._head: Json = {
             "id": "resp_" + uuid.uuid4().hex,
             "object": "response",
@@ -111,7 +133,7 @@ class ResponseAnswer:
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": written.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": "auto",
             "tools": [],
             "top_p": params.top_p,
