@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Served:
     Args:
         flags: of `inferlab serve`.
         before: called in the process before it becomes the server.
+        within: a command that runs the server's.
         start_limit_s: how long it may take to start.
     """
 
@@ -48,20 +49,26 @@ class Served:
         self,
         *flags: str,
         before: Callable[[], None] | None = None,
+        within: Sequence[str] = (),
         start_limit_s: float = START_LIMIT_S,
     ) -> None:
         self._flags = flags
         self._before = before
+        self._within = within
         self._start_limit_s = start_limit_s
 
     def __enter__(self) -> Served:
         self._folder = tempfile.TemporaryDirectory(prefix="inferlab-served-")
         self.log = Path(self._folder.name) / "log"
-        words = [sys.executable, "-m", "inferlab", "serve", "--port", "0", *self._flags]
+        words = [*self._within, sys.executable, "-m", "inferlab", "serve", "--port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                words, stderr=log, stdout=log, env=environment, preexec_fn=self._before
+                [*words, *self._flags],
+                stderr=log,
+                stdout=log,
+                env=environment,
+                preexec_fn=self._before,
             )
         self.url = self._address()
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)

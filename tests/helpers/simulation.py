@@ -26,6 +26,7 @@ class World:
         examines: a drafter that is ``sure`` says, when it has read a text, how often it would have
             been right.
         noise: of every step's time, at most.
+        behind: how many times as long a plain step takes right behind one that drafted.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class World:
         reading_ms: float = 0.0,
         examines: bool = False,
         noise: float = 0.1,
+        behind: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.plain_ms, self.row_ms, self.draft_ms = plain_ms, row_ms, draft_ms
         self.acceptance = acceptance
         self.flat, self.sure, self.reading_ms, self.noise = flat, sure, reading_ms, noise
+        self.behind, self._drafted = behind, False
         self.random = random.Random(seed)
         self.known = UNKNOWN
         if sure:
@@ -135,7 +138,9 @@ class World:
         rows = len(at) + sum(counts)
         factor = self.random.uniform(1 - self.noise, 1 + self.noise)
         draft_ms = factor * (levels * self.draft_ms + len(read) * self.reading_ms)
-        ms = factor * self.verify_ms(rows) + draft_ms
+        slow = self.behind if self._drafted and not levels else 1.0
+        self._drafted = levels > 0
+        ms = factor * slow * self.verify_ms(rows) + draft_ms
         for i in read:
             unread[at[i]] = 0
         self.elapsed_ms += ms

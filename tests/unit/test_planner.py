@@ -105,6 +105,18 @@ def test_drafting_stops_when_drafts_become_dear():
     assert sum(world.chosen[-200:]) == 0
 
 
+def test_plain_steps_are_not_judged_by_those_behind_drafts():
+    """These take longer than plain ones among themselves; by them drafting seems to pay."""
+    world = World(acceptance=0.7, behind=1.5)
+    controller = CostController(8, world.costs())
+    world.run(controller, 400)
+    assert world.chosen[-1] > 0
+    world.draft_ms *= 8
+    assert world.best_rate(1) == world.rate(0, 1)
+    assert against_plain(world, controller, 2000, 1) > 0.97
+    assert sum(map(bool, world.chosen[-500:])) < 50
+
+
 def test_texts_of_mixed_difficulty_get_drafts_of_their_own():
     world = World(acceptance=[0.95, 0.05], sure=True, draft_ms=0.2, row_ms=0.5, flat=1)
     controller = CostController(8, world.costs())
