@@ -228,6 +228,31 @@ def test_a_ticket_is_open_until_its_last_emission_is_there():
     assert (seen, ticket.open) == ([1], 0)
 
 
+def test_owners_are_woken_when_the_target_is_about_to_compute():
+    """Woken earlier, they would take the interpreter from a step that needs it."""
+    pipeline = make_pipeline(draft_mode="none")
+    heard = []
+    ended = threading.Event()
+    forward = pipeline.engine.target.forward
+
+    def noted(*args):
+        heard.append("forward")
+        return forward(*args)
+
+    def wake():
+        heard.append("wake")
+        if ticket.open == 0:
+            ended.set()
+
+    pipeline.engine.target.forward = noted
+    request = pipeline.request(list(PROMPTS[0]), max_tokens=8, ignore_eos=True)
+    ticket = Ticket([request], wake, streams=True)
+    with running(pipeline) as engine:
+        engine.submit(ticket)
+        assert ended.wait(LIMIT_S)
+    assert heard == ["forward"] + ["wake", "forward"] * 7 + ["wake"]
+
+
 def test_aborted_requests_leave_and_the_others_go_on():
     pipeline = make_pipeline()
     with running(pipeline) as engine:

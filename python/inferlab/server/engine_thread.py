@@ -53,12 +53,11 @@ class Ticket:
         self.wake = wake
         self.open = len(self.requests)
 
-    def put(self, emission: Emission) -> None:
-        """Takes what a request got, and wakes the owner where that is of interest."""
+    def put(self, emission: Emission) -> bool:
+        """Takes what a request got; whether that is of interest to the owner."""
         self.inbox.append(emission)
         self.open -= emission.finished  # behind it: who sees that none is open sees all they got
-        if self.streams or self.open == 0:
-            self.wake()
+        return self.streams or self.open == 0
 
 
 class EngineThread:
@@ -92,6 +91,8 @@ class EngineThread:
         self._stopping = False
         self._failure: str | None = None
         self._suspects: dict[Request, int] = {}  # steps until each is trusted again
+        self._told: list[Ticket] = []  # whose owners are to be woken
+        engine.before_forward = self._wake_owners
         self._thread = threading.Thread(target=self._run, name="inferlab-engine", daemon=True)
 
     def start(self) -> None:
@@ -183,13 +184,18 @@ class EngineThread:
         try:
             use_threads_that_exist()
             while self._wait():
-                self._deliver(self._step())
+                emissions = self._step()
+                self._wake_owners()  # of the step before, where this one had no forward
+                self._deliver(emissions)
         except BaseException as error:  # also what is no Exception: nothing may hang
             log.exception("the engine has broken down")
             self._die(error)
+        self._wake_owners()
 
     def _wait(self) -> bool:
         """Takes in what there is to do; False at the end of all."""
+        if not self._engine.scheduler.has_work:
+            self._wake_owners()
         with self._changed:
             while not (
                 self._new or self._ended or self._stopping or self._engine.scheduler.has_work
@@ -305,7 +311,13 @@ class EngineThread:
                     self._on_finish(request)
                 except Exception:
                     log.exception("the end of a request could not be noted")
-            ticket.put(emission)
+            if ticket.put(emission):
+                self._told.append(ticket)
+
+    def _wake_owners(self) -> None:
+        told, self._told = self._told, []
+        for ticket in told:
+            ticket.wake()
 
     def _die(self, error: BaseException) -> None:
         with self._changed:

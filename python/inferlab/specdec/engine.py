@@ -11,7 +11,7 @@ from weakref import WeakMethod
 import torch
 
 from inferlab.errors import Interrupted
-from inferlab.models import ForwardOutput, KVCache, TargetModel, allowed_vocab
+from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel, allowed_vocab
 from inferlab.scheduler import Chunk, PageAllocator, Plan, Request, Scheduler
 from inferlab.specdec import constrained, step
 from inferlab.specdec.batch import Batch
@@ -55,6 +55,10 @@ class Engine:
         recorder: keeps what each step did, to be replayed.
         shares_prefixes: texts that begin alike share K/V pages, of texts that have ended as well.
             Weights must not be changed meanwhile.
+
+    Attributes:
+        before_forward: called when the target is about to compute, and others may have the
+            interpreter: the moment to wake them.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Engine:
         self.controller = controller
         self.drafter = drafter
         self.clock = step.Clock()
+        self.before_forward: Callable[[], None] | None = None
         tree_slots = drafter.max_nodes if drafter is not None else 1
         self._ladder = drafter.ladder() if drafter is not None else ()
         # Where a text's length changes how it is read, its beginning is not that of a longer one.
@@ -301,7 +306,7 @@ class Engine:
             chunks = [*chunks, *(Chunk(r, r.num_cached, r.num_cached, True) for r in riding)]
         reading = Reading(chunks, self.target.device)
         layers = drafter.feature_layers if drafter is not None else ()
-        output = self.target.forward(reading.batch, self.cache, layers)
+        output = self._forward(reading.batch, layers)
         for chunk in plan.chunks:
             chunk.request.num_cached = chunk.stop
             chunk.request.stats.prefill_forwards += not chunk.root  # else it is a step's
@@ -314,6 +319,13 @@ class Engine:
             grammars = Constrained.of(batch, tree)
             self._conclude(batch, tree, reading.at_roots(output), drafter, grammars=grammars)
         return bool(riding)
+
+    def _forward(self, rows: ForwardBatch, layers: tuple[int, ...]) -> ForwardOutput:
+        """The target's logits, and the hidden states that the drafter needs; K/V of all rows goes
+        behind the committed."""
+        if self.before_forward is not None:
+            self.before_forward()
+        return self.target.forward(rows, self.cache, layers)
 
     def _may_ride(self, plan: Plan, told: bool) -> bool:
         """Whether those that decode take part in the forward that reads. Where rows are packed they
@@ -388,7 +400,7 @@ class Engine:
         if grammars is not None and grammars.cut(self.policy) and members is not None:
             own.cut([tree.node_counts[place] for place in members.places])
         layers = drafter.feature_layers if drafter is not None else ()
-        output = step.forward(self.target, self.cache, batch, tree, layers)
+        output = self._forward(step.rows_of(self.target, batch, tree), layers)
         spent += draft_ms + self.clock.lap("verify")
         outcomes, after = self._conclude(
             batch, tree, output, drafter, members, own, choice.budget, lagging, grammars

@@ -51,15 +51,8 @@ class Clock:
         return (time.perf_counter() - self._mark) * 1e3
 
 
-def forward(
-    target: TargetModel,
-    cache: KVCache,
-    batch: Batch,
-    tree: DraftTree,
-    feature_layers: tuple[int, ...] = (),
-) -> ForwardOutput:
-    """The target's logits at every node, [B, N, V], and the hidden states that the drafter needs;
-    K/V of all nodes goes behind the committed."""
+def rows_of(target: TargetModel, batch: Batch, tree: DraftTree) -> ForwardBatch:
+    """The nodes of a batch's trees as rows of the target's forward."""
     depth = tree.links.depth
     positions = batch.seq_lens[:, None] + depth
     limit = target.context_length
@@ -67,17 +60,13 @@ def forward(
         # Nodes that a sequence near its end can not keep anyway, and padding (depth -1).
         positions = positions.clamp(0, limit - 1)
     num_nodes = upload(tree.node_counts, np.int32, batch.device) if tree.is_ragged else None
-    return target.forward(
-        ForwardBatch(
-            tokens=tree.tokens.to(torch.int64),
-            positions=positions.to(torch.int64),
-            seq_lens=batch.seq_lens,
-            block_table=batch.block_table,
-            ancestors=None if tree.is_chain else tree.links.ancestors,
-            num_nodes=num_nodes,
-        ),
-        cache,
-        feature_layers,
+    return ForwardBatch(
+        tokens=tree.tokens.to(torch.int64),
+        positions=positions.to(torch.int64),
+        seq_lens=batch.seq_lens,
+        block_table=batch.block_table,
+        ancestors=None if tree.is_chain else tree.links.ancestors,
+        num_nodes=num_nodes,
     )
 
 
