@@ -12,11 +12,11 @@ import pytest
 from helpers.recordings import record
 from inferlab import SpeculativePipeline, cli
 from inferlab.errors import UsageError
+from inferlab.lengths import Lengths
 from inferlab.scheduler import PageAllocator, Request, Scheduler
 from inferlab.simulation.acceptance import Chances, Recorded
 from inferlab.simulation.clock import simulate
 from inferlab.simulation.drafting import Drafting
-from inferlab.lengths import Lengths
 from inferlab.simulation.load import Arrivals, Load, Requests
 from inferlab.simulation.planning import cases, enough, row_of
 from inferlab.simulation.prices import NO_OVERHEAD, Overhead, Prices

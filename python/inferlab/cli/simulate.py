@@ -15,11 +15,11 @@ from inferlab.cli.parser import EXIT_OK
 from inferlab.cli.terminal import clean_stdout, progress, show_line
 from inferlab.config import MAX_DRAFT, SpecdecConfig, choices, load_config
 from inferlab.errors import UsageError
+from inferlab.lengths import FORMS, Lengths
 from inferlab.output import print_json
 from inferlab.prompts import read_prompts
 from inferlab.simulation.acceptance import Acceptance, Chances
 from inferlab.simulation.clock import MODELS, simulate
-from inferlab.lengths import FORMS, Lengths
 from inferlab.simulation.load import ARRIVALS, USUAL_OUTPUTS, USUAL_PROMPTS, Arrivals, Load, Text
 from inferlab.simulation.planning import Enough, Row, cases, enough, row_of
 from inferlab.simulation.prices import Overhead, Prices

@@ -102,8 +102,8 @@ def read_conversations(
     conversations = in_order(itertools.islice(made, limit))
     if not conversations:
         raise UsageError(
-            f"{path}: holds no conversations; give JSON objects, a line of text for each prompt, or "
-            "a trace"
+            f"{path}: holds no conversations; give JSON objects, a line of text for each prompt, "
+            "or a trace"
         )
     return conversations
 
@@ -130,11 +130,15 @@ def _of_json(
 
 
 def _entries(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a list or of lines, with their places."""
-    if not text.lstrip().startswith("["):
-        for where, line in numbered_lines(text, path):
-            yield where, object_of(parse_json(line, where), where, line, _KEYS)
+    """The objects of lines, or of a list, with their places."""
+    if text.lstrip().startswith("["):
+        yield from _listed(text, path)
         return
+    for where, line in numbered_lines(text, path):
+        yield where, object_of(parse_json(line, where), where, line, _KEYS)
+
+
+def _listed(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     decoder = json.JSONDecoder()
     at, line = 0, 1
 

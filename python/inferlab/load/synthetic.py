@@ -153,8 +153,8 @@ class Writer:
                 break
             self._words = kept
         raise UsageError(
-            f"{self._name}: its words change when they stand behind one another, so that no text of "
-            "an asked length can be made; give real prompts"
+            f"{self._name}: its words change when they stand behind one another, so that no text "
+            "of an asked length can be made; give real prompts"
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
