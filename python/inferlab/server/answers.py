@@ -55,18 +55,20 @@ def usage_of(requests: Sequence[Request], choices: int) -> Json:
 
 
 def speculation_of(requests: Sequence[Request]) -> Json:
-    """What drafting came to, under vLLM's names; entry j of the histogram counts the steps with
-    drafts of which j were accepted."""
+    """What drafting came to, under vLLM's names and with their meaning: of the steps with drafts
+    alone, and entry j of the histogram counts those of which j were accepted."""
     stats = SpeculationStats()
     for request in requests:
         stats.add(request.stats)
-    at_least = [stats.offered_at[0] if stats.offered_at else 0, *stats.accepted_at, 0]
+    drafts = stats.offered_at[0] if stats.offered_at else 0
+    at_least = [drafts, *stats.accepted_at, 0]
     return {
-        "mean_acceptance_length": stats.mean_accepted_length,
+        "mean_acceptance_length": 1 + stats.accepted / drafts if drafts else 1.0,
         "draft_acceptance_rate": stats.acceptance_rate,
         "acceptance_histogram": [a - b for a, b in itertools.pairwise(at_least)],
-        "num_spec_steps": at_least[0],
+        "num_spec_steps": drafts,
         "num_steps": stats.steps,
+        "tokens_per_step": stats.mean_accepted_length,
         "num_accepted_draft_tokens": stats.accepted,
         "num_draft_tokens": stats.proposed,
         "num_draft_nodes": stats.draft_nodes,
@@ -161,6 +163,7 @@ class Extras:
 
     Attributes:
         usage: whether a stream ends with it; whole answers always have it.
+        usage_so_far: whether its chunks have that of their choice.
         names: of tokens, where something is told of each.
         logprobs: whether their log-probabilities are.
         tokens: whether how they came is, in a stream.
@@ -168,6 +171,7 @@ class Extras:
     """
 
     usage: bool = False
+    usage_so_far: bool = False
     names: TokenNames | None = None
     logprobs: bool = False
     tokens: bool = False
@@ -181,6 +185,7 @@ class Growing:
         self.text = text
         self.before = before
         self.begun = False
+        self.came = 0
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.offset = len(before)
@@ -280,6 +285,7 @@ class Answer:
         request = emission.request
         logprobs = None
         names = self._extras.names
+        growing.came += len(emission.tokens)
         if self._extras.logprobs:
             growing.tokens += emission.tokens
             growing.logprobs += emission.logprobs
@@ -329,8 +335,16 @@ class Answer:
             choice["tokens"] = came
         chunk = self._chunk_head | {"choices": [choice]}
         if self._extras.usage:
-            chunk["usage"] = None
+            chunk["usage"] = self._usage_so_far(index) if self._extras.usage_so_far else None
         return write_event(chunk)
+
+    def _usage_so_far(self, index: int) -> Json:
+        prompt, came = len(self._call.requests[index].prompt), self._growing[index].came
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": came,
+            "total_tokens": prompt + came,
+        }
 
 
 class Streamed(Protocol):
