@@ -41,6 +41,7 @@ class InLoad:
     Attributes:
         scheduled_at: Unix time in seconds at which it was to be sent: by the arrivals, or, for a
             later turn and in a closed loop, when what it waited for had ended.
+        sent_at: when its first try was sent; ``started_at`` is of the last one.
         conversation, turn: which of the load's conversations, and which turn of it, from 0.
         process: which client process sent it.
         failure: the class of ``error``, a key of `inferlab.load.failures.FAILURES`.
@@ -56,6 +57,7 @@ class InLoad:
     """
 
     scheduled_at: float
+    sent_at: float
     conversation: int
     turn: int
     category: str | None = None

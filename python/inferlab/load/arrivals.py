@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Literal
 
 import numpy as np
@@ -67,7 +67,7 @@ class Arrivals:
 
 
 def ramp_time(count: float, rate: float, end: float, over_s: float) -> float:
-    """When ``count`` arrivals have come, where the rate goes from ``rate`` to ``end`` in ``over_s``.
+    """When ``count`` have come, where the rate goes from ``rate`` to ``end`` in ``over_s``.
 
     Until then ``n(t) = rate t + (end - rate) t**2 / (2 over_s)``, solved for t; from then on the
     rate stays.
@@ -109,6 +109,6 @@ def _positive(name: str, value: float | None) -> float:
 
 
 def _ascending(times: Sequence[float]) -> Sequence[float]:
-    if any(later < sooner for sooner, later in zip(times, times[1:], strict=False)):
+    if any(later < sooner for sooner, later in pairwise(times)):
         raise ValueError("at_s must ascend: a trace is sent in the order of its times")
     return times

@@ -1,5 +1,4 @@
-"""What a load is: whom it asks, what, how, and when; plain data that goes to every client process.
-"""
+"""What a load is: whom it asks, what, how, and when; plain data for every client process."""
 
 from __future__ import annotations
 
@@ -90,3 +89,9 @@ class LoadPlan:
     duration_s: float | None = None
     concurrency: int | None = None
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.conversations:
+            raise ValueError("conversations is empty; there must be at least one")
+        if self.count is None and self.duration_s is None:
+            raise ValueError("count and duration_s are None; one of them must end the load")

@@ -36,14 +36,9 @@ class Clock:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a load a client process is: every ``of``-th conversation from ``index`` on.
-
-    Attributes:
-        start_ns: when the load begins, ``time.perf_counter_ns()``; the same for all processes.
-    """
+    """Which part of a load a client process is: every ``of``-th conversation from ``index`` on."""
 
     clock: Clock
-    start_ns: int
     index: int = 0
     of: int = 1
 
@@ -118,6 +113,7 @@ def request_record(
             elapsed_ms=(attempt.ended_ns - place.first_ns) / 1e6,
             load=InLoad(
                 scheduled_at=part.clock.unix(place.scheduled_ns),
+                sent_at=part.clock.unix(place.first_ns),
                 conversation=place.number,
                 turn=place.turn,
                 category=place.conversation.category,

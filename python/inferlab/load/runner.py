@@ -10,11 +10,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 from inferlab.load.arrivals import shard
 from inferlab.load.failures import RequestFailure
 from inferlab.load.plan import LoadPlan
-from inferlab.load.results import Clock, Place, Shard, request_record
+from inferlab.load.results import Place, Shard, request_record
 from inferlab.load.session import Attempt, LoadSession
 from inferlab.records import RequestRecord
 
@@ -30,11 +31,13 @@ class Ran:
     """What a client process did, beside the records that it gave away one by one.
 
     Attributes:
+        index: of the process.
         loop_lag_ms: how much later than asked the event loop woke a task, every 10 ms.
         interrupted: Ctrl-C ended it.
         cpu_s: processor time that it took.
     """
 
+    index: int
     loop_lag_ms: list[float] = field(default_factory=list)
     interrupted: bool = False
     cpu_s: float = 0.0
@@ -43,42 +46,40 @@ class Ran:
 Keep = Callable[[RequestRecord], None]
 
 
-def run_shard(plan: LoadPlan, part: Shard, keep: Keep) -> Ran:
+def run_shard(plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None = None) -> Ran:
     """Runs a part of a load to its end. Ctrl-C ends it: nothing more begins, and what is under way
     becomes records of the class "interrupted", with what came until then.
 
     Args:
         keep: called with each record as soon as its request has ended.
+        pipe: to whoever runs the whole: it is told when this part is ready, and tells the
+            ``time.perf_counter_ns()`` at which to begin, and None in place of Ctrl-C.
     """
-    return asyncio.run(_Runner(plan, part, keep).run())
+    return asyncio.run(_Runner(plan, part, keep, pipe).run())
 
 
 class _Runner:
-    def __init__(self, plan: LoadPlan, part: Shard, keep: Keep) -> None:
-        self._plan, self._part, self._keep = plan, part, keep
-        self._ran = Ran()
+    def __init__(self, plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None) -> None:
+        self._plan, self._part, self._keep, self._pipe = plan, part, keep, pipe
+        self._ran = Ran(part.index)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Ran:
         loop = asyncio.get_running_loop()
-        main = asyncio.current_task()
-        assert main is not None
-
-        def stop() -> None:
-            self._ran.interrupted = True
-            main.cancel()
-            with contextlib.suppress(ValueError):
-                loop.remove_signal_handler(signal.SIGINT)  # a second one ends the process
-
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(signal.SIGINT, stop)  # only the main thread can
+        self._begin: asyncio.Future[int] = loop.create_future()
+        self._main = asyncio.current_task()
+        if self._pipe is not None:
+            loop.add_reader(self._pipe.fileno(), self._told)
+        else:
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+                loop.add_signal_handler(signal.SIGINT, self._stop)  # only the main thread can
         cpu_s = time.process_time()
         async with LoadSession(self._plan.asking) as session:
             self._session = session
             lag = asyncio.ensure_future(self._sample_lag())
             try:
                 await self._warm_up()
-                await self._wait_until(self._part.start_ns)
+                await self._wait_until(await self._start())
                 if self._plan.arrivals.kind == "closed":
                     await self._closed()
                 else:
@@ -88,8 +89,38 @@ class _Runner:
                     raise
             finally:
                 await self._end(lag)
+        if self._pipe is not None:
+            loop.remove_reader(self._pipe.fileno())
         self._ran.cpu_s = time.process_time() - cpu_s
         return self._ran
+
+    def _stop(self) -> None:
+        if self._ran.interrupted:
+            raise KeyboardInterrupt
+        self._ran.interrupted = True
+        assert self._main is not None
+        self._main.cancel()
+
+    def _told(self) -> None:
+        assert self._pipe is not None
+        try:
+            start_ns = self._pipe.recv()
+        except EOFError:  # whoever would take the records has gone
+            start_ns = None
+            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
+        if start_ns is not None:
+            self._begin.set_result(start_ns)
+        elif not self._ran.interrupted:
+            self._stop()
+
+    async def _start(self) -> int:
+        """When the load begins."""
+        if self._pipe is None:
+            self._start_ns = time.perf_counter_ns()
+        else:
+            self._pipe.send("ready")
+            self._start_ns = await self._begin
+        return self._start_ns
 
     async def _end(self, lag: asyncio.Future[None]) -> None:
         """Cancels what runs; each request under way keeps what it has."""
@@ -112,7 +143,7 @@ class _Runner:
         numbers = self._numbers()
 
         async def user() -> None:
-            scheduled_ns = self._part.start_ns
+            scheduled_ns = self._start_ns
             for number in numbers:
                 if self._is_over(time.perf_counter_ns()):
                     return
@@ -133,7 +164,7 @@ class _Runner:
 
         times = shard(self._plan.arrivals.times(), part.index, part.of)
         for number, at_s in zip(self._numbers(), times, strict=False):
-            scheduled_ns = part.start_ns + int(at_s * 1e9)
+            scheduled_ns = self._start_ns + int(at_s * 1e9)
             if self._is_over(scheduled_ns):
                 break
             await self._wait_until(scheduled_ns)
@@ -151,7 +182,7 @@ class _Runner:
 
     def _is_over(self, at_ns: int) -> bool:
         duration_s = self._plan.duration_s
-        return duration_s is not None and at_ns - self._part.start_ns >= duration_s * 1e9
+        return duration_s is not None and at_ns - self._start_ns >= duration_s * 1e9
 
     async def _converse(self, number: int, scheduled_ns: int) -> int:
         """Sends the turns of a conversation; returns when it ended. A turn that fails ends it."""

@@ -119,16 +119,14 @@ class LoadSession:
             if response.status == 200:
                 await self._read(response, attempt, clock)
             else:
-                asked = asyncio.ensure_future(response.read())
-                await clock.wait(asked, attempt.reading)
+                refusal = asyncio.ensure_future(response.read())
+                await clock.wait(refusal, attempt.reading)
                 attempt.retry_after_s = parse_retry_after(response.headers.get("Retry-After"))
-                raise RequestFailure("http_status", _refusal(response, asked.result()))
+                raise RequestFailure("http_status", _refusal(response, refusal.result()))
         finally:
             response.close()  # nothing, where the body was read to its end
 
-    async def _read(
-        self, response: StampedResponse, attempt: Attempt, clock: _Deadlines
-    ) -> None:
+    async def _read(self, response: StampedResponse, attempt: Attempt, clock: _Deadlines) -> None:
         reading = attempt.reading
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -214,4 +212,3 @@ async def _connecting(_: Any, context: SimpleNamespace, __: Any) -> None:
 async def _connected(_: Any, context: SimpleNamespace, __: Any) -> None:
     attempt: Attempt = context.trace_request_ctx
     attempt.connect_ms = (time.perf_counter_ns() - context.begun_ns) / 1e6
-

@@ -129,4 +129,4 @@ class StampedConnector(aiohttp.TCPConnector):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._factory = functools.partial(StampedHandler, loop=self._loop)
+        self._factory: Any = functools.partial(StampedHandler, loop=self._loop)
