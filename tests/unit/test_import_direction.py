@@ -15,13 +15,13 @@ PACKAGE = Path(inferlab.__file__).resolve().parent
 # A room may use rooms of lower floors and itself; rooms of one floor do not know each other.
 FLOORS = (
     {"types", "records", "config", "config_file", "config_types", "draft_modes"}
-    | {"errors", "prompts", "output", "plots", "machine"},
+    | {"errors", "prompts", "lengths", "output", "plots", "machine"},
     {"_C"},
     {"kernels"},
     {"models", "scheduler"},
     {"specdec", "client"},
     {"baseline"},
-    {"server", "training"},
+    {"server", "training", "load"},
     {"benchmarks", "certify", "simulation"},
     {"doctor"},
     {"cli"},

@@ -12,11 +12,11 @@ import pytest
 from helpers.recordings import record
 from inferlab import SpeculativePipeline, cli
 from inferlab.errors import UsageError
+from inferlab.lengths import Lengths
 from inferlab.scheduler import PageAllocator, Request, Scheduler
 from inferlab.simulation.acceptance import Chances, Recorded
 from inferlab.simulation.clock import simulate
 from inferlab.simulation.drafting import Drafting
-from inferlab.simulation.lengths import Lengths
 from inferlab.simulation.load import Arrivals, Load, Requests
 from inferlab.simulation.planning import cases, enough, row_of
 from inferlab.simulation.prices import NO_OVERHEAD, Overhead, Prices
@@ -285,9 +285,10 @@ def test_overhead_is_added_where_it_says():
 
 def test_lengths():
     random = np.random.default_rng(0)
-    for text, mean in (("7", 7), ("10-20", 15), ("exp:40", 40), ("lognormal:50:0.5", 50 * 1.133)):
+    means = {"7": 7, "10-20": 15, "normal:90:20": 90, "exp:40": 40, "lognormal:50:0.5": 50 * 1.133}
+    for text, mean in means.items():
         assert Lengths.parse(text).draw(20_000, random).mean() == pytest.approx(mean, rel=0.03)
-    for text in ("", "0", "-3", "9-3", "exp:0", "lognormal:5", "x", "exp:nan", "9-inf"):
+    for text in ("", "0", "-3", "9-3", "exp:0", "lognormal:5", "normal:5", "x", "exp:nan", "9-inf"):
         with pytest.raises(UsageError, match="lengths"):
             Lengths.parse(text)
 

@@ -15,11 +15,11 @@ from inferlab.cli.parser import EXIT_OK
 from inferlab.cli.terminal import clean_stdout, progress, show_line
 from inferlab.config import MAX_DRAFT, SpecdecConfig, choices, load_config
 from inferlab.errors import UsageError
+from inferlab.lengths import FORMS, Lengths
 from inferlab.output import print_json
 from inferlab.prompts import read_prompts
 from inferlab.simulation.acceptance import Acceptance, Chances
 from inferlab.simulation.clock import MODELS, simulate
-from inferlab.simulation.lengths import FORMS, Lengths
 from inferlab.simulation.load import ARRIVALS, USUAL_OUTPUTS, USUAL_PROMPTS, Arrivals, Load, Text
 from inferlab.simulation.planning import Enough, Row, cases, enough, row_of
 from inferlab.simulation.prices import Overhead, Prices
@@ -366,12 +366,9 @@ def _load(args: argparse.Namespace, texts: tuple[Text, ...]) -> Load:
 
 
 def _token_counts(args: argparse.Namespace) -> list[int]:
-    from transformers import AutoTokenizer
+    from inferlab.models.loading import load_tokenizer
 
-    from inferlab.models import resolve_model_path
-
-    name = args.base_model or "inferlab/tiny"
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name))
+    tokenizer = load_tokenizer(args.base_model or "inferlab/tiny")
     return [len(tokenizer.encode(prompt.text)) for prompt in read_prompts(args.prompts)]
 
 

@@ -136,6 +136,17 @@ def load(
     return LoadedModel(model, tokenizer, notes)
 
 
+def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
+    """Loads a model's tokenizer alone, found as :func:`load` finds models; runs no code of it.
+
+    Raises:
+        FileNotFoundError: a directory that does not exist.
+        ModelLoadError: there is no usable tokenizer, or it is not to be had offline.
+    """
+    with _quiet_transformers():
+        return _load_tokenizer(str(name_or_path), resolve_model_path(name_or_path))
+
+
 def choose_device(
     device: str | torch.device, priority: Sequence[str] = DEVICE_PRIORITY
 ) -> torch.device:

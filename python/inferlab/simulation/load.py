@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from inferlab.errors import UsageError
-from inferlab.simulation.lengths import Lengths
+from inferlab.lengths import Lengths
 
 USUAL_PROMPTS, USUAL_OUTPUTS = Lengths("fixed", 128, 128), Lengths("fixed", 64, 64)
 ARRIVALS = ("poisson", "gamma", "constant")

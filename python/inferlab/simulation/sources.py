@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from inferlab.lengths import Lengths
 from inferlab.simulation.acceptance import Recorded
-from inferlab.simulation.lengths import Lengths
 from inferlab.simulation.load import Text
 from inferlab.simulation.prices import NO_OVERHEAD, Overhead, Prices
 from inferlab.specdec.costs import CostModel

@@ -9,7 +9,10 @@ import numpy as np
 
 from inferlab.errors import UsageError
 
-FORMS = "128, 64-256, exp:128 or lognormal:128:0.8 (its median and sigma)"
+FORMS = (
+    "128, 64-256, normal:128:32 (mean and standard deviation), exp:128 (mean) or lognormal:128:0.8 "
+    "(median and sigma)"
+)
 LONGEST = 1 << 20
 """Of a text, in tokens."""
 
@@ -19,9 +22,10 @@ class Lengths:
     """Where numbers of tokens are drawn from.
 
     Attributes:
-        kind: "fixed", "uniform", "exp", "lognormal" or "found".
-        first, second: of "uniform" the bounds, both possible; of "exp" the mean; of "lognormal" the
-            median and the sigma.
+        kind: "fixed", "uniform", "normal", "exp", "lognormal" or "found".
+        first, second: of "uniform" the bounds, both possible; of "normal" the mean and the standard
+            deviation before what is below 1 becomes 1; of "exp" the mean; of "lognormal" the median
+            and the sigma.
         found: numbers that are drawn with replacement.
         most: what is longer is cut.
     """
@@ -43,9 +47,9 @@ class Lengths:
         try:
             if kind == "exp":
                 made = cls("exp", float(rest))
-            elif kind == "lognormal":
-                middle, _, sigma = rest.partition(":")
-                made = cls("lognormal", float(middle), float(sigma))
+            elif kind in ("lognormal", "normal"):
+                middle, _, spread = rest.partition(":")
+                made = cls(kind, float(middle), float(spread))
             elif "-" in text:
                 low, _, high = text.partition("-")
                 made = cls("uniform", int(low), int(high))
@@ -68,6 +72,8 @@ class Lengths:
             drawn = random.geometric(1 / self.first, count)
         elif self.kind == "lognormal":
             drawn = np.rint(random.lognormal(math.log(self.first), self.second, count))
+        elif self.kind == "normal":
+            drawn = np.rint(random.normal(self.first, self.second, count))
         else:
             drawn = random.integers(int(self.first), int(self.second) + 1, count)
         return np.clip(drawn, 1, self.most).astype(np.int64)
