@@ -17,6 +17,7 @@ Known without being told, by their own names:
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -114,7 +115,7 @@ def csv_rows(text: str, path: object) -> Iterator[tuple[str, dict[str, str]]]:
     Raises:
         UsageError: a row of more or fewer columns than the header.
     """
-    rows = csv.reader(text.splitlines())
+    rows = csv.reader(io.StringIO(text, newline=""))
     header: list[str] | None = None
     for row in rows:
         if not any(cell.strip() for cell in row):
