@@ -21,7 +21,7 @@ from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
 from inferlab.benchmarks.quantization_table import draw_matrix, print_matrix
 from inferlab.benchmarks.tables import print_summary, write_outputs
-from inferlab.cli import baseline, load, ping, specdec_flags
+from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.load_flags import add_load_arguments, first_load_flag
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
@@ -117,9 +117,7 @@ def run(args: argparse.Namespace) -> int:
     interrupted, with partial results.
     """
     if (flag := first_load_flag(args)) is not None:
-        load.refuse_misplaced(args, flag)
-        _refuse_misplaced(args)
-        return load.run(args)
+        return _run_load(args, flag)
     if args.quantization_matrix:
         return _run_matrix(args)
     if args.modes is not None:
@@ -151,6 +149,21 @@ def run(args: argparse.Namespace) -> int:
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
+
+
+def _run_load(args: argparse.Namespace, flag: str) -> int:
+    """``--mode http`` with a flag of a load."""
+    try:
+        from inferlab.cli import load
+    except ModuleNotFoundError as error:
+        if error.name != "aiohttp":
+            raise
+        raise UsageError(
+            f"{flag}: a load needs aiohttp: pip install 'llm-inference-lab[load]'"
+        ) from None
+    load.refuse_misplaced(args, flag)
+    _refuse_misplaced(args)
+    return load.run(args)
 
 
 MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}

@@ -9,8 +9,8 @@ from typing import Any
 
 from inferlab.errors import UsageError
 from inferlab.load.arrivals import Arrivals
-from inferlab.load.measure import ErrorBudget
 from inferlab.load.metrics import SLOS
+from inferlab.load.plan import ErrorBudget
 
 FLAGS = (
     "--concurrency", "--rate", "--arrival", "--burstiness", "--burst", "--ramp", "--trace",

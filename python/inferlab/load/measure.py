@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import httpx
+
 from inferlab.benchmarks.environment import describe_environment
-from inferlab.load.metrics import distribution, load_figures
-from inferlab.load.outputs import LoadSettings, LoadStats
-from inferlab.load.plan import LoadPlan
+from inferlab.client.proxies import client_for
+from inferlab.load.acceptance import Acceptance, total_acceptance
+from inferlab.load.metrics import distribution, in_load, load_figures
+from inferlab.load.outputs import AcceptanceFigures, LoadSettings, LoadStats
+from inferlab.load.plan import Asking, ErrorBudget, LoadPlan
 from inferlab.load.processes import Outcome, run_load
 from inferlab.load.recount import recount
+from inferlab.load.server_stats import Scrape, acceptance_between, parse_metrics
 from inferlab.records import RequestRecord
 
-
-@dataclass(frozen=True)
-class ErrorBudget:
-    """How many requests may fail: a number, or a share of those sent."""
-
-    count: int = 0
-    share: float | None = None
-
-    def holds(self, failed: int, sent: int) -> bool:
-        allowed = self.count if self.share is None else self.share * sent
-        return failed <= allowed
-
-    def __str__(self) -> str:
-        return str(self.count) if self.share is None else f"{self.share * 100:g}%"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Measured:
 
     processes: int = 1
     slos: Mapping[str, float] = field(default_factory=dict)
-    budget: ErrorBudget = ErrorBudget()
+    budget: ErrorBudget = field(default_factory=ErrorBudget)
     tokenizer: tuple[Any, str] | None = None
     proxy: str | None = None
 
@@ -58,7 +51,9 @@ def measure_load(
     Raises:
         ValueError: what `processes.run_load` refuses.
     """
+    before = scrape(plan.asking)
     outcome = run_load(plan, how.processes, keep)
+    after = None if before is None else scrape(plan.asking)
     records = outcome.records
     kind = plan.arrivals.kind
     asked = plan.arrivals.rate if kind in ("constant", "poisson", "gamma", "burst") else None
@@ -81,8 +76,40 @@ def measure_load(
             "cpu_share": [ran.cpu_s / outcome.wall_s for ran in outcome.ran],
         },
         "recount": None if how.tokenizer is None else recount(records, *how.tokenizer),
-        "acceptance": None,
+        "acceptance": _acceptance(records, plan, before, after),
         "records": [record.as_json() for record in records],
+    }
+
+
+def scrape(asking: Asking) -> Scrape | None:
+    """What the server tells on ``/metrics``; None where it has none that can be read."""
+    headers = {"Authorization": f"Bearer {asking.api_key}"} if asking.api_key else {}
+    try:
+        with client_for(httpx.URL(asking.url), headers, asking.limits.connect_s)[0] as http:
+            answer = http.get(f"{asking.url}/metrics")
+        return parse_metrics(answer.text) if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError) as error:
+        logger.debug("no /metrics: %s", error)
+        return None
+
+
+def _acceptance(
+    records: Sequence[RequestRecord], plan: LoadPlan, before: Scrape | None, after: Scrape | None
+) -> AcceptanceFigures:
+    told = [
+        Acceptance(**{**found, "accepted_at": at and tuple(at)})
+        for record in records
+        if (found := in_load(record).acceptance) is not None
+        for at in (found["accepted_at"],)
+    ]
+    of_server = None
+    if before is not None and after is not None:
+        of_server = acceptance_between(before, after, plan.asking.model)
+    of_answers = total_acceptance(told)
+    return {
+        "of_server": None if of_server is None else asdict(of_server),
+        "of_answers": None if of_answers is None else asdict(of_answers),
+        "answers": len(told),
     }
 
 

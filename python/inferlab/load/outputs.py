@@ -151,6 +151,16 @@ class Recount(TypedDict):
     not_compared: int
 
 
+class AcceptanceFigures(TypedDict):
+    """How drafts fared (`acceptance.Acceptance`): ``of_server`` from what ``/metrics`` grew by
+    during the load, warm-up and other clients included; ``of_answers`` added up of those answers
+    that tell."""
+
+    of_server: dict[str, Any] | None
+    of_answers: dict[str, Any] | None
+    answers: int
+
+
 class LoadStats(LoadFigures):
     """One load."""
 
@@ -165,7 +175,7 @@ class LoadStats(LoadFigures):
     within_budget: bool
     client: ClientFigures
     recount: Recount | None
-    acceptance: dict[str, Any] | None
+    acceptance: AcceptanceFigures
     records: list[RecordJson]
 
 

@@ -95,3 +95,18 @@ class LoadPlan:
             raise ValueError("conversations is empty; there must be at least one")
         if self.count is None and self.duration_s is None:
             raise ValueError("count and duration_s are None; one of them must end the load")
+
+
+@dataclass(frozen=True)
+class ErrorBudget:
+    """How many requests may fail: a number, or a share of those sent."""
+
+    count: int = 0
+    share: float | None = None
+
+    def holds(self, failed: int, sent: int) -> bool:
+        allowed = self.count if self.share is None else self.share * sent
+        return failed <= allowed
+
+    def __str__(self) -> str:
+        return str(self.count) if self.share is None else f"{self.share * 100:g}%"

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from inferlab.load.plan import LoadPlan
@@ -24,7 +25,10 @@ from inferlab.load.runner import Ran, run_shard
 from inferlab.records import RequestRecord
 
 _START_S = 0.05
-"""From when everybody is ready to the first arrival."""
+"""From when everybody is ready to the beginning of the load."""
+
+_END_S = 5.0
+"""How long a client process may take to end when it has said what it did."""
 
 
 @dataclass
@@ -77,22 +81,16 @@ def run_load(
 def _run_many(
     plan: LoadPlan, processes: int, take: Callable[[RequestRecord], None], outcome: Outcome
 ) -> None:
-    context = multiprocessing.get_context("spawn")
     clock = Clock.now()
     pipes: list[Connection] = []
-    workers: list[BaseProcess] = []
+    workers: list[subprocess.Popen[bytes]] = []
     try:
-        with _deaf():
-            for index in range(processes):
-                ours, theirs = context.Pipe()
-                part = Shard(clock, index, processes)
-                worker: BaseProcess = context.Process(
-                    target=_work, args=(theirs, plan, part), daemon=True
-                )
-                worker.start()
-                theirs.close()
-                pipes.append(ours)
-                workers.append(worker)
+        for index in range(processes):
+            ours, theirs = multiprocessing.Pipe()
+            pipes.append(ours)
+            with theirs:
+                workers.append(_start(theirs.fileno()))
+            ours.send((plan, Shard(clock, index, processes)))
         try:
             for pipe in pipes:
                 _receive(pipe)  # it is ready
@@ -109,10 +107,18 @@ def _run_many(
         for pipe in pipes:
             pipe.close()
         for worker in workers:
-            worker.join(5)
-            if worker.is_alive():
+            try:
+                worker.wait(_END_S)
+            except subprocess.TimeoutExpired:
                 worker.kill()
-                worker.join()
+                worker.wait()
+
+
+def _start(descriptor: int) -> subprocess.Popen[bytes]:
+    """A client process that never hears of Ctrl-C: it is told to end."""
+    words = [sys.executable, "-m", "inferlab.load.worker", str(descriptor)]
+    with _deaf():
+        return subprocess.Popen(words, pass_fds=[descriptor], stdin=subprocess.DEVNULL)
 
 
 def _gather(
@@ -141,17 +147,9 @@ def _receive(pipe: Any) -> Any:
     return message
 
 
-def _work(pipe: Connection, plan: LoadPlan, part: Shard) -> None:
-    """The life of a client process: says that it is ready, hears when to start, gives records."""
-    try:
-        pipe.send(run_shard(plan, part, pipe.send, pipe))
-    except Exception as error:
-        pipe.send(RuntimeError(f"client process {part.index}: {type(error).__name__}: {error}"))
-
-
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that are started meanwhile never hear of Ctrl-C: they are told to end."""
+    """Processes that are started meanwhile ignore Ctrl-C, as this one does."""
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:  # not the main thread, which alone would hear of it

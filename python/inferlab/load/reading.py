@@ -32,7 +32,7 @@ class Reading:
         last_ns: when the last byte came.
         failure: why it is no answer. Nothing is read behind it.
         done: ``[DONE]`` came. Nothing is read behind it.
-        figures: the event that holds the server's own figures of the request, where one does.
+        events: the last two, in which servers tell figures of the whole request.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Reading:
         self.finish_reason: str | None = None
         self.model: str | None = None
         self.usage: dict[str, Any] = {}
-        self.figures: dict[str, Any] = {}
+        self.events: tuple[dict[str, Any], ...] = ()
         self.warnings: list[str] = []
         self._parser = EventParser(errors="strict")
         self._texts: list[str] = []
@@ -162,8 +162,7 @@ class Reading:
             self.model = text_or_none(content.get("model"))
         if isinstance(content.get("usage"), dict):
             self.usage = content["usage"]
-        if content.get("metrics") or content.get("meta_info"):
-            self.figures = content
+        self.events = (*self.events[-1:], content)
         try:
             return first_choice(content, "a chunk")
         except AnswerError as error:

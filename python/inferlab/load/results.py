@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from inferlab.client.answers import usage_count
+from inferlab.load.acceptance import acceptance_of_answer
 from inferlab.load.conversations import Conversation
 from inferlab.load.plan import Asking
+from inferlab.load.reading import Reading
 from inferlab.load.session import Attempt
 from inferlab.records import CountedBy, Exchange, InLoad, RequestRecord
 
@@ -125,9 +127,16 @@ def request_record(
                 first_content_ms=since(reading.first_content_ns),
                 chunk_tokens=reading.chunk_tokens,
                 end_ms=last_byte_ms,
+                acceptance=_acceptance(reading),
             ),
         ),
     )
+
+
+def _acceptance(reading: Reading) -> dict[str, Any] | None:
+    told = (acceptance_of_answer(event) for event in reversed(reading.events))
+    found = next((one for one in told if one is not None), None)
+    return None if found is None else asdict(found)
 
 
 def _without(text: str, secret: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import signal
 import time
@@ -55,7 +56,22 @@ def run_shard(plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None =
         pipe: to whoever runs the whole: it is told when this part is ready, and tells the
             ``time.perf_counter_ns()`` at which to begin, and None in place of Ctrl-C.
     """
-    return asyncio.run(_Runner(plan, part, keep, pipe).run())
+    with _calm_collector():
+        return asyncio.run(_Runner(plan, part, keep, pipe).run())
+
+
+@contextlib.contextmanager
+def _calm_collector() -> Iterator[None]:
+    """What is there already is not searched for garbage meanwhile, and the rest less often: a
+    search stops the event loop, for a tenth of a second where torch is loaded."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 class _Runner:

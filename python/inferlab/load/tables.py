@@ -171,9 +171,10 @@ def _lines(stats: LoadStats) -> list[str]:
         f"{requests['retries']} tries again, in {passed['duration_s']:.3f} s",
         f"throughput: {_number(passed['requests_per_s'])} requests/s, "
         f"{_number(passed['output_tokens_per_s'])} output tokens/s, "
-        f"{_number(passed['input_tokens_per_s'])} input tokens/s; peak "
-        f"{_number(passed['peak_requests_per_s'])} requests/s, "
-        f"{_number(passed['peak_output_tokens_per_s'])} output tokens/s",
+        f"{_number(passed['input_tokens_per_s'])} input tokens/s",
+        f"peak of a second: {_number(passed['peak_requests_per_s'])} requests, "
+        f"{_number(passed['peak_chunks_per_s'])} chunks, "
+        f"{_number(passed['peak_output_tokens_per_s'])} output tokens",
     ]
     if kind != "closed":
         lines.append(
@@ -189,6 +190,10 @@ def _lines(stats: LoadStats) -> list[str]:
     queue, lag = stats["queue_ms"], client["loop_lag_ms"]
     shares = ", ".join(f"{share * 100:.0f} %" for share in client["cpu_share"])
     lines.append(f"client: queue {_two(queue)}, event-loop lag {_two(lag)}, processor {shares}")
+    for name, words in (("of_server", "by /metrics"), ("of_answers", "by the answers")):
+        found = stats["acceptance"][name]  # type: ignore[literal-required]
+        if found is not None and (found["drafted_tokens"] or found["note"]):
+            lines.append(f"drafts, {words}: {_drafts(found)}")
     if (again := stats["recount"]) is not None:
         lines.append(
             f"tokens again by {again['tokenizer']}: {again['by_tokenizer']} where usage says "
@@ -196,6 +201,17 @@ def _lines(stats: LoadStats) -> list[str]:
             f"{again['largest_difference']} at most; {again['not_compared']} not compared"
         )
     return lines
+
+
+def _drafts(found: dict[str, Any]) -> str:
+    parts = [
+        f"{found['accepted_tokens']} of {found['drafted_tokens']} tokens accepted",
+        f"length {_number(found['length'])}, with the bonus token "
+        f"{_number(found['length_with_bonus'])}",
+    ]
+    if found["accepted_at"]:
+        parts.append("by position " + " ".join(map(str, found["accepted_at"])))
+    return "; ".join(parts + ([found["note"]] if found["note"] else []))
 
 
 def _two(found: Distribution | None) -> str:
