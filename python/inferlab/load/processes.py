@@ -91,17 +91,7 @@ def _run_many(
             with theirs:
                 workers.append(_start(theirs.fileno()))
             ours.send((plan, Shard(clock, index, processes)))
-        try:
-            for pipe in pipes:
-                _receive(pipe)  # it is ready
-            start_ns = time.perf_counter_ns() + int(_START_S * 1e9)
-            for pipe in pipes:
-                pipe.send(start_ns)
-            _gather(pipes, take, outcome)
-        except KeyboardInterrupt:
-            for pipe in pipes:
-                with contextlib.suppress(OSError):
-                    pipe.send(None)
+        with _on_interrupt(pipes):
             _gather(pipes, take, outcome)
     finally:
         for pipe in pipes:
@@ -117,24 +107,36 @@ def _run_many(
 def _start(descriptor: int) -> subprocess.Popen[bytes]:
     """A client process that never hears of Ctrl-C: it is told to end."""
     words = [sys.executable, "-m", "inferlab.load.worker", str(descriptor)]
-    with _deaf():
+    with _interrupt(signal.SIG_IGN):
         return subprocess.Popen(words, pass_fds=[descriptor], stdin=subprocess.DEVNULL)
 
 
 def _gather(
     pipes: list[Connection], take: Callable[[RequestRecord], None], outcome: Outcome
 ) -> None:
-    """Until every process has said what it did."""
-    while len(outcome.ran) < len(pipes):
-        told = {ran.index for ran in outcome.ran}
-        running = [pipe for index, pipe in enumerate(pipes) if index not in told]
-        for pipe in wait(running):
+    """Begins the load when all are ready, and goes on until each has said what it did."""
+    ready = 0
+    running = dict(enumerate(pipes))
+    while running:
+        for pipe in wait(list(running.values())):
             message = _receive(pipe)
-            if isinstance(message, Ran):
-                outcome.ran.append(message)
-            elif isinstance(message, RequestRecord):
+            if isinstance(message, RequestRecord):
                 take(message)
+            elif isinstance(message, Ran):
+                outcome.ran.append(message)
+                del running[message.index]
+            else:
+                ready += 1
+                if ready == len(pipes):
+                    _tell(pipes, time.perf_counter_ns() + int(_START_S * 1e9))
     outcome.ran.sort(key=lambda ran: ran.index)
+
+
+def _tell(pipes: list[Connection], message: int | None) -> None:
+    """When to begin, or that it is over."""
+    for pipe in pipes:
+        with contextlib.suppress(OSError):  # it has ended
+            pipe.send(message)
 
 
 def _receive(pipe: Any) -> Any:
@@ -148,17 +150,28 @@ def _receive(pipe: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that are started meanwhile ignore Ctrl-C, as this one does."""
+def _interrupt(handler: Any) -> Iterator[None]:
+    """What Ctrl-C does meanwhile; where this is not the main thread, which alone hears of it,
+    nothing changes."""
     try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread, which alone would hear of it
+        before = signal.signal(signal.SIGINT, handler)
+    except ValueError:
         yield
         return
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _on_interrupt(pipes: list[Connection]) -> contextlib.AbstractContextManager[None]:
+    """Ctrl-C tells all client processes to end; a second one ends the waiting for them, too."""
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(number, signal.default_int_handler)
+        _tell(pipes, None)
+
+    return _interrupt(handle)
 
 
 def _sent_at(record: RequestRecord) -> float:
