@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_gamma_of_shape_one_is_poisson_and_a_seed_is_a_load():
     poisson = first(Arrivals("poisson", rate=5, seed=1), 600)
     assert poisson == first(Arrivals("gamma", rate=5, shape=1.0, seed=1), 600)
     assert poisson != first(Arrivals("poisson", rate=5, seed=2), 600)
-    assert all(sooner <= later for sooner, later in zip(poisson, poisson[1:], strict=False))
+    assert all(sooner <= later for sooner, later in pairwise(poisson))
 
 
 @pytest.mark.parametrize(("rate", "end"), [(1.0, 9.0), (9.0, 1.0), (5.0, 5.0)])
@@ -67,7 +67,7 @@ def test_a_trace_is_its_times():
 def test_shards_make_up_the_whole():
     whole = Arrivals("poisson", rate=50, seed=7)
     parts = [list(islice(shard(whole.times(), index, 3), 100)) for index in range(3)]
-    assert sorted(sum(parts, [])) == first(whole, 300)
+    assert sorted(chain(*parts)) == first(whole, 300)
 
 
 @pytest.mark.parametrize(

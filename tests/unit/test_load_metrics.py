@@ -31,7 +31,8 @@ def test_tpot_is_of_the_tokens_behind_the_first():
     ("record", "why"),
     [
         (record_of_times(10, 30), "no usage"),
-        (record_of_times(10, tokens=5), "one chunk for all"),
+        (record_of_times(10, tokens=5), "all came at one time"),
+        (record_of_times(10, 10, 10, tokens=5), "all came at one time"),
         (record_of_times(10, tokens=1), "no second token"),
         (record_of_times(tokens=0), "no second token"),
     ],

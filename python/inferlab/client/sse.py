@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_LINE_END = re.compile(r"\r\n|\r|\n")
+_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 class Event(NamedTuple):
@@ -34,9 +34,10 @@ class EventParser:
     """
 
     def __init__(self, errors: str = "replace") -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
-        self._rest = ""
+        self._errors = errors
+        self._rest = b""
         self._after_cr = False
+        self._first = True
         self._data: list[str] = []
         self._kind = ""
 
@@ -44,37 +45,39 @@ class EventParser:
         """The events that end in ``chunk``; to be read to the end before the next chunk.
 
         Raises:
-            UnicodeDecodeError: bytes that are no UTF-8, where ``errors`` is "strict".
+            UnicodeDecodeError: a line that is no UTF-8, where ``errors`` is "strict".
         """
-        text = self._decoder.decode(chunk)
-        if not text:
-            return
-        if self._after_cr:  # a CR ends its line at once, an LF right behind it is skipped
-            text = text.removeprefix("\n")
+        if self._after_cr and chunk:  # a CR ends its line at once, an LF right behind it is skipped
+            chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
-        *lines, self._rest = _LINE_END.split(self._rest + text)
-        self._after_cr = text.endswith("\r")
+        if not chunk:
+            return
+        *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        self._after_cr = chunk.endswith(b"\r")
         for line in lines:
             if line:
                 self._take(line)
                 continue
+            self._first = False
             if self._data:
                 yield self._event()
             self._data, self._kind = [], ""
 
     def finish(self) -> Event | None:
         """The end of the stream: a last event whose empty line never came, where there is one."""
-        rest = self._rest + self._decoder.decode(b"", final=True)
-        if rest:
-            self._take(rest)
+        if self._rest:
+            self._take(self._rest)
         return self._event() if self._data else None
 
-    def _take(self, line: str) -> None:
-        field, _, value = line.partition(":")
-        if field == "data":
-            self._data.append(value.removeprefix(" "))
-        elif field == "event":
-            self._kind = value.removeprefix(" ")
+    def _take(self, line: bytes) -> None:
+        if self._first:
+            line = line.removeprefix(codecs.BOM_UTF8)
+            self._first = False
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            self._data.append(value.removeprefix(b" ").decode("utf-8", self._errors))
+        elif field == b"event":
+            self._kind = value.removeprefix(b" ").decode("utf-8", self._errors)
 
     def _event(self) -> Event:
         return Event("\n".join(self._data), self._kind or "message")

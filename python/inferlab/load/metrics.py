@@ -90,8 +90,8 @@ def counts(records: Iterable[RequestRecord]) -> Counts:
 
 def tpot_ms(record: RequestRecord) -> float | None:
     """TPOT = (E2E - TTFT) / (n - 1) = (t_m - t_1) / (n - 1), n from ``usage``; None without usage,
-    of one token, and where all came in one chunk."""
-    return record.tpot_ms if record.counted_by == "usage" else None
+    of one token, and where all came in one chunk, or in one read of the socket."""
+    return (record.tpot_ms or None) if record.counted_by == "usage" else None
 
 
 def itl_ms(record: RequestRecord) -> list[float] | None:
@@ -333,7 +333,7 @@ def _values(good: Sequence[RequestRecord]) -> dict[str, tuple[list[float], str |
 def _why_no_tpot(record: RequestRecord) -> str:
     if record.counted_by != "usage":
         return "no usage"
-    return "one chunk for all" if record.num_tokens > 1 else "no second token"
+    return "all came at one time" if record.num_tokens > 1 else "no second token"
 
 
 def _reasons(lacking: Counter[str], among: int) -> str | None:

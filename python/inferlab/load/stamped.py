@@ -119,8 +119,9 @@ class StampedResponse(aiohttp.ClientResponse):
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
         """aiohttp's: reads the head. The connection may belong to another request right after."""
+        protocol = connection.protocol
         started = await super().start(connection)
-        self.stamped = connection.protocol.body
+        self.stamped = protocol.body
         return started
 
 
