@@ -252,7 +252,7 @@ def test_the_page_shows_how_each_token_came(always_drafting):
         assert kinds.count("drafted") == stats["num_accepted_draft_tokens"] > 0
         assert kinds.count("own") == stats["num_steps"]
         told = page.value("document.getElementById('figures').textContent")
-        assert f"accepted length {stats['mean_acceptance_length']:.2f}" in told
+        assert f"accepted length {stats['tokens_per_step']:.2f}" in told
         assert page.wait_for("document.getElementById('model').textContent") == "inferlab/tiny"
         page.value("document.getElementById('max_tokens').value = 5000")
         page.value("document.getElementById('go').click()")

@@ -44,6 +44,7 @@ def test_what_it_says_of_the_build_and_the_machine(report):
         "serve",
         "ray",
         "socks",
+        "load",
         "quant",
         "dev",
         "completion",

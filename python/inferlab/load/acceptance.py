@@ -32,7 +32,7 @@ class Acceptance:
         accepted_at: accepted tokens by position in the draft; they add up to ``accepted_tokens``.
         rate: accepted tokens over drafted ones.
         length: accepted tokens per draft, without the bonus token.
-        length_with_bonus: the same with it, ``1 + length``.
+        length_with_bonus: the same with it: one more.
         note: what could not be told, and why.
     """
 
@@ -67,7 +67,7 @@ class Acceptance:
         if at is not None and accepted is not None and sum(at) != accepted:
             note = f"positions add up to {sum(at)} accepted tokens, but {accepted} are told"
             at = None
-        length = _ratio(accepted, drafts)
+        kept = None if accepted is None or drafts is None else accepted + drafts
         return cls(
             source=source,
             drafts=drafts,
@@ -75,8 +75,8 @@ class Acceptance:
             accepted_tokens=accepted,
             accepted_at=at,
             rate=_ratio(accepted, drafted),
-            length=length,
-            length_with_bonus=None if length is None else 1 + length,
+            length=_ratio(accepted, drafts),
+            length_with_bonus=_ratio(kept, drafts),
             note=note,
         )
 

@@ -107,8 +107,10 @@ def _of_counters(
 ) -> Acceptance:
     growth = _Growth(before, after, model)
     name = f"{prefix}spec_decode_num_"
+    accepted = growth.of(f"{name}accepted_tokens")
     by_position = growth.by_label(f"{name}accepted_tokens_per_pos", "position")
-    accepted_at = None
+    # A position has no value yet where nothing was drafted there.
+    accepted_at: list[int] | None = [] if accepted == 0 else None
     if by_position is not None and all(position.isdecimal() for position in by_position):
         places = {int(position): count for position, count in by_position.items()}
         accepted_at = [places.get(i, 0) for i in range(max(places, default=-1) + 1)]
@@ -116,7 +118,7 @@ def _of_counters(
         source,
         growth.of(f"{name}drafts"),
         growth.of(f"{name}draft_tokens"),
-        growth.of(f"{name}accepted_tokens"),
+        accepted,
         accepted_at,
     )
 

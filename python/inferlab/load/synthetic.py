@@ -22,9 +22,8 @@ OWN, SHARED = 0, 1
 _CHUNK = 4096  # ids looked at between two counts of the words that were found
 _ENOUGH = 2048  # words
 _FEW = 16  # words that are not enough to do without others
-_SAMPLE = 1000  # words of a text that is written for a try
-_CLEAN = 8  # tries that must go well, one after the other
-_TRIES = 200
+_GLUED = 128  # words at most where none stands between them: all pairs are tried
+_SAMPLE = 8000  # words of the text that is tried where a space does
 
 
 class Writer:
@@ -96,6 +95,7 @@ class Writer:
         if len(behind) < 2:  # a vocabulary that does not know words with a space in front
             self._between = ""
             behind = self._single(candidates, [lead[1]], lead[0])
+            behind = dict(list(behind.items())[:_GLUED])
         if len(behind) < 2:
             raise UsageError(
                 f"{self._name}: its words do not stay single tokens behind one another, so that no "
@@ -133,29 +133,35 @@ class Writer:
         }
 
     def _drop_unsteady(self) -> None:
-        """Drops words that merge with others, until long texts keep their tokens."""
-        clean = 0
-        for attempt in range(_TRIES):
-            draws = np.random.default_rng([1, attempt]).integers(0, 1 << 32, _SAMPLE, np.uint64)
-            text, expected = self._spell(draws)
+        """Drops words that merge with others, until a long text keeps its tokens.
+
+        Words with a space between them are tokenised apart by nearly all tokenizers. Others merge,
+        and in byte-pair encoding two neighbours do so whatever stands around them.
+        """
+        while len(self._words) > 1:
+            text, expected = self._spell(self._trial())
             found = self._ids([text])[0]
             if found == expected:
-                clean += 1
-                if clean == _CLEAN:
-                    return
-                continue
-            clean = 0
+                break
             pairs = enumerate(zip(expected, found, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)) - 1)
             unsteady = set(expected[max(at, 1) : at + 2])
-            kept = [word for word in self._words if word[1] not in unsteady]
-            if len(kept) < 2:
-                break
-            self._words = kept
-        raise UsageError(
-            f"{self._name}: its words change when they stand behind one another, so that no text "
-            "of an asked length can be made; give real prompts"
-        )
+            self._words = [word for word in self._words if word[1] not in unsteady]
+        if not self._between:
+            steady = {word for word, _ in self._words}
+            self._firsts = [first for first in self._firsts if first[0] in steady]
+        if len(self._words) < 2 or not self._firsts:
+            raise UsageError(
+                f"{self._name}: its words change when they stand behind one another, so that no "
+                "text of an asked length can be made; give real prompts"
+            )
+
+    def _trial(self) -> np.ndarray:
+        """Draws of a text in which words stand behind one another: all pairs, or many."""
+        if self._between:
+            return np.random.default_rng(1).integers(0, 1 << 32, _SAMPLE, np.uint64)
+        count = len(self._words)
+        return np.indices((count, count), np.uint64).reshape(2, -1).T.ravel()
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)[

@@ -143,7 +143,7 @@ def in_order(conversations: Iterable[Conversation]) -> list[Conversation]:
         without = next(c for c in listed if c.at_s is None)
         raise UsageError(f"{without.where}: has no timestamp, but others have")
     start = min(times)
-    moved = [replace(c, at_s=round(c.at_s - start, 9)) for c in listed if c.at_s is not None]
+    moved = [replace(c, at_s=round(c.at_s - start, 6)) for c in listed if c.at_s is not None]
     return sorted(moved, key=lambda c: c.at_s or 0.0)
 
 

@@ -55,18 +55,20 @@ def usage_of(requests: Sequence[Request], choices: int) -> Json:
 
 
 def speculation_of(requests: Sequence[Request]) -> Json:
-    """What drafting came to, under vLLM's names; entry j of the histogram counts the steps with
-    drafts of which j were accepted."""
+    """What drafting came to, under vLLM's names and with their meaning: of the steps with drafts
+    alone, and entry j of the histogram counts those of which j were accepted."""
     stats = SpeculationStats()
     for request in requests:
         stats.add(request.stats)
-    at_least = [stats.offered_at[0] if stats.offered_at else 0, *stats.accepted_at, 0]
+    drafts = stats.offered_at[0] if stats.offered_at else 0
+    at_least = [drafts, *stats.accepted_at, 0]
     return {
-        "mean_acceptance_length": stats.mean_accepted_length,
+        "mean_acceptance_length": 1 + stats.accepted / drafts if drafts else 1.0,
         "draft_acceptance_rate": stats.acceptance_rate,
         "acceptance_histogram": [a - b for a, b in itertools.pairwise(at_least)],
-        "num_spec_steps": at_least[0],
+        "num_spec_steps": drafts,
         "num_steps": stats.steps,
+        "tokens_per_step": stats.mean_accepted_length,
         "num_accepted_draft_tokens": stats.accepted,
         "num_draft_tokens": stats.proposed,
         "num_draft_nodes": stats.draft_nodes,
