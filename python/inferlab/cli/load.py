@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -39,10 +40,12 @@ from inferlab.load.plan import Asking, LoadPlan, TimeLimits
 from inferlab.load.prompt_sets import read_conversations
 from inferlab.load.sweep import sweep
 from inferlab.load.synthetic import Synthetic, Writer, make_conversations
-from inferlab.load.tables import print_load, print_sweep, write_load
+from inferlab.load.tables import level_cells, print_load, print_sweep, write_load
 from inferlab.models.loading import load_tokenizer
 from inferlab.output import print_json
 from inferlab.records import RequestRecord
+
+logger = logging.getLogger(__name__)
 
 FLAGS = {
     **ping.FLAGS,
@@ -114,7 +117,13 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace, plan: LoadPlan, how: Measured, keep: Any) -> Any:
     """A load's or a sweep's results; ``keep`` gets each record as JSON types."""
     if args.sweep is not None:
-        return sweep(plan, how, stop_below_gain=args.sweep / 100, keep=lambda r: keep(r.as_json()))
+        return sweep(
+            plan,
+            how,
+            stop_below_gain=args.sweep / 100,
+            keep=lambda record: keep(record.as_json()),
+            on_level=lambda row: logger.info("level: %s", " ".join(level_cells(row))),
+        )
     show_bar = plan.count is not None and not (args.no_progress or args.json)
     turns = [len(conversation.turns) for conversation in plan.conversations]
     total = sum(turns[index % len(turns)] for index in range(plan.count or 0))

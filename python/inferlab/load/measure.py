@@ -73,7 +73,7 @@ def measure_load(
         "within_budget": how.budget.holds(requests["failed"], requests["sent"]),
         "client": {
             "loop_lag_ms": distribution(_lags(outcome), independent=False),
-            "cpu_share": [ran.cpu_s / outcome.wall_s for ran in outcome.ran],
+            "cpu_share": [ran.cpu_s / ran.wall_s for ran in outcome.ran],
         },
         "recount": None if how.tokenizer is None else recount(records, *how.tokenizer),
         "acceptance": _acceptance(records, plan, before, after),

@@ -149,6 +149,9 @@ class Recount(TypedDict):
     differing: int
     largest_difference: int
     not_compared: int
+    prompts: int
+    prompts_by_usage: int
+    prompts_by_tokenizer: int
 
 
 class AcceptanceFigures(TypedDict):

@@ -37,7 +37,6 @@ class Outcome:
 
     records: list[RequestRecord] = field(default_factory=list)
     ran: list[Ran] = field(default_factory=list)
-    wall_s: float = 0.0
 
     @property
     def interrupted(self) -> bool:
@@ -68,12 +67,10 @@ def run_load(
         if keep is not None:
             keep(record)
 
-    begun = time.perf_counter()
     if processes == 1:
         outcome.ran.append(run_shard(plan, Shard(Clock.now()), take))
     else:
         _run_many(plan, processes, take, outcome)
-    outcome.wall_s = time.perf_counter() - begun
     outcome.records.sort(key=_sent_at)
     return outcome
 

@@ -35,13 +35,14 @@ class Ran:
         index: of the process.
         loop_lag_ms: how much later than asked the event loop woke a task, every 10 ms.
         interrupted: Ctrl-C ended it.
-        cpu_s: processor time that it took.
+        cpu_s, wall_s: processor time that the load took, and time.
     """
 
     index: int
     loop_lag_ms: list[float] = field(default_factory=list)
     interrupted: bool = False
     cpu_s: float = 0.0
+    wall_s: float = 0.0
 
 
 Keep = Callable[[RequestRecord], None]
@@ -66,7 +67,7 @@ def _calm_collector() -> Iterator[None]:
     search stops the event loop, for a tenth of a second where torch is loaded."""
     before = gc.get_threshold()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(5_000, 20, 100)
     try:
         yield
     finally:
@@ -92,10 +93,13 @@ class _Runner:
         cpu_s = time.process_time()
         async with LoadSession(self._plan.asking) as session:
             self._session = session
-            lag = asyncio.ensure_future(self._sample_lag())
+            lag: asyncio.Future[None] = loop.create_future()
+            begun_ns = time.perf_counter_ns()
             try:
                 await self._warm_up()
                 await self._wait_until(await self._start())
+                cpu_s, begun_ns = time.process_time(), self._start_ns
+                lag = asyncio.ensure_future(self._sample_lag())
                 if self._plan.arrivals.kind == "closed":
                     await self._closed()
                 else:
@@ -108,6 +112,7 @@ class _Runner:
         if self._pipe is not None:
             loop.remove_reader(self._pipe.fileno())
         self._ran.cpu_s = time.process_time() - cpu_s
+        self._ran.wall_s = (time.perf_counter_ns() - begun_ns) / 1e9
         return self._ran
 
     def _stop(self) -> None:

@@ -200,6 +200,11 @@ def _lines(stats: LoadStats) -> list[str]:
             f"{again['by_usage']}; {again['differing']} of {again['requests']} answers differ, by "
             f"{again['largest_difference']} at most; {again['not_compared']} not compared"
         )
+        if again["prompts"]:
+            lines.append(
+                f"of {again['prompts']} prompts: {again['prompts_by_tokenizer']} where usage says "
+                f"{again['prompts_by_usage']}"
+            )
     return lines
 
 
