@@ -8,12 +8,15 @@ import csv
 import errno
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import ssl
 import threading
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
@@ -466,3 +469,18 @@ def test_synthetic_lengths_and_token_times_against_the_real_server(served, capsy
     assert stats["rates"]["asked_per_s"] == 100
     again = stats["recount"]
     assert again["prompts_by_usage"] == again["prompts_by_tokenizer"] == 6 * 28
+
+
+def test_the_readmes_load(served, capsys, tmp_path):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    section = text.split("### Load on a server")[1].split("\n### ")[0]
+    (command,) = re.findall(r"^inferlab bench ((?:.*\\\n)*.*)$", section, flags=re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))
+    words[words.index("--output") + 1] = str(tmp_path / "load")
+    fewer = ["--requests", "5", "--model", served.http.get("/v1/models").json()["data"][0]["id"]]
+    assert cli.main(["bench", *words, *fewer, "--base-url", served.url, "--no-progress"]) == 0
+    shown = capsys.readouterr().out
+    printed = section.split("```")[3]
+    for line in re.findall(r"^(?:load on|[A-Z0-9]+,|[a-z ]+:)", printed, re.MULTILINE):
+        assert re.search(f"^{re.escape(line)}", shown, re.MULTILINE), line
+    assert (tmp_path / "load.json").exists()
