@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import httpx
@@ -19,6 +21,8 @@ from inferlab.load.failures import RETRYABLE, RequestFailure, classify
 from inferlab.load.plan import PATHS, Asking
 from inferlab.load.reading import Reading, names_model
 from inferlab.load.stamped import StampedConnector, StampedResponse
+
+T = TypeVar("T")
 
 IDLE_S = 2.0
 """How long a connection waits to be used again: less than servers wait before they close it."""
@@ -102,27 +106,21 @@ class LoadSession:
     async def _exchange(self, body: bytes, attempt: Attempt) -> None:
         limits = self.asking.limits
         clock = _Deadlines(attempt.started_ns, limits.total_s, limits.first_token_s, limits.stall_s)
-        asked = asyncio.ensure_future(
+        response: Any = await clock.wait(
             self._http.post(
                 self._url, data=body, proxy=self.asking.proxy, allow_redirects=False,
                 trace_request_ctx=attempt,
-            )
+            ),
+            attempt.reading,
         )  # fmt: skip
-        try:
-            await clock.wait(asked, attempt.reading)
-            response: Any = asked.result()
-        except BaseException:
-            asked.cancel()
-            raise
         attempt.status = response.status
         try:
             if response.status == 200:
                 await self._read(response, attempt, clock)
             else:
-                refusal = asyncio.ensure_future(response.read())
-                await clock.wait(refusal, attempt.reading)
+                refusal = await clock.wait(response.read(), attempt.reading)
                 attempt.retry_after_s = parse_retry_after(response.headers.get("Retry-After"))
-                raise RequestFailure("http_status", _refusal(response, refusal.result()))
+                raise RequestFailure("http_status", _refusal(response, refusal))
         finally:
             response.close()  # nothing, where the body was read to its end
 
@@ -145,9 +143,8 @@ class LoadSession:
         if reading.failure is None and body.problem is not None and not reading.done:
             raise body.problem
         if reading.done and not response.content.is_eof():
-            await asyncio.wait(
-                {asyncio.ensure_future(response.content.wait_eof())}, timeout=_AFTER_DONE_S
-            )
+            with contextlib.suppress(Exception):  # the answer stands; its connection does not
+                await asyncio.wait_for(response.content.wait_eof(), _AFTER_DONE_S)
         reading.finish()
         if reading.failure is not None:
             raise reading.failure
@@ -177,18 +174,23 @@ class _Deadlines:
             ends.append((since_start + self._stall_s, "stall"))
         return min(ends)
 
-    async def wait(self, awaited: asyncio.Future[Any], reading: Reading) -> None:
-        """Until ``awaited`` is done.
+    async def wait(self, awaited: Awaitable[T], reading: Reading) -> T:
+        """What ``awaited`` gives; where anything else comes first, it is cancelled.
 
         Raises:
             RequestFailure: a limit came first.
         """
-        while not awaited.done():
-            end_s, kind = self.next(reading)
-            left_s = end_s - (time.perf_counter_ns() - self._started_ns) / 1e9
-            if left_s <= 0:
-                raise RequestFailure(kind, f"given up after {end_s:.3g} s ({_SAID[kind]})")
-            await asyncio.wait({awaited}, timeout=left_s)
+        future = asyncio.ensure_future(awaited)
+        try:
+            while not future.done():
+                end_s, kind = self.next(reading)
+                left_s = end_s - (time.perf_counter_ns() - self._started_ns) / 1e9
+                if left_s <= 0:
+                    raise RequestFailure(kind, f"given up after {end_s:.3g} s ({_SAID[kind]})")
+                await asyncio.wait({future}, timeout=left_s)
+        finally:
+            future.cancel()  # nothing, where it is done
+        return future.result()
 
 
 _SAID = {
