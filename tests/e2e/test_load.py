@@ -31,8 +31,10 @@ from inferlab import cli
 from inferlab.load.arrivals import Arrivals
 from inferlab.load.conversations import Conversation, Turn
 from inferlab.load.failures import FAILURES, classify
-from inferlab.load.metrics import in_load, load_figures
+from inferlab.load.metrics import in_load, load_figures, tpot_ms
 from inferlab.load.processes import run_load
+from inferlab.load.results import Clock, Shard
+from inferlab.load.runner import run_shard
 from inferlab.output import Journal
 from inferlab.records import record_of
 
@@ -68,9 +70,9 @@ def only(outcome):
 
 (TEXT,) = Respond.events(delta(content="a")).body
 FAULTS = {
-    "first_token_timeout": (Respond.events(delta(role="assistant"), 0.6), {"first_token_s": 0.1}),
-    "stall": (Respond.events(delta(content="a"), 0.6), {"stall_s": 0.1}),
-    "timeout": (Respond.events(delta(content="a"), 0.6), {"total_s": 0.1}),
+    "first_token_timeout": (Respond.events(delta(role="assistant"), 9.0), {"first_token_s": 0.3}),
+    "stall": (Respond.events(delta(content="a"), 9.0), {"stall_s": 0.3}),
+    "timeout": (Respond.events(delta(content="a"), 9.0), {"total_s": 1.0}),
     "http_status": (Respond.json({"error": "busy"}, 429, Retry_After="7"), {}),
     "error_event": (Respond.events(delta(content="a"), {"error": {"message": "full"}}), {}),
     "truncated": (Respond.events(delta(content="a")), {}),
@@ -96,6 +98,24 @@ def test_what_a_server_does_wrong_is_classified(server, kind):
         assert record.exchange.status_code == 429
         assert in_load(record).retry_after_s == 7.0
     assert load_figures([record])["failures"] == {kind: 1}
+
+
+def test_a_stall_behind_a_late_token_is_one(server):
+    server.answers = [Respond.events(delta(role="assistant"), 0.3, delta(content="a"), 9.0)]
+    assert in_load(only(run_load(plan_of(server.url, stall_s=0.2)))).failure == "stall"
+
+
+def test_what_goes_wrong_with_a_record_is_not_lost(server):
+    def full(record):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        run_load(plan_of(server.url), keep=full)
+    arrivals = Arrivals("constant", rate=1000.0)
+    with pytest.raises(OSError, match="the disk is full"):
+        run_load(plan_of(server.url, arrivals=arrivals, concurrency=None), keep=full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run_load(plan_of(server.url, "a", "b", concurrency=2), 2, full)
 
 
 def test_a_body_shorter_than_announced_is_truncated(server):
@@ -292,46 +312,74 @@ def test_a_sweep_doubles_until_nothing_more_comes(server, capsys):
 # --- figures against a log ----------------------------------------------------------------------
 
 
+def by_kind(log: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """What a server wrote, by prompt and kind."""
+    written = defaultdict(list)
+    for entry in log:
+        written[entry["prompt"], entry["kind"]].append(entry)
+    return written
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_figures_are_those_of_the_servers_log(processes):
-    """All counts are exact; each stamp is behind the moment at which the server wrote, and what
-    lies between two stamps is what lies between two writes and what the stamps lag."""
+def test_counts_are_those_of_the_servers_log(processes):
     texts = [f"number {index}" for index in range(12)]
     with LoggedServer("--tokens", "20", "--bundle", "3", "--gap-ms", "2") as logged:
         outcome = run_load(plan_of(logged.url, *texts, concurrency=4), processes)
         log = logged.stop()
-    written = defaultdict(list)
-    for entry in log:
-        written[entry["prompt"], entry["kind"]].append(entry)
+    written = by_kind(log)
     figures = load_figures(outcome.records)
     assert figures["requests"]["succeeded"] == len(texts)
     assert {in_load(record).process for record in outcome.records} == set(range(processes))
     tokens = sum(entry["tokens"] for entry in log)
     assert figures["throughput"]["output_tokens"] == tokens == 20 * len(texts)
     chunks = [entry for entry in log if entry["kind"] == "text"]
-    assert figures["distributions"]["icl_ms"]["count"] == len(chunks) - len(texts)
-    assert figures["distributions"]["itl_ms"]["count"] == tokens - 3 * len(texts)
-    assert figures["distributions"]["tokens_per_chunk"]["mean"] == pytest.approx(20 / 7)
+    found = figures["distributions"]
+    assert found["icl_ms"]["count"] == len(chunks) - len(texts)
+    assert found["itl_ms"]["count"] == tokens - 3 * len(texts)
+    assert found["tokens_per_chunk"]["mean"] == pytest.approx(20 / 7)
     for record in outcome.records:
+        sizes = [entry["tokens"] for entry in written[record.prompt, "text"]]
+        assert in_load(record).chunk_tokens == sizes
+        assert len(record.text_times_ms) == len(sizes)
+        assert record.num_tokens == sum(sizes)
+    asked = [entry["ns"] for entry in log if entry["kind"] == "asked"]
+    spread = max(entry["ns"] for entry in chunks) - min(asked)
+    assert figures["throughput"]["duration_s"] >= spread / 1e9
+
+
+def test_times_are_those_of_the_servers_log():
+    """With one user all of a request lies between the log's own entries, on the machine's clock:
+    sent before it was asked, each chunk read behind it was written, and the last one before the
+    next request was asked. The figures are those of the log, but for what the stamps lag."""
+    texts = [f"number {index}" for index in range(12)]
+    clock, records = Clock.now(), []
+    with LoggedServer("--tokens", "20", "--bundle", "3", "--gap-ms", "2") as logged:
+        run_shard(plan_of(logged.url, *texts), Shard(clock), records.append)
+        log = logged.stop()
+    written = by_kind(log)
+    asked_next = [written[text, "asked"][0]["ns"] for text in texts[1:]]
+    for record, next_ns in zip(records, [*asked_next, np.inf], strict=True):
         sent = written[record.prompt, "text"]
-        assert in_load(record).chunk_tokens == [entry["tokens"] for entry in sent]
-        came_ms = np.asarray(record.text_times_ms)
-        wrote_ms = np.asarray([entry["ns"] for entry in sent]) / 1e6
-        (asked,) = written[record.prompt, "asked"]
-        # The server's own times, from when it was asked: it hears of it behind our sending.
-        own_ms = wrote_ms - asked["ns"] / 1e6
-        assert record.first_token_ms >= own_ms[0]
-        assert (np.diff(came_ms) >= 0).all()
-        lag = came_ms - came_ms[0] - (wrote_ms - wrote_ms[0])
+        sent_ns = (record.started_at - clock.unix_s) * 1e9 + clock.at_ns
+        came = sent_ns + np.asarray(record.text_times_ms) * 1e6
+        wrote = np.asarray([entry["ns"] for entry in sent])
+        asked = written[record.prompt, "asked"][0]["ns"]
+        lag = came - wrote  # of each stamp
+        rounding = 1e3  # ns: what Unix time in a float rounds to
+        assert sent_ns <= asked + rounding
+        assert (lag >= -rounding).all()
+        assert came[-1] <= next_ns + rounding
         n = sum(entry["tokens"] for entry in sent)
-        tpot = (wrote_ms[-1] - wrote_ms[0] + lag[-1]) / (n - 1)
-        assert record.tpot_ms == pytest.approx(tpot, abs=1e-6)
-        assert record.latency_ms - record.first_token_ms == pytest.approx(
-            wrote_ms[-1] - wrote_ms[0] + lag[-1], abs=1e-6
+        assert record.first_token_ms * 1e6 == pytest.approx(
+            wrote[0] - asked + lag[0] + asked - sent_ns, abs=rounding
         )
-    total = figures["throughput"]["duration_s"]
-    spans = [entry["ns"] for entry in log]
-    assert total >= (max(e["ns"] for e in chunks) - min(spans)) / 1e9
+        assert record.latency_ms * 1e6 == pytest.approx(wrote[-1] + lag[-1] - sent_ns, abs=rounding)
+        assert tpot_ms(record) * 1e6 * (n - 1) == pytest.approx(
+            wrote[-1] - wrote[0] + lag[-1] - lag[0], abs=rounding
+        )
+        assert np.asarray(record.itl_ms) * 1e6 == pytest.approx(
+            np.diff(wrote) + np.diff(lag), abs=rounding
+        )
 
 
 def test_stamps_are_on_the_machines_clock():

@@ -62,6 +62,8 @@ def test_without_a_flag_of_a_load_it_is_none():
         (("--burst", "2"), "--burst: has a meaning with --rate only"),
         (("--burstiness", "2"), "--burstiness: has a meaning with --rate only"),
         (("--ramp", "1:2"), "--ramp: has a meaning with --duration only"),
+        (("--num-prompts", "2", "--retries", "1"), "--num-prompts: has a meaning with --prompts"),
+        (("--load-seed", "2"), "--load-seed: has a meaning with --rate or --synthetic or"),
         (("--turns", "2"), "--turns: has a meaning with --synthetic only"),
         (("--shared-prefix", "9"), "--shared-prefix: has a meaning with --synthetic only"),
         (("--rate", "1", "--ramp", "1:2", "--duration", "1"), "--ramp: has no meaning with --rate"),
@@ -93,6 +95,11 @@ def test_what_has_no_meaning_is_refused(capsys, words, said):
 def test_other_modes_know_no_load(capsys, mode):
     assert cli.main(["bench", "--mode", mode, "--prompt", "Hi", "--rate", "2"]) == 2
     assert f"--rate: has no meaning in --mode {mode}, only in http" in capsys.readouterr().err
+
+
+def test_something_must_be_sent(capsys):
+    assert cli.main(["bench", "--mode", "http", "--model", "m", "--concurrency", "2"]) == 2
+    assert "what is sent is missing; give --conversations" in capsys.readouterr().err
 
 
 def test_texts_of_given_lengths_need_a_tokenizer(capsys):

@@ -183,6 +183,11 @@ def _conversations(
         return make_conversations(_synthetic(args), writer)
     if (path := args.conversations or args.trace) is not None:
         return read_conversations(path, writer=writer)
+    if (args.prompt, args.prompts, args.heldout) == (None, None, None):
+        raise UsageError(
+            "what is sent is missing; give --conversations, --prompt, --prompts, --heldout, "
+            "--synthetic or --trace"
+        )
     prompts = gather_workload(args)
     return [
         Conversation((Turn(prompt.text),), prompt.id, prompt.category, where=prompt.where)

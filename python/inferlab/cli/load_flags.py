@@ -141,10 +141,11 @@ def check_combinations(args: argparse.Namespace) -> None:
         "--arrival": ("--rate",), "--burstiness": ("--rate",), "--burst": ("--rate",),
         "--ramp": ("--duration",), "--shared-prefix": ("--synthetic",),
         "--turns": ("--synthetic",), "--synthetic": ("--tokenizer",),
+        "--num-prompts": ("--prompts",), "--load-seed": ("--rate", "--synthetic", "--trace"),
     }  # fmt: skip
     for flag, others in needs.items():
         if value_of(args, flag) is not None and all(value_of(args, o) is None for o in others):
-            raise UsageError(f"{flag}: has a meaning with {others[0]} only; give it, too")
+            raise UsageError(f"{flag}: has a meaning with {' or '.join(others)} only; give it, too")
     for group in (
         ("--rate", "--ramp", "--trace"),
         ("--arrival", "--burstiness", "--burst"),

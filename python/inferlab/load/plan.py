@@ -9,8 +9,6 @@ from typing import Any, Literal
 from inferlab.load.arrivals import Arrivals
 from inferlab.load.conversations import Conversation
 
-PATHS = {"chat": "/chat/completions", "completions": "/completions"}
-
 
 @dataclass(frozen=True)
 class TimeLimits:

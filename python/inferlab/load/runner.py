@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
+from inferlab.client.connection import MAX_RETRY_WAIT_S
 from inferlab.load.arrivals import shard
 from inferlab.load.failures import RequestFailure
 from inferlab.load.plan import LoadPlan
@@ -23,9 +25,6 @@ from inferlab.records import RequestRecord
 LAG_EVERY_S = 0.01
 """How often the lag of the event loop is sampled."""
 
-MAX_RETRY_WAIT_S = 60.0
-"""A server that asks to wait longer than this is not waited for."""
-
 
 @dataclass
 class Ran:
@@ -33,7 +32,8 @@ class Ran:
 
     Attributes:
         index: of the process.
-        loop_lag_ms: how much later than asked the event loop woke a task, every 10 ms.
+        loop_lag_ms: how much later than asked the event loop woke a task, every 10 ms; up to 1 ms
+            of it is what its timers are rounded to.
         interrupted: Ctrl-C ended it.
         cpu_s, wall_s: processor time that the load took, and time.
     """
@@ -57,7 +57,7 @@ def run_shard(plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None =
         pipe: to whoever runs the whole: it is told when this part is ready, and tells the
             ``time.perf_counter_ns()`` at which to begin, and None in place of Ctrl-C.
     """
-    with _calm_collector():
+    with _calm_collector(), _many_connections():
         return asyncio.run(_Runner(plan, part, keep, pipe).run())
 
 
@@ -75,11 +75,24 @@ def _calm_collector() -> Iterator[None]:
         gc.unfreeze()
 
 
+@contextlib.contextmanager
+def _many_connections() -> Iterator[None]:
+    """As many files may be open meanwhile as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has a bound of its own
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 class _Runner:
     def __init__(self, plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None) -> None:
         self._plan, self._part, self._keep, self._pipe = plan, part, keep, pipe
         self._ran = Ran(part.index)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Future[None]] = []
 
     async def run(self) -> Ran:
         loop = asyncio.get_running_loop()
@@ -170,7 +183,7 @@ class _Runner:
                     return
                 scheduled_ns = await self._converse(number, scheduled_ns)
 
-        self._tasks = {asyncio.ensure_future(user()) for _ in range(own)}
+        self._tasks = [asyncio.ensure_future(user()) for _ in range(own)]
         await asyncio.gather(*self._tasks)
 
     async def _open(self) -> None:
@@ -189,11 +202,8 @@ class _Runner:
             if self._is_over(scheduled_ns):
                 break
             await self._wait_until(scheduled_ns)
-            task = asyncio.ensure_future(conversation(number, scheduled_ns))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+            self._tasks.append(asyncio.ensure_future(conversation(number, scheduled_ns)))
+        await asyncio.gather(*self._tasks)
 
     def _numbers(self) -> Iterator[int]:
         """Of the conversations that this process begins."""

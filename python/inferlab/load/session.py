@@ -16,9 +16,10 @@ import httpx
 
 from inferlab.client.answers import error_text
 from inferlab.client.connection import parse_retry_after
+from inferlab.client.ping import PATHS
 from inferlab.client.proxies import certificates
 from inferlab.load.failures import RETRYABLE, RequestFailure, classify
-from inferlab.load.plan import PATHS, Asking
+from inferlab.load.plan import Asking
 from inferlab.load.reading import Reading, names_model
 from inferlab.load.stamped import StampedConnector, StampedResponse
 
@@ -187,6 +188,8 @@ class _Deadlines:
                 left_s = end_s - (time.perf_counter_ns() - self._started_ns) / 1e9
                 if left_s <= 0:
                     raise RequestFailure(kind, f"given up after {end_s:.3g} s ({_SAID[kind]})")
+                if self._stall_s is not None:  # of a token that comes meanwhile
+                    left_s = min(left_s, self._stall_s)
                 await asyncio.wait({future}, timeout=left_s)
         finally:
             future.cancel()  # nothing, where it is done
