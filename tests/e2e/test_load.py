@@ -97,6 +97,7 @@ def test_what_a_server_does_wrong_is_classified(server, kind):
     if kind == "http_status":
         assert record.exchange.status_code == 429
         assert in_load(record).retry_after_s == 7.0
+        assert record.error == "HTTP 429: busy (Retry-After: 7)"
     assert load_figures([record])["failures"] == {kind: 1}
 
 
@@ -293,6 +294,24 @@ def test_an_error_budget_is_the_exit_status(server, capsys, tmp_path):
     assert not (tmp_path / "out.json.part").exists()
 
 
+def test_a_trace_is_sent_at_its_times(server, capsys, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        '{"timestamp": 5000, "prompt": "a", "max_tokens": 3}\n'
+        '{"timestamp": 5200, "prompt": "c"}\n{"timestamp": 5050, "prompt": "b"}\n'
+    )
+    assert bench(server, "--trace", str(trace), "--json") == 0
+    stats = json.loads(capsys.readouterr().out)
+    assert stats["settings"]["arrivals"]["kind"] == "trace"
+    records = [record_of({"record": record}) for record in stats["records"]]
+    assert [(record.prompt, record.max_tokens) for record in records] == [
+        ("a", 3), ("b", 50), ("c", 50),
+    ]  # fmt: skip
+    times = [in_load(record).scheduled_at for record in records]
+    assert np.diff(times) == pytest.approx([0.05, 0.15], abs=1e-5)
+    assert all(in_load(record).sent_at >= at for record, at in zip(records, times, strict=True))
+
+
 def test_a_sweep_doubles_until_nothing_more_comes(server, capsys):
     server.answers = [Respond.events(delta(content="a"), 0.02, delta("stop"), USAGE, DONE)]
     words = ("--prompt", "Hi", "--concurrency", "1", "--requests", "4", "--sweep", "100000")
@@ -337,6 +356,7 @@ def test_counts_are_those_of_the_servers_log(processes):
     assert found["icl_ms"]["count"] == len(chunks) - len(texts)
     assert found["itl_ms"]["count"] == tokens - 3 * len(texts)
     assert found["tokens_per_chunk"]["mean"] == pytest.approx(20 / 7)
+    assert found["connect_ms"]["count"] == 4, "a connection for each user, used again"
     for record in outcome.records:
         sizes = [entry["tokens"] for entry in written[record.prompt, "text"]]
         assert in_load(record).chunk_tokens == sizes

@@ -207,7 +207,9 @@ def _refusal(response: aiohttp.ClientResponse, body: bytes) -> str:
     said = error_text(body)
     if 300 <= response.status < 400:
         said = f"redirected to {response.headers.get('Location')}; give that address as base_url"
-    return f"HTTP {response.status}: {said or response.reason}"
+    later = response.headers.get("Retry-After")
+    wait = f" (Retry-After: {later})" if later else ""
+    return f"HTTP {response.status}: {said or response.reason}{wait}"
 
 
 async def _connecting(_: Any, context: SimpleNamespace, __: Any) -> None:
