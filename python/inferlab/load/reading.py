@@ -215,8 +215,9 @@ def _logprobs(choice: dict[str, Any]) -> object:
 def names_model(answered: str | None, asked: str | None) -> bool:
     """Whether the model that answered is the one that was asked.
 
-    A server that does not tell is believed, and ``gpt-x-2026-01-01`` is a ``gpt-x``.
+    A server that does not tell is believed, and one may add a version: ``gpt-x-2026-01-01``,
+    ``gpt-x:2`` and ``gpt-x@main`` are a ``gpt-x``.
     """
     if not answered or not asked:
         return True
-    return answered == asked or answered.startswith(f"{asked}-")
+    return answered == asked or answered.startswith(tuple(asked + sign for sign in "-:@"))
