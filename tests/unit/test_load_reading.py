@@ -146,8 +146,8 @@ def test_the_last_events_are_kept_for_what_they_tell():
 
 @pytest.mark.parametrize(
     ("answered", "asked", "same"),
-    [("m", "m", True), ("m-2026-01-01", "m", True), ("m@main", "m", True), (None, "m", True), ("m", None, True),
-     ("n", "m", False), ("mm", "m", False)],
+    [("m", "m", True), ("m-2026-01-01", "m", True), ("m@main", "m", True), (None, "m", True),
+     ("m", None, True), ("n", "m", False), ("mm", "m", False)],
 )  # fmt: skip
 def test_which_model_answered(answered, asked, same):
     assert names_model(answered, asked) is same
