@@ -35,12 +35,51 @@ class Speculation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InLoad:
+    """A request's place in a load, and what its stream showed.
+
+    Attributes:
+        scheduled_at: Unix time in seconds at which it was to be sent: by the arrivals, or, for a
+            later turn and in a closed loop, when what it waited for had ended.
+        sent_at: when its first try was sent; ``started_at`` is of the last one.
+        conversation, turn: which of the load's conversations, and which turn of it, from 0.
+        process: which client process sent it.
+        failure: the class of ``error``, a key of `inferlab.load.failures.FAILURES`.
+        warnings: keys of `inferlab.load.failures.WARNINGS`.
+        retry_after_s: what the server asked for when it refused.
+        connect_ms: of a new connection, from the name's look-up to the end of the TLS handshake;
+            None where a connection was used again.
+        first_content_ms: to the first chunk with content; `RequestRecord.first_token_ms` is to the
+            first with reasoning or content.
+        chunk_tokens: new tokens in each chunk of ``text_times_ms``; None where chunks do not tell.
+        end_ms: to the last byte; ``latency_ms`` is to the last chunk with text, where there is one.
+        acceptance: what the server says of speculation for this request.
+    """
+
+    scheduled_at: float
+    sent_at: float
+    conversation: int
+    turn: int
+    category: str | None = None
+    process: int = 0
+    failure: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    retry_after_s: float | None = None
+    connect_ms: float | None = None
+    first_content_ms: float | None = None
+    chunk_tokens: list[int] | None = None
+    end_ms: float | None = None
+    acceptance: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Exchange:
     """How a request went over HTTP.
 
     Attributes:
         attempts: tries in all; the record's times are those of the last one.
         elapsed_ms: all attempts and the waits between them.
+        load: where the request was one of a load (`inferlab.load`).
     """
 
     server: str
@@ -49,6 +88,7 @@ class Exchange:
     attempts: int
     status_code: int | None
     elapsed_ms: float
+    load: InLoad | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +150,8 @@ class RequestRecord:
             mapping["speculation"] = {**vars(self.speculation), "stats": stats}
         if self.exchange is not None:
             mapping["exchange"] = dict(vars(self.exchange))
+            if self.exchange.load is not None:
+                mapping["exchange"]["load"] = dict(vars(self.exchange.load))
         return mapping
 
     @property

@@ -190,3 +190,18 @@ def test_bench_command(served, capsys, stream):
     if stream:
         assert all(ttft > 0 for ttft in stats["ttft_ms"]["raw"])
         assert stats["ttft_ms"]["max"] < stats["latency_ms"]["max"]
+
+
+def test_a_load(served, capsys, generated):
+    arguments = ["--prompt", PROMPT, "--mode", "http", "--host", "127.0.0.1", "--no-progress"]
+    arguments += ["--port", str(served.port), "--endpoint", "completions", "--temperature", "0"]
+    arguments += ["--model", "inferlab/tiny", "--concurrency", "2", "--requests", "4"]
+    assert run_bench.main([*arguments, "--max-tokens", "12", "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    text, prompt_tokens, new_tokens = generated
+    assert {record["text"] for record in stats["records"]} == {text}
+    assert stats["requests"]["succeeded"] == 4
+    assert stats["throughput"]["output_tokens"] == 4 * new_tokens
+    assert stats["throughput"]["input_tokens"] == 4 * prompt_tokens
+    assert stats["distributions"]["ttft_ms"]["count"] == 4
+    assert stats["acceptance"]["of_server"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ class Respond:
     """One answer. Pieces of the body that are numbers are pauses in seconds.
 
     ``length`` overrides the Content-Length; without one (``length=-1``) the body ends with the
-    connection. ``hang_up`` closes the connection before any byte.
+    connection. ``hang_up`` closes the connection before any byte. ``raw``: the pieces are all that
+    is written, heads included.
     """
 
     body: bytes | list[bytes | float] = b""
@@ -27,6 +29,7 @@ class Respond:
     headers: dict[str, str] = field(default_factory=dict)
     length: int | None = None
     hang_up: bool = False
+    raw: bool = False
 
     @staticmethod
     def json(value: Any, status: int = 200, **headers: str) -> Respond:
@@ -54,9 +57,13 @@ class Request:
 
 
 class FaultyServer(Serving):
-    """Answers the n-th request by the n-th answer queued, the last one again and again."""
+    """Answers the n-th request by the n-th answer queued, the last one again and again.
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    Args:
+        tls: speaks https with the certificate of this context.
+    """
+
+    def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
         self.answers: list[Respond | Callable[[Request], Respond]] = []
         self.models: Respond = Respond.json({"object": "list", "data": [{"id": "first"}]})
@@ -87,16 +94,8 @@ class FaultyServer(Serving):
                 if answer.hang_up:
                     return
                 pieces = answer.body if isinstance(answer.body, list) else [answer.body]
-                self.send_response(answer.status)
-                for name, value in answer.headers.items():
-                    self.send_header(name, value)
-                length = answer.length
-                if length is None:
-                    length = sum(len(piece) for piece in pieces if isinstance(piece, bytes))
-                if length >= 0:
-                    self.send_header("Content-Length", str(length))
-                self.send_header("Connection", "close")
-                self.end_headers()
+                if not answer.raw:
+                    self._send_head(answer, pieces)
                 try:
                     for piece in pieces:
                         if isinstance(piece, bytes):
@@ -107,6 +106,18 @@ class FaultyServer(Serving):
                 except OSError:
                     pass  # the client went away, as in the tests of time-outs it should
 
+            def _send_head(self, answer: Respond, pieces: list[bytes | float]) -> None:
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                length = answer.length
+                if length is None:
+                    length = sum(len(piece) for piece in pieces if isinstance(piece, bytes))
+                if length >= 0:
+                    self.send_header("Content-Length", str(length))
+                self.send_header("Connection", "close")
+                self.end_headers()
+
             def log_message(self, *args: object) -> None:
                 pass
 
@@ -116,8 +127,12 @@ class FaultyServer(Serving):
 
         self._server = Server((host, 0), Handler)
         self.port = self._server.server_address[1]
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         name = f"[{host}]" if ":" in host else host
-        self.url = f"http://{name}:{self.port}"
+        self.url = f"{'http' if tls is None else 'https'}://{name}:{self.port}"
 
     @property
     def posts(self) -> list[Request]:

@@ -194,6 +194,21 @@ def test_bench_of_a_server(capsys, server):
         printed(capsys, *asked, "--port", str(port), code=1)
 
 
+def test_bench_of_a_load(capsys, server, tmp_path):
+    load = ("bench", "--no-progress", "--mode", "http", "--port", str(server.port))
+    load += ("--prompt", "Hi", "--concurrency", "2", "--requests", "3", "--slo", "ttft=1000")
+    usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+    events = (delta(content="a"), delta(content="b"), delta("stop"), usage, "data: [DONE]\n\n")
+    server.answers = [Respond.events(*events)]
+    prefix = tmp_path / "out"
+    value = printed(capsys, *load, "--tokenizer", "inferlab/tiny", "--output", str(prefix))
+    assert json.loads(prefix.with_suffix(".json").read_text()) == value
+    check(RECORD, value["records"][0])
+    printed(capsys, *load, "--sweep", "1000")
+    server.answers = [Respond.json({"error": "no"}, 400)]
+    printed(capsys, *load, code=1)
+
+
 def test_bench_of_all_formats(capsys):
     printed(capsys, *BENCH, "--quantization-matrix", "--prompt", "a b", "--max-tokens", "4")
 

@@ -120,6 +120,44 @@ def _bca_tails(
     return corrected(tails[0]), corrected(tails[1])
 
 
+def quantile_interval(
+    values: ArrayLike,
+    quantile: float,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """A percentile bootstrap interval of a quantile (linear between order statistics).
+
+    The r-th of n values drawn with replacement is the value at rank ``ceil(n U)``, where U is the
+    r-th of n uniform numbers, Beta(r, n - r + 1): the resamples are drawn from that, exactly as if
+    all n values had been, in O(1) each, so that a million values are no more work than ten.
+
+    Returns:
+        (low, high), or None for fewer than two values.
+
+    Raises:
+        ValueError: no values, one that is not finite, or a quantile not between 0 and 1.
+    """
+    samples = np.sort(_checked(values))
+    if not 0.0 < quantile < 1.0:
+        raise ValueError(f"quantile is {quantile!r}; it must be between 0 and 1")
+    n = len(samples)
+    if n < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    place = quantile * (n - 1)  # from 0, between the order statistics r and r + 1 (from 1)
+    r = int(place) + 1
+    lower = rng.beta(r, n - r + 1, size=resamples)
+    upper = lower + (1 - lower) * rng.beta(1, max(n - r, 1), size=resamples)
+    low_rank, high_rank = (np.minimum((u * n).astype(int), n - 1) for u in (lower, upper))
+    weight = place - (r - 1) if r < n else 0.0
+    drawn = samples[low_rank] * (1 - weight) + samples[high_rank] * weight
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def ratio_of_medians(
     numerator: Sequence[ArrayLike],
     denominator: Sequence[ArrayLike],

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from inferlab.benchmarks.benchmark import (
@@ -23,21 +20,22 @@ from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
 from inferlab.benchmarks.quantization_table import draw_matrix, print_matrix
-from inferlab.benchmarks.tables import output_paths, print_summary, write_outputs
+from inferlab.benchmarks.tables import print_summary, write_outputs
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
+from inferlab.cli.load_flags import add_load_arguments, first_load_flag
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
+from inferlab.cli.prefix import check_prefix, journal_beside
 from inferlab.cli.prompts import add_workload_arguments, gather_workload
 from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
-from inferlab.output import Journal, check_output, is_special, print_json, write_json
+from inferlab.load.outputs import LoadStats, SweepStats
+from inferlab.output import Journal, check_output, print_json, write_json
 from inferlab.plots import check_drawable
 from inferlab.prompts import Prompt
 
-logger = logging.getLogger(__name__)
-
-Output = BenchmarkStats | ModesStats | MatrixStats
+Output = BenchmarkStats | ModesStats | MatrixStats | LoadStats | SweepStats
 
 _COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
 _HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
@@ -97,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_config_argument(parser, "configs/specdec.yaml")
     ping.add_server_arguments(parser)
+    add_load_arguments(parser)
     specdec_flags.add_model_arguments(parser)
     specdec_flags.add_speculation_arguments(parser)
     specdec_flags.add_sampling_arguments(parser)
@@ -114,8 +113,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab bench``; returns the exit code.
 
-    1: a run failed, or token ids differ that must not; 130: interrupted, with partial results.
+    1: a run failed, or token ids differ that must not, or a load spent its error budget; 130:
+    interrupted, with partial results.
     """
+    if (flag := first_load_flag(args)) is not None:
+        return _run_load(args, flag)
     if args.quantization_matrix:
         return _run_matrix(args)
     if args.modes is not None:
@@ -125,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
-    paths = _check_prefix(args.output) if args.output else ()
+    paths = check_prefix(args.output) if args.output else ()
     prompts = gather_workload(args)
     if isinstance(config, SpecdecConfig):
         specdec_flags.check_record(config)
     setup_logging(config.log_level, args.verbose)
-    with clean_stdout(args.json) as out, _journal(*paths[:1]) as journal:
+    with clean_stdout(args.json) as out, journal_beside(*paths[:1]) as journal:
         stats, interrupted = _measure(args, config, prompts, journal)
         _name_places(stats["failures"], prompts)
         if "baseline_comparison" in stats:
@@ -147,6 +149,21 @@ def run(args: argparse.Namespace) -> int:
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
+
+
+def _run_load(args: argparse.Namespace, flag: str) -> int:
+    """``--mode http`` with a flag of a load."""
+    try:
+        from inferlab.cli import load
+    except ModuleNotFoundError as error:
+        if error.name != "aiohttp":
+            raise
+        raise UsageError(
+            f"{flag}: a load needs aiohttp: pip install 'llm-inference-lab[load]'"
+        ) from None
+    load.refuse_misplaced(args, flag)
+    _refuse_misplaced(args)
+    return load.run(args)
 
 
 MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
@@ -173,11 +190,11 @@ def _run_modes(args: argparse.Namespace) -> int:
     defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    paths = _check_prefix(args.output)[:1] if args.output else ()
+    paths = check_prefix(args.output)[:1] if args.output else ()
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
-    with clean_stdout(args.json) as out, _journal(*paths) as journal:
+    with clean_stdout(args.json) as out, journal_beside(*paths) as journal:
         benchmark = _modes_benchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
@@ -220,14 +237,14 @@ def _run_matrix(args: argparse.Namespace) -> int:
     assert isinstance(config, SpecdecConfig)
     as_json = None
     if args.output:
-        as_json = _check_prefix(args.output)[0]
+        as_json = check_prefix(args.output)[0]
         check_output(as_json.with_suffix(".png"))
         check_drawable("--output: PREFIX.png cannot be drawn")
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
     with (
         clean_stdout(args.json) as out,
-        _journal(*([] if as_json is None else [as_json])) as journal,
+        journal_beside(*([] if as_json is None else [as_json])) as journal,
     ):
         try:
             matrix = QuantizationMatrix(config)
@@ -261,29 +278,6 @@ def _modes_benchmark(
     except ValueError as error:
         text = re.sub("^modes ", "--modes ", re.sub("^batch_sizes ", "--batch ", str(error)))
         raise UsageError(text) from error
-
-
-def _check_prefix(prefix: str) -> tuple[Path, Path]:
-    """The files that ``--output`` means; refused where they cannot be written."""
-    if is_special(prefix):
-        raise UsageError(f"--output: {prefix} is no file; PREFIX.json and PREFIX.csv are written")
-    check_output(prefix)
-    paths = output_paths(prefix)
-    for path in paths:
-        check_output(path)
-    return paths
-
-
-@contextlib.contextmanager
-def _journal(path: Path | None = None) -> Iterator[Journal]:
-    """The runs as they are made; it stays where an error comes before the file is written."""
-    journal = Journal(path)
-    if journal.path is not None:
-        logger.info("runs are in %s while it measures", journal.path)
-    try:
-        yield journal
-    finally:
-        journal.close(written=False)
 
 
 def _names_of(prompts: Sequence[Prompt]) -> list[str]:

@@ -53,16 +53,16 @@ def read_answer(body: bytes) -> Answer:
         AnswerError: broken JSON, an error object, no choice, or neither text nor an end.
     """
     content = read_json(body, "the answer")
-    choice = _first_choice(content, "the answer")
+    choice = first_choice(content, "the answer")
     if choice is None:
         raise AnswerError("the answer has no choices: " + shorten(body))
-    piece = _piece(choice)
+    piece = piece_of(choice)
     answer = Answer(
-        text=_join([piece.text]),
-        finish_reason=_text_or_none(choice.get("finish_reason")),
-        model=_text_or_none(content.get("model")),
-        prompt_tokens=_usage(content, "prompt_tokens"),
-        completion_tokens=_usage(content, "completion_tokens"),
+        text=join_texts([piece.text]),
+        finish_reason=text_or_none(choice.get("finish_reason")),
+        model=text_or_none(content.get("model")),
+        prompt_tokens=usage_count(content, "prompt_tokens"),
+        completion_tokens=usage_count(content, "completion_tokens"),
         raw=content,
     )
     _require_end(answer, thought=piece.thought)
@@ -102,23 +102,23 @@ def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_
         head = head or content
         if isinstance(content.get("usage"), dict):
             usage = content["usage"]
-        choice = _first_choice(content, "a streamed chunk")
+        choice = first_choice(content, "a streamed chunk")
         if choice is None:
             continue
-        piece = _piece(choice)
+        piece = piece_of(choice)
         chat = chat or piece.chat
         thought = thought or piece.thought
         if piece.text:
             texts.append(piece.text)
         if piece.text or piece.thought:
             times.append(clock())
-        finish_reason = _text_or_none(choice.get("finish_reason")) or finish_reason
+        finish_reason = text_or_none(choice.get("finish_reason")) or finish_reason
     if not done and finish_reason is None:
         raise AnswerError(
             f"the stream ended early, after {len(texts)} chunks of text: "
             "neither a finish reason nor [DONE] came"
         )
-    full = _join(texts)
+    full = join_texts(texts)
     body: dict[str, Any] = {"message": {"role": "assistant", "content": full}}
     choice = {"index": 0, "finish_reason": finish_reason, **(body if chat else {"text": full})}
     raw: dict[str, Any] = {
@@ -128,9 +128,9 @@ def read_stream(chunks: Iterable[bytes], clock: Callable[[], float] = time.perf_
     answer = Answer(
         text=full,
         finish_reason=finish_reason,
-        model=_text_or_none(head.get("model")),
-        prompt_tokens=_usage(raw, "prompt_tokens"),
-        completion_tokens=_usage(raw, "completion_tokens"),
+        model=text_or_none(head.get("model")),
+        prompt_tokens=usage_count(raw, "prompt_tokens"),
+        completion_tokens=usage_count(raw, "completion_tokens"),
         raw=raw,
         text_times=times,
         streamed=True,
@@ -192,12 +192,12 @@ def error_text(body: bytes | str) -> str:
 
 def shorten(body: bytes | str) -> str:
     """The body as one line of text that can be encoded, cut."""
-    text = _join([body]) if isinstance(body, str) else body.decode("utf-8", "replace")
+    text = join_texts([body]) if isinstance(body, str) else body.decode("utf-8", "replace")
     text = " ".join(text.split())
     return text if len(text) <= _ERROR_CHARS else text[:_ERROR_CHARS] + "..."
 
 
-def _join(texts: Iterable[str]) -> str:
+def join_texts(texts: Iterable[str]) -> str:
     """The texts as one; halves of a surrogate pair meet, one without its other half is U+FFFD.
 
     JSON escapes may tear such a pair apart, and a token may end between its halves.
@@ -217,7 +217,7 @@ def _look_ahead(chunks: Iterable[bytes]) -> tuple[Iterator[bytes], bool]:
     return chain([start], rest), is_stream
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """What a choice carries: a whole message, or one chunk of it."""
 
     text: str
@@ -226,7 +226,7 @@ class _Piece(NamedTuple):
     chat: bool
 
 
-def _piece(choice: Mapping[str, Any]) -> _Piece:
+def piece_of(choice: Mapping[str, Any]) -> Piece:
     """Of a chat (``message``, streamed ``delta``) or a text completion (``text``).
 
     ``content`` is a text, or a list of parts such as ``{"type": "text", "text": ...}``.
@@ -243,10 +243,10 @@ def _piece(choice: Mapping[str, Any]) -> _Piece:
         if isinstance(text, str):
             texts.append(text)
         thought = thought or (isinstance(part, dict) and bool(part.get("thinking")))
-    return _Piece("".join(texts), thought, chat)
+    return Piece("".join(texts), thought, chat)
 
 
-def _first_choice(content: dict[str, Any], what: str) -> dict[str, Any] | None:
+def first_choice(content: dict[str, Any], what: str) -> dict[str, Any] | None:
     choices = content.get("choices")
     if not choices:
         return None
@@ -264,11 +264,11 @@ def _require_end(answer: Answer, *, thought: bool) -> None:
     raise AnswerError(f"the answer is empty ({why}finish_reason {answer.finish_reason!r})")
 
 
-def _usage(content: dict[str, Any], key: str) -> int | None:
+def usage_count(content: dict[str, Any], key: str) -> int | None:
     usage = content.get("usage")
     value = usage.get(key) if isinstance(usage, dict) else None
     return value if isinstance(value, int) and value >= 0 else None
 
 
-def _text_or_none(value: object) -> str | None:
-    return _join([value]) if isinstance(value, str) else None
+def text_or_none(value: object) -> str | None:
+    return join_texts([value]) if isinstance(value, str) else None

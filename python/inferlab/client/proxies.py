@@ -29,25 +29,28 @@ def client_for(
     Raises:
         ValueError: a proxy or a file of certificates that cannot be used; names the variable.
     """
-    proxy = None if _is_loopback(url.host) else _proxy_for(url)
+    proxy = proxy_for(url)
     speaks_tls = url.scheme == "https" or (proxy is not None and proxy.url.scheme == "https")
-    context = _certificates() if speaks_tls else False
+    context = certificates() if speaks_tls else False
     if proxy is not None and proxy.url.scheme == "https":
-        proxy.ssl_context = _certificates()
+        proxy.ssl_context = certificates()
     try:
         client = httpx.Client(
             headers=headers, timeout=timeout, proxy=proxy, verify=context, trust_env=False
         )
-        return client, None if proxy is None else _proxy_variable(url)
+        return client, None if proxy is None else proxy_variable(url)
     except ImportError:  # SOCKS is an extra of httpx
         assert proxy is not None
         raise ValueError(
-            f"{_proxy_variable(url)}: a {proxy.url.scheme} proxy needs an extra; "
+            f"{proxy_variable(url)}: a {proxy.url.scheme} proxy needs an extra; "
             "pip install 'llm-inference-lab[socks]'"
         ) from None
 
 
-def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
+def proxy_for(url: httpx.URL) -> httpx.Proxy | None:
+    """The proxy that the environment names for a server; see `client_for`."""
+    if _is_loopback(url.host):
+        return None
     proxies = urllib.request.getproxies()
     address = proxies.get(url.scheme) or proxies.get("all")
     if not address:
@@ -58,7 +61,7 @@ def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     elif urllib.request.proxy_bypass(url.host):  # the system's own list
         return None
     # The address may hold a password: it stands in no message.
-    name = _proxy_variable(url)
+    name = proxy_variable(url)
     try:
         address = settle_zone(address)
     except ValueError as error:
@@ -75,7 +78,7 @@ def _proxy_for(url: httpx.URL) -> httpx.Proxy | None:
     return httpx.Proxy(proxy)
 
 
-def _proxy_variable(url: httpx.URL) -> str:
+def proxy_variable(url: httpx.URL) -> str:
     """The variable that names the proxy, as it is written; "the system's proxy" where none does."""
     for wanted in (f"{url.scheme}_proxy", "all_proxy"):
         for name in (wanted, *os.environ):
@@ -169,7 +172,8 @@ def _is_loopback(host: str) -> bool:
     return host.lower() == "localhost" if address is None else address.is_loopback
 
 
-def _certificates() -> ssl.SSLContext:
+def certificates() -> ssl.SSLContext:
+    """What servers' certificates are verified by. Raises ValueError naming the variable."""
     name = "SSL_CERT_FILE" if os.environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
     try:
         if name == "SSL_CERT_DIR" and os.environ.get(name):
