@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from inferlab.benchmarks.benchmark import (
@@ -19,23 +16,17 @@ from inferlab.benchmarks.benchmark import (
     load_mode_config,
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
-from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
-from inferlab.benchmarks.quantization_table import draw_matrix, print_matrix
-from inferlab.benchmarks.tables import output_paths, print_summary, write_outputs
 from inferlab.cli import baseline, ping, specdec_flags
+from inferlab.cli.bench_output import BenchOutput
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.prompts import add_workload_arguments, gather_workload
-from inferlab.cli.terminal import clean_stdout, progress, setup_logging
+from inferlab.cli.terminal import progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
-from inferlab.output import Journal, check_output, is_special, print_json, write_json
-from inferlab.plots import check_drawable
 from inferlab.prompts import Prompt
-
-logger = logging.getLogger(__name__)
 
 Output = BenchmarkStats | ModesStats | MatrixStats
 
@@ -105,9 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="PREFIX",
-        help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes; with "
-        "--quantization-matrix PREFIX.png, a figure); until then the runs are in PREFIX.json.part, "
-        "a JSON line each",
+        help="write PREFIX.json (all), PREFIX.csv (a row per run), PREFIX.md and PREFIX.html "
+        "(tables and plots; with --quantization-matrix PREFIX.png, too, by matplotlib); until then "
+        "the runs are in PREFIX.json.part, a JSON line each",
     )
 
 
@@ -125,25 +116,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
-    paths = _check_prefix(args.output) if args.output else ()
+    output = BenchOutput(args)
     prompts = gather_workload(args)
     if isinstance(config, SpecdecConfig):
         specdec_flags.check_record(config)
     setup_logging(config.log_level, args.verbose)
-    with clean_stdout(args.json) as out, _journal(*paths[:1]) as journal:
-        stats, interrupted = _measure(args, config, prompts, journal)
+    with output:
+        stats, interrupted = _measure(args, config, prompts, output.keep)
         _name_places(stats["failures"], prompts)
         if "baseline_comparison" in stats:
             _name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
-        try:
-            if args.output:
-                write_outputs(args.output, stats)
-                journal.close(written=True)
-        finally:  # what cannot be written is not lost
-            if args.json:
-                print_json(stats, out)
-            else:
-                print_summary(stats)
+        output.done(stats)
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
@@ -173,28 +156,20 @@ def _run_modes(args: argparse.Namespace) -> int:
     defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    paths = _check_prefix(args.output)[:1] if args.output else ()
+    output = BenchOutput(args)
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
-    with clean_stdout(args.json) as out, _journal(*paths) as journal:
+    with output:
         benchmark = _modes_benchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
             texts = [prompt.text for prompt in prompts]
-            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=journal.add)
+            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=output.keep)
         _name_places(result.failures, prompts)
         for found in result.token_ids.values():
             _name_places(found["differences"], prompts)
-        try:
-            for path in paths:
-                write_json(path, result.as_dict())
-            journal.close(written=True)
-        finally:
-            if args.json:
-                print_json(result.as_dict(), out)
-            else:
-                print_modes(result)
+        output.done(result.as_dict())
     if result.interrupted:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
@@ -218,35 +193,19 @@ def _run_matrix(args: argparse.Namespace) -> int:
     defaults = {} if args.config or "controller" in overrides else {"controller": "fixed"}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    as_json = None
-    if args.output:
-        as_json = _check_prefix(args.output)[0]
-        check_output(as_json.with_suffix(".png"))
-        check_drawable("--output: PREFIX.png cannot be drawn")
+    output = BenchOutput(args)
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
-    with (
-        clean_stdout(args.json) as out,
-        _journal(*([] if as_json is None else [as_json])) as journal,
-    ):
+    with output:
         try:
             matrix = QuantizationMatrix(config)
             with progress(
                 matrix.num_runs(len(texts)), "runs", not (args.no_progress or args.json)
             ) as advance:
-                stats = matrix.run(texts, advance, journal.add)
+                stats = matrix.run(texts, advance, output.keep)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        try:
-            if as_json is not None:
-                write_json(as_json, stats)
-                draw_matrix(stats, as_json.with_suffix(".png"))
-                journal.close(written=True)
-        finally:
-            if args.json:
-                print_json(stats, out)
-            else:
-                print_matrix(stats)
+        output.done(stats)
     if stats["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if stats["failures"] else EXIT_OK
@@ -261,29 +220,6 @@ def _modes_benchmark(
     except ValueError as error:
         text = re.sub("^modes ", "--modes ", re.sub("^batch_sizes ", "--batch ", str(error)))
         raise UsageError(text) from error
-
-
-def _check_prefix(prefix: str) -> tuple[Path, Path]:
-    """The files that ``--output`` means; refused where they cannot be written."""
-    if is_special(prefix):
-        raise UsageError(f"--output: {prefix} is no file; PREFIX.json and PREFIX.csv are written")
-    check_output(prefix)
-    paths = output_paths(prefix)
-    for path in paths:
-        check_output(path)
-    return paths
-
-
-@contextlib.contextmanager
-def _journal(path: Path | None = None) -> Iterator[Journal]:
-    """The runs as they are made; it stays where an error comes before the file is written."""
-    journal = Journal(path)
-    if journal.path is not None:
-        logger.info("runs are in %s while it measures", journal.path)
-    try:
-        yield journal
-    finally:
-        journal.close(written=False)
 
 
 def _names_of(prompts: Sequence[Prompt]) -> list[str]:
@@ -309,7 +245,10 @@ def _sizes(text: str) -> list[int]:
 
 
 def _measure(
-    args: argparse.Namespace, config: Config, prompts: Sequence[Prompt], journal: Journal
+    args: argparse.Namespace,
+    config: Config,
+    prompts: Sequence[Prompt],
+    keep: Callable[[dict[str, Any]], None],
 ) -> tuple[dict[str, Any], bool]:
     """(statistics, whether Ctrl-C ended it)."""
     show_bar = not (args.no_progress or args.json)
@@ -323,7 +262,7 @@ def _measure(
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
                 texts, names = [prompt.text for prompt in prompts], _names_of(prompts)
-                stats = benchmark.run_all(texts, on_run=advance, names=names, keep=journal.add)
+                stats = benchmark.run_all(texts, on_run=advance, names=names, keep=keep)
                 return stats, False
         except BenchmarkInterrupted as interrupt:
             return interrupt.stats, True

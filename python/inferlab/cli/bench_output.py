@@ -1,0 +1,71 @@
+"""Where the results of `inferlab bench` go: stdout, the files of ``--output``, and the journal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from inferlab.benchmarks.result_files import output_paths, report_of, write_outputs
+from inferlab.cli.terminal import clean_stdout
+from inferlab.errors import UsageError
+from inferlab.output import Journal, check_output, is_special, print_json
+from inferlab.reports.terminal import print_report
+
+logger = logging.getLogger(__name__)
+
+
+class BenchOutput:
+    """Takes the runs of a benchmark as they are made, and its result, once.
+
+    While it is entered nothing but JSON comes on stdout with ``--json``; the journal of the runs
+    stays where an error comes before the files are written.
+
+    Raises:
+        UsageError: what ``--output`` means cannot be written.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._paths = []
+        if args.output:
+            if is_special(args.output):
+                raise UsageError(
+                    f"--output: {args.output} is no file; PREFIX.json and PREFIX.csv are written, "
+                    "PREFIX.md and PREFIX.html"
+                )
+            check_output(args.output)
+            self._paths = output_paths(args.output)
+            for path in self._paths:
+                check_output(path)
+
+    def __enter__(self) -> BenchOutput:
+        with contextlib.ExitStack() as stack:
+            self._out = stack.enter_context(clean_stdout(self._args.json))
+            self._journal = Journal(self._paths[0] if self._paths else None)
+            stack.callback(self._journal.close, written=False)
+            self._stack = stack.pop_all()
+        if self._journal.path is not None:
+            logger.info("runs are in %s while it measures", self._journal.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def keep(self, run: Mapping[str, Any]) -> None:
+        """Puts a run into the journal."""
+        self._journal.add(run)
+
+    def done(self, stats: Mapping[str, Any]) -> None:
+        """Writes the files and prints; what cannot be written is printed all the same."""
+        try:
+            if self._paths:
+                write_outputs(self._args.output, stats)
+                self._journal.close(written=True)
+        finally:
+            if self._args.json:
+                print_json(stats, self._out)
+            else:
+                print_report(report_of(stats))
