@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from inferlab.errors import describe_error
 from inferlab.records import RecordJson, RequestRecord, tokens_per_second
+from inferlab.types import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +97,20 @@ def record_figures(record: RequestRecord) -> dict[str, float]:
     figures = _time_figures(record.latency_ms, record.num_tokens)
     first = "ttft_ms" if record.source == "http" else "first_token_ms"
     known = {first: record.first_token_ms, "tpot_ms": record.tpot_ms}
+    figures |= {key: value for key, value in known.items() if value is not None}
     if record.speculation is not None:
-        stats = record.speculation.stats
-        known["acceptance_rate"] = stats.acceptance_rate
-        known["mean_accepted_length"] = stats.mean_accepted_length
-    return {**figures, **{key: value for key, value in known.items() if value is not None}}
+        figures |= speculation_figures(record.speculation.stats)
+    return figures
+
+
+def speculation_figures(stats: SpeculationStats) -> dict[str, float]:
+    """Those of acceptance; none where no step was made."""
+    if not stats.steps:
+        return {}
+    return {
+        "acceptance_rate": stats.acceptance_rate,
+        "mean_accepted_length": stats.mean_accepted_length,
+    }
 
 
 def _time_figures(latency_ms: float, num_tokens: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from inferlab.benchmarks.modes_report import modes_report
 from inferlab.benchmarks.quantization_report import matrix_plots, matrix_report
 from inferlab.benchmarks.run_report import run_report
 from inferlab.errors import UsageError
-from inferlab.output import write_json, write_text
+from inferlab.output import check_output, is_special, write_json, write_text
 from inferlab.reports.files import SUFFIXES, write_report
 from inferlab.reports.model import Report
 from inferlab.reports.picture import draw_plots
 
 logger = logging.getLogger(__name__)
+
+WRITTEN = (".json", ".csv", *SUFFIXES)
+"""What `write_outputs` puts behind PREFIX."""
 
 CSV_COLUMNS = (
     "mode", "prompt_index", "iteration", "order", "latency_ms", "num_tokens", "tokens_per_second",
@@ -32,13 +35,23 @@ BATCH_COLUMNS = ("batch_size", *(name for name in CSV_COLUMNS if name != "prompt
 def output_stem(prefix: str | Path) -> str:
     """PREFIX, at which any of the endings may stand already."""
     stem = Path(prefix)
-    return str(stem.with_suffix("") if stem.suffix in (".json", ".csv", *SUFFIXES) else stem)
+    return str(stem.with_suffix("") if stem.suffix in WRITTEN else stem)
 
 
-def output_paths(prefix: str | Path) -> list[Path]:
-    """``PREFIX.json``, ``PREFIX.csv``, ``PREFIX.md`` and ``PREFIX.html``."""
-    stem = output_stem(prefix)
-    return [Path(stem + suffix) for suffix in (".json", ".csv", *SUFFIXES)]
+def check_files(prefix: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files PREFIX + suffix of ``--output PREFIX``.
+
+    Raises:
+        UsageError: one of them cannot be written.
+    """
+    if is_special(prefix):
+        names = " and ".join(f"PREFIX{suffix}" for suffix in suffixes)
+        raise UsageError(f"--output: {prefix} is no file; {names} are written")
+    check_output(prefix)
+    paths = [Path(output_stem(prefix) + suffix) for suffix in suffixes]
+    for path in paths:
+        check_output(path)
+    return paths
 
 
 def write_outputs(prefix: str | Path, stats: Mapping[str, Any]) -> None:
@@ -47,12 +60,12 @@ def write_outputs(prefix: str | Path, stats: Mapping[str, Any]) -> None:
     Raises:
         UsageError: a file cannot be written.
     """
-    as_json, as_csv, *_ = output_paths(prefix)
-    write_json(as_json, stats)
-    write_text(as_csv, rows_csv(stats))
-    write_report(report_of(stats), output_stem(prefix))
+    stem = output_stem(prefix)
+    write_json(f"{stem}.json", stats)
+    write_text(f"{stem}.csv", rows_csv(stats))
+    write_report(report_of(stats), stem)
     if "pairs" in stats:
-        _draw(stats, as_json.with_suffix(".png"))
+        _draw(stats, Path(f"{stem}.png"))
 
 
 def _draw(stats: Mapping[str, Any], path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from inferlab.benchmarks.measure import record_figures
-from inferlab.records import RequestRecord, record_of
+from inferlab.benchmarks.measure import record_figures, speculation_figures
+from inferlab.records import RequestRecord, record_of, total_stats
 
 TIMES = {
     "latency_ms": "latency, ms",
@@ -49,6 +49,13 @@ def samples_of(stats: Mapping[str, Any]) -> list[Sample]:
     return list(_of_runs(stats))
 
 
+def prompts_of(stats: Mapping[str, Any]) -> list[str]:
+    """The prompts that samples name by their place, in order."""
+    if "records" in stats:
+        return list(dict.fromkeys(entry.get("prompt") or "" for entry in stats["records"]))
+    return list(stats["prompts"])
+
+
 def modes_in(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
     """Mode -> its runs that succeeded."""
     modes: dict[str, list[Sample]] = {}
@@ -72,24 +79,19 @@ def _of_runs(stats: Mapping[str, Any]) -> Iterator[Sample]:
 
 def _of_batch(row: Mapping[str, Any], several: bool) -> Sample:
     mode = f"batch {row['batch_size']}, {row['mode']}" if several else row["mode"]
-    records = [record_of({"record": record}) for record in row.get("records", ())]
-    return Sample(
-        mode,
-        tuple(row["prompt_indices"]),
-        row["iteration"],
-        _figures(row),
-        [record for record in records if record.error is None],
-        row.get("error"),
-    )
+    records = [record_of({"record": record}) for record in row["records"]]
+    figures = {**_figures(row), **speculation_figures(total_stats(records))}
+    prompts = tuple(row["prompt_indices"])
+    return Sample(mode, prompts, row["iteration"], figures, records, row.get("error"))
 
 
 def _of_records(records: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
     """Requests of a load, of which equal prompts are one."""
-    places: dict[str | None, int] = {}
+    places: dict[str, int] = {}
     seen: dict[int, int] = {}
     for entry in records:
         record = record_of({"record": entry})
-        prompt = places.setdefault(record.prompt, len(places))
+        prompt = places.setdefault(record.prompt or "", len(places))
         iteration = seen[prompt] = seen.get(prompt, -1) + 1
         figures = {} if record.error is not None else record_figures(record)
         yield Sample(record.source, (prompt,), iteration, figures, [record], record.error)

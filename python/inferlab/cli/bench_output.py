@@ -8,10 +8,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from inferlab.benchmarks.result_files import output_paths, report_of, write_outputs
+from inferlab.benchmarks.result_files import WRITTEN, check_files, report_of, write_outputs
 from inferlab.cli.terminal import clean_stdout
-from inferlab.errors import UsageError
-from inferlab.output import Journal, check_output, is_special, print_json
+from inferlab.output import Journal, print_json
 from inferlab.reports.terminal import print_report
 
 logger = logging.getLogger(__name__)
@@ -29,17 +28,7 @@ class BenchOutput:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._paths = []
-        if args.output:
-            if is_special(args.output):
-                raise UsageError(
-                    f"--output: {args.output} is no file; PREFIX.json and PREFIX.csv are written, "
-                    "PREFIX.md and PREFIX.html"
-                )
-            check_output(args.output)
-            self._paths = output_paths(args.output)
-            for path in self._paths:
-                check_output(path)
+        self._paths = check_files(args.output, WRITTEN) if args.output else []
 
     def __enter__(self) -> BenchOutput:
         with contextlib.ExitStack() as stack:
