@@ -192,8 +192,8 @@ def compare_results(
     shared = texts[0] & texts[1]
     if not shared or not any(mode["metrics"] for mode in modes.values()):
         raise UsageError(
-            f"{names[0]} and {names[1]} have no prompt in common that both decoded; give results of "
-            "the same prompts"
+            f"{names[0]} and {names[1]} have no prompt in common that both decoded; give results "
+            "of the same prompts"
         )
     _correct(modes)
     regressions = [

@@ -18,14 +18,17 @@ from inferlab.benchmarks.benchmark import (
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
+from inferlab.benchmarks.runners import SpecdecRunner
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.bench_output import BenchOutput
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
+from inferlab.cli.profiling import add_profile_argument, profiling
 from inferlab.cli.prompts import add_workload_arguments, gather_workload
 from inferlab.cli.terminal import progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
+from inferlab.output import check_output
 from inferlab.prompts import Prompt
 
 Output = BenchmarkStats | ModesStats | MatrixStats
@@ -44,6 +47,7 @@ SWITCHES = {
     "--eval-perplexity": ("local", "specdec"),
     "--adaptive-K": ("specdec",),
     "--stream": ("http",),
+    "--profile": ("specdec",),
 }
 """Flags that are no keys, and the modes that know them."""
 
@@ -92,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     specdec_flags.add_speculation_arguments(parser)
     specdec_flags.add_sampling_arguments(parser)
     specdec_flags.add_record_argument(parser)
+    add_profile_argument(parser, "one more run of the first prompt, after the measured ones,")
     add_output_arguments(parser, output=None)
     parser.add_argument(
         "--output",
@@ -117,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
     output = BenchOutput(args)
+    check_output(args.profile, "--profile")
     prompts = gather_workload(args)
     if isinstance(config, SpecdecConfig):
         specdec_flags.check_record(config)
@@ -138,7 +144,9 @@ MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
 
 def _run_modes(args: argparse.Namespace) -> int:
     """``--modes``: the table of all draft modes."""
-    for flag in ("--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode"):
+    for flag in (
+        "--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode", "--profile"
+    ):  # fmt: skip
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --modes, which compares all of them")
     if args.heads is not None:
@@ -180,7 +188,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
     """``--quantization-matrix``: the tables of all formats."""
     for flag in (
         "--compare-baseline", "--eval-perplexity", "--stream", "--modes", "--batch", "--record",
-        "--quantization", "--draft-quantization",
+        "--profile", "--quantization", "--draft-quantization",
     ):  # fmt: skip
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --quantization-matrix")
@@ -263,9 +271,19 @@ def _measure(
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
                 texts, names = [prompt.text for prompt in prompts], _names_of(prompts)
                 stats = benchmark.run_all(texts, on_run=advance, names=names, keep=keep)
-                return stats, False
+            if args.profile and "error" not in stats:
+                _profile(benchmark, texts[stats["raw_results"][0]["prompt_index"]], args.profile)
+            return stats, False
         except BenchmarkInterrupted as interrupt:
             return interrupt.stats, True
+
+
+def _profile(benchmark: BenchmarkRunner, prompt: str, path: str) -> None:
+    """One more run, which counts nowhere: a profiled one takes longer."""
+    runner = benchmark.runner
+    assert isinstance(runner, SpecdecRunner)
+    with profiling(runner.pipeline.engine, path):
+        runner.run(prompt)
 
 
 def _failed(stats: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from html import escape
 from inferlab.reports.model import Bars, Curves, Heading, Lines, Part, Report, Table
 from inferlab.reports.svg import legend, plot_svg
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Of the page's content: a browser that holds to it loads and runs nothing."""
 
 STYLE = """
