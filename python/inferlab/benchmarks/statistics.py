@@ -193,9 +193,9 @@ def permutation_p(
 
     Entry g of both arguments holds the measurements of group g (a prompt). Were there no
     difference, it would not matter which of a group's values are whose: they are dealt anew within
-    each group. What is looked at is the mean over groups of the difference of medians, on both
-    sides of 0. With one value each per group this is the sign-flip test of pairs; with one group it
-    is the two-sample test.
+    each group. What is looked at is the sum over groups of the difference of means, on both sides
+    of 0: give logarithms of what differs by factors. With one value each per group this is the
+    sign-flip test of pairs; with one group it is the two-sample test.
 
     Returns:
         The p-value, (1 + hits) / (1 + permutations): never 0; 1 for a single pair.
@@ -206,12 +206,12 @@ def permutation_p(
     rng = np.random.default_rng(seed)
     observed, dealt = 0.0, np.zeros(permutations)
     for first, second in _pairs(one, other):
-        observed += float(np.median(first) - np.median(second))
+        observed += float(first.mean() - second.mean())
         pool = np.concatenate([first, second])
         order = rng.random((permutations, len(pool))).argsort(axis=1)
         mixed = pool[order]
-        dealt += np.median(mixed[:, : len(first)], axis=1)
-        dealt -= np.median(mixed[:, len(first) :], axis=1)
+        dealt += mixed[:, : len(first)].mean(axis=1)
+        dealt -= mixed[:, len(first) :].mean(axis=1)
     rounding = 1e-9 * max(abs(observed), float(np.abs(dealt).max()))
     hits = int(np.sum(np.abs(dealt) >= abs(observed) - rounding))
     return (1 + hits) / (1 + permutations)
