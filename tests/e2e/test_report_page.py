@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reports")
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
-    few = ["--max-tokens", "12", "--iterations", "2", "--warmup", "0", "--log-level", "ERROR"]
+    few = ["--max-tokens", "12", "--iterations", "2", "--warmup", "0"]
     fake = ["--impl", "fake", "--prompts", str(prompts), *few]
     compared = [*fake, "--mode", "specdec", "--compare-baseline", "--output", str(folder / "one")]
     assert main(compared) == 0

@@ -12,7 +12,7 @@ from inferlab.benchmarks.compare import compare_results
 from inferlab.cli import main
 from inferlab.errors import UsageError
 
-FEW = ["--max-tokens", "24", "--iterations", "3", "--warmup", "0", "--log-level", "ERROR"]
+FEW = ["--max-tokens", "24", "--iterations", "3", "--warmup", "0"]
 PROMPTS = ["def add(a, b):", "class Stack:", "import os", "a b a b a b", "for i in range(", "<b>"]
 
 

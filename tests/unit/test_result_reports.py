@@ -15,7 +15,7 @@ from inferlab.cli import main
 from inferlab.records import record_of, total_stats
 from inferlab.reports.model import Bars, Table
 
-FEW = ["--max-tokens", "16", "--iterations", "2", "--warmup", "0", "--log-level", "ERROR"]
+FEW = ["--max-tokens", "16", "--iterations", "2", "--warmup", "0"]
 PROMPTS = ["def add(a, b):", "class Stack:", "a b a b a b a"]
 PHASES = ["prefill", "draft", "verify", "accept", "commit", "rest"]
 
@@ -204,7 +204,7 @@ def test_without_matplotlib_the_html_has_the_plots(tmp_path, monkeypatch, caplog
         raise ValueError("matplotlib is missing; pip install matplotlib")
 
     monkeypatch.setattr(result_files, "draw_plots", missing)
-    words = ["--prompt", "a b", "--dtype", "bfloat16", "--log-level", "WARNING"]
+    words = ["--prompt", "a b", "--dtype", "bfloat16"]
     measured(tmp_path, "--quantization-matrix", *words)
     assert not (tmp_path / "r.png").exists()
     assert "Forward time" in (tmp_path / "r.html").read_text()

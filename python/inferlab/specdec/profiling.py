@@ -78,9 +78,8 @@ def profiled(engine: Engine, path: str | Path) -> Iterator[PhaseTimeline]:
     if on_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        origin_s = time.perf_counter()
         with torch.profiler.record_function(_ORIGIN):
-            pass
+            origin_s = time.perf_counter()
         engine.clock.timeline = timeline
         try:
             yield timeline
