@@ -208,10 +208,7 @@ def compare_results(
         "a": names[0],
         "b": names[1],
         "settings": _differences(_settings(a), _settings(b)),
-        "environment": _differences(
-            {k: v for k, v in a["environment"].items() if k != "time"},
-            {k: v for k, v in b["environment"].items() if k != "time"},
-        ),
+        "environment": _differences(_environment(a), _environment(b)),
         "prompts": {"a": len(texts[0]), "b": len(texts[1]), "shared": len(shared)},
         "failures": (before, after),
         "tolerance": tolerance,
@@ -385,11 +382,17 @@ def _ids_at(runs: Sequence[Sample], place: int) -> list[list[int]]:
 
 
 def _settings(stats: Mapping[str, Any]) -> dict[str, Any]:
-    found = stats.get("settings") or {key: stats[key] for key in SETTINGS if key in stats}
+    of_load = stats.get("loads", [stats])[0]  # those of a sweep differ in the load alone
+    found = of_load.get("settings") or {key: stats[key] for key in SETTINGS if key in stats}
     settings = dict(found)
     if isinstance(controller := settings.get("controller"), Mapping):
         settings["controller"] = {k: v for k, v in controller.items() if k not in LEARNED}
     return {k: v for k, v in settings.items() if k not in ("iterations", "prompts", "drafters")}
+
+
+def _environment(stats: Mapping[str, Any]) -> dict[str, Any]:
+    of_load = stats.get("loads", [stats])[0]
+    return {key: value for key, value in of_load["environment"].items() if key != "time"}
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Setting]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from inferlab.benchmarks.load_report import load_report, sweep_report
 from inferlab.benchmarks.modes_report import modes_report
 from inferlab.benchmarks.quantization_report import matrix_plots, matrix_report
 from inferlab.benchmarks.run_report import run_report
@@ -20,6 +21,9 @@ from inferlab.reports.model import Report
 from inferlab.reports.picture import draw_plots
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("runner_name", "batches", "pairs", "records", "loads")
+"""A result has one of these: of one mode, of many, of formats, of a load, of a sweep."""
 
 WRITTEN = (".json", ".csv", *SUFFIXES)
 """What `write_outputs` puts behind PREFIX."""
@@ -100,6 +104,10 @@ def report_of(stats: Mapping[str, Any]) -> Report:
         return matrix_report(stats)
     if "runner_name" in stats:
         return run_report(stats)
+    if "loads" in stats:
+        return sweep_report(stats)
+    if "records" in stats:
+        return load_report(stats)
     raise ValueError("this is no result of `inferlab bench`")
 
 
@@ -115,9 +123,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not JSON: {error}") from None
-    kinds = ("runner_name", "batches", "pairs")
-    if not isinstance(stats, dict) or not any(kind in stats for kind in kinds):
+    if not isinstance(stats, dict) or not any(kind in stats for kind in KINDS):
         raise UsageError(f"{path}: is no result of `inferlab bench`; give a file of its --output")
-    if "runs" not in stats:
+    if not any(rows in stats for rows in ("runs", "records", "loads")):
         raise UsageError(f"{path}: has no `runs`, the raw rows; measure again with --output")
     return stats

@@ -41,8 +41,9 @@ class Sample:
 
 def samples_of(stats: Mapping[str, Any]) -> list[Sample]:
     """All runs of a result of `inferlab bench`, in the order in which they were made."""
-    if "records" in stats:
-        return list(_of_records(stats["records"]))
+    if loads := loads_in(stats):
+        prompts = {text: place for place, text in enumerate(prompts_of(stats))}
+        return [s for name, records in loads.items() for s in _of_records(name, records, prompts)]
     if "batches" in stats or "pairs" in stats:
         several = len(stats.get("batches", ())) > 1
         return [_of_batch(row, several) for row in stats["runs"]]
@@ -51,9 +52,17 @@ def samples_of(stats: Mapping[str, Any]) -> list[Sample]:
 
 def prompts_of(stats: Mapping[str, Any]) -> list[str]:
     """The prompts that samples name by their place, in order."""
-    if "records" in stats:
-        return list(dict.fromkeys(entry.get("prompt") or "" for entry in stats["records"]))
+    if loads := loads_in(stats):
+        return list(dict.fromkeys(_prompt(entry) for of in loads.values() for entry in of))
     return list(stats["prompts"])
+
+
+def loads_in(stats: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The records of a load on a server, or of each load of a sweep; empty for other results."""
+    if "loads" in stats:
+        pairs = zip(stats["levels"], stats["loads"], strict=True)
+        return {f"{stats['of']} {level['level']:g}": load["records"] for level, load in pairs}
+    return {"http": stats["records"]} if "records" in stats else {}
 
 
 def modes_in(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
@@ -85,16 +94,21 @@ def _of_batch(row: Mapping[str, Any], several: bool) -> Sample:
     return Sample(mode, prompts, row["iteration"], figures, records, row.get("error"))
 
 
-def _of_records(records: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
-    """Requests of a load, of which equal prompts are one."""
-    places: dict[str, int] = {}
+def _of_records(
+    mode: str, records: Iterable[Mapping[str, Any]], prompts: Mapping[str, int]
+) -> Iterator[Sample]:
+    """Requests of a load; the n-th of a prompt is its n-th iteration."""
     seen: dict[int, int] = {}
     for entry in records:
         record = record_of({"record": entry})
-        prompt = places.setdefault(record.prompt or "", len(places))
+        prompt = prompts[_prompt(entry)]
         iteration = seen[prompt] = seen.get(prompt, -1) + 1
         figures = {} if record.error is not None else record_figures(record)
-        yield Sample(record.source, (prompt,), iteration, figures, [record], record.error)
+        yield Sample(mode, (prompt,), iteration, figures, [record], record.error)
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    return record.get("prompt") or ""
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
