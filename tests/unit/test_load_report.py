@@ -67,7 +67,8 @@ def test_a_load_has_its_tables_and_plots():
     assert categories.rows[0][0] == "a|b"
     plots = {plot.title: plot for plot in report.plots}
     assert list(plots) == ["latency, ms", "TTFT, ms", "TPOT, ms", "ms per token",
-                           "Requests in flight", "Acceptance by position, told by the server"]  # fmt: skip
+                           "Requests in flight",
+                           "Acceptance by position, told by the server"]  # fmt: skip
     assert [x for x, _ in plots["TTFT, ms"].series[0].points[1:]] == [10.0, 20.0, 30.0]
     assert [x for x, _ in plots["TPOT, ms"].series[0].points[1:]] == pytest.approx([5, 10, 15])
     flight = plots["Requests in flight"].series[0].points
