@@ -195,11 +195,23 @@ def test_plain_lines_where_stdout_is_no_terminal():
 
 
 def test_no_figure_is_lost_on_a_narrow_terminal():
-    text = shown(40)
-    assert re.search(r"plain\x1b\[0m\n  ms: 1.5\n", text)
-    assert "…" not in text
-    wide = shown(200)
-    assert re.search(r"specdec +0.75 +x", wide)
+    """Columns that have no room come in a second block, beside the first column."""
+    rows = [(f"mode {i}", *(f"{i}.{j}{'0' * 8}" for j in range(6))) for i in range(3)]
+    report = Report("t", [], [Table(("mode", *(f"figure {j}" for j in range(6))), rows)])
+    for width, blocks in ((200, 1), (60, 2), (30, 6), (12, 6)):
+        out = io.StringIO()
+        console = Console(file=out, width=width, force_terminal=True, highlight=False)
+        print_report(report, console)
+        text = re.sub("\x1b\\[[0-9;]*m", "", out.getvalue())
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= width
+        if width > 12:
+            assert text.count("mode 1 ") == blocks
+            assert all(cell in text for row in rows for cell in row)
+
+
+def test_a_wide_terminal_has_the_whole_table():
+    assert re.search(r"specdec +0.75 +x", shown(200))
 
 
 def test_more_series_than_colours_are_told_apart():

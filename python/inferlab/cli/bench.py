@@ -54,6 +54,8 @@ SWITCHES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``inferlab bench``."""
+    parser.epilog = "`inferlab bench report FILE.json` makes the tables and plots of a result of "
+    parser.epilog += "--output again;\n`inferlab bench compare A.json B.json` compares two of them."
     add_workload_arguments(parser)
     parser.add_argument(
         "--mode",

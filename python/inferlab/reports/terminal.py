@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table as Drawn
 from rich.text import Text
 
@@ -12,6 +11,8 @@ from inferlab.reports.model import Bars, Curves, Heading, Lines, Report, Table
 
 UNBOUNDED = 100_000
 """Columns of what is no terminal: no line is broken, and no cell cut off."""
+GAP = 2
+"""Between the columns of a table."""
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -76,18 +77,25 @@ def _on_one_line(text: str) -> str:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    drawn = Drawn(box=None, pad_edge=False, header_style="dim")
-    for place, name in enumerate(table.columns):
-        left = place == 0 or place in table.texts
-        drawn.add_column(Text(name), justify="left" if left else "right", no_wrap=True)
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    unbound = console.options.update_width(UNBOUNDED)
-    if Measurement.get(console, unbound, drawn).maximum <= console.width:
+    """In blocks of columns, each with the first, where the terminal is too narrow for all."""
+    for places in _blocks(table, console.width):
+        drawn = Drawn(box=None, pad_edge=False, header_style="dim")
+        for place in places:
+            left = place == 0 or place in table.texts
+            name = Text(table.columns[place])
+            drawn.add_column(name, justify="left" if left else "right", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*(Text(row[place]) for place in places))
         console.print(drawn)
-        return
-    for row in table.rows:  # a terminal too narrow for the columns has a line for each figure
-        _print(console, row[0], "bold")
-        for name, cell in zip(table.columns[1:], row[1:], strict=True):
-            if cell:
-                _print(console, f"  {name}: {cell}")
+
+
+def _blocks(table: Table, width: int) -> list[list[int]]:
+    rows = (table.columns, *table.rows)
+    widths = [max(cell_len(row[place]) for row in rows) for place in range(len(table.columns))]
+    blocks = [[0]]
+    for place in range(1, len(widths)):
+        taken = sum(widths[other] + GAP for other in blocks[-1])
+        if len(blocks[-1]) > 1 and taken + widths[place] > width:
+            blocks.append([0])
+        blocks[-1].append(place)
+    return blocks
