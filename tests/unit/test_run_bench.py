@@ -19,7 +19,6 @@ from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delt
 from inferlab import _C
 from inferlab.benchmarks import result_files, runners
 from inferlab.benchmarks.run_bench import BenchmarkInterrupted, BenchmarkRunner, main
-from inferlab.cli import bench_output
 from inferlab.errors import UsageError
 from inferlab.models.assets import BUNDLED
 
@@ -319,7 +318,7 @@ def test_one_answer_that_cannot_be_encoded_loses_nothing(server, capsys, tmp_pat
 
 @pytest.mark.parametrize("more", [["--json"], []])
 def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(bench_output, "check_output", lambda path: None)
+    monkeypatch.setattr(result_files, "check_output", lambda path: None)
     server.answers = [Respond.json(chat())]
     (tmp_path / "r.json").mkdir()
     command = ["--mode", "http", "--base-url", server.url, "--prompt", "Hi", "--iterations", "1"]
@@ -473,7 +472,10 @@ def test_a_prefix_that_is_no_file(tmp_path, capsys):
     os.mkfifo(fifo)
     (tmp_path / "r.csv").mkdir()
     assert main([*FAKE, "--prompt", "x", "--output", str(fifo)]) == 2
-    assert "is no file; PREFIX.json and PREFIX.csv are written" in capsys.readouterr().err
+    assert (
+        "is no file; PREFIX.json, PREFIX.csv, PREFIX.md and PREFIX.html are written"
+        in capsys.readouterr().err
+    )
     assert main([*FAKE, "--prompt", "x", "--output", str(tmp_path / "r")]) == 2
     assert "r.csv is a directory" in capsys.readouterr().err
     for folder in (".", "..", "/"):

@@ -49,7 +49,8 @@ def check_files(prefix: str, suffixes: Sequence[str]) -> list[Path]:
         UsageError: one of them cannot be written.
     """
     if is_special(prefix):
-        names = " and ".join(f"PREFIX{suffix}" for suffix in suffixes)
+        *others, last = (f"PREFIX{suffix}" for suffix in suffixes)
+        names = f"{', '.join(others)} and {last}"
         raise UsageError(f"--output: {prefix} is no file; {names} are written")
     check_output(prefix)
     paths = [Path(output_stem(prefix) + suffix) for suffix in suffixes]
