@@ -79,6 +79,15 @@ def test_a_load_has_its_tables_and_plots():
     assert "<u>" not in to_html(report)
 
 
+def test_many_requests_make_a_small_plot_with_all_peaks():
+    stats = load(*(answered(i, i * 0.01, 25.0 + (500 if i == 1234 else 0)) for i in range(3000)))
+    plot = next(p for p in report_of(stats).plots if p.title == "Requests in flight")
+    (series,) = plot.series
+    assert len(series.points) <= 800
+    assert max(y for _, y in series.points) == 4
+    assert {y for _, y in series.points} >= {3, 4}
+
+
 def test_a_load_that_failed_tells_why():
     stats = load(answered(0, 0.0, 1.0, error="no"), failures={"refused": 1})
     report = report_of(stats)

@@ -11,6 +11,8 @@ from inferlab.records import total_stats
 from inferlab.reports.model import Bars, Curves, Series
 from inferlab.reports.svg import distribution
 
+MOST = 800
+"""Points of a curve of requests in flight."""
 FAR = 8.0
 """Times that span more than this are drawn by their logarithm."""
 
@@ -116,6 +118,13 @@ def _in_flight(modes: Mapping[str, Sequence[Sample]], records: str) -> Curves:
             count += change
             points.append((at, float(count)))
         if max(y for _, y in points) > 1:
-            series.append(Series(mode, points))
+            series.append(Series(mode, _highest(points)))
     source = f"{records}.started_at and .latency_ms"
     return Curves("Requests in flight", "seconds", "requests", series, source, steps=True)
+
+
+def _highest(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of many points in a row the highest of each few: none of the peaks is lost."""
+    few = -(-len(points) // MOST)
+    chunks = (points[first : first + few] for first in range(0, len(points), few))
+    return [max(chunk, key=lambda point: point[1]) for chunk in chunks]
