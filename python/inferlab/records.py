@@ -157,7 +157,7 @@ class RequestRecord:
     @property
     def tokens_per_second(self) -> float:
         """New tokens over the whole latency; 0 where there was none."""
-        return self.num_tokens / (self.latency_ms / 1e3) if self.latency_ms > 0 else 0.0
+        return tokens_per_second(self.num_tokens, self.latency_ms)
 
     @property
     def itl_ms(self) -> list[float]:
@@ -197,6 +197,11 @@ def record_of(result: Mapping[str, Any]) -> RequestRecord:
 @functools.cache
 def _reader() -> TypeAdapter[RequestRecord]:
     return TypeAdapter(RequestRecord)  # takes milliseconds to make
+
+
+def tokens_per_second(num_tokens: int, ms: float) -> float:
+    """Tokens over time; 0 where that is none."""
+    return num_tokens / (ms / 1e3) if ms > 0 else 0.0
 
 
 def total_stats(records: Iterable[RequestRecord]) -> SpeculationStats:

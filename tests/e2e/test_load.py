@@ -549,6 +549,6 @@ def test_the_readmes_load(served, capsys, tmp_path):
     assert cli.main(["bench", *words, *fewer, "--base-url", served.url, "--no-progress"]) == 0
     shown = capsys.readouterr().out
     printed = section.split("```")[3]
-    for line in re.findall(r"^(?:load on|[A-Z0-9]+,|[a-z ]+:)", printed, re.MULTILINE):
+    for line in re.findall(r"^(?:load on|\| [A-Za-z0-9]+[, ]|[a-z ]+:)", printed, re.MULTILINE):
         assert re.search(f"^{re.escape(line)}", shown, re.MULTILINE), line
     assert (tmp_path / "load.json").exists()

@@ -14,6 +14,7 @@ import httpx
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
 LIMIT_S = 60
+COMPLAINTS = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
 
 
 class Page:
@@ -21,6 +22,8 @@ class Page:
 
     def __init__(self, url: str) -> None:
         self._url = url
+        self._asked = 0
+        self._told: list[dict[str, Any]] = []
 
     def __enter__(self) -> Page:
         from websockets.sync.client import connect
@@ -49,10 +52,29 @@ class Page:
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression is worth in the page."""
-        params = {"expression": expression, "returnByValue": True}
-        self._socket.send(json.dumps({"id": 1, "method": "Runtime.evaluate", "params": params}))
-        answer: dict[str, Any] = json.loads(self._socket.recv(timeout=LIMIT_S))
-        return answer["result"]["result"].get("value")
+        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        return answer["result"].get("value")
+
+    def be_a_phone(self, width: int, height: int) -> None:
+        """Lays the page out as on a phone of so many CSS pixels."""
+        size = {"width": width, "height": height}
+        self._ask("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=2, mobile=True)
+
+    def complaints(self) -> list[str]:
+        """What the browser's console has of errors and warnings, from the page's beginning."""
+        self._ask("Log.enable")
+        self._ask("Runtime.enable")
+        self.value("1")  # what came before has been told by then
+        return [json.dumps(told) for told in self._told if told["method"] in COMPLAINTS]
+
+    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
+        self._asked += 1
+        self._socket.send(json.dumps({"id": self._asked, "method": method, "params": params}))
+        while True:
+            answer: dict[str, Any] = json.loads(self._socket.recv(timeout=LIMIT_S))
+            if answer.get("id") == self._asked:
+                return dict(answer["result"])
+            self._told.append(answer)
 
     def wait_for(self, expression: str) -> Any:
         """Its value, once that is true."""

@@ -9,10 +9,11 @@ import pytest
 from helpers.vocabularies import permuted
 from inferlab.benchmarks.measure import MeasurementError
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
-from inferlab.benchmarks.modes_table import print_modes
+from inferlab.benchmarks.modes_report import modes_report
 from inferlab.benchmarks.run_bench import main
 from inferlab.benchmarks.runners import SpecdecRunner
 from inferlab.config import SpecdecConfig
+from inferlab.reports.terminal import print_report
 from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
 
 FAKE = SpecdecConfig(implementation="fake", max_new_tokens=24, iterations=2, warmup_iterations=1)
@@ -48,7 +49,7 @@ def test_the_tokens_are_those_of_plain_decoding(result):
 
 
 def test_the_table_is_markdown(result, capsys):
-    print_modes(result)
+    print_report(modes_report(result.as_dict()))
     lines = capsys.readouterr().out.splitlines()
     header = next(line for line in lines if line.startswith("| mode"))
     assert header.count("|") == 9
@@ -130,8 +131,8 @@ def test_prompts_that_are_all_bad(capsys):
     found = ModesBenchmark(FAKE, ["ngram"], [2]).run(["", ""])
     assert found.batches == {2: {}}
     assert len(found.failures) == 4
-    print_modes(found)
-    assert "failed: ngram: prompt is empty" in capsys.readouterr().out
+    print_report(modes_report(found.as_dict()))
+    assert "failed: ngram, prompt 0, iteration 0: prompt is empty" in capsys.readouterr().out
 
 
 def test_unknown_modes_and_sizes_are_named():

@@ -92,10 +92,12 @@ def test_shell_completion(capsys):
     pytest.importorskip("shtab")
     assert run_cli("--print-completion", "bash") == 0
     script = capsys.readouterr().out
-    for words in ("inferlab cal", "inferlab specdec --draft-mode med", "inferlab bench --temp"):
+    for words in ("inferlab cal", "inferlab specdec --draft-mode med", "inferlab bench --temp",
+                  "inferlab bench comp", "inferlab bench compare --tol"):  # fmt: skip
         script += COMPLETE.format(words=words)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["calibrate", "medusa medusa-lite", "--temperature"]
+    assert done.stdout.splitlines() == ["calibrate", "medusa medusa-lite", "--temperature",
+                                         "compare", "--tolerance"]  # fmt: skip
 
 
 def test_completion_without_its_library(capsys, monkeypatch):
@@ -620,6 +622,20 @@ def test_json_is_readable_where_the_encoding_has_it_all():
 def test_no_progress_bar_where_stderr_is_no_terminal(capsys):
     with terminal.progress(10, "prompts") as advance:
         advance(5)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_in_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "LINE_EVERY_S", 0.0)
+    with terminal.progress(10, "runs") as advance:
+        advance(4)
+        advance(6)
+    captured = capsys.readouterr()
+    assert captured.err == "runs: 4 of 10\nruns: 10 of 10\n"
+    assert captured.out == ""
+    for more in ({"total": 1}, {"enabled": False}):
+        with terminal.progress(**{"total": 10, "label": "runs", **more}) as advance:
+            advance(1)
     assert capsys.readouterr().err == ""
 
 

@@ -20,7 +20,7 @@ FLOORS = (
     {"kernels"},
     {"models", "scheduler"},
     {"specdec", "client"},
-    {"baseline"},
+    {"baseline", "reports"},
     {"server", "training"},
     {"benchmarks", "certify", "simulation"},
     {"load"},

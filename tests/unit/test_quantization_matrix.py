@@ -9,10 +9,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.tiny_models import tiny_tokenizer
 from inferlab.benchmarks.quantization import FORMATS, ROWS, QuantizationMatrix, weights_mb
-from inferlab.benchmarks.quantization_table import print_matrix
+from inferlab.benchmarks.quantization_report import matrix_report
 from inferlab.cli import main
 from inferlab.config import SpecdecConfig
 from inferlab.models import HFModel
+from inferlab.reports.terminal import print_report
 
 QUICK = ["bench", "--quantization-matrix", "--max-tokens", "8", "--iterations", "1", "--warmup",
          "0", "--no-progress", "--log-level", "ERROR"]  # fmt: skip
@@ -41,7 +42,7 @@ def test_every_format_of_target_and_draft_is_measured(tmp_path, capsys):
     assert all(pair["accepted_length"] >= 1 for pair in stats["pairs"])
     assert stats["settings"]["controller"] == "fixed"
     assert not stats["failures"]
-    print_matrix(stats)
+    print_report(matrix_report(stats))
     assert capsys.readouterr().out == shown
 
 
@@ -82,7 +83,7 @@ def test_prompts_of_one_token_have_no_perplexity_and_short_contexts_no_long_forw
     assert len(rows) == 6
     assert [of["perplexity"] for of in stats["targets"].values()] == [None] * 3
     assert all(list(of["forward_ms"]) == ["1", "8"] for of in stats["targets"].values())
-    print_matrix(stats)
+    print_report(matrix_report(stats))
 
 
 def test_prompts_that_a_format_did_not_decode_are_not_compared():

@@ -178,6 +178,15 @@ def test_bench_of_the_engine(capsys, prompts, tmp_path):
     printed(capsys, *real, "--compare-baseline", "--eval-perplexity")
 
 
+def test_bench_compare(capsys, prompts, tmp_path):
+    prefix = tmp_path / "out"
+    fake = (*BENCH, "--mode", "specdec", *FAKE, "--prompts", prompts, "--compare-baseline")
+    printed(capsys, *fake, "--output", str(prefix), code=1)
+    file = str(prefix.with_suffix(".json"))
+    assert cli.main(["bench", "compare", file, file, "--json"]) == 0
+    check("bench compare", json.loads(capsys.readouterr().out))
+
+
 def test_bench_of_the_baseline(capsys):
     printed(capsys, *BENCH, "--max-tokens", "3", "--prompt", "Hello", "--eval-perplexity")
 

@@ -17,10 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delta
 from inferlab import _C
-from inferlab.benchmarks import runners, tables
+from inferlab.benchmarks import result_files, runners
 from inferlab.benchmarks.run_bench import BenchmarkInterrupted, BenchmarkRunner, main
-from inferlab.cli import bench
-from inferlab.cli import prefix as output_prefix
 from inferlab.errors import UsageError
 from inferlab.models.assets import BUNDLED
 
@@ -315,12 +313,12 @@ def test_one_answer_that_cannot_be_encoded_loses_nothing(server, capsys, tmp_pat
     assert kept == "\ud83d"
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == stats
     assert len((tmp_path / "r.csv").read_text(encoding="utf-8").splitlines()) == 5
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.csv", "r.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["r.csv", "r.html", "r.json", "r.md"]
 
 
 @pytest.mark.parametrize("more", [["--json"], []])
 def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(output_prefix, "check_output", lambda path: None)
+    monkeypatch.setattr(result_files, "check_output", lambda path: None)
     server.answers = [Respond.json(chat())]
     (tmp_path / "r.json").mkdir()
     command = ["--mode", "http", "--base-url", server.url, "--prompt", "Hi", "--iterations", "1"]
@@ -436,8 +434,7 @@ def test_runs_are_in_the_journal_until_the_file_is_written(tmp_path, monkeypatch
     def full(path, payload):
         raise UsageError("--output: the disk is full")
 
-    for module in (tables, bench):
-        monkeypatch.setattr(module, "write_json", full)
+    monkeypatch.setattr(result_files, "write_json", full)
     fake = FAKE[2:] if more else FAKE
     words = [*fake, *more, "--prompts", str(file), "--iterations", "2"]
     assert main([*words, "--output", str(tmp_path / "r")]) == 2
@@ -475,7 +472,10 @@ def test_a_prefix_that_is_no_file(tmp_path, capsys):
     os.mkfifo(fifo)
     (tmp_path / "r.csv").mkdir()
     assert main([*FAKE, "--prompt", "x", "--output", str(fifo)]) == 2
-    assert "is no file; PREFIX.json and PREFIX.csv are written" in capsys.readouterr().err
+    assert (
+        "is no file; PREFIX.json, PREFIX.csv, PREFIX.md and PREFIX.html are written"
+        in capsys.readouterr().err
+    )
     assert main([*FAKE, "--prompt", "x", "--output", str(tmp_path / "r")]) == 2
     assert "r.csv is a directory" in capsys.readouterr().err
     for folder in (".", "..", "/"):

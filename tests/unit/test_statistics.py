@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics as stdlib
 
@@ -11,8 +12,10 @@ from scipy import stats
 
 from inferlab.benchmarks.statistics import (
     bootstrap_interval,
+    holm,
     mean,
     median,
+    permutation_p,
     ratio_of_medians,
     summarize,
 )
@@ -153,3 +156,91 @@ def test_ratio_of_a_single_pair_has_no_interval():
 def test_bad_ratio_arguments(numerator, denominator):
     with pytest.raises(ValueError, match=r"groups|group 0|at least one"):
         ratio_of_medians(numerator, denominator)
+
+
+def test_ratio_interval_covers_the_ratio_as_often_as_it_says():
+    """Prompts are a sample, whose ratios scatter around 1.5."""
+    rng = np.random.default_rng(11)
+    hits = 0
+    for trial in range(200):
+        base = rng.lognormal(0.0, 0.3, size=(15, 1))
+        slow = base * 1.5 * rng.lognormal(0.0, 0.05, size=(15, 5))
+        fast = base * rng.lognormal(0.0, 0.05, size=(15, 5))
+        low, high = ratio_of_medians(list(slow), list(fast), resamples=400, seed=trial)["ci95"]
+        hits += low <= 1.5 <= high
+    # A percentile interval of a median over 15 is conservative, if anything.
+    assert hits / 200 >= 0.9
+
+
+def test_what_was_measured_apart_is_resampled_apart():
+    drift = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    apart = ratio_of_medians([3.0 * drift], [drift], paired=False)
+    assert apart["ratio"] == pytest.approx(3.0)
+    assert apart["ci95"][0] < 1.5 < 6.0 < apart["ci95"][1], "rounds are no pairs"
+    more = ratio_of_medians([[4.0, 4.0, 4.0]], [[2.0]], paired=False)
+    assert more["ratio"] == 2.0
+    assert more["ci95"] == (2.0, 2.0)
+
+
+def test_permutations_of_one_group_are_the_exact_two_sample_test():
+    """5 against 5 values that do not mix: all 252 ways to deal them, counted."""
+    p = permutation_p([[1.0, 2.0, 3.0, 4.0, 5.0]], [[11.0, 12.0, 13.0, 14.0, 15.0]])
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 11.0, 12.0, 13.0, 14.0, 15.0])
+    ways = list(itertools.combinations(range(10), 5))
+    gaps = []
+    for way in ways:
+        rest = [i for i in range(10) if i not in way]
+        gaps.append(abs(values[list(way)].mean() - values[rest].mean()))
+    exact = sum(gap >= 10 for gap in gaps) / len(ways)
+    assert p == pytest.approx(exact, abs=0.003)
+    assert exact == 2 / 252
+
+
+def test_permutations_of_pairs_are_the_sign_flip_test():
+    """8 prompts, all slower: of 256 signs, two give as much."""
+    before = [[float(i)] for i in range(8)]
+    after = [[i + 1.0 + 0.01 * i] for i in range(8)]
+    assert permutation_p(after, before) == pytest.approx(2 / 256, abs=0.003)
+
+
+def test_a_single_pair_says_nothing():
+    assert permutation_p([[1.0]], [[9.0]]) == 1.0
+    assert permutation_p([[2.0, 2.0]], [[2.0, 2.0]]) == 1.0
+
+
+def test_p_values_of_no_difference_are_uniform():
+    """And so 5 % of them are below 0.05: with differences between prompts far above the noise."""
+    rng = np.random.default_rng(5)
+    found = []
+    for trial in range(200):
+        base = rng.normal(0.0, 10.0, size=(6, 1))
+        one, other = base + rng.normal(size=(6, 4)), base + rng.normal(size=(6, 4))
+        found.append(permutation_p(list(one), list(other), permutations=400, seed=trial))
+    assert stats.kstest(found, "uniform").pvalue > 0.01
+    assert np.mean(np.array(found) < 0.05) < 0.1
+
+
+def test_a_difference_beyond_the_noise_is_seen():
+    rng = np.random.default_rng(6)
+    base = rng.normal(0.0, 10.0, size=(6, 1))
+    one, other = base + rng.normal(size=(6, 4)), base + 2.0 + rng.normal(size=(6, 4))
+    assert permutation_p(list(one), list(other)) < 0.001
+
+
+def test_holm_is_the_textbooks():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_chance_of_any_false_alarm():
+    rng = np.random.default_rng(8)
+    alarms = sum(min(holm(list(rng.random(10)))) < 0.05 for _ in range(2000))
+    assert alarms / 2000 < 0.065
+    assert sum(rng.random(10).min() < 0.05 for _ in range(200)) / 200 > 0.3, "without it"
+
+
+@pytest.mark.parametrize(("one", "other"), [([], []), ([[1.0]], []), ([[]], [[1.0]])])
+def test_bad_permutation_arguments(one, other):
+    with pytest.raises(ValueError, match="at least one"):
+        permutation_p(one, other)

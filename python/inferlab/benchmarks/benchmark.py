@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inferlab.baseline import LocalBaselineRunner
-from inferlab.benchmarks import tables
 from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, phases_of
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
 from inferlab.benchmarks.perplexity import add_perplexity
+from inferlab.benchmarks.run_report import run_report
 from inferlab.benchmarks.runners import (
     GenerateRunner,
     HTTPRunner,
@@ -21,6 +21,7 @@ from inferlab.benchmarks.runners import (
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.client.ping import VLLMPingClient, load_server_config
 from inferlab.config import BaselineConfig, SpecdecConfig, VllmConfig, load_config
+from inferlab.reports.terminal import print_report
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 MODES = ("local", "http", "specdec")
@@ -224,7 +225,7 @@ class BenchmarkRunner:
 
     def print_summary(self, stats: Mapping[str, Any]) -> None:
         """Prints the statistics as tables on stdout."""
-        tables.print_summary(stats)
+        print_report(run_report(stats))
 
     def _evaluate(self, measured: Measurements, prompts: list[str]) -> dict[str, Any]:
         failures = measured.failures()

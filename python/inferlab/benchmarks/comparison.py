@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from inferlab.benchmarks.measure import FIGURES, Measurements
+from inferlab.benchmarks.measure import FIGURES, Measurements, Run
 from inferlab.benchmarks.statistics import ratio_of_medians, summarize
+from inferlab.records import record_of, total_stats
+from inferlab.types import SpeculationStats
 
 MODE_TITLES = {
     "specdec": "speculative",
@@ -38,6 +40,33 @@ def phases_of(measurements: Measurements, mode: str) -> dict[str, float]:
         phase: sum(result["timings_ms"].get(phase, 0.0) for result in results) / tokens
         for phase in phases
     }
+
+
+def speculation_of(measurements: Measurements, mode: str) -> SpeculationStats | None:
+    """Counts over a mode's good requests; None where it tells of no steps."""
+    runs = measurements.of(mode)
+    stats = total_stats(record_of({"record": one}) for run in runs for one in run.records)
+    return stats if stats.steps else None
+
+
+def batch_rows(
+    measurements: Measurements, groups: Sequence[Sequence[int]], size: int
+) -> list[dict[str, Any]]:
+    """The raw row of each run of a batch, for JSON: figures, phases and records of its requests.
+
+    Args:
+        groups: the indices of the prompts of each batch.
+        size: prompts that were to be decoded together.
+    """
+    return [batch_row(run, groups, size) for run in measurements.runs]
+
+
+def batch_row(run: Run, groups: Sequence[Sequence[int]], size: int) -> dict[str, Any]:
+    """One of :func:`batch_rows`."""
+    row = {"batch_size": size, **run.row(), "prompt_indices": list(groups[run.prompt_index])}
+    del row["prompt_index"]  # that of the batch, which nobody knows
+    row["timings_ms"] = (run.result or {}).get("timings_ms", {})
+    return {**row, "records": run.records}
 
 
 def by_prompt(measurements: Measurements, mode: str, num_prompts: int) -> list[dict[str, Any]]:
@@ -85,15 +114,23 @@ def compare_modes(
     """The comparison of ``modes``, the first of which is what was asked for.
 
     Returns:
-        ``modes``: mode -> figures; ``speedup_vs_plain`` and ``speedup_vs_hf``: of the first mode,
-        with interval and by prompt; ``latency_ms`` and ``tokens_per_second``: of the baseline, that
-        is of Hugging Face where it ran, else of plain decoding.
+        ``modes``: mode -> figures; ``records``: of the requests of all modes but the first, with
+        ``mode``, ``prompt_index`` and ``iteration``; ``speedup_vs_plain`` and ``speedup_vs_hf``: of
+        the first mode, with interval and by prompt; ``latency_ms`` and ``tokens_per_second``: of
+        the baseline, that is of Hugging Face where it ran, else of plain decoding.
     """
     figures = {mode: figures_of(measurements, mode) for mode in modes}
     for mode in modes:
         if phases := phases_of(measurements, mode):
             figures[mode]["phases_ms_per_token"] = phases
     comparison: dict[str, Any] = {"modes": figures}
+    comparison["records"] = [
+        {"mode": run.mode, "prompt_index": run.prompt_index, "iteration": run.iteration,
+         "record": record}
+        for run in measurements.runs
+        if run.mode != modes[0] and run.error is None
+        for record in run.records
+    ]  # fmt: skip
     for baseline in modes[1:]:
         comparison[f"speedup_vs_{baseline}"] = speedup(
             measurements, modes[0], baseline, num_prompts

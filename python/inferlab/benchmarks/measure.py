@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from inferlab.errors import describe_error
+from inferlab.records import RecordJson, RequestRecord, tokens_per_second
+from inferlab.types import SpeculationStats
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +75,7 @@ class Run:
         }
         if self.result is None:
             return {**row, "error": self.error}
-        latency_ms, tokens = float(self.result["latency_ms"]), int(self.result["num_tokens"])
-        row.update(
-            latency_ms=latency_ms,
-            num_tokens=tokens,
-            tokens_per_second=tokens / latency_ms * 1e3,
-        )
-        if tokens:
-            row["ms_per_token"] = latency_ms / tokens
+        row.update(_time_figures(float(self.result["latency_ms"]), int(self.result["num_tokens"])))
         row.update(
             {
                 key: self.result[key]
@@ -89,6 +84,42 @@ class Run:
             }
         )
         return row
+
+    @property
+    def records(self) -> list[RecordJson]:
+        """Of its requests that succeeded: one, or those of a batch."""
+        results = (self.result or {}).get("results", (self.result or {},))
+        return [one["record"] for one in results if "record" in one and "error" not in one]
+
+
+def record_figures(record: RequestRecord) -> dict[str, float]:
+    """The figures of a request, under the names that rows have; what is not known is left out."""
+    figures = _time_figures(record.latency_ms, record.num_tokens)
+    first = "ttft_ms" if record.source == "http" else "first_token_ms"
+    known = {first: record.first_token_ms, "tpot_ms": record.tpot_ms}
+    figures |= {key: value for key, value in known.items() if value is not None}
+    if record.speculation is not None:
+        figures |= speculation_figures(record.speculation.stats)
+    return figures
+
+
+def speculation_figures(stats: SpeculationStats) -> dict[str, float]:
+    """Those of acceptance; none where no step was made."""
+    if not stats.steps:
+        return {}
+    return {
+        "acceptance_rate": stats.acceptance_rate,
+        "mean_accepted_length": stats.mean_accepted_length,
+    }
+
+
+def _time_figures(latency_ms: float, num_tokens: int) -> dict[str, float]:
+    figures = {
+        "latency_ms": latency_ms,
+        "num_tokens": num_tokens,
+        "tokens_per_second": tokens_per_second(num_tokens, latency_ms),
+    }
+    return {**figures, "ms_per_token": latency_ms / num_tokens} if num_tokens else figures
 
 
 @dataclass

@@ -12,17 +12,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inferlab.benchmarks.comparison import phases_of, speedup
+from inferlab.benchmarks.comparison import (
+    batch_row,
+    batch_rows,
+    figures_of,
+    phases_of,
+    speculation_of,
+    speedup,
+)
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Run, Runner, measure
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
-from inferlab.benchmarks.statistics import summarize
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
 from inferlab.draft_modes import tree_misfit
 from inferlab.errors import describe_error
 from inferlab.models import format_of
-from inferlab.records import record_of, total_stats
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
 
@@ -47,6 +52,8 @@ class ModesResult:
             ``acceptance_by_position``, ``target_forwards``, ``phases_ms_per_token``, ``x_plain``
             and ``x_hf`` (``ratio`` and ``ci95``).
         token_ids: batch size -> what comparing the modes' tokens found.
+        prompts: what was decoded.
+        runs: the raw row of each run, with the records of its requests.
         failures: rows of runs that failed, each of one prompt; of prompts that were left out, too.
         interrupted: Ctrl-C ended it.
     """
@@ -55,6 +62,8 @@ class ModesResult:
     settings: dict[str, Any]
     batches: dict[int, dict[str, dict[str, Any]]]
     token_ids: dict[int, dict[str, Any]]
+    prompts: list[str]
+    runs: list[dict[str, Any]]
     failures: list[dict[str, Any]]
     interrupted: bool
 
@@ -132,8 +141,8 @@ class ModesBenchmark:
         Args:
             on_run: called with the number of runs made since it was called last.
             names: how messages call the prompts, such as ``FILE:LINE``.
-            keep: called with each run as soon as it is made: its row, ``batch_size``, the indices
-                of its prompts, ``prompt_indices``, and the runner's ``result``.
+            keep: called with each run as soon as it is made: its raw row, and the runner's
+                ``result``.
         """
         names = names or [f"prompt {index}" for index in range(len(prompts))]
         refused = self._refusals(prompts, names)
@@ -142,6 +151,7 @@ class ModesBenchmark:
             on_run(self.num_runs(len(prompts)) - self.num_runs(len(good)))
         batches: dict[int, dict[str, dict[str, Any]]] = {}
         token_ids: dict[int, dict[str, Any]] = {}
+        rows: list[dict[str, Any]] = []
         failures: list[dict[str, Any]] = []
         interrupted = False
         for size in self.batch_sizes:
@@ -163,6 +173,7 @@ class ModesBenchmark:
             batches[size] = {
                 mode: _figures(measured, mode, len(groups)) for mode in runners if measured.of(mode)
             }
+            rows += batch_rows(measured, groups, size)
             single = _by_prompt(measured, groups)
             failed = [
                 Run(mode, index, 0, 0, error=error)
@@ -175,8 +186,8 @@ class ModesBenchmark:
                 interrupted = True
                 break
         return ModesResult(
-            describe_environment(), self._settings(len(prompts)), batches, token_ids, failures,
-            interrupted,
+            describe_environment(), self._settings(len(prompts)), batches, token_ids, list(prompts),
+            rows, failures, interrupted,
         )  # fmt: skip
 
     def _refusals(self, prompts: Sequence[str], names: Sequence[str]) -> dict[int, dict[str, str]]:
@@ -247,27 +258,19 @@ def _together(prompts: list[str]) -> str | list[str]:
 def _keep(
     keep: Callable[[dict[str, Any]], None], groups: Sequence[Sequence[int]], size: int, run: Run
 ) -> None:
-    indices = list(groups[run.prompt_index])
-    row = {"batch_size": size, **run.row(), "prompt_indices": indices, "result": run.result}
-    keep({key: value for key, value in row.items() if key != "prompt_index"})
+    keep({**batch_row(run, groups, size), "result": run.result})
 
 
 def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, Any]:
-    runs = measured.of(mode)
-    results = [run.result for run in runs if run.result is not None]
-    rows = [run.row() for run in runs]
-    figures: dict[str, Any] = {
-        "tokens_per_second": summarize([row["tokens_per_second"] for row in rows])["median"],
-    }
-    if "target_forwards" in results[0]:
-        forwards = sum(result["target_forwards"] for result in results)
-        figures["target_forwards"] = forwards / len(results)
-    if "results" in results[0]:
-        good = [one for result in results for one in result["results"] if "error" not in one]
-        stats = total_stats(record_of(one) for one in good)
-        figures["accepted_length"] = stats.mean_accepted_length if stats.steps else None
+    summaries = figures_of(measured, mode)
+    figures: dict[str, Any] = {"tokens_per_second": summaries["tokens_per_second"]["median"]}
+    if "target_forwards" in summaries:
+        figures["target_forwards"] = summaries["target_forwards"]["mean"]
+    if (stats := speculation_of(measured, mode)) is not None:
+        figures["accepted_length"] = stats.mean_accepted_length
         figures["acceptance_by_position"] = stats.acceptance_by_position
-        figures["phases_ms_per_token"] = phases_of(measured, mode)
+    if phases := phases_of(measured, mode):
+        figures["phases_ms_per_token"] = phases
     for key, baseline in (("x_plain", PLAIN), ("x_hf", GENERATE)):
         if mode != baseline and measured.of(baseline):
             figures[key] = speedup(measured, mode, baseline, num_groups)

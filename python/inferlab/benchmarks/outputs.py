@@ -8,6 +8,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from inferlab.baseline import BaselineResult
 from inferlab.client.results import PingAnswer
+from inferlab.records import RecordJson
 from inferlab.specdec.results import SpecdecResult
 
 Interval = tuple[float, float] | None
@@ -71,11 +72,10 @@ class Figures(TypedDict, total=False):
     phases_ms_per_token: dict[str, float]
 
 
-class RunRow(TypedDict):
-    """One run; with ``error`` it has no figures. ``where``: the prompt's line in its file."""
+class AnyRun(TypedDict):
+    """One run; with ``error`` it has no figures."""
 
     mode: str
-    prompt_index: int
     iteration: int
     order: int
     latency_ms: NotRequired[float]
@@ -90,8 +90,23 @@ class RunRow(TypedDict):
     tpot_ms: NotRequired[float]
     perplexity: NotRequired[float | None]
     error: NotRequired[str | None]
+
+
+class RunRow(AnyRun):
+    """A run of one prompt. ``where``: its line in its file."""
+
+    prompt_index: int
     batch_size: NotRequired[int]
     where: NotRequired[str]
+
+
+class BatchRow(AnyRun):
+    """A run of prompts that were decoded together. ``timings_ms``: by phase, of the batch."""
+
+    batch_size: int
+    prompt_indices: list[int]
+    timings_ms: dict[str, float]
+    records: list[RecordJson]
 
 
 class Place(TypedDict):
@@ -159,10 +174,20 @@ class TokenIds(TypedDict):
     differences: list[Difference]
 
 
+class OtherRecord(TypedDict):
+    """A request of a mode that the one measured is compared with."""
+
+    mode: str
+    prompt_index: int
+    iteration: int
+    record: RecordJson
+
+
 class Comparison(TypedDict):
     """See `comparison.compare_modes`."""
 
     modes: dict[str, Figures]
+    records: list[OtherRecord]
     speedup_vs_plain: NotRequired[Speedup | None]
     speedup_vs_hf: NotRequired[Speedup | None]
     baseline: str
@@ -245,6 +270,8 @@ class ModesStats(TypedDict):
     settings: ModesSettings
     batches: dict[str, dict[str, ModeFigures]]
     token_ids: dict[str, TokenIds]
+    prompts: list[str]
+    runs: list[BatchRow]
     failures: list[RunRow]
     interrupted: bool
 
@@ -300,5 +327,7 @@ class MatrixStats(TypedDict):
     settings: MatrixSettings
     targets: dict[str, TargetFigures]
     pairs: list[PairFigures]
+    prompts: list[str]
+    runs: list[BatchRow]
     failures: list[RunRow]
     interrupted: bool

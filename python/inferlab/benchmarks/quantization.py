@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from inferlab.benchmarks.comparison import speedup
+from inferlab.benchmarks.comparison import batch_rows, figures_of, speculation_of, speedup
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
 from inferlab.benchmarks.outputs import (
@@ -30,7 +30,6 @@ from inferlab.benchmarks.runners import BatchRunner
 from inferlab.config import SpecdecConfig, choices
 from inferlab.errors import describe_error
 from inferlab.models import ForwardBatch, format_of, plain_model
-from inferlab.records import record_of, total_stats
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 FORMATS = choices(SpecdecConfig, "quantization")
@@ -122,6 +121,7 @@ class QuantizationMatrix:
             for key in self._pairs
             if measured.of(_both(*key))
         ]
+        rows: Any = batch_rows(measured, [[index] for index in range(count)], 1)
         failures: Any = [run.row() for run in measured.failures()]
         environment: Any = describe_environment()
         return {
@@ -129,6 +129,8 @@ class QuantizationMatrix:
             "settings": self._settings(count),
             "targets": targets,
             "pairs": pairs,
+            "prompts": list(prompts),
+            "runs": rows,
             "failures": failures,
             "interrupted": measured.interrupted,
         }
@@ -171,14 +173,13 @@ class QuantizationMatrix:
         self, measured: Measurements, target: str, draft: str, count: int
     ) -> PairFigures:
         mode = _both(target, draft)
-        results = [run.result for run in measured.of(mode) if run.result is not None]
-        stats = total_stats(record_of(one) for result in results for one in result["results"])
+        stats = speculation_of(measured, mode)
         model = self._pairs[target, draft].draft_model
         return {
             "target": target,
             "draft": draft,
             "draft_mb": weights_mb(model) if self._has_draft else None,
-            "accepted_length": stats.mean_accepted_length if stats.steps else None,
+            "accepted_length": None if stats is None else stats.mean_accepted_length,
             "tokens_per_second": _tokens_per_second(measured, mode),
             "x_plain": self._speedup(measured, mode, _alone(target), count),
             "x_unquantized": self._speedup(measured, mode, _alone(NONE), count),
@@ -252,4 +253,4 @@ def _tokens(measured: Measurements, name: str, index: int) -> list[int] | None:
 
 
 def _tokens_per_second(measured: Measurements, mode: str) -> float:
-    return float(median(run.row()["tokens_per_second"] for run in measured.of(mode)))
+    return float(figures_of(measured, mode)["tokens_per_second"]["median"])

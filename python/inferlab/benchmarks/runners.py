@@ -146,7 +146,6 @@ class BatchRunner:
         return {
             "latency_ms": latency_ms,
             "num_tokens": tokens,
-            "tokens_per_second": tokens / latency_ms * 1e3,
             "timings_ms": phases,
             "steps": sum(result["steps"] for result in good),
             "target_forwards": max(result["target_forwards"] for result in good),

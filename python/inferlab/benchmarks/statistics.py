@@ -13,6 +13,7 @@ Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Maps samples [..., n] to values [...], along the last axis."""
 
 RESAMPLES = 2000
+PERMUTATIONS = 10_000
 CONFIDENCE = 0.95
 _NORMAL = NormalDist()
 
@@ -162,6 +163,7 @@ def ratio_of_medians(
     numerator: Sequence[ArrayLike],
     denominator: Sequence[ArrayLike],
     *,
+    paired: bool = True,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -175,6 +177,10 @@ def ratio_of_medians(
     The interval resamples what was sampled: groups (where there are several) and, within them, the
     rounds, always the pair together.
 
+    Args:
+        paired: False: only the groups are pairs. What is in them was measured at other times and is
+            resampled apart; there may be more of one than of the other.
+
     Returns:
         ``ratio``: the median over groups of the numerator's medians, divided by that of the
         denominator's; ``ci95``: its percentile bootstrap interval, or None for a single pair;
@@ -183,39 +189,91 @@ def ratio_of_medians(
     Raises:
         ValueError: no groups, groups of different sizes, an empty group, a value not above 0.
     """
-    if not numerator or len(numerator) != len(denominator):
-        raise ValueError(
-            f"numerator has {len(numerator)} groups and denominator {len(denominator)}; "
-            "they must be equally many, at least one"
-        )
-    pairs: list[NDArray[np.float64]] = []
-    for index, (above, below) in enumerate(zip(numerator, denominator, strict=True)):
-        one, other = _checked(above), _checked(below)
-        if len(one) != len(other) or min(one.min(), other.min()) <= 0:
-            raise ValueError(f"group {index} must hold pairs of numbers above 0, equally many")
-        pairs.append(np.stack([one, other]))  # [2, rounds]
+    groups = _pairs(numerator, denominator)
+    for index, pair in enumerate(groups):
+        if paired and len(pair[0]) != len(pair[1]):
+            raise ValueError(f"group {index} must hold pairs of numbers, equally many")
+        if min(values.min() for values in pair) <= 0:
+            raise ValueError(f"group {index} must hold numbers above 0")
 
-    medians = np.stack([np.median(pair, axis=1) for pair in pairs])  # [groups, 2]
+    medians = np.array([[np.median(values) for values in pair] for pair in groups])  # [groups, 2]
     rng = np.random.default_rng(seed)
-    groups = len(pairs)
-    resampled = np.empty((resamples, groups, 2))
-    for index, pair in enumerate(pairs):
-        rounds = pair.shape[1]
-        picks = rng.integers(0, rounds, size=(resamples, rounds))
-        resampled[:, index] = np.median(pair[:, picks], axis=-1).T
-    if groups > 1:
-        chosen = rng.integers(0, groups, size=(resamples, groups))
+    resampled = np.empty((resamples, len(groups), 2))
+    for index, pair in enumerate(groups):
+        picks = rng.integers(0, len(pair[0]), size=(resamples, len(pair[0])))
+        for side, values in enumerate(pair):
+            if side and not paired:
+                picks = rng.integers(0, len(values), size=(resamples, len(values)))
+            resampled[:, index, side] = np.median(values[picks], axis=-1)
+    if len(groups) > 1:
+        chosen = rng.integers(0, len(groups), size=(resamples, len(groups)))
         resampled = np.take_along_axis(resampled, chosen[:, :, None], axis=1)
     over_groups = np.median(resampled, axis=1)  # [resamples, 2]
     tails = ((1 - confidence) / 2, (1 + confidence) / 2)
     low, high = np.quantile(over_groups[:, 0] / over_groups[:, 1], tails)
-    single = groups == 1 and pairs[0].shape[1] == 1
+    single = len(groups) == 1 and len(groups[0][0]) == len(groups[0][1]) == 1
     overall = np.median(medians, axis=0)
     return {
         "ratio": float(overall[0] / overall[1]),
         "ci95": None if single else (float(low), float(high)),
         "by_group": (medians[:, 0] / medians[:, 1]).tolist(),
     }
+
+
+def permutation_p(
+    one: Sequence[ArrayLike],
+    other: Sequence[ArrayLike],
+    *,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> float:
+    """How often chance alone makes two measurements differ as much as these do, or more.
+
+    Entry g of both arguments holds the measurements of group g (a prompt). Were there no
+    difference, it would not matter which of a group's values are whose: they are dealt anew within
+    each group. What is looked at is the sum over groups of the difference of means, on both sides
+    of 0: give logarithms of what differs by factors. With one value each per group this is the
+    sign-flip test of pairs; with one group it is the two-sample test.
+
+    Returns:
+        The p-value, (1 + hits) / (1 + permutations): never 0; 1 for a single pair.
+
+    Raises:
+        ValueError: no groups, groups of different sizes, an empty group, a value not finite.
+    """
+    rng = np.random.default_rng(seed)
+    observed, dealt = 0.0, np.zeros(permutations)
+    for first, second in _pairs(one, other):
+        observed += float(first.mean() - second.mean())
+        pool = np.concatenate([first, second])
+        order = rng.random((permutations, len(pool))).argsort(axis=1)
+        mixed = pool[order]
+        dealt += mixed[:, : len(first)].mean(axis=1)
+        dealt -= mixed[:, len(first) :].mean(axis=1)
+    rounding = 1e-9 * max(abs(observed), float(np.abs(dealt).max()))
+    hits = int(np.sum(np.abs(dealt) >= abs(observed) - rounding))
+    return (1 + hits) / (1 + permutations)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values for many questions at once (Holm, 1979): of those below a level, the chance that any
+    is so by chance is below that level."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def _pairs(
+    one: Sequence[ArrayLike], other: Sequence[ArrayLike]
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    if not one or len(one) != len(other):
+        raise ValueError(
+            f"there are {len(one)} groups and {len(other)}; they must be equally many, at least one"
+        )
+    return [(_checked(a), _checked(b)) for a, b in zip(one, other, strict=True)]
 
 
 def _checked(values: ArrayLike) -> NDArray[np.float64]:

@@ -56,7 +56,7 @@ def compare_token_ids(
         for mode, other in ids[1:]:
             if other != first:
                 difference = {"prompt_index": index, "modes": [first_mode, mode]}
-                difference.update(_first_difference(first, other))
+                difference.update(first_difference(first, other))
                 difference.update(_explain(target, config, prompt, first, other))
                 differences.append(difference)
                 break
@@ -92,7 +92,8 @@ def _why_not(mode: str, config: SpecdecConfig, target: TargetModel) -> str | Non
     return None
 
 
-def _first_difference(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+def first_difference(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
+    """``position`` and ``token_ids`` (None: ended) where two texts part; they differ."""
     pairs = enumerate(zip_longest(one, other))
     position, tokens = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
     return {"position": position, "token_ids": list(tokens)}
@@ -110,7 +111,7 @@ def _explain(
     The score is the logit, and at temperature T > 0 the logit plus T times the noise: the token
     with the larger one should have won. With penalties, or where a text ended, nothing is told.
     """
-    where = _first_difference(one, other)
+    where = first_difference(one, other)
     tokens = where["token_ids"]
     penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty)
     plain = target.plain()

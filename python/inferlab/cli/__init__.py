@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from inferlab import __version__
 from inferlab.cli.completion import SHELLS, PrintCompletion
@@ -18,6 +19,8 @@ COMMANDS = {
     "chat": "talk to a model at the terminal, decoded speculatively",
     "advise": "say what to draft with on this machine, and what it is worth",
     "bench": "measure local, speculative or HTTP decoding",
+    "bench compare": "compare two results of bench: speed, acceptance, token ids",
+    "bench report": "the tables of a result of bench, as Markdown and HTML with plots",
     "serve": "serve a model over HTTP, as OpenAI's API does",
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",
@@ -28,7 +31,8 @@ COMMANDS = {
     "schema": "the JSON schema of what a command prints with --json",
     "doctor": "what is built in, what this machine offers, what is missing",
 }
-"""Command -> summary; the module of that name has its ``add_arguments`` and its ``run``."""
+"""Command, of one word or two -> summary; the module of that name has its ``add_arguments`` and its
+``run``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,13 +74,20 @@ def make_parser(only: str | None = None) -> Parser:
             name, prog=f"inferlab {name}", help=summary, description=description
         )
         if only in (name, None):
-            module = importlib.import_module(f"inferlab.cli.{name}")
+            module = module_of(name)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser
 
 
+def module_of(command: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"inferlab.cli.{command.replace(' ', '_')}")
+
+
 def _run(words: list[str]) -> int:
+    if " ".join(words[:2]) in COMMANDS:
+        words = [" ".join(words[:2]), *words[2:]]
     args = make_parser(only=words[0] if words else "").parse_args(words)
     setup_logging(args.log_level or "INFO", args.verbose)
     return int(args.run(args))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from inferlab.benchmarks.benchmark import (
@@ -16,23 +16,21 @@ from inferlab.benchmarks.benchmark import (
     load_mode_config,
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
-from inferlab.benchmarks.modes_table import print_modes
 from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
-from inferlab.benchmarks.quantization_table import draw_matrix, print_matrix
-from inferlab.benchmarks.tables import print_summary, write_outputs
+from inferlab.benchmarks.runners import SpecdecRunner
 from inferlab.cli import baseline, ping, specdec_flags
+from inferlab.cli.bench_output import BenchOutput
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.load_flags import add_load_arguments, first_load_flag
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
-from inferlab.cli.prefix import check_prefix, journal_beside
+from inferlab.cli.profiling import add_profile_argument, profiling
 from inferlab.cli.prompts import add_workload_arguments, gather_workload
-from inferlab.cli.terminal import clean_stdout, progress, setup_logging
+from inferlab.cli.terminal import progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.load.outputs import LoadStats, SweepStats
-from inferlab.output import Journal, check_output, print_json, write_json
-from inferlab.plots import check_drawable
+from inferlab.output import check_output
 from inferlab.prompts import Prompt
 
 Output = BenchmarkStats | ModesStats | MatrixStats | LoadStats | SweepStats
@@ -51,12 +49,15 @@ SWITCHES = {
     "--eval-perplexity": ("local", "specdec"),
     "--adaptive-K": ("specdec",),
     "--stream": ("http",),
+    "--profile": ("specdec",),
 }
 """Flags that are no keys, and the modes that know them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``inferlab bench``."""
+    parser.epilog = "`inferlab bench report FILE.json` makes the tables and plots of a result of "
+    parser.epilog += "--output again;\n`inferlab bench compare A.json B.json` compares two of them."
     add_workload_arguments(parser)
     parser.add_argument(
         "--mode",
@@ -100,13 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     specdec_flags.add_speculation_arguments(parser)
     specdec_flags.add_sampling_arguments(parser)
     specdec_flags.add_record_argument(parser)
+    add_profile_argument(parser, "one more run of the first prompt, after the measured ones,")
     add_output_arguments(parser, output=None)
     parser.add_argument(
         "--output",
         metavar="PREFIX",
-        help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes; with "
-        "--quantization-matrix PREFIX.png, a figure); until then the runs are in PREFIX.json.part, "
-        "a JSON line each",
+        help="write PREFIX.json (all), PREFIX.csv (a row per run), PREFIX.md and PREFIX.html "
+        "(tables and plots; with --quantization-matrix PREFIX.png, too, by matplotlib); until then "
+        "the runs are in PREFIX.json.part, a JSON line each",
     )
 
 
@@ -127,25 +129,18 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
-    paths = check_prefix(args.output) if args.output else ()
+    output = BenchOutput(args)
+    check_output(args.profile, "--profile")
     prompts = gather_workload(args)
     if isinstance(config, SpecdecConfig):
         specdec_flags.check_record(config)
     setup_logging(config.log_level, args.verbose)
-    with clean_stdout(args.json) as out, journal_beside(*paths[:1]) as journal:
-        stats, interrupted = _measure(args, config, prompts, journal)
+    with output:
+        stats, interrupted = _measure(args, config, prompts, output.keep)
         _name_places(stats["failures"], prompts)
         if "baseline_comparison" in stats:
             _name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
-        try:
-            if args.output:
-                write_outputs(args.output, stats)
-                journal.close(written=True)
-        finally:  # what cannot be written is not lost
-            if args.json:
-                print_json(stats, out)
-            else:
-                print_summary(stats)
+        output.done(stats)
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
@@ -172,7 +167,9 @@ MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
 
 def _run_modes(args: argparse.Namespace) -> int:
     """``--modes``: the table of all draft modes."""
-    for flag in ("--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode"):
+    for flag in (
+        "--compare-baseline", "--eval-perplexity", "--stream", "--draft-mode", "--profile"
+    ):  # fmt: skip
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --modes, which compares all of them")
     if args.heads is not None:
@@ -190,28 +187,20 @@ def _run_modes(args: argparse.Namespace) -> int:
     defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    paths = check_prefix(args.output)[:1] if args.output else ()
+    output = BenchOutput(args)
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
-    with clean_stdout(args.json) as out, journal_beside(*paths) as journal:
+    with output:
         benchmark = _modes_benchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
             texts = [prompt.text for prompt in prompts]
-            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=journal.add)
+            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=output.keep)
         _name_places(result.failures, prompts)
         for found in result.token_ids.values():
             _name_places(found["differences"], prompts)
-        try:
-            for path in paths:
-                write_json(path, result.as_dict())
-            journal.close(written=True)
-        finally:
-            if args.json:
-                print_json(result.as_dict(), out)
-            else:
-                print_modes(result)
+        output.done(result.as_dict())
     if result.interrupted:
         return EXIT_INTERRUPTED
     different = any(found["verdict"] == "different" for found in result.token_ids.values())
@@ -222,7 +211,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
     """``--quantization-matrix``: the tables of all formats."""
     for flag in (
         "--compare-baseline", "--eval-perplexity", "--stream", "--modes", "--batch", "--record",
-        "--quantization", "--draft-quantization",
+        "--profile", "--quantization", "--draft-quantization",
     ):  # fmt: skip
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --quantization-matrix")
@@ -235,35 +224,19 @@ def _run_matrix(args: argparse.Namespace) -> int:
     defaults = {} if args.config or "controller" in overrides else {"controller": "fixed"}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    as_json = None
-    if args.output:
-        as_json = check_prefix(args.output)[0]
-        check_output(as_json.with_suffix(".png"))
-        check_drawable("--output: PREFIX.png cannot be drawn")
+    output = BenchOutput(args)
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
-    with (
-        clean_stdout(args.json) as out,
-        journal_beside(*([] if as_json is None else [as_json])) as journal,
-    ):
+    with output:
         try:
             matrix = QuantizationMatrix(config)
             with progress(
                 matrix.num_runs(len(texts)), "runs", not (args.no_progress or args.json)
             ) as advance:
-                stats = matrix.run(texts, advance, journal.add)
+                stats = matrix.run(texts, advance, output.keep)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        try:
-            if as_json is not None:
-                write_json(as_json, stats)
-                draw_matrix(stats, as_json.with_suffix(".png"))
-                journal.close(written=True)
-        finally:
-            if args.json:
-                print_json(stats, out)
-            else:
-                print_matrix(stats)
+        output.done(stats)
     if stats["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_FAILURE if stats["failures"] else EXIT_OK
@@ -303,7 +276,10 @@ def _sizes(text: str) -> list[int]:
 
 
 def _measure(
-    args: argparse.Namespace, config: Config, prompts: Sequence[Prompt], journal: Journal
+    args: argparse.Namespace,
+    config: Config,
+    prompts: Sequence[Prompt],
+    keep: Callable[[dict[str, Any]], None],
 ) -> tuple[dict[str, Any], bool]:
     """(statistics, whether Ctrl-C ended it)."""
     show_bar = not (args.no_progress or args.json)
@@ -317,10 +293,20 @@ def _measure(
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
                 texts, names = [prompt.text for prompt in prompts], _names_of(prompts)
-                stats = benchmark.run_all(texts, on_run=advance, names=names, keep=journal.add)
-                return stats, False
+                stats = benchmark.run_all(texts, on_run=advance, names=names, keep=keep)
+            if args.profile and "error" not in stats:
+                _profile(benchmark, texts[stats["raw_results"][0]["prompt_index"]], args.profile)
+            return stats, False
         except BenchmarkInterrupted as interrupt:
             return interrupt.stats, True
+
+
+def _profile(benchmark: BenchmarkRunner, prompt: str, path: str) -> None:
+    """One more run, which counts nowhere: a profiled one takes longer."""
+    runner = benchmark.runner
+    assert isinstance(runner, SpecdecRunner)
+    with profiling(runner.pipeline.engine, path):
+        runner.run(prompt)
 
 
 def _failed(stats: dict[str, Any]) -> bool:

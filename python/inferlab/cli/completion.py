@@ -42,7 +42,22 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
             "--print-completion: needs shtab; pip install 'llm-inference-lab[completion]'"
         ) from None
     _mark_files(parser, {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY})
+    _nest(parser)
     return shtab.complete(parser, shell)
+
+
+def _nest(parser: argparse.ArgumentParser) -> None:
+    """Puts commands of two words, one for argparse, below that of the first, as shells see them."""
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    below: dict[str, Any] = {}
+    for name in [name for name in commands.choices if " " in name]:
+        first, second = name.split()
+        if first not in below:
+            below[first] = commands.choices[first].add_subparsers()
+        command = commands._name_parser_map.pop(name)
+        (told,) = (a for a in commands._choices_actions if a.dest == name)
+        commands._choices_actions.remove(told)
+        below[first].add_parser(second, parents=[command], add_help=False, help=told.help)
 
 
 def _mark_files(parser: argparse.ArgumentParser, kinds: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import httpx
 
 from inferlab.benchmarks.benchmark import HTTP_SEED
 from inferlab.cli import ping
+from inferlab.cli.bench_output import BenchOutput
 from inferlab.cli.flags import given_values
 from inferlab.cli.load_flags import (
     arrivals_of,
@@ -23,9 +24,8 @@ from inferlab.cli.load_flags import (
     value_of,
 )
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
-from inferlab.cli.prefix import check_prefix, journal_beside
 from inferlab.cli.prompts import gather_workload
-from inferlab.cli.terminal import clean_stdout, progress, setup_logging
+from inferlab.cli.terminal import progress, setup_logging
 from inferlab.client.connection import split_base_url
 from inferlab.client.ping import VLLMPingClient, load_server_config
 from inferlab.client.proxies import proxy_for, proxy_variable
@@ -35,14 +35,13 @@ from inferlab.lengths import Lengths
 from inferlab.load.arrivals import Arrivals
 from inferlab.load.conversations import Conversation, Turn
 from inferlab.load.measure import Measured, measure_load
-from inferlab.load.outputs import LoadStats
+from inferlab.load.outputs import LoadStats, SweepLevel
 from inferlab.load.plan import Asking, LoadPlan, TimeLimits
 from inferlab.load.prompt_sets import read_conversations
+from inferlab.load.rows import load_csv
 from inferlab.load.sweep import sweep
 from inferlab.load.synthetic import Synthetic, Writer, make_conversations
-from inferlab.load.tables import level_cells, print_load, print_sweep, write_load
 from inferlab.models.loading import load_tokenizer
-from inferlab.output import print_json
 from inferlab.records import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     overrides, names = given_values(args, FLAGS)
     config = load_server_config(args.config, overrides, names)
     how_slos, budget = slos_of(args), budget_of(args)
-    paths = check_prefix(args.output) if args.output else None
+    output = BenchOutput(args, load_csv)
     setup_logging(config.log_level, args.verbose)
     tokenizer = None if args.tokenizer is None else (load_tokenizer(args.tokenizer), args.tokenizer)
     conversations = _conversations(args, tokenizer)
@@ -91,23 +90,9 @@ def run(args: argparse.Namespace) -> int:
         processes=args.processes or 1, slos=how_slos, budget=budget, tokenizer=tokenizer,
         proxy=proxy,
     )  # fmt: skip
-    stats: Any
-    with (
-        clean_stdout(args.json) as out,
-        journal_beside(paths[0] if paths else None) as journal,
-    ):
-        stats = _measure(args, plan, how, journal.add)
-        try:
-            if paths:
-                write_load(paths, stats)
-                journal.close(written=True)
-        finally:  # what cannot be written is not lost
-            if args.json:
-                print_json(stats, out)
-            elif args.sweep is not None:
-                print_sweep(stats)
-            else:
-                print_load(stats)
+    with output:
+        stats = _measure(args, plan, how, output.keep)
+        output.done(stats)
     if stats["interrupted"]:
         return EXIT_INTERRUPTED
     loads: Sequence[LoadStats] = stats["loads"] if args.sweep is not None else [stats]
@@ -122,7 +107,7 @@ def _measure(args: argparse.Namespace, plan: LoadPlan, how: Measured, keep: Any)
             how,
             stop_below_gain=args.sweep / 100,
             keep=lambda record: keep(record.as_json()),
-            on_level=lambda row: logger.info("level: %s", " ".join(level_cells(row))),
+            on_level=_log_level,
         )
     show_bar = plan.count is not None and not (args.no_progress or args.json)
     turns = [len(conversation.turns) for conversation in plan.conversations]
@@ -134,6 +119,16 @@ def _measure(args: argparse.Namespace, plan: LoadPlan, how: Measured, keep: Any)
             advance(1)
 
         return measure_load(plan, how, take)
+
+
+def _log_level(row: SweepLevel) -> None:
+    tokens = row["output_tokens_per_s"]
+    logger.info(
+        "level %g: %.4g requests/s%s",
+        row["level"],
+        row["requests_per_s"],
+        "" if tokens is None else f", {tokens:.4g} tokens/s",
+    )
 
 
 def _plan(

@@ -15,7 +15,7 @@ from inferlab.cli.terminal import progress, show_heading, show_line, show_text
 from inferlab.errors import describe_error
 from inferlab.output import Journal, print_json, write_json
 from inferlab.prompts import Prompt
-from inferlab.records import record_of, total_stats
+from inferlab.records import record_of, tokens_per_second, total_stats
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Collected:
             "interrupted": self.interrupted,
             "num_tokens": tokens,
             "wall_ms": self.wall_ms,
-            "tokens_per_second": tokens / (self.wall_ms / 1e3) if self.wall_ms > 0 else 0.0,
+            "tokens_per_second": tokens_per_second(tokens, self.wall_ms),
         }
         records = [record_of(result) for result in good]
         if any(record.speculation is not None for record in records):

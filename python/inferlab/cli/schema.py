@@ -16,7 +16,17 @@ from inferlab.output import print_json
 from inferlab.records import RequestRecord
 
 RECORD = "record"
-COMMANDS = ("specdec", "baseline", "advise", "bench", "ping", "replay", "simulate", "doctor")
+COMMANDS = (
+    "specdec",
+    "baseline",
+    "advise",
+    "bench",
+    "bench compare",
+    "ping",
+    "replay",
+    "simulate",
+    "doctor",
+)
 """Commands that print JSON: their modules have a type ``Output``."""
 
 
@@ -41,7 +51,7 @@ def schema(name: str) -> dict[str, Any]:
     """The schema of a command's JSON, or of the record that all of them hold."""
     if name == RECORD:
         return schema_of(RequestRecord, "record")
-    module = importlib.import_module(f"inferlab.cli.{name}")
+    module = importlib.import_module(f"inferlab.cli.{name.replace(' ', '_')}")
     return schema_of(module.Output, f"inferlab {name} --json")
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from inferlab.cli.flags import add_config_argument, add_output_arguments
+from inferlab.cli.profiling import add_profile_argument, profiling
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
 from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts, show_result
 from inferlab.cli.specdec_flags import (
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompts are messages of a user, put into the model's chat template",
     )
     add_record_argument(parser)
+    add_profile_argument(parser, "the run, which takes longer meanwhile,")
     add_output_arguments(parser)
 
 
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab specdec``; returns the exit code."""
     config = read_config(args)
     check_output(args.output)
+    check_output(args.profile, "--profile")
     prompts = gather_prompts(args)
     check_record(config)
     setup_logging(config.log_level, args.verbose or config.verbose)
@@ -89,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
             )
             return results
 
-        collected = run_prompts(prompts, generate, args, args.batch_size or 1)
+        with profiling(pipeline.engine, args.profile):
+            collected = run_prompts(prompts, generate, args, args.batch_size or 1)
         return report(collected, args, out, partial(_show, shown=live))
 
 

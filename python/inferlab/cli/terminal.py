@@ -7,8 +7,12 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
+
+LINE_EVERY_S = 30.0
+"""Between lines that tell of progress where stderr is no terminal."""
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -58,12 +62,16 @@ def clean_stdout(wanted: bool = True) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def progress(total: int, label: str, enabled: bool = True) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal; yields ``advance(n)``.
+    """A progress bar on stderr, where that is a terminal, elsewhere a line now and then; yields
+    ``advance(n)``.
 
-    One step is too few for a bar.
+    One step is too few for either.
     """
-    if not enabled or total < 2 or not sys.stderr.isatty():
+    if not enabled or total < 2:
         yield lambda n: None
+        return
+    if not sys.stderr.isatty():
+        yield _told_by_lines(total, label)
         return
     from rich.console import Console
     from rich.progress import (
@@ -83,6 +91,19 @@ def progress(total: int, label: str, enabled: bool = True) -> Iterator[Callable[
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+def _told_by_lines(total: int, label: str) -> Callable[[int], None]:
+    done, told = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, told
+        done += n
+        if time.monotonic() - told >= LINE_EVERY_S:
+            told = time.monotonic()
+            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 def show_heading(text: str) -> None:

@@ -170,7 +170,7 @@ class Engine:
         self._restart_outgrown()
         plan = self.scheduler.plan()
         before_ms = (time.perf_counter() - started) * 1e3
-        self.clock.start()
+        self.clock.start("prefill" if plan.chunks else "commit")
         for request in plan.preempted:
             self._forget(request)
         for request in plan.admitted:
@@ -312,7 +312,7 @@ class Engine:
             chunk.request.stats.prefill_forwards += not chunk.root  # else it is a step's
         if drafter is not None:
             drafter.prefill(reading, output)
-        self.clock.lap("prefill")
+        self.clock.lap("prefill", "accept" if plan.started or riding else None)
         if started := [*plan.started, *riding]:
             batch = Batch.of(started, self.target)
             tree = DraftTree.root_only(batch.roots)
@@ -382,7 +382,7 @@ class Engine:
             choice.budget == NO_DRAFT and drafter is not None and not drafter.hears_all
         ):
             drafter = None
-        spent = self.clock.lap("commit")
+        spent = self.clock.lap("commit", "draft")
         if drafter is not None and choice.budget != NO_DRAFT:
             drafted_for = batch if members is None else members.batch
             judge = choice.judge
@@ -395,13 +395,13 @@ class Engine:
                 tree = members.spread(own)
         else:
             tree = own = DraftTree.root_only(batch.roots)
-        draft_ms = self.clock.lap("draft")
+        draft_ms = self.clock.lap("draft", "verify")
         grammars = Constrained.of(batch, tree)
         if grammars is not None and grammars.cut(self.policy) and members is not None:
             own.cut([tree.node_counts[place] for place in members.places])
         layers = drafter.feature_layers if drafter is not None else ()
         output = self._forward(step.rows_of(self.target, batch, tree), layers)
-        spent += draft_ms + self.clock.lap("verify")
+        spent += draft_ms + self.clock.lap("verify", "accept")
         outcomes, after = self._conclude(
             batch, tree, output, drafter, members, own, choice.budget, lagging, grammars
         )
@@ -465,10 +465,10 @@ class Engine:
         """
         with nullcontext() if grammars is None else grammars.masked(output.logits):
             walk = step.verify(self._policies(batch), output, tree, batch)
-            spent = self.clock.lap("accept")
+            spent = self.clock.lap("accept", "commit")
             if self.recorder is not None:
                 self.recorder.look(batch, tree, output)
-                self.clock.start()
+                self.clock.start("commit")
         step.commit(self.cache, batch, walk)
         if members is None:
             if drafter is not None:
@@ -479,9 +479,9 @@ class Engine:
             drafter.commit(members.batch, part)
             members.batch.advance(part)
         batch.advance(walk)
-        spent += self.clock.lap("commit")
+        spent += self.clock.lap("commit", "accept")
         outcomes = walk.read()
-        spent += self.clock.lap("accept")
+        spent += self.clock.lap("accept", "commit")
         if members is not None:
             members.heard(walk)
         emitted_tokens = []

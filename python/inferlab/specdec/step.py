@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,25 +25,47 @@ from inferlab.specdec.walk import Walk
 PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
 
+class Timeline(Protocol):
+    """Who hears of phases as they come."""
+
+    def begin(self, phase: str | None) -> None:
+        """This phase begins; None: what comes is not known, or no phase."""
+        ...
+
+    def end(self, phase: str, begin_s: float, end_s: float) -> None:
+        """A phase has ended; times are of ``time.perf_counter``."""
+        ...
+
+
 @dataclass
 class Clock:
     """Milliseconds the host spent per phase since the engine started.
 
     On a CUDA device a phase ends when its work is queued: the wait for all of it is in ``accept``.
+
+    Attributes:
+        timeline: hears of every phase, while somebody profiles.
     """
 
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    timeline: Timeline | None = None
     _mark: float = 0.0
 
-    def start(self) -> None:
-        """Sets the first mark of a step."""
+    def start(self, first: str | None = None) -> None:
+        """Sets the first mark of a step, or sets it anew; ``first``: the phase that begins."""
         self._mark = time.perf_counter()
+        if self.timeline is not None:
+            self.timeline.begin(first)
 
-    def lap(self, phase: str) -> float:
-        """Charges the time since the last mark to ``phase``; returns it in ms."""
+    def lap(self, phase: str, then: str | None = None) -> float:
+        """Charges the time since the last mark to ``phase``; returns it in ms. ``then``: the phase
+        that begins."""
         now = time.perf_counter()
         spent = (now - self._mark) * 1e3
         self.totals[phase] += spent
+        if self.timeline is not None:
+            self.timeline.end(phase, self._mark, now)
+            self.timeline.begin(then)
         self._mark = now
         return spent
 

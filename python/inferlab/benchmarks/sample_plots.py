@@ -1,0 +1,130 @@
+"""Plots of raw rows, whoever decoded: times, acceptance by position, phases, load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from inferlab.benchmarks.samples import TIMES, Sample
+from inferlab.records import total_stats
+from inferlab.reports.model import Bars, Curves, Series
+from inferlab.reports.svg import distribution
+
+MOST = 800
+"""Points of a curve of requests in flight."""
+FAR = 8.0
+"""Times that span more than this are drawn by their logarithm."""
+
+
+def sample_plots(modes: Mapping[str, Sequence[Sample]], rows: str, records: str) -> list[Curves]:
+    """Distributions of all times, acceptance by position, requests in flight: those that can be
+    told.
+
+    Args:
+        modes: mode -> its runs.
+        rows, records: where they are in the JSON.
+    """
+    plots = [_times(modes, key, title, rows) for key, title in TIMES.items()]
+    plots += [_acceptance(modes, records), _in_flight(modes, records)]
+    return [plot for plot in plots if plot.series]
+
+
+def phase_bars(
+    phases: Mapping[str, Mapping[str, float]], source: str, more: str = ""
+) -> list[Bars]:
+    """Time by phase.
+
+    Args:
+        phases: mode -> phase -> ms per token.
+        more: what the title goes on with.
+    """
+    if not phases:
+        return []
+    names = dict.fromkeys(name for of in phases.values() for name in of)
+    parts = {name: [of.get(name, 0.0) for of in phases.values()] for name in names}
+    return [Bars(f"Time by phase{more}", "ms per token", list(phases), parts, source)]
+
+
+def load_curves(
+    points: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], load: str, source: str
+) -> list[Curves]:
+    """Throughput against load, and latency against throughput.
+
+    Args:
+        points: mode -> (load, row of a run) of every run; a point is medians over runs.
+        load: what it is called.
+    """
+    by_load, curve = [], []
+    for mode, found in points.items():
+        loads = sorted({at for at, _ in found})
+        if len(loads) < 2:
+            continue
+        rates, times = [], []
+        for at in loads:
+            rows = [row for where, row in found if where == at]
+            rates.append(median(row["tokens_per_second"] for row in rows))
+            times.append(median(row["latency_ms"] for row in rows))
+        by_load.append(Series(mode, list(zip(loads, rates, strict=True))))
+        curve.append(Series(mode, list(zip(rates, times, strict=True))))
+    if not curve:
+        return []
+    return [
+        Curves("Latency against throughput", "tokens per second", "latency, ms", curve, source),
+        Curves(f"Throughput by {load}", load, "tokens per second", by_load, source),
+    ]
+
+
+def _times(modes: Mapping[str, Sequence[Sample]], key: str, title: str, rows: str) -> Curves:
+    values = {
+        mode: [sample.figures[key] for sample in samples if key in sample.figures]
+        for mode, samples in modes.items()
+    }
+    values = {mode: of for mode, of in values.items() if of}
+    every = [value for of in values.values() for value in of]
+    return Curves(
+        title,
+        title,
+        "share of runs",
+        [distribution(mode, of) for mode, of in values.items()],
+        f"{rows}.{key}",
+        steps=True,
+        share=True,
+        log_x=bool(every) and min(every) > 0 and max(every) > FAR * min(every),
+    )
+
+
+def _acceptance(modes: Mapping[str, Sequence[Sample]], records: str) -> Curves:
+    series = []
+    for mode, samples in modes.items():
+        rates = total_stats(r for s in samples for r in s.records).acceptance_by_position
+        if rates:
+            series.append(Series(mode, [(float(i), rate) for i, rate in enumerate(rates, 1)]))
+    source = f"{records}.speculation.stats, accepted_at over offered_at"
+    return Curves("Acceptance by position", "position in the draft", "accepted", series, source,
+                  share=True)  # fmt: skip
+
+
+def _in_flight(modes: Mapping[str, Sequence[Sample]], records: str) -> Curves:
+    """Requests under way; nothing where there never was more than one."""
+    series = []
+    begun = min((r.started_at for of in modes.values() for s in of for r in s.records), default=0.0)
+    for mode, samples in modes.items():
+        every = [r for s in samples for r in s.records if r.exchange is not None]
+        changes = [(r.started_at - begun, 1) for r in every]
+        changes += [(r.started_at - begun + r.latency_ms / 1e3, -1) for r in every]
+        count, points = 0, [(0.0, 0.0)]
+        for at, change in sorted(changes):
+            count += change
+            points.append((at, float(count)))
+        if max(y for _, y in points) > 1:
+            series.append(Series(mode, _highest(points)))
+    source = f"{records}.started_at and .latency_ms"
+    return Curves("Requests in flight", "seconds", "requests", series, source, steps=True)
+
+
+def _highest(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of many points in a row the highest of each few: none of the peaks is lost."""
+    few = -(-len(points) // MOST)
+    chunks = (points[first : first + few] for first in range(0, len(points), few))
+    return [max(chunk, key=lambda point: point[1]) for chunk in chunks]

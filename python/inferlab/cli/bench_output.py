@@ -1,0 +1,69 @@
+"""Where the results of `inferlab bench` go: stdout, the files of ``--output``, and the journal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from inferlab.benchmarks.result_files import WRITTEN, check_files, report_of, write_outputs
+from inferlab.cli.terminal import clean_stdout
+from inferlab.output import Journal, print_json
+from inferlab.reports.terminal import print_report
+
+logger = logging.getLogger(__name__)
+
+
+class BenchOutput:
+    """Takes the runs of a benchmark as they are made, and its result, once.
+
+    While it is entered nothing but JSON comes on stdout with ``--json``; the journal of the runs
+    stays where an error comes before the files are written.
+
+    Args:
+        as_csv: a result's rows, where they are not its ``runs``.
+
+    Raises:
+        UsageError: what ``--output`` means cannot be written.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        as_csv: Callable[[Mapping[str, Any]], str] | None = None,
+    ) -> None:
+        self._args = args
+        self._as_csv = as_csv
+        self._paths = check_files(args.output, WRITTEN) if args.output else []
+
+    def __enter__(self) -> BenchOutput:
+        with contextlib.ExitStack() as stack:
+            self._out = stack.enter_context(clean_stdout(self._args.json))
+            self._journal = Journal(self._paths[0] if self._paths else None)
+            stack.callback(self._journal.close, written=False)
+            self._stack = stack.pop_all()
+        if self._journal.path is not None:
+            logger.info("runs are in %s while it measures", self._journal.path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def keep(self, run: Mapping[str, Any]) -> None:
+        """Puts a run into the journal."""
+        self._journal.add(run)
+
+    def done(self, stats: Mapping[str, Any]) -> None:
+        """Writes the files and prints; what cannot be written is printed all the same."""
+        try:
+            if self._paths:
+                rows = None if self._as_csv is None else self._as_csv(stats)
+                write_outputs(self._args.output, stats, rows)
+                self._journal.close(written=True)
+        finally:
+            if self._args.json:
+                print_json(stats, self._out)
+            else:
+                print_report(report_of(stats))

@@ -1,0 +1,1 @@
+"""Reports: tables and plots made of results, as lines, Markdown and HTML."""

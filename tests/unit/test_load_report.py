@@ -1,0 +1,152 @@
+"""Reports of loads on a server and of sweeps, and comparisons of them, from their JSON."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from inferlab.benchmarks.compare import compare_results
+from inferlab.benchmarks.result_files import report_of
+from inferlab.cli import main
+from inferlab.records import Exchange, RequestRecord
+from inferlab.reports.html import to_html
+from inferlab.reports.model import Lines
+
+ENVIRONMENT = {"time": "now", "torch": "2"}
+
+
+def answered(index, begin_s, latency_ms, error=None):
+    """A streamed answer of three chunks, a third of its time apart."""
+    times = [] if error else [latency_ms / 3, latency_ms * 2 / 3, latency_ms]
+    exchange = Exchange(server="http://s", endpoint="chat", stream=True, attempts=1,
+                        status_code=None if error else 200, elapsed_ms=latency_ms)  # fmt: skip
+    return RequestRecord(
+        source="http", model="m", prompt=f"<b>{index}</b>", num_tokens=0 if error else 5,
+        counted_by=None if error else "usage", error=error, started_at=1e9 + begin_s,
+        latency_ms=latency_ms, first_token_ms=times[0] if times else None, text_times_ms=times,
+        exchange=exchange,
+    ).as_json()  # fmt: skip
+
+
+def load(*records, failures=None):
+    quantiles = {"count": 2, "mean": 40.0, "std": 1.0, "min": 1.0, "max": 60.0, "p50": 41.5,
+                 "p90": 50.0, "p95": 55.0, "p99": 59.0, "p50_ci95": (30.0, 50.0),
+                 "p90_ci95": None, "p95_ci95": None, "p99_ci95": None}  # fmt: skip
+    told = None if failures else quantiles
+    drafts = {"drafts": 10, "accepted_at": [8, 4, 1], "drafted_tokens": 30, "accepted_tokens": 13,
+              "length": 1.3, "length_with_bonus": 2.3, "note": None}  # fmt: skip
+    return {
+        "mode": "http", "server": "http://s<u>", "endpoint": "chat", "model": "m", "proxy": None,
+        "environment": ENVIRONMENT, "interrupted": False,
+        "settings": {"arrivals": {"kind": "closed", "rate": None}, "concurrency": 2, "extra": {},
+                     "processes": 1},
+        "requests": {"sent": len(records), "succeeded": len(records), "failed": 0,
+                     "interrupted": 0, "retries": 0},
+        "failures": failures or {}, "first_errors": {"refused": "no server <i>"}, "warnings": {},
+        "distributions": {"ttft_ms": told, "itl_ms": None},
+        "not_known": {"itl_ms": "chunks do not tell"},
+        "throughput": {"duration_s": 2.0, **dict.fromkeys(
+            ("requests_per_s", "peak_requests_per_s", "peak_chunks_per_s"), 2.0), **dict.fromkeys(
+            ("output_tokens_per_s", "input_tokens_per_s", "peak_output_tokens_per_s"))},
+        "goodput": None, "rates": {"asked_per_s": None}, "queue_ms": None, "recount": None,
+        "client": {"loop_lag_ms": None, "cpu_share": [0.5]},
+        "categories": {"a|b": dict.fromkeys(
+            ("requests", "failed", "output_tokens", "ttft_ms", "tpot_ms", "e2e_ms",
+             "tokens_per_chunk"), 3)},
+        "acceptance": {"of_server": drafts, "of_answers": None},
+        "records": list(records),
+    }  # fmt: skip
+
+
+GOOD = load(answered(0, 0.0, 60.0), answered(1, 0.03, 90.0), answered(2, 0.5, 30.0))
+
+
+def test_a_load_has_its_tables_and_plots():
+    report = report_of(GOOD)
+    said, distributions, categories = report.parts[0], *report.tables
+    assert distributions.rows == [
+        ("TTFT, ms", "40", "41.5", "50", "55", "59", "60", "30 to 50", "-", "2")
+    ]
+    assert "throughput: 2 requests/s, not known output tokens/s, not known input tokens/s" in (
+        said.lines
+    )
+    assert any("13 of 30 tokens accepted; length 1.3" in line for line in said.lines)
+    assert categories.rows[0][0] == "a|b"
+    plots = {plot.title: plot for plot in report.plots}
+    assert list(plots) == ["latency, ms", "TTFT, ms", "TPOT, ms", "ms per token",
+                           "Requests in flight",
+                           "Acceptance by position, told by the server"]  # fmt: skip
+    assert [x for x, _ in plots["TTFT, ms"].series[0].points[1:]] == [10.0, 20.0, 30.0]
+    assert [x for x, _ in plots["TPOT, ms"].series[0].points[1:]] == pytest.approx([5, 10, 15])
+    flight = plots["Requests in flight"].series[0].points
+    assert [y for _, y in flight] == [0, 1, 2, 1, 0, 1, 0]
+    assert [x for x, _ in flight][1:4] == pytest.approx([0.0, 0.03, 0.06])
+    (accepted,) = plots["Acceptance by position, told by the server"].series
+    assert accepted.points == [(1.0, 0.8), (2.0, 0.4), (3.0, 0.1)]
+    assert "<u>" not in to_html(report)
+
+
+def test_many_requests_make_a_small_plot_with_all_peaks():
+    stats = load(*(answered(i, i * 0.01, 25.0 + (500 if i == 1234 else 0)) for i in range(3000)))
+    plot = next(p for p in report_of(stats).plots if p.title == "Requests in flight")
+    (series,) = plot.series
+    assert len(series.points) <= 800
+    assert max(y for _, y in series.points) == 4
+    assert {y for _, y in series.points} >= {3, 4}
+
+
+def test_a_load_that_failed_tells_why():
+    stats = load(answered(0, 0.0, 1.0, error="no"), failures={"refused": 1})
+    report = report_of(stats)
+    alarm = report.parts[1]
+    assert isinstance(alarm, Lines)
+    assert alarm.alarm
+    assert alarm.lines == ["failed, refused: 1; the first: no server <i>"]
+    assert "no server &lt;i&gt;" in to_html(report)
+    assert [table.columns[0] for table in report.tables] == ["category"]
+
+
+def sweep(*loads):
+    levels = [
+        {"level": 2.0**i, "requests_per_s": 10.0 + i, "output_tokens_per_s": 100.0 + 50 * i,
+         "gain": None if i == 0 else 0.5, "ttft_p50_ms": 5.0 + i, "ttft_p99_ms": 9.0,
+         "tpot_p50_ms": None, "tpot_p99_ms": None, "goodput_per_s": None, "failed": 0}
+        for i in range(len(loads))
+    ]  # fmt: skip
+    return {"mode": "http", "of": "concurrency", "stopped": "saturated", "interrupted": False,
+            "levels": levels, "loads": list(loads)}  # fmt: skip
+
+
+def test_a_sweep_has_its_curve(tmp_path, capsys):
+    stats = sweep(GOOD, GOOD, load(answered(0, 0.0, 1.0, error="no"), failures={"refused": 1}))
+    report = report_of(stats)
+    (table,) = report.tables
+    assert [row[0] for row in table.rows] == ["1", "2", "4"]
+    assert table.rows[1][-2:] == ("+50.0%", "0")
+    curve = report.plots[0]
+    assert curve.title == "TTFT against throughput"
+    assert curve.series[0].points == [(100.0, 5.0), (150.0, 6.0), (200.0, 7.0)]
+    assert report.parts[0].lines == [
+        "users 4: failed, refused: 1; the first: no server <i>",
+    ]
+    (tmp_path / "s.json").write_text(json.dumps(stats))
+    assert main(["bench", "report", str(tmp_path / "s.json")]) == 0
+    assert "TTFT p99, ms" in capsys.readouterr().out
+
+
+def test_loads_are_compared_by_prompt():
+    fast = load(*(answered(i, i, 100.0 + i) for i in range(9)))
+    slow = load(*(answered(i, i, 150.0 + i) for i in range(9)))
+    found = compare_results(fast, slow)
+    assert found["modes"]["http"]["metrics"]["ttft_ms"]["verdict"] == "slower"
+    assert any(text.startswith("http: TTFT, ms") for text in found["regressions"])
+    assert compare_results(fast, copy.deepcopy(fast))["regressions"] == []
+    other = copy.deepcopy(slow)
+    other["settings"]["concurrency"] = 8
+    (difference,) = compare_results(fast, other)["settings"]
+    assert difference == {"name": "concurrency", "a": "2", "b": "8"}
+    assert compare_results(sweep(fast, fast), sweep(fast, slow))["modes"].keys() == {
+        "concurrency 1", "concurrency 2",
+    }  # fmt: skip
