@@ -57,7 +57,8 @@ def _check(case: Case, policy: Policy, verifier: Verifier, seeds: int) -> Check:
         law = readoff.combine([((chance, chance), law) for chance, law in laws])
     distance = exact_distance(law, target)
     if policy.lossless and law.excess(target) > ROUNDING:
-        text = f"emits {shown(law.middle)}, the target is {shown(target)}"
+        digits = 3 if distance["tv"] > 0.005 else 5
+        text = f"emits {shown(law.middle, digits)}, the target is {shown(target, digits)}"
         return failed("exact", case.name, text, distance)
     return passed("exact", case.name, f"{len(laws)} lists of children", distance)
 
@@ -217,6 +218,6 @@ def _first_wrong(
     return None if not len(places) else (int(places[0]), int(tokens[places[0]]))
 
 
-def shown(p: Floats) -> str:
+def shown(p: Floats, digits: int = 3) -> str:
     """Probabilities as text: (.350, .390, .260)."""
-    return "(" + ", ".join(f"{value:.3f}".removeprefix("0") for value in p) + ")"
+    return "(" + ", ".join(f"{value:.{digits}f}".removeprefix("0") for value in p) + ")"

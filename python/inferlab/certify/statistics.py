@@ -72,7 +72,7 @@ def tv_interval(counts: ArrayLike, target: ArrayLike, confidence: float = CONFID
     distance = total_variation(seen / n, target)
     spread = math.sqrt(math.log(2 / (1 - confidence)) / (2 * n))
     bias = math.sqrt((len(seen) - 1) / n) / 2
-    return max(distance - bias - spread, 0.0), min(distance + spread, 1.0)
+    return max(float(distance - bias - spread), 0.0), min(float(distance + spread), 1.0)
 
 
 def kl_interval(
@@ -98,6 +98,7 @@ def kl_interval(
     values = [max(divergence(row / n, expected) - 2 * bias, 0.0) for row in drawn]
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
+    estimate = float(estimate)
     return estimate, (min(float(low), estimate), max(float(high), estimate))
 
 
