@@ -157,7 +157,8 @@ class Divergence(TypedDict):
         margins: the same difference by each recomputation: "q1", one token behind its cached
             prefix, "whole", the whole text at once, both of the model's dtype; "float64".
         rounding_step: distance of neighbouring numbers of the dtype at the size of the row.
-        verdict: "tie within rounding", or whose bug it is.
+        allowed: how far behind the best a token may be, by rounding alone.
+        verdict: a tie within rounding, or who chose what rounding does not explain.
     """
 
     prompt_index: int
@@ -170,6 +171,7 @@ class Divergence(TypedDict):
     top2_margin: float
     margins: dict[str, float]
     rounding_step: float
+    allowed: float
     verdict: Literal["tie", "ours", "theirs", "both"]
 
 
