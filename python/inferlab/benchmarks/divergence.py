@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 TIE_STEPS = {torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
 """Two logits closer than this many rounding steps of their dtype can trade places.
@@ -68,9 +70,11 @@ def row_by_one(model: Any, ids: Sequence[int]) -> torch.Tensor:
     if len(ids) == 1:
         return row_behind(model, ids)
     whole = torch.tensor([list(ids)], device=model.device)
-    cached = model(input_ids=whole[:, :-1], use_cache=True).past_key_values
+    cache = DynamicCache(config=model.config)
+    # transformers renames the argument within its fifth major version.
+    known = inspect.signature(model.forward).parameters
+    held = {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}
+    model(input_ids=whole[:, :-1], **held)
     at = torch.tensor([[len(ids) - 1]], device=model.device)
-    row: torch.Tensor = model(
-        input_ids=whole[:, -1:], past_key_values=cached, position_ids=at, use_cache=True
-    ).logits[0, -1]
+    row: torch.Tensor = model(input_ids=whole[:, -1:], position_ids=at, **held).logits[0, -1]
     return row

@@ -54,7 +54,7 @@ class Settings(TypedDict):
 
 
 def certify_greedy(
-    settings: Settings, *, on_prompt: Callable[[int], None] | None = None
+    settings: Settings, *, on_prompt: Callable[[dict[str, Any]], None] | None = None
 ) -> GreedyCertificate:
     """Decodes greedily with drafts and compares with the other side, token by token.
 
@@ -62,7 +62,7 @@ def certify_greedy(
     follows its token, so that each place where the two differ is found, not the first alone.
 
     Args:
-        on_prompt: called with 1 as prompts are done.
+        on_prompt: called with the divergences of each prompt as it is done.
 
     Raises:
         ValueError: models that cannot be loaded or whose weights are packed, prompts that cannot be
@@ -87,11 +87,12 @@ def certify_greedy(
         ids = pipeline.encode(prompt)
         theirs = recorded[index] if recorded is not None else _generated(target, config, prompt)
         found = _compare(pipeline, judge, ids, theirs)
-        divergences += [{**one, "prompt_index": index} for one in found]
+        found = [{**one, "prompt_index": index} for one in found]
+        divergences += found
         identical += not found
         tokens += len(theirs)
         if on_prompt is not None:
-            on_prompt(1)
+            on_prompt({"prompt_index": index, "divergences": found})
     bugs = sum(one["verdict"] != "tie" for one in divergences)
     environment: Any = describe_environment()
     count = len(settings["prompts"])

@@ -136,7 +136,10 @@ def _decoded(
         )
     )
     _remember(models, plain.target)
-    ids = [plain.encode(text) for text in settings["prompts"]]
+    limit = plain.target.context_length
+    room = None if limit is None else max(limit - settings["max_tokens"], 1)
+    # Prompts keep their last tokens where the context is too short for all.
+    ids = [plain.encode(text)[-room if room is not None else None :] for text in settings["prompts"]]
     expected = {}
     laws = {}
     for text in settings["samplers"]:

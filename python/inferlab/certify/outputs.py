@@ -113,16 +113,6 @@ class Model(TypedDict):
     weights: str | None  # a digest of the first, middle and last weights; null: it has none
 
 
-class Claim(TypedDict):
-    """What was decoded: drafter, tree, sampler, batch; "plain" ids are those without drafts."""
-
-    draft_mode: str
-    tree: str
-    sampler: str
-    batch: int
-    quantization: str
-
-
 class LosslessCertificate(TypedDict):
     """Of `inferlab certify lossless`.
 
@@ -230,3 +220,16 @@ class QualityCertificate(TypedDict):
     settings: dict[str, Any]
     text_tokens: int
     rows: list[Quality]
+
+
+Certificate = LosslessCertificate | GreedyCertificate | QualityCertificate
+
+
+class Rechecked(TypedDict):
+    """Of `--check`: confirmed where the certificate came out again, ``differences`` where not."""
+
+    kind: Literal["check"]
+    confirmed: bool
+    summary: str
+    differences: list[str]
+    certificate: Certificate

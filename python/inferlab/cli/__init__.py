@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "talk to a model at the terminal, decoded speculatively",
     "advise": "say what to draft with on this machine, and what it is worth",
     "bench": "measure local, speculative or HTTP decoding",
+    "certify": "prove that decoding loses nothing, judge divergences, measure quality",
     "serve": "serve a model over HTTP, as OpenAI's API does",
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",

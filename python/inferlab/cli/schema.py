@@ -16,7 +16,10 @@ from inferlab.output import print_json
 from inferlab.records import RequestRecord
 
 RECORD = "record"
-COMMANDS = ("specdec", "baseline", "advise", "bench", "ping", "replay", "simulate", "doctor")
+COMMANDS = (
+    *("specdec", "baseline", "advise", "bench", "certify", "ping", "replay", "simulate"),
+    "doctor",
+)
 """Commands that print JSON: their modules have a type ``Output``."""
 
 
