@@ -78,9 +78,7 @@ def text_rows(
         begin = max(end + stride - window, begin + 1)
 
 
-def text_log_probabilities(
-    model: Any, ids: Sequence[int], window: int, stride: int
-) -> list[float]:
+def text_log_probabilities(model: Any, ids: Sequence[int], window: int, stride: int) -> list[float]:
     """Natural log-probability of each token of a text but the first; arguments as `text_rows`."""
     found: list[float] = []
     for logits, wanted in text_rows(model, ids, window, stride):

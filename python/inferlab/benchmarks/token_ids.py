@@ -11,6 +11,7 @@ from inferlab.config import SpecdecConfig
 from inferlab.kernels.noise import PURPOSE_TOKEN, gumbel_row
 from inferlab.models import TargetModel
 
+
 def compare_token_ids(
     measurements: Measurements,
     prompts: Sequence[str],

@@ -50,7 +50,8 @@ class Case:
         return sampled_law(logits_of(self.target), self.sampling([0]))
 
     def draws(self) -> Iterator[tuple[Siblings, float]]:
-        """Every list of children with its probability; those that are not drawn: each, alone (1)."""
+        """Every list of children with its probability; of those that are not drawn each counts by
+        itself, and has 1."""
         size = len(self.target)
         if self.draft is None:
             for drawn in product(range(size), repeat=self.siblings):

@@ -2,8 +2,9 @@
 
 Every list of children that a case can have is enumerated with its probability. Given a list, the
 verifier walks once for each seed, and its probabilities follow from the outcomes (`readoff`): those
-of each acceptance, those of the draw where none was accepted. Mixed, they are the law of the emitted
-token, in intervals; where p lies outside, the verifier is not lossless, with no chance of error.
+of each acceptance, those of the draw where none was accepted. Mixed, they are the law of the
+emitted token, in intervals; where p lies outside, the verifier is not lossless, with no chance of
+error.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def _read_lossy(siblings: Siblings, entered: Any, tokens: Any, size: int, at: in
 def traps(policy: Policy, verifier: Verifier, seeds: int = 256) -> list[Check]:
     """Checks of inputs with but one right outcome, whatever the seed."""
     nan, inf = float("nan"), float("inf")
-    greedy = {"temperature": 0.0}
+    greedy: Any = {"temperature": 0.0}
 
     def trap(
         name: str, row: Sequence[float], expected: int, allowed: int | None = None, **sampler: Any

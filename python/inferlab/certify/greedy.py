@@ -1,4 +1,4 @@
-"""`inferlab certify greedy`: every divergence from another engine, with its margin and a verdict."""
+"""`inferlab certify greedy`: every divergence from another engine, with margins and a verdict."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def certify_greedy(
     target = pipeline.target
     if target.quantization is not None:
         raise UsageError(
-            f"--base-model: {target.name} has {target.quantization} weights, whose products have no "
-            "higher precision to be recomputed in; give the model that it was packed from"
+            f"--base-model: {target.name} has {target.quantization} weights, whose products have "
+            "no higher precision to be recomputed in; give the model that it was packed from"
         )
     judge = _Judge(target, config, settings["exact"])
     recorded = settings["recorded"]
@@ -204,7 +204,6 @@ class _Judge:
 
 # --- what other engines wrote -------------------------------------------------------------------
 
-_PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _ID_KEYS = ("token_ids", "generated_tokens", "ids")
 
 
@@ -212,8 +211,8 @@ def read_recorded(path: str | Path) -> tuple[list[str | Tokens], list[Tokens]]:
     """Prompts and new tokens of another engine.
 
     A file of JSON lines, a JSON list, or an object with a list ``results``; entries have ``prompt``
-    (a text or token ids) or ``prompt_token_ids``, and ``token_ids`` or ``ids`` of the new tokens, or
-    ``outputs`` whose first entry has them, as vLLM's results do. Token ids beat the text.
+    (a text or token ids) or ``prompt_token_ids``, and ``token_ids`` or ``ids`` of the new tokens,
+    or ``outputs`` whose first entry has them, as vLLM's results do. Token ids beat the text.
 
     Raises:
         UsageError: a file that cannot be read, or an entry of another form, named.
@@ -255,10 +254,10 @@ def _entry(entry: Any, where: str) -> tuple[str | Tokens, Tokens]:
     outputs: Any = entry.get("outputs")
     if isinstance(outputs, Sequence) and outputs and isinstance(outputs[0], dict):
         entry = {**outputs[0], **entry}
-    ids = next((entry[key] for key in _ID_KEYS if key in entry), None)
+    ids: Any = next((entry[key] for key in _ID_KEYS if key in entry), None)
     if not _is_ids(ids):
         raise UsageError(f"--ids: {where}: needs token_ids, a list of token ids with at least one")
-    prompt = entry.get("prompt_token_ids") or entry.get("prompt")
+    prompt: Any = entry.get("prompt_token_ids") or entry.get("prompt")
     if not (isinstance(prompt, str) and prompt) and not _is_ids(prompt):
         raise UsageError(f"--ids: {where}: needs prompt or prompt_token_ids")
     return prompt, ids

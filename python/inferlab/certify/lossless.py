@@ -110,12 +110,10 @@ def certify_lossless(
 def num_tests(settings: Settings) -> int:
     """Statistical tests of a certificate, among which its chance of a false alarm is shared out
     (Bonferroni)."""
+    sampled_too = len(settings["draft_modes"]) * len(settings["trees"])
+    sampled_too *= len(settings["quantizations"]) if settings["samples"] else 0
     hot = sum(parse_sampler(text)["temperature"] > 0 for text in settings["samplers"])
-    names = ("draft_modes", "trees", "quantizations")
-    combinations = hot
-    for name in names:
-        combinations *= len(settings[name])
-    return len(trees.TREES) + 1 + (combinations if settings["samples"] else 0)
+    return len(trees.TREES) + 1 + hot * sampled_too
 
 
 def _decoded(
@@ -139,7 +137,9 @@ def _decoded(
     limit = plain.target.context_length
     room = None if limit is None else max(limit - settings["max_tokens"], 1)
     # Prompts keep their last tokens where the context is too short for all.
-    ids = [plain.encode(text)[-room if room is not None else None :] for text in settings["prompts"]]
+    ids = [
+        plain.encode(text)[-room if room is not None else None :] for text in settings["prompts"]
+    ]
     expected = {}
     laws = {}
     for text in settings["samplers"]:
@@ -212,7 +212,12 @@ def _replayed(
     stats = total_stats(record_of(result) for result in results)
     tokens = sum(map(len, expected))
     wrong = [
-        (index, next(i for i, pair in enumerate(itertools.zip_longest(ours, plain)) if pair[0] != pair[1]))
+        (
+            index,
+            next(
+                i for i, pair in enumerate(itertools.zip_longest(ours, plain)) if pair[0] != pair[1]
+            ),
+        )
         for index, (ours, plain) in enumerate(
             zip((result["token_ids"] for result in results), expected, strict=True)
         )

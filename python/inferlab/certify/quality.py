@@ -133,7 +133,10 @@ def _variants(
         ("dtype", settings["dtypes"]),
     ):
         for value in values:
-            yield value, SpeculativePipeline(config=config.model_copy(update={**plainly, key: value}))
+            yield (
+                value,
+                SpeculativePipeline(config=config.model_copy(update={**plainly, key: value})),
+            )
 
 
 class _Judge:
@@ -148,9 +151,7 @@ class _Judge:
         self.outputs = _outputs(reference, self.ids)
         self.text: list[int] = self.target.tokenizer.encode(settings["text"], verbose=False)
 
-    def row(
-        self, name: str, pipeline: SpeculativePipeline, weights: TargetModel | None
-    ) -> Quality:
+    def row(self, name: str, pipeline: SpeculativePipeline, weights: TargetModel | None) -> Quality:
         """Args: weights: what reads the text; None: the reference's own, where nothing differs."""
         outputs = self.outputs if name == REFERENCE else _outputs(pipeline, self.ids)
         same = sum(a == b for a, b in zip(outputs, self.outputs, strict=True))

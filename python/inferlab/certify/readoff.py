@@ -1,10 +1,10 @@
 """Reading a verifier's own probabilities off its outcomes and the noise that they came from.
 
-Samples tell a probability to 1/sqrt(n). But the noise is public: with the acceptance uniforms u of n
-seeds at hand, an acceptance "u < t" shows between which two of them t lies; and with the Gumbel noise
-g at hand, an arg-max of log r + g shows between which differences of noise each log r_i - log r_j
-lies. So n outcomes tell a probability to about 1/n, with no chance of error: what comes out is an
-interval that follows from the outcomes.
+Samples tell a probability to 1/sqrt(n). But the noise is public: with the acceptance uniforms u of
+n seeds at hand, an acceptance "u < t" shows between which two of them t lies; and with the Gumbel
+noise g at hand, an arg-max of log r + g shows between which differences of noise each
+log r_i - log r_j lies. So n outcomes tell a probability to about 1/n, with no chance of error: what
+comes out is an interval that follows from the outcomes.
 """
 
 from __future__ import annotations

@@ -112,5 +112,8 @@ def _differences(stated: Any, made: Any, where: str) -> Iterator[str]:
         for index, (one, other) in enumerate(zip(stated, made, strict=True)):
             yield from _differences(one, other, f"{where}[{index}]")
     elif stated != made:
-        shown = (text if len(text := to_json(value)) < 80 else text[:77] + "..." for value in (stated, made))
+        shown = (
+            text if len(text := to_json(value)) < 80 else text[:77] + "..."
+            for value in (stated, made)
+        )
         yield "{}: stated {}, found {}".format(where, *shown)

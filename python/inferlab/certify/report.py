@@ -56,7 +56,9 @@ def _print_lossless(certificate: LosslessCertificate, console: Console) -> None:
     if measured:
         console.print()
         level = f"{certificate['confidence']:.0%}"
-        samples = markdown_table("sampled", f"TV ({level})", f"KL ({level})", "p", "accepted length")
+        samples = markdown_table(
+            "sampled", f"TV ({level})", f"KL ({level})", "p", "accepted length"
+        )
         for check in measured:
             of = check["distance"]
             samples.add_row(

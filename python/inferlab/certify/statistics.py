@@ -52,8 +52,8 @@ def tv_interval(counts: ArrayLike, target: ArrayLike, confidence: float = CONFID
 
     With the empirical distribution e of n samples from s over V cells, and T = TV(e, target):
 
-    * one sample moves T by 1/n at most, so P(|T - E T| > sqrt(log(2 / a) / 2n)) <= a (McDiarmid, "On
-      the method of bounded differences", 1989);
+    * one sample moves T by 1/n at most, so P(|T - E T| > sqrt(log(2 / a) / 2n)) <= a (McDiarmid,
+      "On the method of bounded differences", 1989);
     * TV(s, target) <= E T, as TV is convex and E e = s;
     * E T <= TV(s, target) + E TV(e, s) <= TV(s, target) + sqrt((V - 1) / n) / 2 (Jensen; the
       expectation behind the bounds of Weissman et al., "Inequalities for the L1 deviation of the

@@ -43,9 +43,9 @@ def sampled_trees(
         _check(f"first two tokens, {name}", p, q, parents, policy, verifier, level, samples)
         for name, parents in TREES.items()
     ]
-    pair = [np.array([row] * (len(row) + 1)) for row in VLLM]
+    target, draft = (np.array([row] * (len(row) + 1)) for row in VLLM)
     name = "first token, target 10/60/30 %, draft 50/30/20 %"
-    return [*checks, _check(name, *pair, (-1, 0), policy, verifier, level, 2 * samples)]
+    return [*checks, _check(name, target, draft, (-1, 0), policy, verifier, level, 2 * samples)]
 
 
 def _check(

@@ -62,9 +62,7 @@ def _add_drafting(group: argparse._ActionsContainer) -> None:
 def _add_lossless(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is certified: every combination")
     group.add_argument("--policy", choices=POLICIES, help="(longest_prefix)")
-    group.add_argument(
-        "--draft-mode", type=_names, metavar="MODE,...", help="who drafts (vanilla)"
-    )
+    group.add_argument("--draft-mode", type=_names, metavar="MODE,...", help="who drafts (vanilla)")
     group.add_argument(
         "--tree",
         action="append",
@@ -192,8 +190,8 @@ def _refuse_beside_check(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if name not in own | usual and value not in (None, False):
             raise UsageError(
-                f"--{name.replace('_', '-')}: has no meaning with --check, which takes all settings "
-                "from the file"
+                f"--{name.replace('_', '-')}: has no meaning with --check, which takes all "
+                "settings from the file"
             )
 
 
@@ -214,10 +212,6 @@ def _lossless_settings(args: argparse.Namespace) -> tuple[lossless.Settings, str
     samples = lossless.SAMPLES if args.samples is None else args.samples
     if samples < 0:
         raise UsageError(f"--samples: {samples} is not allowed; must be at least 0")
-    if config.policy == "rejection":
-        for mode in modes:
-            if not DRAFT_MODES[mode].has_probabilities and DRAFT_MODES[mode].trees == ():
-                raise UsageError(f"--draft-mode: {mode} cannot say how probable its drafts are")
     samplers = [sampler_text(parse_sampler(text)) for text in args.sampler or lossless.SAMPLERS]
     settings: lossless.Settings = {
         "config": _dumped(config),
@@ -236,7 +230,7 @@ def _lossless_settings(args: argparse.Namespace) -> tuple[lossless.Settings, str
 
 def _greedy_settings(args: argparse.Namespace) -> tuple[greedy.Settings, str]:
     config = _config(args, ("draft_mode", "K", "tree"))
-    prompts: list[Any]
+    prompts: Any
     recorded, against = None, "Hugging Face generate"
     if args.ids is not None:
         for flag in ("prompt", "prompts", "heldout", "max_tokens"):
