@@ -13,12 +13,7 @@ import torch
 
 from inferlab.certify.verifiers import Verifier, Walks, kernel_verifier
 from inferlab.kernels import VerifyResult
-from inferlab.kernels.noise import (
-    PURPOSE_ACCEPT,
-    PURPOSE_DRAFT,
-    PURPOSE_RECOVERY,
-    PURPOSE_TOKEN,
-)
+from inferlab.kernels.noise import PURPOSE_ACCEPT, PURPOSE_DRAFT, PURPOSE_RECOVERY
 from inferlab.kernels.reference import noise
 from inferlab.kernels.reference.sampling import kept, probabilities
 from inferlab.specdec.batch import Batch
@@ -176,16 +171,21 @@ def _draw(
 
 
 def match(mistake: str) -> Verifier:
-    """The `longest_prefix` rule by its kernel, with another noise or a token taken over."""
+    """The `longest_prefix` rule by its kernel, or with the first child taken, whatever it is."""
 
     def verify(walks: Walks) -> VerifyResult:
         result = kernel_verifier(Policy("longest_prefix"))(walks)
         if mistake == "first child always taken":
-            first = walks.links.first_child[:, 0].long()
-            token = walks.tokens.gather(1, first[:, None])[:, 0]
-            result.accepted_tokens[:, 0] = token
-            result.accepted_nodes[:, 1] = first.int()
-            result.num_accepted.clamp_(min=2)
+            drafted = (walks.links.first_child[:, 0] > 0).nonzero()[:, 0]
+            first = walks.links.first_child[drafted, 0].long()
+            other = walks.tokens[drafted, first] != result.accepted_tokens[drafted, 0]
+            drafted, first = drafted[other], first[other]
+            token = walks.tokens[drafted, first]
+            result.accepted_tokens[drafted, 0] = token
+            if len(drafted):
+                result.accepted_tokens[drafted, 1] = token  # whatever comes behind it
+                result.accepted_nodes[drafted, 1] = first.int()
+                result.num_accepted[drafted] = 2
         return result
 
     return verify
@@ -211,6 +211,3 @@ class BrokenPolicy(Policy):
                 allowed_vocab=batch.allowed_vocab,
             )
         )
-
-
-__all__ = ["PURPOSE_TOKEN", "BrokenPolicy", "match", "verifier"]
