@@ -170,3 +170,18 @@ def test_a_token_that_is_none_is_named():
     assert "token -1 was emitted, which is none" in check["detail"]
     (check, *_) = trees.sampled_trees(REJECTION, nothing, LEVEL, 200)
     assert check["detail"] == "a walk emitted no token"
+
+
+def test_walks_move_to_a_device_whole():
+    """`meta` stands for one: what stayed behind would show."""
+    seen = []
+
+    def keep(walks):
+        seen.append(walks.to("meta"))
+        return kernel_verifier(REJECTION)(walks)
+
+    exact.enumerated(REJECTION, keep, 8, CASES[:1])
+    (first, *_) = seen
+    sampling = [part for part in first.sampling.flat if part is not None]
+    tensors = [first.logits, first.draft_logits, first.tokens, first.seq_lens, *first.links]
+    assert {tensor.device.type for tensor in (*tensors, *sampling)} == {"meta"}

@@ -18,7 +18,7 @@ from inferlab.certify.statistics import CONFIDENCE, FALSE_ALARM
 from inferlab.certify.verifiers import Verifier, kernel_verifier
 from inferlab.config import SpecdecConfig
 from inferlab.draft_modes import tree_misfit
-from inferlab.models import TargetModel
+from inferlab.models import TargetModel, loading
 from inferlab.records import record_of, total_stats
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.policies import Policy, make_policy
@@ -83,7 +83,9 @@ def certify_lossless(
     config = SpecdecConfig.model_validate(settings["config"])
     rule = policy or make_policy(config.policy, tau=config.tau, k=config.agree_k, p=config.p)
     level = FALSE_ALARM / num_tests(settings)
-    verify = verifier or kernel_verifier(rule)
+    device = loading.choose_device(config.requested_device, config.device_priority)
+    fake = config.implementation == "fake"
+    verify = verifier or kernel_verifier(rule, "cpu" if fake else device)
     add(exact.enumerated(rule, verify))
     add(exact.traps(rule, verify))
     add(trees.sampled_trees(rule, verify, level))
@@ -163,6 +165,8 @@ def _decoded(
                 name = _name(mode, tree, text, batch, quantization)
                 if policy.is_match or (policy.lossless and sampler["temperature"] == 0):
                     yield _replayed(name, pipeline, ids, expected[text], settings, sampler)
+        if not laws:
+            continue
         many = _pipeline(
             common.model_copy(update={"share_prefixes": True}),
             policy, mode, shape, BATCH, plain.target, draft,

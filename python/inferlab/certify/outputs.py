@@ -140,7 +140,7 @@ class Divergence(TypedDict):
     """A place where two sides chose differently behind the same tokens.
 
     Attributes:
-        prompt_index, position: of the new tokens, from 0; ``where``: the prompt's line in its file.
+        prompt_index, position: among the prompts, and among the new tokens, from 0.
         ours, theirs: token ids.
         margin: by how much ours is ahead of theirs in the recomputation of the highest precision;
             negative: behind. ``top2_margin``: of the two best tokens there; ``best``: the first.
@@ -152,7 +152,6 @@ class Divergence(TypedDict):
     """
 
     prompt_index: int
-    where: NotRequired[str]
     position: int
     ours: int
     theirs: int

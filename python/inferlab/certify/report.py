@@ -93,7 +93,7 @@ def _print_greedy(certificate: GreedyCertificate, console: Console) -> None:
     for one in divergences:
         verdict = one["verdict"]
         table.add_row(
-            one.get("where") or str(one["prompt_index"]),
+            str(one["prompt_index"]),
             str(one["position"]),
             str(one["ours"]),
             str(one["theirs"]),

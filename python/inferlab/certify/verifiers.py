@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,15 +36,31 @@ class Walks:
     with_replacement: bool = False
     allowed_vocab: int | None = None
 
+    def to(self, device: torch.device | str) -> Walks:
+        """The same walks on another device."""
+        draft = self.draft_logits
+        return replace(
+            self,
+            logits=self.logits.to(device),
+            draft_logits=None if draft is None else draft.to(device),
+            tokens=self.tokens.to(device),
+            links=TreeLinks(*(part.to(device) for part in self.links)),
+            seq_lens=self.seq_lens.to(device),
+            sampling=self.sampling.to(device),
+        )
+
 
 Verifier = Callable[[Walks], VerifyResult]
 """Walks trees; a broken one can be handed to a certificate, which must find it."""
 
 
-def kernel_verifier(policy: Policy) -> Verifier:
-    """The kernel that the engine runs for a policy."""
+def kernel_verifier(policy: Policy, device: torch.device | str = "cpu") -> Verifier:
+    """The kernel that the engine runs for a policy on a device; results come back to the CPU."""
 
     def verify(walks: Walks) -> VerifyResult:
+        return VerifyResult(*(part.cpu() for part in run(walks.to(device))))
+
+    def run(walks: Walks) -> VerifyResult:
         rest = (walks.tokens, walks.links, walks.seq_lens, walks.sampling)
         allowed = walks.allowed_vocab
         if policy.is_match:
