@@ -64,8 +64,12 @@ def test_the_package_itself_is_the_command():
 def test_every_command_has_log_flags():
     kinds = cli.make_parser()._subparsers._group_actions[0].choices
     assert set(kinds) == set(cli.COMMANDS)
-    trains = kinds.pop("train")._subparsers._group_actions[0].choices
-    for name, parser in {**kinds, **trains}.items():
+    parts = {
+        f"{name} {part}": parser
+        for name in ("train", "certify")
+        for part, parser in kinds.pop(name)._subparsers._group_actions[0].choices.items()
+    }
+    for name, parser in {**kinds, **parts}.items():
         assert {"--log-level", "--verbose"} <= set(parser._option_string_actions), name
 
 

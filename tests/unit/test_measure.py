@@ -15,9 +15,10 @@ from inferlab.benchmarks.comparison import (
     phases_of,
     speedup,
 )
+from inferlab.benchmarks.divergence import judge_tie
 from inferlab.benchmarks.measure import MeasurementError, Measurements, Run, measure
 from inferlab.benchmarks.perplexity import log_probabilities, perplexity
-from inferlab.benchmarks.token_ids import compare_token_ids, judge_tie
+from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig
 from inferlab.kernels.reference.noise import gumbel_row
 from inferlab.models import FakeLM, HFModel

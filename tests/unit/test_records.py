@@ -99,7 +99,13 @@ def test_token_ids_have_no_prompt_text(pipeline):
 
 def test_every_command_with_json_has_a_schema():
     kinds = cli.make_parser()._subparsers._group_actions[0].choices
-    with_json = {name for name, p in kinds.items() if "--json" in p._option_string_actions}
+    with_json = {
+        name
+        for name, parser in kinds.items()
+        for part in (parser, *(parser._subparsers._group_actions[0].choices.values()
+                               if parser._subparsers else ()))
+        if "--json" in part._option_string_actions
+    }  # fmt: skip
     assert with_json == set(COMMANDS)
 
 
@@ -226,6 +232,21 @@ def test_bench_of_all_modes(capsys):
     modes = (*BENCH, "--modes", "ngram,vanilla", "--batch", "1,2", "--prompt", "a b a b")
     printed(capsys, *modes, *FAKE)
     printed(capsys, *modes, "--max-tokens", "6")
+
+
+def test_certify(capsys, tmp_path):
+    file = str(tmp_path / "certificate.json")
+    lossless = ("certify", "lossless", *FAKE, "--prompt", "Hello", "--samples", "40")
+    value = printed(capsys, *lossless, "--sampler", "0.9", "--tree", "2,1", "--output", file)
+    assert {check["part"] for check in value["checks"]} == {
+        *("exact", "trap", "trees", "sampled", "replay")
+    }
+    printed(capsys, "certify", "lossless", "--check", file)
+    lossy = (*lossless, "--policy", "typical", "--samples", "0")
+    printed(capsys, *lossy, code=1)
+    real = ("--prompt", "import os", "--max-tokens", "4")
+    printed(capsys, "certify", "greedy", *real)
+    printed(capsys, "certify", "quality", *real, "--quantizations", "int8", "--policies", "typical")
 
 
 def test_replay(capsys, monkeypatch, tmp_path):

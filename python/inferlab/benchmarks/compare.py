@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
+from inferlab.benchmarks.divergence import first_difference
 from inferlab.benchmarks.outputs import Interval
 from inferlab.benchmarks.run_report import SETTINGS, short
 from inferlab.benchmarks.samples import TIMES, Sample, prompts_of, samples_of
 from inferlab.benchmarks.statistics import holm, permutation_p, ratio_of_medians
-from inferlab.benchmarks.token_ids import first_difference
 from inferlab.errors import UsageError
 from inferlab.records import total_stats
 
@@ -363,11 +363,13 @@ def _token_ids(
             if not ids or not theirs:
                 continue
             count += 1
-            wrong = next((found for found in (*ids, *theirs) if found != ids[0]), None)
-            if wrong is not None:
-                where = first_difference(ids[0], wrong)
+            found = next(
+                filter(None, (first_difference(ids[0], of) for of in (*ids, *theirs))), None
+            )
+            if found is not None:
+                position, tokens = found
                 differences.append(
-                    {"prompt": text, "position": where["position"], "token_ids": where["token_ids"]}
+                    {"prompt": text, "position": position, "token_ids": list(tokens)}
                 )
     return {
         "prompts": count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,6 +39,51 @@ def log_probabilities(model: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
         parts.append(rows.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])
     result: list[float] = torch.cat(parts).tolist()
     return result
+
+
+@torch.inference_mode()
+def text_rows(
+    model: Any, ids: Sequence[int], window: int, stride: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of a text that may be longer than the model's context, by a window that slides.
+
+    Every token but the first is predicted once: in the first window all of them, in each further
+    one the last ``stride``, which see at least ``window - stride`` tokens before them.
+
+    Args:
+        model: a Hugging Face causal LM.
+        ids: of the text, at least two.
+        window: tokens of a forward, 2 at least and no more than the model's context.
+        stride: 1 to window - 1.
+
+    Yields:
+        f32[n, V] logits, and the i64[n] tokens that came.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"ids has {len(ids)} tokens; a text needs at least two to be predicted")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride is {stride}; it must be at least 1 and below window ({window})")
+    whole = torch.tensor(list(ids), device=model.device)
+    begin = seen = 0
+    while seen < len(ids) - 1:
+        end = min(begin + window, len(ids))
+        logits = model(input_ids=whole[None, begin:end], use_cache=False).logits[0]
+        # Row i predicts token begin + i + 1; those up to and with `seen` have been predicted.
+        rows = slice(seen - begin, end - 1 - begin)
+        yield logits[rows].float(), whole[seen + 1 : end]
+        seen = end - 1
+        begin = max(end + stride - window, begin + 1)
+
+
+def text_log_probabilities(model: Any, ids: Sequence[int], window: int, stride: int) -> list[float]:
+    """Natural log-probability of each token of a text but the first; arguments as `text_rows`."""
+    found: list[float] = []
+    for logits, wanted in text_rows(model, ids, window, stride):
+        found += logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+    return found
 
 
 def perplexity(log_probs: Sequence[float]) -> float:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
-import torch
-
+from inferlab.benchmarks.divergence import first_difference, judge_tie, row_behind
 from inferlab.benchmarks.measure import Measurements
 from inferlab.config import SpecdecConfig
 from inferlab.kernels.noise import PURPOSE_TOKEN, gumbel_row
 from inferlab.models import TargetModel
-
-TIE_STEPS = {torch.float32: 256, torch.bfloat16: 4, torch.float16: 4}
-"""Two logits closer than this many rounding steps of their dtype can trade places.
-
-A step is the distance of neighbouring numbers at the logit's size. Half types round each
-activation, but the sums behind a logit in fp32: few steps; fp32 carries its rounding through all
-layers: more, and still 1e-4 of a logit.
-"""
 
 
 def compare_token_ids(
@@ -56,7 +45,6 @@ def compare_token_ids(
         for mode, other in ids[1:]:
             if other != first:
                 difference = {"prompt_index": index, "modes": [first_mode, mode]}
-                difference.update(first_difference(first, other))
                 difference.update(_explain(target, config, prompt, first, other))
                 differences.append(difference)
                 break
@@ -92,13 +80,6 @@ def _why_not(mode: str, config: SpecdecConfig, target: TargetModel) -> str | Non
     return None
 
 
-def first_difference(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:
-    """``position`` and ``token_ids`` (None: ended) where two texts part; they differ."""
-    pairs = enumerate(zip_longest(one, other))
-    position, tokens = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
-    return {"position": position, "token_ids": list(tokens)}
-
-
 def _explain(
     target: TargetModel,
     config: SpecdecConfig,
@@ -106,45 +87,25 @@ def _explain(
     one: Sequence[int],
     other: Sequence[int],
 ) -> Mapping[str, Any]:
-    """The scores of the two tokens at the first difference, and whether they are a tie.
+    """The first difference, the scores of both tokens there, and whether they are a tie.
 
     The score is the logit, and at temperature T > 0 the logit plus T times the noise: the token
     with the larger one should have won. With penalties, or where a text ended, nothing is told.
     """
-    where = first_difference(one, other)
-    tokens = where["token_ids"]
+    found = first_difference(one, other)
+    assert found is not None
+    position, tokens = found
+    where = {"position": position, "token_ids": list(tokens)}
     penalties = (config.repetition_penalty, config.presence_penalty, config.frequency_penalty)
     plain = target.plain()
     if None in tokens or penalties != (1.0, 0.0, 0.0) or plain is None:
-        return {"tie": None}
-    ids = [*target.tokenizer.encode(prompt), *one[: where["position"]]]
-    with torch.inference_mode(), plain as model:
-        row = model(input_ids=torch.tensor([ids], device=target.device), use_cache=False).logits
-    scores = row[0, -1].float()
+        return {**where, "tie": None}
+    ids = [*target.tokenizer.encode(prompt), *one[:position]]
+    with plain as model:
+        scores = row_behind(model, ids).float()
     largest = float(scores.abs().max())
     if config.effective_temperature > 0:
         noise = gumbel_row(config.seed, len(ids), len(scores), PURPOSE_TOKEN, scores.device)
         scores = scores + config.effective_temperature * noise
-    return judge_tie([float(scores[token]) for token in tokens], largest, target.dtype)
-
-
-def judge_tie(scores: Sequence[float], largest_logit: float, dtype: torch.dtype) -> dict[str, Any]:
-    """Whether rounding may have decided between two tokens.
-
-    Args:
-        scores: of the two tokens.
-        largest_logit: the largest absolute logit of the row: it sets the size of rounding errors.
-        dtype: of the model.
-
-    Returns:
-        ``scores``, their ``gap``, the ``rounding_step`` of the dtype at that size, and ``tie``.
-    """
-    size = max(largest_logit, torch.finfo(dtype).tiny)
-    step = math.ldexp(torch.finfo(dtype).eps, math.frexp(size)[1] - 1)
-    gap = abs(scores[0] - scores[1])
-    return {
-        "scores": list(scores),
-        "gap": gap,
-        "rounding_step": step,
-        "tie": gap <= TIE_STEPS[dtype] * step,
-    }
+    judged = judge_tie([float(scores[token]) for token in tokens], largest, target.dtype)
+    return {**where, **judged}

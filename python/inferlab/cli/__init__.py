@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "measure local, speculative or HTTP decoding",
     "bench compare": "compare two results of bench: speed, acceptance, token ids",
     "bench report": "the tables of a result of bench, as Markdown and HTML with plots",
+    "certify": "prove that decoding loses nothing, judge divergences, measure quality",
     "serve": "serve a model over HTTP, as OpenAI's API does",
     "ping": "try an OpenAI-compatible server",
     "train": "train draft models, Medusa and EAGLE heads",

@@ -17,13 +17,7 @@ from inferlab.records import RequestRecord
 
 RECORD = "record"
 COMMANDS = (
-    "specdec",
-    "baseline",
-    "advise",
-    "bench",
-    "bench compare",
-    "ping",
-    "replay",
+    *("specdec", "baseline", "advise", "bench", "bench compare", "certify", "ping", "replay"),
     "simulate",
     "doctor",
 )

@@ -1,0 +1,119 @@
+"""`--check FILE`: a certificate is made again from its own settings, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from inferlab.certify.greedy import certify_greedy
+from inferlab.certify.lossless import certify_lossless
+from inferlab.certify.outputs import (
+    Certificate,
+    GreedyCertificate,
+    LosslessCertificate,
+    QualityCertificate,
+    Rechecked,
+)
+from inferlab.certify.quality import certify_quality
+from inferlab.errors import UsageError
+from inferlab.output import to_json
+
+_MAKERS: dict[str, tuple[Any, Any]] = {
+    "lossless": (LosslessCertificate, certify_lossless),
+    "greedy": (GreedyCertificate, certify_greedy),
+    "quality": (QualityCertificate, certify_quality),
+}
+KINDS = tuple(_MAKERS)
+
+_NOT_COMPARED = {"environment", "time"}
+# On another processor, or with other threads, kernels and products may round otherwise.
+_PLACE = ("system", "processor", "simd", "gpus", "inferlab", "torch", "transformers", "numpy")
+
+
+def read_certificate(path: str | Path, kind: str) -> Certificate:
+    """A certificate from its file.
+
+    Raises:
+        UsageError: it cannot be read, or is no certificate of that kind.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--check: {path} cannot be read: {why}") from None
+    found = value.get("kind") if isinstance(value, dict) else None
+    if found != kind:
+        other = f"inferlab certify {found} --check" if found in _MAKERS else "a file of --output"
+        raise UsageError(f"--check: {path} is no certificate of {kind}; use {other}")
+    try:
+        certificate: Certificate = TypeAdapter(_MAKERS[kind][0]).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"--check: {path}: {where}: {first['msg']}") from None
+    return certificate
+
+
+def recheck(stated: Certificate, **options: Any) -> Rechecked:
+    """Makes a certificate again.
+
+    On the machine and with the versions that it was made on every figure must come out again, on
+    others what is claimed: the models, each verdict, whether it is certified.
+
+    Args:
+        options: of the function that makes it.
+    """
+    kind: Any = stated["kind"]
+    made: Certificate = _MAKERS[kind][1](stated["settings"], **options)
+    one, other = (json.loads(to_json(certificate)) for certificate in (stated, made))
+    same_place = all(
+        stated["environment"].get(key) == made["environment"].get(key) for key in _PLACE
+    )
+    if not same_place:
+        one, other = _claims(one), _claims(other)
+    differences = list(_differences(one, other, ""))
+    figures = "every figure" if same_place else "each verdict, on another machine or versions,"
+    summary = f"confirmed: {figures} came out again; {made['summary']}"
+    if differences:
+        summary = f"not confirmed: {len(differences)} differences, the first: {differences[0]}"
+    return {
+        "kind": "check",
+        "confirmed": not differences,
+        "summary": summary,
+        "differences": differences,
+        "certificate": made,
+    }
+
+
+def _claims(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not depend on the last bits of a machine's arithmetic."""
+    return {
+        "certified": certificate["certified"],
+        "models": certificate["models"],
+        "checks": [
+            {"name": check["name"], "passed": check["passed"]}
+            for check in certificate.get("checks", ())
+        ],
+        "bugs": [one for one in certificate.get("divergences", ()) if one["verdict"] != "tie"],
+        "rows": [row["variant"] for row in certificate.get("rows", ())],
+    }
+
+
+def _differences(stated: Any, made: Any, where: str) -> Iterator[str]:
+    if isinstance(stated, dict) and isinstance(made, dict):
+        for key in {**stated, **made}:
+            if key not in _NOT_COMPARED:
+                yield from _differences(stated.get(key), made.get(key), f"{where}.{key}".strip("."))
+    elif isinstance(stated, list) and isinstance(made, list) and len(stated) == len(made):
+        for index, (one, other) in enumerate(zip(stated, made, strict=True)):
+            yield from _differences(one, other, f"{where}[{index}]")
+    elif stated != made:
+        shown = (
+            text if len(text := to_json(value)) < 80 else text[:77] + "..."
+            for value in (stated, made)
+        )
+        yield "{}: stated {}, found {}".format(where, *shown)
