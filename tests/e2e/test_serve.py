@@ -62,6 +62,26 @@ def test_a_stream_has_the_same_text_and_its_usage_at_the_end(client, plain):
     assert chunks[-1].usage.completion_tokens == 40
 
 
+def test_chunks_tell_the_usage_so_far(server, plain):
+    body = {"max_tokens": 20, "n": 2, "seed": 5, "temperature": 1, "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    text = server.complete(**body, stream_options=options).text
+    lines = [
+        line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")
+    ]
+    *chunks, last = map(json.loads, lines)
+    prompt = len(plain.encode(PROMPT))
+    for index in range(2):
+        told = [c["usage"] for c in chunks if c["choices"][0]["index"] == index]
+        counts = [usage["completion_tokens"] for usage in told]
+        assert counts == sorted(counts)
+        assert 0 < counts[0] < counts[-1] == 20
+        assert {u["total_tokens"] - u["completion_tokens"] for u in told} == {prompt}
+    assert last["usage"]["completion_tokens"] == 40
+    without = server.complete(**body, stream_options={"continuous_usage_stats": True}).text
+    assert "usage" not in without
+
+
 def test_choices_have_the_seeds_that_follow(client, plain):
     answer = client.completions.create(
         model="tiny", prompt=[PROMPT, "import os"], n=2, max_tokens=12, temperature=1, seed=5

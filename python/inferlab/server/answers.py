@@ -163,6 +163,7 @@ class Extras:
 
     Attributes:
         usage: whether a stream ends with it; whole answers always have it.
+        usage_so_far: whether its chunks have that of their choice.
         names: of tokens, where something is told of each.
         logprobs: whether their log-probabilities are.
         tokens: whether how they came is, in a stream.
@@ -170,6 +171,7 @@ class Extras:
     """
 
     usage: bool = False
+    usage_so_far: bool = False
     names: TokenNames | None = None
     logprobs: bool = False
     tokens: bool = False
@@ -183,6 +185,7 @@ class Growing:
         self.text = text
         self.before = before
         self.begun = False
+        self.came = 0
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.offset = len(before)
@@ -282,6 +285,7 @@ class Answer:
         request = emission.request
         logprobs = None
         names = self._extras.names
+        growing.came += len(emission.tokens)
         if self._extras.logprobs:
             growing.tokens += emission.tokens
             growing.logprobs += emission.logprobs
@@ -331,8 +335,16 @@ class Answer:
             choice["tokens"] = came
         chunk = self._chunk_head | {"choices": [choice]}
         if self._extras.usage:
-            chunk["usage"] = None
+            chunk["usage"] = self._usage_so_far(index) if self._extras.usage_so_far else None
         return write_event(chunk)
+
+    def _usage_so_far(self, index: int) -> Json:
+        prompt, came = len(self._call.requests[index].prompt), self._growing[index].came
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": came,
+            "total_tokens": prompt + came,
+        }
 
 
 class Streamed(Protocol):

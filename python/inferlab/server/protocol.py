@@ -46,9 +46,16 @@ class ApiModel(BaseModel):
 
 
 class StreamOptions(ApiModel):
-    """What a stream has beside its text."""
+    """What a stream has beside its text.
+
+    Attributes:
+        include_usage: its end has the usage.
+        continuous_usage_stats: every chunk has its choice's usage so far, too, as vLLM has it; not
+            without ``include_usage``.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: Unused = None
 
 

@@ -200,6 +200,7 @@ class Service:
         options = body.stream_options
         extras = Extras(
             usage=options is not None and options.include_usage,
+            usage_so_far=options is not None and options.continuous_usage_stats,
             names=self._names if named else None,
             logprobs=body.num_logprobs() is not None,
             tokens=told.tokens,
