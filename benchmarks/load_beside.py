@@ -1,22 +1,24 @@
-"""The load client beside `aiperf`: the same requests to the same server, figures side by side.
+"""The load client beside `aiperf` and `guidellm`: the same requests, figures side by side.
 
-    python benchmarks/load_beside.py --peer-python VENV/bin/python [--concurrency 1,8,32]
-        [--requests 64] [--rounds 3] [--tokens 40] [--gap-ms 10] [--bundle 2]
-        [--base-url URL --model NAME [--prompts FILE]]
+    python benchmarks/load_beside.py --peer-python aiperf=VENV/bin/python
+        [--peer-python guidellm=VENV/bin/python] [--concurrency 1,8,32] [--requests 64] [--rounds 3]
+        [--tokens 40] [--gap-ms 10] [--bundle 2] [--base-url URL --model NAME [--prompts FILE]]
 
-`aiperf` is installed in an environment of its own (`pip install aiperf`), whose Python is given.
-By default both ask the bare server of sse_server.py, which logs when it wrote what: "server" rows
+Peers are installed in environments of their own (`pip install aiperf`), whose Pythons are given.
+By default all ask the bare server of sse_server.py, which logs when it wrote what: "server" rows
 are computed from that log alone, from a request's arrival to the writes of its texts, on the same
 monotonic clock. With ``--base-url`` a real server is asked, and its rows are the means of its own
 ``/metrics`` (vLLM's names, which `inferlab serve` has, too).
 
-Both clients define: TTFT from sending to the first chunk with text; E2E to the last chunk; TPOT as
-(E2E - TTFT) / (tokens - 1) with the tokens of ``usage`` (aiperf's name for it is inter-token
-latency); tokens per second over the time from the first request to the end of the last. What
-remains between a client's row and the server's is the network, the client's event loop, and, where
-client and server share a machine's cores, what one takes from the other: so each client's processor
-time is told, its start included. Runs take turns; medians over rounds. A real server is asked once
-before, which counts for nothing: what it keeps of the texts is then there for both.
+All clients define: TTFT from sending to the first chunk with text; E2E to the last chunk; TPOT as
+(E2E - TTFT) / (tokens - 1) with the tokens of ``usage`` (both peers' name for it is inter-token
+latency; guidellm's TPOT is E2E / tokens); tokens per second over the time from the first request to
+the end of the last. guidellm sends messages in parts, which the bare server does not read: it takes
+part with ``--base-url`` alone. What remains between a client's row and the server's is the network,
+the client's event loop, and, where client and server share a machine's cores, what one takes from
+the other: so each client's processor time is told, its start included. Runs take turns; medians
+over rounds. A real server is asked once before, which counts for nothing: what it keeps of the
+texts is then there for all.
 """
 
 from __future__ import annotations
@@ -175,8 +177,7 @@ def aiperf(args: argparse.Namespace, url: str, texts: list[str], users: int, roo
         *("--extra-inputs", "ignore_eos:true", "--tokenizer", resolve_model_path(args.tokenizer)),
         *("--output-artifact-dir", room / "artifacts", "--ui", "none"),
     ]
-    program = Path(args.peer_python).with_name("aiperf")
-    _, cpu_s = timed([str(program), *map(str, words)])
+    _, cpu_s = timed([program(args, "aiperf"), *map(str, words)])
     told = json.loads((room / "artifacts" / "profile_export_aiperf.json").read_text())
     return Figures(
         requests=told["request_count"]["avg"],
@@ -190,7 +191,44 @@ def aiperf(args: argparse.Namespace, url: str, texts: list[str], users: int, roo
     )
 
 
-CLIENTS = {"inferlab": ours, "aiperf": aiperf}
+def guidellm(
+    args: argparse.Namespace, url: str, texts: list[str], users: int, room: Path
+) -> Figures:
+    prompts = room / "guidellm.jsonl"
+    rows = ({"prompt": text, "output_tokens_count": args.tokens} for text in texts)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = "/v1/chat/completions"
+    backend = f"target={url},model={args.model},request_format={path},validate_backend=false"
+    words = [
+        *("run", "--disable-progress", "--backend", f"kind=openai_http,{backend}"),
+        *("--profile", f"kind=concurrent,streams={users}"),
+        *("--constraint", f"kind=max_requests,count={len(texts)}"),
+        *("--tokenizer", f"kind=hf_auto,model={resolve_model_path(args.tokenizer)}"),
+        *("--data", f"kind=json_file,path={prompts}"),
+        *("--output", f"kind=json,path={room / 'guidellm.json'}"),
+    ]
+    _, cpu_s = timed([program(args, "guidellm"), *words])
+    (told,) = json.loads((room / "guidellm.json").read_text())["benchmarks"]
+    metrics = told["metrics"].items()
+    of = {name: kinds["successful"] for name, kinds in metrics if "successful" in (kinds or ())}
+    return Figures(
+        requests=of["request_totals"],
+        ttft_ms=of["time_to_first_token_ms"]["mean"],
+        ttft_p50_ms=of["time_to_first_token_ms"]["percentiles"]["p50"],
+        ttft_p99_ms=of["time_to_first_token_ms"]["percentiles"]["p99"],
+        e2e_ms=of["request_latency"]["mean"] * 1e3,
+        tpot_ms=of["inter_token_latency_ms"]["mean"],
+        tokens_per_s=of["output_token_count"]["total_sum"] / told["duration"],
+        cpu_s=cpu_s,
+    )
+
+
+CLIENTS = {"inferlab": ours, "aiperf": aiperf, "guidellm": guidellm}
+
+
+def program(args: argparse.Namespace, peer: str) -> str:
+    """A peer's command, beside its Python."""
+    return str(Path(args.peer_python[peer]).with_name(peer))
 
 
 def timed(command: list[str]) -> tuple[str, float]:
@@ -236,12 +274,13 @@ def measure(
 def run(args: argparse.Namespace) -> None:
     texts = prompts_of(args)
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    clients = ["inferlab", *args.peer_python]
     if args.base_url:
         measure(args, "inferlab", texts, max(args.concurrency))
     for users in args.concurrency:
         found: dict[str, list[Figures]] = defaultdict(list)
         for turn in range(args.rounds):
-            for client in sorted(CLIENTS, reverse=bool(turn % 2)):
+            for client in reversed(clients) if turn % 2 else clients:
                 for who, figures in measure(args, client, texts, users).items():
                     found[who].append(figures)
         for who in sorted(found, key=lambda who: (who.split()[-1], who)):
@@ -256,7 +295,9 @@ def _median(values: tuple[Any, ...]) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--peer-python", required=True, metavar="PATH")
+    parser.add_argument(
+        "--peer-python", required=True, action="append", metavar="PEER=PATH", help="again for more"
+    )
     parser.add_argument("--base-url", help="a real server, without /v1")
     parser.add_argument("--model", default="paced")
     parser.add_argument("--tokenizer", default="inferlab/tiny", help="aiperf wants one")
@@ -269,7 +310,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--gap-ms", type=float, default=10)
     parser.add_argument("--bundle", type=int, default=2)
-    run(parser.parse_args(words))
+    args = parser.parse_args(words)
+    args.peer_python = dict(pair.partition("=")[::2] for pair in args.peer_python)
+    if unknown := args.peer_python.keys() - {"aiperf", "guidellm"}:
+        parser.error(f"--peer-python: {min(unknown)} is unknown; known are aiperf and guidellm")
+    if "guidellm" in args.peer_python and not args.base_url:
+        parser.error("--peer-python: guidellm takes part with --base-url alone")
+    run(args)
 
 
 if __name__ == "__main__":

@@ -394,9 +394,10 @@ def test_times_are_those_of_the_servers_log():
             wrote[0] - asked + lag[0] + asked - sent_ns, abs=rounding
         )
         assert record.latency_ms * 1e6 == pytest.approx(wrote[-1] + lag[-1] - sent_ns, abs=rounding)
-        assert tpot_ms(record) * 1e6 * (n - 1) == pytest.approx(
-            wrote[-1] - wrote[0] + lag[-1] - lag[0], abs=rounding
-        )
+        together = came[0] == came[-1]  # a machine that is busy may read all at one time
+        between = wrote[-1] - wrote[0] + lag[-1] - lag[0]
+        per_token = None if together else pytest.approx(between / (n - 1) / 1e6, abs=rounding / 1e6)
+        assert tpot_ms(record) == per_token
         assert np.asarray(record.itl_ms) * 1e6 == pytest.approx(
             np.diff(wrote) + np.diff(lag), abs=rounding
         )
