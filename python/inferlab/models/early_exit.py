@@ -74,6 +74,12 @@ class EarlyExit(HFModel):
             if self._seen is not self._target._seen:
                 self._build()
 
+    def rebuild(self) -> None:
+        """See `HFModel`."""
+        with self._lock:
+            self._target.rebuild()
+            self._build()
+
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
         """See `HFModel.plain`; the target cannot run meanwhile either, as they share the layers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from typing import Any
@@ -147,6 +147,7 @@ class HFModel:
         max_memory_mb: float | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        device_map: str | Mapping[str, int | str] | None = None,
         quantization: str | None = None,
         engine: str = "auto",
     ) -> HFModel:
@@ -162,6 +163,7 @@ class HFModel:
             max_memory_mb=max_memory_mb,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            device_map=device_map,
         )
         if quantization is not None:
             quantize(loaded.model, quantization)
@@ -323,9 +325,19 @@ class HFModel:
             ValueError: it has another dtype, device, vocabulary or attention heads of another size:
                 caches do not fit.
         """
+        with self._lock:
+            if self.was_changed:
+                self.rebuild()
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether anything was exchanged since it was last built on."""
+        with self._lock:
+            return self._seen is None or not self._seen.holds()
+
+    def rebuild(self) -> None:
+        """Builds anew, on the model as it is now; raises as `notice_changes` does."""
         with self._lock, torch.inference_mode(False):
-            if self._seen is not None and self._seen.holds():
-                return
             logger.info("%s was changed: what runs it is built anew", self.name)
             vocab_size, shapes = self.vocab_size, [spec[:2] for spec in self.layers]
             model = self._model
