@@ -174,7 +174,19 @@ class HFModel:
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
         """A zeroed cache of `num_pages` pages per layer, in the model's dtype and device."""
         shapes = [(spec.num_kv_heads, spec.cached_dim) for spec in self.layers]
-        return KVCache(shapes, num_pages, page_size, dtype=self.dtype, device=self.device)
+        return KVCache(
+            shapes,
+            num_pages,
+            page_size,
+            dtype=self.dtype,
+            device=self.device,
+            devices=self._plan.devices,
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether its layers lie on several devices."""
+        return len(set(self._plan.devices)) > 1
 
     @property
     def model(self) -> PreTrainedModel:
@@ -265,7 +277,9 @@ class HFModel:
 
                 with _head_input(self._head, see):
                     logits = self._model(**inputs).logits
-        wanted = torch.cat([features[layer] for layer in layers], dim=-1) if layers else None
+        wanted = None
+        if layers:
+            wanted = torch.cat([features[layer].to(tokens.device) for layer in layers], dim=-1)
         if packing is not None:
             logits = packing.pad(logits[0])
             wanted = None if wanted is None else packing.pad(wanted[0])
@@ -417,7 +431,7 @@ def _scored_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
     """The rows of [B, N, H] whose logits are asked for: all, or [S, 1, H]."""
     if batch.scored is None:
         return hidden
-    return hidden.flatten(0, 1)[batch.scored].unsqueeze(1)
+    return hidden.flatten(0, 1)[batch.scored.to(hidden.device)].unsqueeze(1)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 from inferlab.config import SpecdecConfig
 from inferlab.draft_modes import DRAFT_MODES
+from inferlab.errors import UsageError
 from inferlab.machine import launched_as
 from inferlab.models import HFModel, ShardedModel, TargetModel, plain_model
 from inferlab.specdec.acceptance import UNKNOWN, Known
@@ -94,11 +95,18 @@ def make_plan(request: DraftRequest) -> DrafterPlan:
 
     Raises:
         ValueError: a mode that reads hidden states, for a target without any.
+        UsageError: one that reads weights, for a target on several devices.
     """
     name = request.config.draft_mode
     mode = DRAFT_MODES[name]
     if mode.reads_hidden:
         plain_model(request.target, f"draft_mode {name!r}")
+        if isinstance(request.target, HFModel) and request.target.is_spread:
+            raise UsageError(
+                f"draft_mode {name!r} reads weights of the target, which device_map puts on "
+                "several devices; draft with vanilla, ngram or recycling, or share the target out "
+                "by tensor_parallel"
+            )
     module, function = mode.plan.split(":")
     make = getattr(import_module(f"inferlab.specdec.drafters.{module}"), function)
     plan: DrafterPlan = make(request)
