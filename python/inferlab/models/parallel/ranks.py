@@ -269,6 +269,7 @@ def leader(size: int, part: Part) -> Ranks:
 def follow(part: Part) -> NoReturn:
     """The whole life of a rank that does not lead; ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader says when to end
+    logging.disable(logging.WARNING)  # the leader says the same
     port = os.environ.get(_PORT)
     store = None if port is None else _store(int(port), is_master=False)
     if store is not None:
