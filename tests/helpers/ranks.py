@@ -60,6 +60,11 @@ def run(function: str, size: int, folder: Path, *arguments: Any) -> Any:
     codes = finish(start(function, size, folder, *arguments))
     logs = "\n".join((folder / f"log{rank}").read_text() for rank in range(size))
     assert codes == [0] * size, f"exit codes {codes}\n{logs}"
+    return result(folder)
+
+
+def result(folder: Path) -> Any:
+    """What the function returned on rank 0, as JSON."""
     return json.loads((folder / "result.json").read_text())
 
 
@@ -71,5 +76,5 @@ def together(part: ranks.Part) -> ranks.Ranks:
 if __name__ == "__main__":
     name, folder, arguments = sys.argv[1:]
     module, function = name.split(":")
-    result = getattr(importlib.import_module(module), function)(*json.loads(arguments))
-    Path(folder, "result.json").write_text(json.dumps(result))
+    returned = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    Path(folder, "result.json").write_text(json.dumps(returned))

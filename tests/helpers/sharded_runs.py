@@ -13,6 +13,7 @@ from torch import distributed as dist
 from helpers.ranks import together
 from inferlab import SpeculativePipeline
 from inferlab.models import HFModel
+from inferlab.models.parallel.part import ModelPart
 from inferlab.models.parallel.sums import ordered_sum
 
 PROMPTS = [[5, 9, 33, 12, 5, 9, 33, 71, 5, 9], [101], [(7 * i * i + 3) % 160 for i in range(37)]]
@@ -29,16 +30,29 @@ def decoded(
             base_model=model, kv_memory_mb=16, seed=7, cost_cache=False, **where, **mode
         )
         for temperature in temperatures:
-            results = pipeline.generate(
-                PROMPTS, NEW_TOKENS, temperature, logprobs=1, ignore_eos=True
+            requests = [
+                pipeline.request(
+                    prompt,
+                    max_tokens=NEW_TOKENS,
+                    temperature=temperature,
+                    logprobs=0,
+                    ignore_eos=True,
+                )
+                for prompt in PROMPTS
+            ]
+            results = pipeline.engine.generate(requests)
+            runs.append(
+                [
+                    [each.token_ids, [of.logprob for of in each.logprobs or []], each.stats.accepted]
+                    for each in results
+                ]
             )
-            runs.append([_told(result, pipeline) for result in results])
     return runs
 
 
-def _told(result: Any, pipeline: SpeculativePipeline) -> Any:
-    chosen = [entry["logprob"] for entry in result["record"]["logprobs"]]
-    return result["token_ids"], chosen, result["accepted"]
+def all_sharded(runs: dict[str, tuple[str, list[dict[str, Any]], list[float]]]) -> Any:
+    """`sharded` for each of several."""
+    return {name: sharded(*run) for name, run in runs.items()}
 
 
 def sharded(model: str, modes: list[dict[str, Any]], temperatures: list[float]) -> Any:
@@ -46,34 +60,26 @@ def sharded(model: str, modes: list[dict[str, Any]], temperatures: list[float]) 
     return decoded(model, modes, temperatures, tensor_parallel=int(os.environ["WORLD_SIZE"]))
 
 
-def one_sees_other_things(model: str, modes: list[dict[str, Any]]) -> Any:
-    """The same, while rank 1 makes of its logits whatever comes to its mind."""
+def disturbed(runs: dict[str, Any]) -> Any:
+    """`all_sharded`, while rank 1 takes any logits for its own, and of a model that is called
+    "other" has norms of its own."""
     if int(os.environ["RANK"]) == 1:
-        forward = HFModel.forward
+        forward, build = HFModel.forward, HFModel._build
 
         def perturbed(self: HFModel, *args: Any) -> Any:
             output = forward(self, *args)
-            output.logits.normal_()
-            return output
+            return output._replace(logits=torch.randn_like(output.logits))
 
-        HFModel.forward = perturbed  # type: ignore[method-assign]
-    return sharded(model, modes, [0.8])
-
-
-def one_computes_otherwise(model: str, modes: list[dict[str, Any]]) -> Any:
-    """The same, while rank 1's part of the weights is another one."""
-    if int(os.environ["RANK"]) == 1:
-        build = HFModel._build
-
-        def perturbed(self: HFModel) -> None:
+        def perturbed_build(self: HFModel) -> None:
             generator = torch.Generator().manual_seed(1)
             for name, weight in self.model.named_parameters():
-                if "norm" in name:
+                if self.name.endswith("other") and "norm" in name:
                     weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
             build(self)
 
-        HFModel._build = perturbed  # type: ignore[method-assign]
-    return sharded(model, modes, [0.8])
+        HFModel.forward = perturbed  # type: ignore[method-assign]
+        HFModel._build = perturbed_build  # type: ignore[method-assign]
+    return all_sharded(runs)
 
 
 def runs_for_ever(model: str, folder: str) -> Any:
@@ -94,11 +100,8 @@ def runs_for_ever(model: str, folder: str) -> Any:
         raise
 
 
-class Sums:
-    """Sums of the ranks' rows, alone and in company."""
-
-    def drop(self, keys: list[int]) -> None:
-        """Holds nothing."""
+class Sums(ModelPart):
+    """Sums of the ranks' rows, alone and in company, beside models."""
 
     def rows(self, count: int, dtype: torch.dtype, ordered: bool) -> torch.Tensor:
         """Of ``count`` rows [count, 96], of which each has the same numbers in any company."""
@@ -113,9 +116,9 @@ class Sums:
         return torch.randn(96, generator=generator).to(dtype)
 
 
-def sums(counts: list[int]) -> Any:
+def sums_and_runs(counts: list[int], *run: Any) -> Any:
     """Whether the first row's sum has the same bits whatever the number of rows: ours, by dtype,
-    and torch's; and how far ours is from the sum in float64."""
+    and torch's; how far ours is from the sum in float64; and `sharded`."""
     ranks = together(Sums())
     same = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -127,4 +130,4 @@ def sums(counts: list[int]) -> Any:
         for rank in range(ranks.size)
     ]
     own = ranks.everywhere("rows", 1, torch.float32, True)[0].double()
-    return same, float((own - sum(parts)).abs().max())
+    return same, float((own - sum(parts)).abs().max()), sharded(*run)

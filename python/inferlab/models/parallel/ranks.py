@@ -95,8 +95,9 @@ class Ranks:
         with self._lock, _uninterrupted():
             if self._lost is not None:
                 raise RankLostError(self._lost)
+            message = _packed((self._take_dropped(), name, args, confirmed))
             try:
-                self._tell((self._take_dropped(), name, args, confirmed))
+                self._tell(*message)
                 done, error, errors = self._do(name, args, confirmed)
             except BaseException as broken:
                 raise self._give_up(broken) from broken
@@ -115,17 +116,19 @@ class Ranks:
         """Does what the leader wants until it ends.
 
         Raises:
-            RankLostError: the leader has gone without a word.
+            RankLostError: the leader or another rank has gone without a word.
         """
-        while True:
-            try:
+        try:
+            while True:
                 dropped, name, args, confirmed = self._hear()
-            except RuntimeError as error:
-                raise RankLostError("rank 0 has ended") from error
-            self._part.drop(dropped)
-            if name == "end":
-                return
-            self._do(name, args, confirmed)
+                self._part.drop(dropped)
+                if name == "end":
+                    return
+                self._do(name, args, confirmed)
+        except RuntimeError as error:
+            if _tells_of_loss(error):
+                raise RankLostError("another rank has ended or hangs") from error
+            raise
 
     def end(self) -> None:
         """Lets the other ranks go; the leader's last word."""
@@ -135,7 +138,7 @@ class Ranks:
             if self._lost is None:
                 self._lost = "the ranks have been let go"
                 with contextlib.suppress(RuntimeError):
-                    self._tell(((), "end", (), False))
+                    self._tell(*_packed(((), "end", (), False)))
                 self._end_children(patience_s=10.0)
                 _leave_group()
         finally:
@@ -160,9 +163,8 @@ class Ranks:
     def _take_dropped(self) -> list[int]:
         return [self._dropped.popleft() for _ in range(len(self._dropped))]
 
-    def _tell(self, message: Any) -> None:
+    def _tell(self, data: bytes, tensors: torch.Tensor) -> None:
         """One broadcast of a frame, if that holds it all; tensors on a device go by themselves."""
-        data, tensors = _packed(message)
         on_device = self.device.type != "cpu"
         data_bytes, tensor_bytes = len(data), tensors.numel()
         if not on_device:
@@ -205,8 +207,7 @@ class Ranks:
     def _give_up(self, broken: BaseException) -> BaseException:
         """Ranks that did not come through something together are of no more use; what is to be
         raised."""
-        over_sockets = isinstance(broken, RuntimeError) and "gloo" in str(broken)
-        lost = isinstance(broken, dist.DistError) or over_sockets
+        lost = _tells_of_loss(broken)
         ended = self._end_children(patience_s=1.0 if lost else 0.0)
         if lost:
             who = f"{', '.join(ended)} has ended" if ended else "a rank has ended or hangs"
@@ -380,6 +381,12 @@ def _await_arrivals(store: dist.Store, children: Sequence[subprocess.Popen[bytes
             time.sleep(0.02)
 
 
+def _tells_of_loss(error: BaseException) -> bool:
+    """Whether an exchange failed, and not what ranks do between exchanges."""
+    over_sockets = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return isinstance(error, dist.DistError) or over_sockets
+
+
 def _leave_group() -> None:
     with contextlib.suppress(RuntimeError, ValueError):
         dist.destroy_process_group()
@@ -426,7 +433,8 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
-        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        whole = value.detach().clone(memory_format=torch.contiguous_format)
+        flat = whole.view(-1).view(torch.uint8)
         missing = -flat.numel() % 8  # every dtype begins where it may
         self.tensors.append(torch.nn.functional.pad(flat, (0, missing)) if missing else flat)
         place = (self._offset, flat.numel(), value.dtype, tuple(value.shape))
