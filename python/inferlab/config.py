@@ -210,8 +210,8 @@ class SpecdecConfig(Sampled):
     processes, each with a device of its own; left out it is as many as torchrun started, else 1.
     ``device_map`` puts its layers on several devices in turn, as accelerate does it: auto,
     balanced, balanced_low_0, sequential, or the device of each module. ``kv_memory_mb`` counts on
-    each device alone. Draft models lie on one device. ``record`` is the directory that each pipeline adds a
-    recorded run to, for ``inferlab replay``.
+    each device alone. Draft models lie on one device. ``record`` is the directory that each
+    pipeline adds a recorded run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}

@@ -72,12 +72,14 @@ Device = Annotated[
     StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
     allowed("auto, cpu, mps, cuda or cuda:N"),
 ]
+
+
 def _as_device_map(value: object) -> str | dict[str, int | str]:
     if value in _DEVICE_MAPS:
         return value  # type: ignore[return-value]
-    if isinstance(value, Mapping) and value:
-        if all(isinstance(name, str) and _is_place(place) for name, place in value.items()):
-            return dict(value)
+    is_map = isinstance(value, Mapping) and len(value) > 0
+    if is_map and all(type(name) is str and _is_place(place) for name, place in value.items()):  # type: ignore[attr-defined]
+        return dict(value)  # type: ignore[call-overload, no-any-return]
     raise PydanticCustomError("device_map", "not a device map")
 
 

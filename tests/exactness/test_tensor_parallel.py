@@ -1,5 +1,5 @@
-"""A model on several ranks: tokens and log-probabilities of plain decoding on the same ranks, to the
-bit, and the tokens of one process; ranks that end, and ranks that disagree."""
+"""A model on several ranks: to the bit the tokens and log-probabilities of plain decoding there,
+and the tokens of one process; ranks that end, and ranks that disagree."""
 
 import time
 from pathlib import Path

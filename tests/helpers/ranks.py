@@ -18,9 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 120
 
 
-def start(
-    function: str, size: int, folder: Path, *arguments: Any
-) -> list[subprocess.Popen[bytes]]:
+def start(function: str, size: int, folder: Path, *arguments: Any) -> list[subprocess.Popen[bytes]]:
     """Starts ``size`` ranks, each of which calls ``module:function`` with the arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -43,7 +43,11 @@ def decoded(
             results = pipeline.engine.generate(requests)
             runs.append(
                 [
-                    [each.token_ids, [of.logprob for of in each.logprobs or []], each.stats.accepted]
+                    [
+                        each.token_ids,
+                        [of.logprob for of in each.logprobs or []],
+                        each.stats.accepted,
+                    ]
                     for each in results
                 ]
             )

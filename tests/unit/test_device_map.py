@@ -143,9 +143,7 @@ def test_weights_on_disk_are_brought_when_they_are_needed():
     expected = SpeculativePipeline(draft_mode="ngram", k=2, engine="hf")
     places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm"), "cpu")
     places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(16)}
-    pipeline = SpeculativePipeline(
-        draft_mode="ngram", k=2, device_map=places | {"lm_head": "cpu"}
-    )
+    pipeline = SpeculativePipeline(draft_mode="ngram", k=2, device_map=places | {"lm_head": "cpu"})
     assert pipeline.target.engine == "hf"
     assert not pipeline.target.is_spread
     assert any(weight.is_meta for weight in pipeline.target.model.parameters())

@@ -22,8 +22,8 @@ class Pool(NamedTuple):
 class KVCache:
     """K/V pages of all layers of a model.
 
-    Layers that share (Hkv, D) and a device are stacked into one pool, so that compaction and page copies are one
-    kernel call per pool; nearly all models have a single pool.
+    Layers that share (Hkv, D) and a device are stacked into one pool, so that compaction and page
+    copies are one kernel call per pool; nearly all models have a single pool.
 
     Args:
         shapes: (num_kv_heads, head_dim) per layer.

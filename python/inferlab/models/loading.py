@@ -148,7 +148,9 @@ def load(
         place = f"shared out over {tensor_parallel} ranks on {target_device.type}"
     elif device_map is not None:
         place = f"on {', '.join(_places(model))}"
-    notes = (f"{name}: {parameters / 1e6:.1f} M parameters, {_dtype_name(chosen)} ({why}), {place}",)
+    notes = (
+        f"{name}: {parameters / 1e6:.1f} M parameters, {_dtype_name(chosen)} ({why}), {place}",
+    )
     logger.info(notes[0])
     return LoadedModel(model, tokenizer, notes)
 
@@ -224,7 +226,7 @@ def _skeleton(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _places(model: Any) -> list[str]:
-    """Devices of a model's weights; of those that accelerate brings when they are needed, "meta"."""
+    """Devices of a model's weights; "meta": accelerate brings them when they are needed."""
     return sorted({str(weight.device) for weight in model.parameters()})
 
 
@@ -238,8 +240,8 @@ def _check_sharable(name: str, config: Any, device: torch.device) -> None:
     accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type != accelerator.type:
         raise ModelLoadError(
-            f"{name}: device is {device.type!r}, but ranks of tensor_parallel run on this machine's "
-            f"{accelerator.type!r}; leave device out"
+            f"{name}: device is {device.type!r}, but ranks of tensor_parallel run on this "
+            f"machine's {accelerator.type!r}; leave device out"
         )
 
 

@@ -179,8 +179,8 @@ class SpeculativePipeline:
         )
         if target is not None and (tensor_parallel not in (None, 1) or device_map is not None):
             raise ValueError(
-                "target is a loaded model, which lies where it lies; tensor_parallel and device_map "
-                "are for models that base_model names"
+                "target is a loaded model, which lies where it lies; tensor_parallel and "
+                "device_map are for models that base_model names"
             )
         for key, given_model in (("quantization", target), ("draft_quantization", draft)):
             wanted = getattr(config, key)

@@ -7,6 +7,6 @@ takes them, and the engine, its drafters and its controllers are those of one de
 `model.ShardedModel` is a target like any other.
 
 A row's bits must not depend on its company, or a token could depend on what is verified beside it;
-so what ranks computed is added up in one order everywhere (`sums`). Which layers are shared out, and
-how, is transformers' to say (`plans`).
+so what ranks computed is added up in one order everywhere (`sums`). Which layers are shared out,
+and how, is transformers' to say (`plans`).
 """

@@ -35,9 +35,16 @@ class ShardedModel:
     """
 
     name: str
-    dtype: torch.dtype
+    vocab_size: int
+    tokenizer_vocab_size: int | None
+    context_length: int | None
+    reread_length: int | None
     device: torch.device
+    dtype: torch.dtype
+    eos_token_ids: tuple[int, ...]
     tokenizer: Any
+    num_parameters: int
+    quantization: str | None
 
     def __init__(self, ranks: Ranks, key: int, part: HFModel) -> None:
         vars(self).update({fact: getattr(part, fact) for fact in TargetModel.__annotations__})

@@ -35,10 +35,11 @@ def shared_out(model: PreTrainedModel, size: int, name: str) -> DistributedConfi
     if not any(style != "replicate" for rule, style in plan.items() if "layers" in rule):
         known = plans_at_hand()
         tested = [each for each in known if each in TESTED]
+        others = sorted(set(known) - set(tested))
         raise UnsupportedArchitectureError(
-            f"{name}: transformers has no tensor-parallel plan for {kind!r}. Of the tested families "
-            f"{', '.join(tested)} have one; of the others {', '.join(sorted(set(known) - {*tested}))}. "
-            "Without tensor_parallel, device_map puts its layers on several devices"
+            f"{name}: transformers has no tensor-parallel plan for {kind!r}, and has one for "
+            f"{', '.join(tested)}, which are tested, and {', '.join(others)}. Without a plan, "
+            "device_map puts layers on several devices"
         )
     changes = {rule: PREFIX + style for rule, style in plan.items() if style in ORDERED}
     undivided = _undivided_heads(model, plan, size)

@@ -1,4 +1,4 @@
-"""The processes that a model is spread over: how they find each other, and how rank 0 leads them."""
+"""The processes that a model is spread over: how they meet, and how rank 0 leads them."""
 
 from __future__ import annotations
 
