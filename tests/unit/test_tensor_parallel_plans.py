@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 import torch
@@ -95,6 +96,12 @@ def test_packed_weights_are_refused(tmp_path):
     config.quantization_config = {"quant_method": "some"}
     with pytest.raises(ModelLoadError, match="has quantised weights"):
         loading._check_sharable("m", config, torch.device("cpu"))
+
+
+def test_an_older_transformers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "inferlab.models.parallel.plans", None)
+    with pytest.raises(ModelLoadError, match=r"needs transformers 5\.24 or newer, this is 5\."):
+        loading._shared_out(skeleton("llama"), 2, "m")
 
 
 def test_ranks_run_on_the_machines_accelerator_or_its_cpu(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import __version__ as TRANSFORMERS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -23,7 +24,6 @@ from inferlab.models.assets import resolve_model_path
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import check_file
 from inferlab.models.packed_checkpoint import PackedConfig, checksum
-from inferlab.models.parallel.plans import shared_out
 from inferlab.models.quantized import check_format
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def load(
         if tensor_parallel > 1:
             _check_sharable(name, config, target_device)
             skeleton = _skeleton(config, trust_remote_code)
-            where = {"distributed_config": shared_out(skeleton, tensor_parallel, name)}
+            where = {"distributed_config": _shared_out(skeleton, tensor_parallel, name)}
         elif device_map is not None:
             where = {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
 
@@ -223,6 +223,18 @@ def count_parameters(config: Any, trust_remote_code: bool = False) -> int:
 def _skeleton(config: Any, trust_remote_code: bool) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _shared_out(skeleton: Any, size: int, name: str) -> Any:
+    """`plans.shared_out`, which needs a newer transformers than the rest."""
+    try:
+        from inferlab.models.parallel.plans import shared_out
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{name}: tensor_parallel needs transformers 5.24 or newer, this is {TRANSFORMERS}: "
+            f"{error}"
+        ) from error
+    return shared_out(skeleton, size, name)
 
 
 def _places(model: Any) -> list[str]:
