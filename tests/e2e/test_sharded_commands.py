@@ -11,7 +11,17 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
-WORDS = ("specdec", "--draft-mode", "eagle", "--max-tokens", "12", "--prompt", "import os\n")
+WORDS = (
+    "specdec",
+    "--draft-mode",
+    "eagle",
+    "--controller",
+    "fixed",
+    "--max-tokens",
+    "12",
+    "--prompt",
+    "import os\n",
+)
 
 
 def run(*words: str, torchrun: bool = False) -> subprocess.CompletedProcess[str]:

@@ -269,7 +269,8 @@ def leader(size: int, part: Part) -> Ranks:
 
 def follow(part: Part) -> NoReturn:
     """The whole life of a rank that does not lead; ends the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader says when to end
+    for asked_to_end in (signal.SIGINT, signal.SIGTERM):  # the leader says when to end
+        signal.signal(asked_to_end, signal.SIG_IGN)
     logging.disable(logging.WARNING)  # the leader says the same
     port = os.environ.get(_PORT)
     store = None if port is None else _store(int(port), is_master=False)
