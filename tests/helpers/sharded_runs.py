@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,27 @@ def disturbed(runs: dict[str, Any]) -> Any:
 
 
 def runs_for_ever(model: str, folder: str) -> Any:
-    """Decodes until something goes wrong, which it returns."""
+    """Decodes until something goes wrong, which it returns; comes through a Ctrl-C before that."""
     pipeline = SpeculativePipeline(
         base_model=model, tensor_parallel=2, draft_mode="ngram", k=2, kv_memory_mb=16
     )
+    expected = pipeline.generate(PROMPTS[0], NEW_TOKENS, ignore_eos=True)["token_ids"]
+    forward = ModelPart.forward
+
+    def interrupted(self: ModelPart, *args: Any) -> Any:
+        ModelPart.forward = forward  # type: ignore[method-assign]
+        os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args)
+
+    ModelPart.forward = interrupted  # type: ignore[method-assign]
+    try:
+        pipeline.generate(PROMPTS[0], NEW_TOKENS, ignore_eos=True)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", interrupt, file=sys.stderr)
+        again = pipeline.generate(PROMPTS[0], NEW_TOKENS, ignore_eos=True)["token_ids"]
+        assert again == expected
+    else:
+        raise AssertionError("Ctrl-C was lost")
     try:
         while True:
             pipeline.generate(PROMPTS[0], NEW_TOKENS, ignore_eos=True)

@@ -139,3 +139,32 @@ def test_messages_keep_their_tensors():
     for name, tensor in tensors.items():
         assert torch.equal(told[1][name], tensor)
         assert told[1][name].dtype == tensor.dtype
+
+
+def test_what_the_leader_drops_all_ranks_drop(monkeypatch):
+    told = []
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(ranks.Ranks, "_tell", lambda _, *message: told.append(message))
+    part = ModelPart()
+    part._held.update({1: "a model", 2: "a cache"})
+    leading = ranks.Ranks(part)
+    leading.drop(2)
+    monkeypatch.setattr(ModelPart, "rebuild", lambda *_: None)
+    leading.everywhere("rebuild", 1)
+    leading.everywhere("rebuild", 1)
+    assert [ranks._unpacked(*message)[0] for message in told] == [[2], []]
+    assert list(part._held) == [1]
+
+
+def test_after_a_failure_ranks_are_of_no_more_use(monkeypatch):
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(ranks.Ranks, "_tell", lambda *_: None)
+    leading = ranks.Ranks(ModelPart())
+    with pytest.raises(KeyError):  # of what was done, not of a rank
+        leading.everywhere("rebuild", 5)
+    with pytest.raises(ranks.RankLostError, match=r"stopped in the middle of a step .KeyError: 5."):
+        leading.everywhere("rebuild", 5)

@@ -95,12 +95,17 @@ class Ranks:
         with self._lock, _uninterrupted():
             if self._lost is not None:
                 raise RankLostError(self._lost)
-            message = _packed((self._take_dropped(), name, args, confirmed))
+            dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
+            message = _packed((dropped, name, args, confirmed))
             try:
                 self._tell(*message)
+                self._part.drop(dropped)
                 done, error, errors = self._do(name, args, confirmed)
             except BaseException as broken:
-                raise self._give_up(broken) from broken
+                self._give_up(broken)
+                if _tells_of_loss(broken):
+                    raise RankLostError(self._lost) from broken
+                raise
         if error is not None:
             raise error
         for rank, text in enumerate(errors):
@@ -160,9 +165,6 @@ class Ranks:
         dist.all_gather_object(errors, own, group=self._commands)
         return done, error, errors
 
-    def _take_dropped(self) -> list[int]:
-        return [self._dropped.popleft() for _ in range(len(self._dropped))]
-
     def _tell(self, data: bytes, tensors: torch.Tensor) -> None:
         """One broadcast of a frame, if that holds it all; tensors on a device go by themselves."""
         on_device = self.device.type != "cpu"
@@ -204,9 +206,8 @@ class Ranks:
     def _broadcast(self, message: torch.Tensor) -> None:
         dist.broadcast(message, 0, group=self._commands)
 
-    def _give_up(self, broken: BaseException) -> BaseException:
-        """Ranks that did not come through something together are of no more use; what is to be
-        raised."""
+    def _give_up(self, broken: BaseException) -> None:
+        """Ranks that did not come through something together are of no more use."""
         lost = _tells_of_loss(broken)
         ended = self._end_children(patience_s=1.0 if lost else 0.0)
         if lost:
@@ -222,7 +223,6 @@ class Ranks:
             )
         logger.debug("ranks are given up", exc_info=broken)
         _leave_group()
-        return RankLostError(self._lost) if lost else broken
 
     def _end_children(self, patience_s: float) -> list[str]:
         """Ends the processes that the leader started; returns those that had ended before."""
@@ -389,6 +389,8 @@ def _tells_of_loss(error: BaseException) -> bool:
 
 
 def _leave_group() -> None:
+    if not dist.is_initialized():
+        return
     with contextlib.suppress(RuntimeError, ValueError):
         dist.destroy_process_group()
 
