@@ -133,7 +133,7 @@ def test_messages_keep_their_tensors():
         "empty": torch.empty(0, 4),
         "bool": torch.tensor([True, False, True]),
     }
-    told = ranks._unpacked(*ranks._packed(("name", tensors, None, 7)))
+    told = ranks._unpacked(*ranks._packed(("name", tensors, None, 7), torch.device("cpu")))
     assert told[0] == "name"
     assert told[2:] == (None, 7)
     for name, tensor in tensors.items():

@@ -96,7 +96,7 @@ class Ranks:
             if self._lost is not None:
                 raise RankLostError(self._lost)
             dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-            message = _packed((dropped, name, args, confirmed))
+            message = _packed((dropped, name, args, confirmed), self.device)
             try:
                 self._tell(*message)
                 self._part.drop(dropped)
@@ -143,7 +143,7 @@ class Ranks:
             if self._lost is None:
                 self._lost = "the ranks have been let go"
                 with contextlib.suppress(RuntimeError):
-                    self._tell(*_packed(((), "end", (), False)))
+                    self._tell(*_packed(((), "end", (), False), self.device))
                 self._end_children(patience_s=10.0)
                 _leave_group()
         finally:
@@ -179,7 +179,7 @@ class Ranks:
         if rest := data[len(first) :]:
             self._broadcast(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
         if on_device and tensor_bytes:
-            dist.broadcast(tensors.to(self.device), 0)
+            dist.broadcast(tensors, 0)
 
     def _hear(self) -> Any:
         frame = torch.empty(FRAME_BYTES, dtype=torch.uint8)
@@ -428,15 +428,17 @@ def _uninterrupted() -> Iterator[None]:
 class _Pickler(pickle.Pickler):
     """Leaves tensors out, which go as they are."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, device: torch.device) -> None:
         super().__init__(file, protocol=5)
+        self._device = device
         self.tensors: list[torch.Tensor] = []
         self._offset = 0
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return None
-        whole = value.detach().clone(memory_format=torch.contiguous_format)
+        own = value.detach().to(self._device)
+        whole = own.clone(memory_format=torch.contiguous_format)
         flat = whole.view(-1).view(torch.uint8)
         missing = -flat.numel() % 8  # every dtype begins where it may
         self.tensors.append(torch.nn.functional.pad(flat, (0, missing)) if missing else flat)
@@ -455,13 +457,13 @@ class _Unpickler(pickle.Unpickler):
         return self._tensors[offset : offset + length].view(dtype).view(shape)
 
 
-def _packed(message: Any) -> tuple[bytes, torch.Tensor]:
-    """A message as bytes, and the bytes of its tensors, one after the other, on their device."""
+def _packed(message: Any, device: torch.device) -> tuple[bytes, torch.Tensor]:
+    """A message as bytes, and the bytes of its tensors, one after the other, on the device."""
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, device)
     pickler.dump(message)
-    tensors = pickler.tensors
-    return file.getvalue(), torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.uint8)
+    none = torch.empty(0, dtype=torch.uint8, device=device)
+    return file.getvalue(), torch.cat(pickler.tensors or [none])
 
 
 def _unpacked(data: bytes, tensors: torch.Tensor) -> Any:
