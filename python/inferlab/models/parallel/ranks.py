@@ -240,6 +240,8 @@ class Ranks:
 
 
 _ranks: Ranks | None = None
+_made: list[Any] = []
+"""The process group, if it was made here."""
 
 
 def leader(size: int, part: Part) -> Ranks:
@@ -357,12 +359,13 @@ def _join(store: dist.Store | None = None, size: int | None = None) -> None:
         own = dist.get_default_backend_for_device(accelerator.type)
         backend = f"cpu:gloo,{accelerator.type}:{own}"
     if dist.is_initialized():
-        return
+        return  # by who uses this package: theirs to end as well
     where: dict[str, Any] = {}
     if store is not None:
         rank = 0 if size is not None else int(os.environ["RANK"])
         where = {"store": store, "rank": rank, "world_size": size or int(os.environ["WORLD_SIZE"])}
     dist.init_process_group(backend, timeout=timedelta(seconds=ANSWER_S), **where)
+    _made.append(dist.group.WORLD)
 
 
 def _there(rank: int) -> str:
@@ -389,8 +392,9 @@ def _tells_of_loss(error: BaseException) -> bool:
 
 
 def _leave_group() -> None:
-    if not dist.is_initialized():
+    if not _made or not dist.is_initialized():
         return
+    _made.clear()
     with contextlib.suppress(RuntimeError, ValueError):
         dist.destroy_process_group()
 
