@@ -30,6 +30,7 @@ from inferlab.config_types import (
     TREES,
     Count,
     Device,
+    DeviceMap,
     DevicePriority,
     DraftCount,
     Dtype,
@@ -205,8 +206,12 @@ class SpecdecConfig(Sampled):
     forwards, of target and draft model: ``native``, compiled calls, which is an error for models
     that they do not cover; ``hf``, the model's own modules; ``auto``, the first that can.
     ``quantization`` and ``draft_quantization`` pack the weights of the target and of the draft
-    model when they are loaded, on a CPU. ``record`` is the directory that each pipeline adds a
-    recorded run to, for ``inferlab replay``.
+    model when they are loaded, on a CPU. ``tensor_parallel`` shares the target out over so many
+    processes, each with a device of its own; left out it is as many as torchrun started, else 1.
+    ``device_map`` puts its layers on several devices in turn, as accelerate does it: auto,
+    balanced, balanced_low_0, sequential, or the device of each module. ``kv_memory_mb`` counts on
+    each device alone. Draft models lie on one device. ``record`` is the directory that each
+    pipeline adds a recorded run to, for ``inferlab replay``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"K": "max_draft", "k": "agree_k"}
@@ -258,6 +263,8 @@ class SpecdecConfig(Sampled):
     engine: Literal["auto", "native", "hf"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     draft_quantization: Literal["none", "int8", "int4"] = "none"
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = None
+    device_map: DeviceMap | None = None
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     kv_memory_mb: Positive | None = None
@@ -309,6 +316,7 @@ class SpecdecConfig(Sampled):
                     f"{key}: {getattr(self, key)!r} is not for implementation: 'fake', which has "
                     "no weights; set implementation to 'hf', or leave it out"
                 )
+        self._check_placement()
         for mode, enabled in (("medusa", self.medusa.enabled), ("eagle", self.eagle.enabled)):
             if enabled and not self.draft_mode.startswith(mode):
                 raise ValueError(
@@ -336,6 +344,38 @@ class SpecdecConfig(Sampled):
                     f"must have at most {MAX_TREE_NODES}, the root included"
                 )
         return self
+
+    def _check_placement(self) -> None:
+        """What several devices rule out."""
+        spread = [
+            f"{key}: {value!r}"
+            for key, value in (
+                ("tensor_parallel", self.tensor_parallel if self.tensor_parallel != 1 else None),
+                ("device_map", self.device_map),
+            )
+            if value is not None
+        ]
+        if not spread:
+            return
+        if len(spread) > 1:
+            raise ValueError(
+                f"{spread[0]} contradicts {spread[1]}: one shares out each layer, the other puts "
+                "layers one after the other; give one of them"
+            )
+        for key, usual in (("implementation", "hf"), ("quantization", "none")):
+            value = getattr(self, key)
+            if value != usual:
+                raise ValueError(f"{spread[0]} is not for {key}: {value!r}; leave one of them out")
+        if self.engine == "native":
+            raise ValueError(
+                f"{spread[0]} is not for engine: 'native', which has a model on one device; set "
+                "engine to 'auto', or leave it out"
+            )
+        if ":" in self.requested_device:
+            raise ValueError(
+                f"{spread[0]} contradicts device: {self.requested_device!r}, which is one device; "
+                "leave device out, and choose devices by CUDA_VISIBLE_DEVICES"
+            )
 
 
 class VllmConfig(Section):

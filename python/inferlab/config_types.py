@@ -72,6 +72,32 @@ Device = Annotated[
     StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$"),
     allowed("auto, cpu, mps, cuda or cuda:N"),
 ]
+
+
+def _as_device_map(value: object) -> str | dict[str, int | str]:
+    if value in _DEVICE_MAPS:
+        return value  # type: ignore[return-value]
+    is_map = isinstance(value, Mapping) and len(value) > 0
+    if is_map and all(type(name) is str and _is_place(place) for name, place in value.items()):  # type: ignore[attr-defined]
+        return dict(value)  # type: ignore[call-overload, no-any-return]
+    raise PydanticCustomError("device_map", "not a device map")
+
+
+def _is_place(value: object) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"cpu|disk|mps|cuda(:\d+)?", value) is not None
+    return type(value) is int and value >= 0
+
+
+_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+DeviceMap = Annotated[
+    str | dict[str, int | str],
+    PlainValidator(_as_device_map),
+    allowed(
+        f"{', '.join(_DEVICE_MAPS)} or devices by module: {{model.embed_tokens: 0, model.layers.0: "
+        "1, ...}"
+    ),
+]
 DeviceKind = Literal["mps", "cuda", "cpu"]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype_name)

@@ -39,6 +39,13 @@ def usable_cores() -> int | None:
     return len(affinity(0)) if affinity is not None else os.cpu_count()
 
 
+def launched_as() -> tuple[int, int]:
+    """The rank of this process and how many there are, where torchrun started it; else (0, 1)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 def memory_gb() -> float | None:
     """The machine's memory; None where the system does not tell it."""
     try:

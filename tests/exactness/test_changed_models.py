@@ -367,13 +367,6 @@ def test_a_model_without_weights_is_refused():
         HFModel(model)
 
 
-def test_a_model_on_several_gpus_is_refused():
-    model = tiny_model("llama")
-    model.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1, "lm_head": "cpu"}
-    with pytest.raises(UnsupportedArchitectureError, match="spread over 0, 1"):
-        HFModel(model)
-
-
 def test_a_compiled_model_runs_its_own_modules():
     expected = generated(tiny_model("llama"), PROMPT, NEW_TOKENS)
     check(HFModel(torch.compile(tiny_model("llama"), backend="eager")), expected, "compiled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -154,6 +155,13 @@ def random_model(
             else:
                 parameter.copy_((noise * 1.5 * parameter.shape[-1] ** -0.5).to(dtype))
     return model.eval()
+
+
+def saved_model(config: PreTrainedConfig, folder: Path, *, seed: int = 0) -> str:
+    """A random model with the tiny tokenizer as a directory; its path."""
+    random_model(config, seed=seed).save_pretrained(folder)
+    tiny_tokenizer(config.vocab_size).save_pretrained(folder)
+    return str(folder)
 
 
 @cache

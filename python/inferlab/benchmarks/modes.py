@@ -27,7 +27,7 @@ from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
 from inferlab.draft_modes import tree_misfit
 from inferlab.errors import describe_error
-from inferlab.models import format_of
+from inferlab.models import ShardedModel, format_of
 from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
 
@@ -208,12 +208,14 @@ class ModesBenchmark:
     def _generators(self) -> dict[str, Runner]:
         """Hugging Face: plain, with the draft model as its assistant, and with prompt lookup.
 
-        Not with a draft model of another vocabulary, which ``generate`` takes in another way.
+        Not with a draft model of another vocabulary, which ``generate`` takes in another way, nor
+        with one beside a target on several ranks, who have but one of the two.
         """
         if self.target.plain() is None:
             return {}
         runners: dict[str, Runner] = {GENERATE: GenerateRunner(self.target, self.config)}
-        if "vanilla" in self._pipelines and self.config.effective_temperature == 0:
+        can_assist = not isinstance(self.target, ShardedModel)
+        if can_assist and "vanilla" in self._pipelines and self.config.effective_temperature == 0:
             vanilla = self._pipelines["vanilla"]
             draft = vanilla.draft_model
             one_vocabulary = not isinstance(vanilla.engine.drafter, CrossVocabularyDrafter)

@@ -12,6 +12,7 @@ from inferlab import __version__
 from inferlab.cli.completion import SHELLS, PrintCompletion
 from inferlab.cli.parser import Parser, call
 from inferlab.cli.terminal import setup_logging
+from inferlab.machine import launched_as
 
 COMMANDS = {
     "specdec": "decode speculatively, on real models or fake ones",
@@ -91,4 +92,9 @@ def _run(words: list[str]) -> int:
         words = [" ".join(words[:2]), *words[2:]]
     args = make_parser(only=words[0] if words else "").parse_args(words)
     setup_logging(args.log_level or "INFO", args.verbose)
+    rank, _ = launched_as()
+    if rank > 0 and hasattr(args, "tensor_parallel"):
+        from inferlab.models.parallel.follower import follow
+
+        follow()
     return int(args.run(args))

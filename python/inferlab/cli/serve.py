@@ -200,4 +200,5 @@ def _gpus(args: argparse.Namespace, config: SpecdecConfig) -> float:
         return float(args.gpus_per_replica)
     import torch
 
-    return float(config.device.startswith(("auto", "cuda")) and torch.cuda.is_available())
+    on_gpus = config.device.startswith(("auto", "cuda")) and torch.cuda.is_available()
+    return float(config.tensor_parallel or 1) if on_gpus else 0.0

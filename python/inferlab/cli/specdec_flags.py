@@ -4,6 +4,7 @@ share."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ FLAGS = {
     "--engine": "engine",
     "--quantization": "quantization",
     "--draft-quantization": "draft_quantization",
+    "--tensor-parallel": "tensor_parallel",
+    "--device-map": "device_map",
     "--max-memory-mb": "max_memory_mb",
     "--batch-size": "max_batch",
     "--record": "record",
@@ -92,6 +95,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-quantization",
         choices=one_of("draft_quantization"),
         help="the draft model's (none)",
+    )
+    group.add_argument(
+        "--tensor-parallel",
+        type=int,
+        metavar="N",
+        help="share the target out over N processes, a device each (as many as torchrun started, "
+        "else 1)",
+    )
+    group.add_argument(
+        "--device-map",
+        type=_device_map,
+        metavar="MAP",
+        help="put the target's layers on several devices in turn, as accelerate does it: auto, "
+        "balanced, balanced_low_0, sequential, or a JSON object of modules and devices",
     )
     add_safety_arguments(group)
 
@@ -214,6 +231,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def _device_map(text: str) -> Any:
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object: {error}") from None
 
 
 def _tree(text: str) -> str | list[int]:

@@ -10,6 +10,7 @@ from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput, l
 from inferlab.models.hf import HFModel
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
+from inferlab.models.parallel.model import ShardedModel
 from inferlab.models.tokenizer_check import tokenizer_difference
 from inferlab.models.vocabulary import VocabularyMap
 
@@ -24,6 +25,7 @@ __all__ = [
     "KVCache",
     "ModelLoadError",
     "ModelTooLargeError",
+    "ShardedModel",
     "TargetModel",
     "UnsupportedArchitectureError",
     "VocabularyMap",

@@ -83,12 +83,14 @@ class ForwardPlan:
             None where the model does something after its head (soft-cap, scaling).
         decoder_forward: the decoder's forward without transformers' decorators.
         vocab_size: columns of the logits.
+        devices: of each layer, where its pages must lie.
     """
 
     layers: tuple[LayerSpec, ...]
     decoder: torch.nn.Module | None
     decoder_forward: Callable[..., Any] | None
     vocab_size: int
+    devices: tuple[torch.device, ...]
 
 
 def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> ForwardPlan:
@@ -113,17 +115,19 @@ def plan_forward(model: PreTrainedModel, device: torch.device, name: str) -> For
         with trial_pass(name, config.model_type):
             logits = model(**inputs, **{PASS_KEYWORD: trace}).logits
         layers, width = trace.layers(_empty_layers(model)), logits.shape[-1]
+        places = trace.devices(device)
         decoder = model.get_decoder()
         bare = inspect.unwrap(type(decoder).forward)
         if not (is_untouched(model) and is_untouched(decoder)):
-            return ForwardPlan(layers, None, None, width)
+            return ForwardPlan(layers, None, None, width, places)
         try:
             out = bare(decoder, **inputs, **{PASS_KEYWORD: Trace(config, name)})
             same = torch.equal(model.get_output_embeddings()(out.last_hidden_state), logits)
         except (TypeError, AttributeError, RuntimeError, UnsupportedArchitectureError):
             # A decoder that cannot be called like this; its model can.
             same = False
-    return ForwardPlan(layers, decoder if same else None, bare if same else None, width)
+    decoder, bare = (decoder, bare) if same else (None, None)
+    return ForwardPlan(layers, decoder, bare, width, places)
 
 
 def unwrapped(model: Any, name: str) -> PreTrainedModel:
@@ -171,17 +175,16 @@ def _head_tensor(model: PreTrainedModel) -> torch.Tensor:
 
 
 def execution_device(model: PreTrainedModel, name: str) -> torch.device:
-    """Where a model computes: where its weights are, or where accelerate brings them.
+    """Where a model computes: where its weights are, or where accelerate brings them. Of one whose
+    layers lie on several GPUs it is the first, which tokens go to and logits come back to.
 
     Raises:
-        UnsupportedArchitectureError: weights that are nowhere, or layers on several GPUs.
+        UnsupportedArchitectureError: weights that are nowhere.
     """
-    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    gpus = sorted(places - {"cpu", "disk"})
-    if len(gpus) > 1:
-        raise UnsupportedArchitectureError(
-            f"{name} is spread over {', '.join(gpus)} by its device_map; load it on one device"
-        )
+    places = (getattr(model, "hf_device_map", None) or {}).values()
+    gpus = [place for place in places if str(place) not in ("cpu", "disk")]
+    if len(set(map(str, gpus))) > 1:
+        return torch.device(gpus[0])
     weight = _head_tensor(model)
     if weight.device.type != "meta":
         return weight.device

@@ -10,7 +10,7 @@ wrong keys; it raises instead.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -67,6 +67,7 @@ class Pass:
     num_nodes: torch.Tensor | None
     node_offset: int
     packing: Packing | None = None
+    _elsewhere: dict[torch.device, tuple[torch.Tensor | None, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: ForwardBatch, cache: KVCache, layers: Sequence[LayerSpec]) -> Pass:
@@ -89,6 +90,7 @@ class Pass:
         """
         k_pages, v_pages = self.pages[layer]
         _, dim, scale, window, softcap = self.layers[layer]
+        block_table, seq_lens, ancestors, num_nodes = self._on(k_pages.device)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if self.packing is not None:
             query, key, value = (self.packing.pad(x[0]) for x in (query, key, value))
@@ -100,27 +102,38 @@ class Pass:
             value,
             k_pages,
             v_pages,
-            self.block_table,
-            self.seq_lens,
+            block_table,
+            seq_lens,
             node_offset=self.node_offset,
-            num_nodes=self.num_nodes,
+            num_nodes=num_nodes,
         )
         out = paged_tree_attention(
             query,
             k_pages,
             v_pages,
-            self.block_table,
-            self.seq_lens,
-            self.ancestors,
+            block_table,
+            seq_lens,
+            ancestors,
             scale=scale,
             window=window,
             softcap=softcap,
             node_offset=self.node_offset,
-            num_nodes=self.num_nodes,
+            num_nodes=num_nodes,
         )
         if self.packing is not None:
             out = self.packing.pack(out)[None]
         return out[..., :dim] if padding else out
+
+    def _on(self, device: torch.device) -> tuple[Any, ...]:
+        """Where sequences lie and who sees whom, on a layer's device; brought there once."""
+        where = (self.block_table, self.seq_lens, self.ancestors, self.num_nodes)
+        if device == self.block_table.device:
+            return where
+        if device not in self._elsewhere:
+            self._elsewhere[device] = tuple(
+                None if each is None else each.to(device, non_blocking=True) for each in where
+            )
+        return self._elsewhere[device]
 
 
 def attention(
@@ -178,6 +191,7 @@ class Trace:
 
     def __init__(self, config: Any, model_name: str) -> None:
         self.specs: dict[int, LayerSpec] = {}
+        self._devices: dict[int, torch.device] = {}
         self._config = config
         self._name = model_name
 
@@ -212,6 +226,7 @@ class Trace:
         if dim > MAX_HEAD_DIM:
             self._refuse(f"{where} has heads of {dim} channels; the kernel takes {MAX_HEAD_DIM}")
         scaling = details.get("scaling")
+        self._devices[layer] = key.device
         self.specs[layer] = LayerSpec(
             heads,
             dim,
@@ -237,6 +252,10 @@ class Trace:
                 "(state-space, convolution and shared-KV layers do not)"
             )
         return tuple(self.specs[i] for i in range(expected))
+
+    def devices(self, main: torch.device) -> tuple[torch.device, ...]:
+        """Where each layer attends; ``main``: of those without attention."""
+        return tuple(self._devices.get(layer, main) for layer in sorted(self.specs))
 
     def _window(self, layer: int, window: int | None, where: str) -> int:
         kinds = getattr(self._config, "layer_types", None)

@@ -57,7 +57,11 @@ class EarlyExit(HFModel):
         """From what was built for the target."""
         target = self._target
         self._model = _shallow(target.model, target._decoder_layers(), self._count)
-        self._plan = replace(target._plan, layers=target.layers[: self._count])
+        self._plan = replace(
+            target._plan,
+            layers=target.layers[: self._count],
+            devices=target._plan.devices[: self._count],
+        )
         if target._plan.decoder is not None:
             self._plan = replace(self._plan, decoder=self._model.get_decoder())
         self._fused = target._fused.first(self._count) if target._fused is not None else None
@@ -73,6 +77,12 @@ class EarlyExit(HFModel):
             self._target.notice_changes()
             if self._seen is not self._target._seen:
                 self._build()
+
+    def rebuild(self) -> None:
+        """See `HFModel`."""
+        with self._lock:
+            self._target.rebuild()
+            self._build()
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:

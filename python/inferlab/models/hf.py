@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from typing import Any
@@ -147,6 +147,7 @@ class HFModel:
         max_memory_mb: float | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        device_map: str | Mapping[str, int | str] | None = None,
         quantization: str | None = None,
         engine: str = "auto",
     ) -> HFModel:
@@ -162,6 +163,7 @@ class HFModel:
             max_memory_mb=max_memory_mb,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            device_map=device_map,
         )
         if quantization is not None:
             quantize(loaded.model, quantization)
@@ -172,7 +174,19 @@ class HFModel:
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
         """A zeroed cache of `num_pages` pages per layer, in the model's dtype and device."""
         shapes = [(spec.num_kv_heads, spec.cached_dim) for spec in self.layers]
-        return KVCache(shapes, num_pages, page_size, dtype=self.dtype, device=self.device)
+        return KVCache(
+            shapes,
+            num_pages,
+            page_size,
+            dtype=self.dtype,
+            device=self.device,
+            devices=self._plan.devices,
+        )
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether its layers lie on several devices."""
+        return len(set(self._plan.devices)) > 1
 
     @property
     def model(self) -> PreTrainedModel:
@@ -263,7 +277,9 @@ class HFModel:
 
                 with _head_input(self._head, see):
                     logits = self._model(**inputs).logits
-        wanted = torch.cat([features[layer] for layer in layers], dim=-1) if layers else None
+        wanted = None
+        if layers:
+            wanted = torch.cat([features[layer].to(tokens.device) for layer in layers], dim=-1)
         if packing is not None:
             logits = packing.pad(logits[0])
             wanted = None if wanted is None else packing.pad(wanted[0])
@@ -323,9 +339,19 @@ class HFModel:
             ValueError: it has another dtype, device, vocabulary or attention heads of another size:
                 caches do not fit.
         """
+        with self._lock:
+            if self.was_changed:
+                self.rebuild()
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether anything was exchanged since it was last built on."""
+        with self._lock:
+            return self._seen is None or not self._seen.holds()
+
+    def rebuild(self) -> None:
+        """Builds anew, on the model as it is now; raises as `notice_changes` does."""
         with self._lock, torch.inference_mode(False):
-            if self._seen is not None and self._seen.holds():
-                return
             logger.info("%s was changed: what runs it is built anew", self.name)
             vocab_size, shapes = self.vocab_size, [spec[:2] for spec in self.layers]
             model = self._model
@@ -405,7 +431,7 @@ def _scored_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
     """The rows of [B, N, H] whose logits are asked for: all, or [S, 1, H]."""
     if batch.scored is None:
         return hidden
-    return hidden.flatten(0, 1)[batch.scored].unsqueeze(1)
+    return hidden.flatten(0, 1)[batch.scored.to(hidden.device)].unsqueeze(1)
 
 
 @contextmanager

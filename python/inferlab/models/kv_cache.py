@@ -22,14 +22,15 @@ class Pool(NamedTuple):
 class KVCache:
     """K/V pages of all layers of a model.
 
-    Layers that share (Hkv, D) are stacked into one pool, so that compaction and page copies are one
-    kernel call per pool; nearly all models have a single pool.
+    Layers that share (Hkv, D) and a device are stacked into one pool, so that compaction and page
+    copies are one kernel call per pool; nearly all models have a single pool.
 
     Args:
         shapes: (num_kv_heads, head_dim) per layer.
         num_pages: pages per layer; one block table addresses all layers.
         page_size: tokens per page, a power of two.
         dtype, device: of the pages.
+        devices: of each layer's pages, where they are not all on ``device``.
 
     Raises:
         ValueError: no layers, a page count below 1, or a page size that is not a power of two.
@@ -44,6 +45,7 @@ class KVCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        devices: Sequence[torch.device] = (),
     ) -> None:
         if not shapes:
             raise ValueError("shapes is empty: a cache needs at least one layer")
@@ -59,15 +61,16 @@ class KVCache:
         self.bytes_per_token: int = sum(per_layer)
         self.nbytes: int = self.bytes_per_token * page_size * num_pages
 
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for layer, (heads, dim) in enumerate(shapes):
-            by_shape.setdefault((heads, dim), []).append(layer)
+        places = list(devices) or [self.device] * len(shapes)
+        alike: dict[tuple[int, int, torch.device], list[int]] = {}
+        for layer, ((heads, dim), place) in enumerate(zip(shapes, places, strict=True)):
+            alike.setdefault((heads, dim, place), []).append(layer)
         self._check_memory()
         pools: list[Pool] = []
         try:
-            for (heads, dim), layers in by_shape.items():
+            for (heads, dim, place), layers in alike.items():
                 size = (len(layers), num_pages, page_size, heads, dim)
-                k, v = (torch.empty(size, dtype=dtype, device=self.device) for _ in range(2))
+                k, v = (torch.empty(size, dtype=dtype, device=place) for _ in range(2))
                 for part in (k, v):
                     if part.is_cpu:
                         advise_large_pages(part)  # before the first write, which takes the pages
@@ -103,13 +106,14 @@ class KVCache:
             accepted_nodes: [B, S] i32, increasing, the root (0) first.
             num_accepted: [B] i32, entries of each row that count.
         """
+        moves = (block_table, seq_lens, accepted_nodes, num_accepted)
         for pool in self.pools:
-            kv_compact(pool.k, pool.v, block_table, seq_lens, accepted_nodes, num_accepted)
+            kv_compact(pool.k, pool.v, *_beside(pool, moves))
 
     def copy_pages(self, src: torch.Tensor, dst: torch.Tensor) -> None:
         """Copies page src[i] to page dst[i] ([M] i32 each) in all layers."""
         for pool in self.pools:
-            kv_copy_pages(pool.k, pool.v, src, dst)
+            kv_copy_pages(pool.k, pool.v, *_beside(pool, (src, dst)))
 
     def _check_memory(self) -> None:
         # Linux overcommits: without this a too large cache dies later, killed, without a message.
@@ -125,6 +129,11 @@ class KVCache:
             f"token) and {why}; "
             "lower the number of pages, the batch size or the maximum length"
         )
+
+
+def _beside(pool: Pool, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors on the pool's device."""
+    return [tensor.to(pool.k.device, non_blocking=True) for tensor in tensors]
 
 
 def _available_memory_bytes() -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import __version__ as TRANSFORMERS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
@@ -67,6 +68,8 @@ def load(
     max_memory_mb: float | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None,
+    tensor_parallel: int = 1,
 ) -> LoadedModel:
     """Loads a causal LM and its tokenizer.
 
@@ -79,6 +82,9 @@ def load(
         max_memory_mb: limit for the weights in MB (2^20 bytes), checked before they are read.
         trust_remote_code: run the Python files that a checkpoint brings along.
         allow_pickle: read ``pytorch_model.bin``, whose unpickling can run code.
+        device_map: which modules lie on which devices, as accelerate takes it ("auto", "balanced",
+            "sequential", or device by module); `device` does not count then.
+        tensor_parallel: reads this rank's part of so many; the ranks have met before.
 
     Raises:
         FileNotFoundError: a directory that does not exist.
@@ -123,14 +129,27 @@ def load(
                 _check_safetensors(name, file)
         if packed is not None:
             _check_packed(name, packed, files, max_memory_mb)
+        where: dict[str, Any] = {}
+        if tensor_parallel > 1:
+            _check_sharable(name, config, target_device)
+            skeleton = _skeleton(config, trust_remote_code)
+            where = {"distributed_config": _shared_out(skeleton, tensor_parallel, name)}
+        elif device_map is not None:
+            where = {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
 
         _check_generation_config(name, source)
         tokenizer = _load_tokenizer(name, source, **common)
-        model = _load_weights(name, source, chosen, allow_pickle, **common).to(target_device)
+        model = _load_weights(name, source, chosen, allow_pickle, **where, **common)
+        if not where:
+            model = model.to(target_device)
 
+    place = f"on {target_device}"
+    if tensor_parallel > 1:
+        place = f"shared out over {tensor_parallel} ranks on {target_device.type}"
+    elif device_map is not None:
+        place = f"on {', '.join(_places(model))}"
     notes = (
-        f"{name}: {parameters / 1e6:.1f} M parameters, {_dtype_name(chosen)} ({why}), "
-        f"on {target_device}",
+        f"{name}: {parameters / 1e6:.1f} M parameters, {_dtype_name(chosen)} ({why}), {place}",
     )
     logger.info(notes[0])
     return LoadedModel(model, tokenizer, notes)
@@ -209,9 +228,44 @@ def choose_dtype(wanted: torch.dtype | None, config: Any) -> tuple[torch.dtype, 
 
 def count_parameters(config: Any, trust_remote_code: bool = False) -> int:
     """Number of distinct weights, from shapes alone: nothing is read or allocated."""
+    return sum(p.numel() for p in _skeleton(config, trust_remote_code).parameters())
+
+
+def _skeleton(config: Any, trust_remote_code: bool) -> Any:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return sum(p.numel() for p in model.parameters())
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _shared_out(skeleton: Any, size: int, name: str) -> Any:
+    """`plans.shared_out`, which needs a newer transformers than the rest."""
+    try:
+        from inferlab.models.parallel.plans import shared_out
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{name}: tensor_parallel needs transformers 5.24 or newer, this is {TRANSFORMERS}: "
+            f"{error}"
+        ) from error
+    return shared_out(skeleton, size, name)
+
+
+def _places(model: Any) -> list[str]:
+    """Devices of a model's weights; "meta": accelerate brings them when they are needed."""
+    return sorted({str(weight.device) for weight in model.parameters()})
+
+
+def _check_sharable(name: str, config: Any, device: torch.device) -> None:
+    """Refuses what has no parts, and devices that ranks do not run on."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelLoadError(
+            f"{name} has quantised weights, which tensor_parallel does not share out; take a "
+            "checkpoint of 16 or 32 bits, or one device"
+        )
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type != accelerator.type:
+        raise ModelLoadError(
+            f"{name}: device is {device.type!r}, but ranks of tensor_parallel run on this "
+            f"machine's {accelerator.type!r}; leave device out"
+        )
 
 
 def _check_memory(name: str, parameters: int, dtype: torch.dtype, limit_mb: float | None) -> None:

@@ -30,7 +30,7 @@ from inferlab.specdec.conversation import Conversations, Message, texts_of
 from inferlab.specdec.cost_cache import describe_costs, kept_costs, model_facts
 from inferlab.specdec.costing import check, measure
 from inferlab.specdec.costs import CostModel, StepTime
-from inferlab.specdec.drafters.plan import load_model
+from inferlab.specdec.drafters.plan import load_target
 from inferlab.specdec.engine import Engine
 from inferlab.specdec.grammar import Grammar, Grammars
 from inferlab.specdec.pieces import Piece, run_pieces
@@ -90,6 +90,11 @@ class SpeculativePipeline:
         quantization, draft_quantization: ``int8`` or ``int4``: the weights of target and draft
             model are packed when they are loaded (on a CPU); ``none``: as they are. Not for models
             that are given as objects.
+        tensor_parallel: how many processes the target is shared out over, each with a device of
+            its own. This process leads, and starts the others; under torchrun they are there, do
+            as rank 0 says, and never come back from this call.
+        device_map: puts the target's layers on several devices in turn: ``auto``, ``balanced``,
+            ``balanced_low_0``, ``sequential``, or a device for each module.
         overrides: any other key of SpecdecConfig (``tau``, ``p``, ``max_k``, ``max_batch``, ...).
 
     Raises:
@@ -116,6 +121,8 @@ class SpeculativePipeline:
         record: str | os.PathLike[str] | None = None,
         quantization: str | None = None,
         draft_quantization: str | None = None,
+        tensor_parallel: int | None = None,
+        device_map: str | Mapping[str, int | str] | None = None,
         target: TargetModel | None = None,
         draft: TargetModel | None = None,
         shape: TreeShape | None = None,
@@ -150,6 +157,8 @@ class SpeculativePipeline:
             record=os.fspath(record) if record is not None else None,
             quantization=quantization,
             draft_quantization=draft_quantization,
+            tensor_parallel=tensor_parallel,
+            device_map=device_map,
         )
         if k is not None:
             overrides["max_draft"] = k
@@ -168,6 +177,11 @@ class SpeculativePipeline:
         self.controller: Controller = (
             controller if isinstance(controller, Controller) else self._make_controller()
         )
+        if target is not None and (tensor_parallel not in (None, 1) or device_map is not None):
+            raise ValueError(
+                "target is a loaded model, which lies where it lies; tensor_parallel and "
+                "device_map are for models that base_model names"
+            )
         for key, given_model in (("quantization", target), ("draft_quantization", draft)):
             wanted = getattr(config, key)
             if given_model is not None and wanted not in ("none", given_model.quantization):
@@ -656,7 +670,7 @@ class SpeculativePipeline:
     def _load_target(self) -> TargetModel:
         if self.config.implementation == "fake":
             return FakeLM(seed=self.config.seed)
-        return load_model(self.config, self.config.base_model, self.config.quantization)
+        return load_target(self.config)
 
     def _make_engine(self) -> Engine:
         c = self.config
@@ -694,6 +708,7 @@ class SpeculativePipeline:
 _COST_SETTINGS = {
     *("draft_mode", "max_draft", "tree", "tree_nodes", "tree_width", "ngram", "medusa", "eagle"),
     *("early_exit", "ensemble", "policy", "page_size", "max_batch", "num_pages", "kv_memory_mb"),
+    *("tensor_parallel", "device_map"),
 }
 """What of the configuration may change what a step costs."""
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from inferlab.config import SpecdecConfig
 from inferlab.draft_modes import DRAFT_MODES
-from inferlab.models import HFModel, TargetModel, plain_model
+from inferlab.errors import UsageError
+from inferlab.machine import launched_as
+from inferlab.models import HFModel, ShardedModel, TargetModel, plain_model
 from inferlab.specdec.acceptance import UNKNOWN, Known
 from inferlab.specdec.calibration import measured_acceptance
 from inferlab.specdec.drafters.base import Drafter
@@ -93,27 +95,51 @@ def make_plan(request: DraftRequest) -> DrafterPlan:
 
     Raises:
         ValueError: a mode that reads hidden states, for a target without any.
+        UsageError: one that reads weights, for a target on several devices.
     """
     name = request.config.draft_mode
     mode = DRAFT_MODES[name]
     if mode.reads_hidden:
         plain_model(request.target, f"draft_mode {name!r}")
+        if isinstance(request.target, HFModel) and request.target.is_spread:
+            raise UsageError(
+                f"draft_mode {name!r} reads weights of the target, which device_map puts on "
+                "several devices; draft with vanilla, ngram or recycling, or share the target out "
+                "by tensor_parallel"
+            )
     module, function = mode.plan.split(":")
     make = getattr(import_module(f"inferlab.specdec.drafters.{module}"), function)
     plan: DrafterPlan = make(request)
     return plan
 
 
-def load_model(config: SpecdecConfig, name: str, quantization: str) -> HFModel:
+def load_target(config: SpecdecConfig) -> TargetModel:
+    """The target, on one device or several."""
+    ranks = config.tensor_parallel or launched_as()[1]
+    if ranks > 1:
+        return ShardedModel.load(config.base_model, ranks, **_conditions(config))
+    return load_model(config, config.base_model, config.quantization, config.device_map)
+
+
+def load_model(
+    config: SpecdecConfig, name: str, quantization: str, device_map: Any = None
+) -> HFModel:
     """A model on the device, in the dtype and under the conditions of the configuration."""
     return HFModel.load(
         name,
-        device=config.requested_device,
-        dtype=config.dtype,
-        device_priority=config.device_priority,
-        max_memory_mb=config.max_memory_mb,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
+        **_conditions(config),
+        device_map=device_map,
         quantization=None if quantization == "none" else quantization,
         engine=config.engine,
     )
+
+
+def _conditions(config: SpecdecConfig) -> dict[str, Any]:
+    return {
+        "device": config.requested_device,
+        "dtype": config.dtype,
+        "device_priority": config.device_priority,
+        "max_memory_mb": config.max_memory_mb,
+        "trust_remote_code": config.trust_remote_code,
+        "allow_pickle": config.allow_pickle,
+    }

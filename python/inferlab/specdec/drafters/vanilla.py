@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from inferlab.models import EarlyExit, FakeLM, TargetModel, VocabularyMap, tokenizer_difference
+from inferlab.models import (
+    EarlyExit,
+    FakeLM,
+    ShardedModel,
+    TargetModel,
+    VocabularyMap,
+    tokenizer_difference,
+)
 from inferlab.specdec.drafters.base import Drafter
 from inferlab.specdec.drafters.cross import CrossVocabularyDrafter
 from inferlab.specdec.drafters.model import ModelDrafter
@@ -24,7 +31,10 @@ def plan(request: DraftRequest) -> DrafterPlan:
 
 def plan_self(request: DraftRequest) -> DrafterPlan:
     """The target's first layers."""
-    return _plan(request, EarlyExit(request.target, request.config.early_exit.layers))
+    target, layers = request.target, request.config.early_exit.layers
+    if isinstance(target, ShardedModel):
+        return _plan(request, target.first_layers(layers))
+    return _plan(request, EarlyExit(target, layers))
 
 
 def _plan(request: DraftRequest, draft: TargetModel) -> DrafterPlan:
