@@ -68,6 +68,7 @@ class Figures(TypedDict, total=False):
     first_token_ms: Summary
     ttft_ms: Summary
     tpot_ms: Summary
+    energy_j: Summary
     phases_ms_per_token: dict[str, float]
 
 
@@ -88,6 +89,7 @@ class RunRow(TypedDict):
     first_token_ms: NotRequired[float]
     ttft_ms: NotRequired[float]
     tpot_ms: NotRequired[float]
+    energy_j: NotRequired[float]
     perplexity: NotRequired[float | None]
     error: NotRequired[str | None]
     batch_size: NotRequired[int]
@@ -149,7 +151,7 @@ class Difference(TypedDict):
 
 
 class TokenIds(TypedDict):
-    """See `token_ids.compare_token_ids`."""
+    """See `token_ids.compare_runs`."""
 
     compared: list[str]
     not_compared: dict[str, str]

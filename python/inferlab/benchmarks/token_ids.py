@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -23,30 +23,52 @@ layers: more, and still 1e-4 of a logit.
 """
 
 
+Explain = Callable[[int, Sequence[int], Sequence[int]], Mapping[str, Any]]
+"""From a prompt's index and the ids of two runs to `explain_difference`."""
+
+
 def compare_token_ids(
     measurements: Measurements,
     prompts: Sequence[str],
     config: SpecdecConfig,
     target: TargetModel,
 ) -> dict[str, Any]:
-    """Compares the token ids of all runs of each prompt with those of the first run.
-
-    Returns:
-        ``compared``: the modes whose ids must be equal; ``not_compared``: other modes and why;
-        ``prompts``: how many were compared; ``identical``: no difference; ``verdict``: "identical",
-        "ties" (each difference is a tie within rounding), "different" or "nothing to compare";
-        ``differences``: a mapping per prompt that differs, with ``prompt_index``, ``modes``,
-        ``position`` (of the first difference among the new tokens), ``token_ids`` (None: ended),
-        and, where it can be told, ``scores`` of both, their ``gap``, ``rounding_step`` and ``tie``.
-    """
-    modes = list(dict.fromkeys(run.mode for run in measurements.runs))
+    """`compare_runs` of the modes of one engine and of Hugging Face's ways on its weights."""
+    modes = dict.fromkeys(run.mode for run in measurements.runs)
     not_compared = {
         mode: why for mode in modes if (why := _why_not(mode, config, target)) is not None
     }
+
+    def explain(index: int, one: Sequence[int], other: Sequence[int]) -> Mapping[str, Any]:
+        return explain_difference(target, config, prompts[index], one, other)
+
+    return compare_runs(measurements, len(prompts), not_compared, explain)
+
+
+def compare_runs(
+    measurements: Measurements,
+    num_prompts: int,
+    not_compared: Mapping[str, str],
+    explain: Explain,
+) -> dict[str, Any]:
+    """Compares the token ids of all runs of each prompt with those of the first run.
+
+    Args:
+        not_compared: modes whose ids need not be equal, and why.
+
+    Returns:
+        ``compared``: the modes whose ids must be equal; ``not_compared``; ``prompts``: how many
+        were compared; ``identical``: no difference; ``verdict``: "identical", "ties" (each
+        difference is a tie within rounding), "different" or "nothing to compare"; ``differences``:
+        a mapping per prompt that differs, with ``prompt_index``, ``modes``, ``position`` (of the
+        first difference among the new tokens), ``token_ids`` (None: ended), and, where it can be
+        told, ``scores`` of both, their ``gap``, ``rounding_step`` and ``tie``.
+    """
+    modes = list(dict.fromkeys(run.mode for run in measurements.runs))
     compared = [mode for mode in modes if mode not in not_compared]
     differences: list[dict[str, Any]] = []
     counted = 0
-    for index, prompt in enumerate(prompts):
+    for index in range(num_prompts):
         runs = [run for mode in compared for run in measurements.of(mode, index)]
         ids = [(run.mode, list((run.result or {})["token_ids"])) for run in runs]
         if len(ids) < 2:
@@ -57,7 +79,7 @@ def compare_token_ids(
             if other != first:
                 difference = {"prompt_index": index, "modes": [first_mode, mode]}
                 difference.update(_first_difference(first, other))
-                difference.update(_explain(target, config, prompt, first, other))
+                difference.update(explain(index, first, other))
                 differences.append(difference)
                 break
     if not counted:
@@ -68,7 +90,7 @@ def compare_token_ids(
         verdict = "ties" if all(entry["tie"] for entry in differences) else "different"
     return {
         "compared": compared,
-        "not_compared": not_compared,
+        "not_compared": dict(not_compared),
         "prompts": counted,
         "identical": counted > 0 and not differences,
         "verdict": verdict,
@@ -98,7 +120,7 @@ def _first_difference(one: Sequence[int], other: Sequence[int]) -> dict[str, Any
     return {"position": position, "token_ids": list(tokens)}
 
 
-def _explain(
+def explain_difference(
     target: TargetModel,
     config: SpecdecConfig,
     prompt: str,
