@@ -121,9 +121,9 @@ class BatchRunner:
         self.pipeline = pipeline
 
     def run(self, prompt: str | Sequence[Prompt]) -> dict[str, Any]:
-        """As `Runner.run`, of a text, or of texts or token ids together; ``results`` are those of the
-        prompts, in order. Those that failed while they ran are in ``errors``; the figures are those
-        of the others.
+        """As `Runner.run`, of a text, or of texts or token ids together; ``results`` are those of
+        the prompts, in order. Those that failed while they ran are in ``errors``; the figures are
+        those of the others.
 
         Raises:
             MeasurementError: all of them failed.

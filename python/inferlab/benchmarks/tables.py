@@ -46,7 +46,9 @@ def output_paths(prefix: str | Path) -> tuple[Path, Path]:
     return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
 
 
-def write_outputs(prefix: str | Path, stats: Mapping[str, Any]) -> list[Path]:
+def write_outputs(
+    prefix: str | Path, stats: Mapping[str, Any], columns: Sequence[str] = CSV_COLUMNS
+) -> list[Path]:
     """Writes ``PREFIX.json`` (all of it) and ``PREFIX.csv`` (a row per run); returns both paths.
 
     Raises:
@@ -55,7 +57,7 @@ def write_outputs(prefix: str | Path, stats: Mapping[str, Any]) -> list[Path]:
     as_json, as_csv = output_paths(prefix)
     write_json(as_json, stats)
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, CSV_COLUMNS)
+    writer = csv.DictWriter(table, columns)
     writer.writeheader()
     writer.writerows(stats.get("runs", ()))
     write_text(as_csv, table.getvalue())

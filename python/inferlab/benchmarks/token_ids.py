@@ -100,18 +100,23 @@ def compare_runs(
 
 def _why_not(mode: str, config: SpecdecConfig, target: TargetModel) -> str | None:
     """Why a mode's ids need not be those of plain decoding; None if they must."""
-    greedy = config.effective_temperature == 0
     if not mode.startswith("hf") and mode != "plain":
-        exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
-        return None if exact else f"policy {config.policy} does not promise the same tokens"
+        return why_not_exact(config)
     if mode.startswith("hf"):
         if target.quantization is not None:
             return "its last bits, from other kernels, round inputs of products to other 8 bits"
-        if not greedy:
+        if config.effective_temperature > 0:
             return "Hugging Face samples from a noise of its own"
         if config.presence_penalty or config.frequency_penalty:
             return "Hugging Face has no presence or frequency penalty"
     return None
+
+
+def why_not_exact(config: SpecdecConfig) -> str | None:
+    """Why speculation need not give the tokens of plain decoding; None if it must."""
+    greedy = config.effective_temperature == 0
+    exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
+    return None if exact else f"policy {config.policy} does not promise the same tokens"
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> dict[str, Any]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from inferlab.benchmarks.benchmark import (
@@ -20,41 +17,24 @@ from inferlab.benchmarks.benchmark import (
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
 from inferlab.benchmarks.modes_table import print_modes
-from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
+from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats, PeersStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
 from inferlab.benchmarks.quantization_table import draw_matrix, print_matrix
-from inferlab.benchmarks.tables import output_paths, print_summary, write_outputs
-from inferlab.cli import baseline, ping, specdec_flags
-from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
+from inferlab.benchmarks.tables import print_summary, write_outputs
+from inferlab.cli import peers, ping, specdec_flags
+from inferlab.cli.bench_files import check_prefix, journal_of, name_places, names_of
+from inferlab.cli.bench_flags import FLAGS, name_list, number_list, refuse_misplaced
+from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.prompts import add_workload_arguments, gather_workload
 from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
-from inferlab.output import Journal, check_output, is_special, print_json, write_json
+from inferlab.output import Journal, check_output, print_json, write_json
 from inferlab.plots import check_drawable
 from inferlab.prompts import Prompt
 
-logger = logging.getLogger(__name__)
-
-Output = BenchmarkStats | ModesStats | MatrixStats
-
-_COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
-_HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
-FLAGS = {
-    "local": {**baseline.FLAGS, **_COUNT_FLAGS},
-    "http": {**ping.FLAGS, **_HTTP_SAMPLING, **_COUNT_FLAGS},
-    "specdec": {**specdec_flags.FLAGS, **_COUNT_FLAGS},
-}
-"""Flag -> key of the mode's configuration."""
-
-SWITCHES = {
-    "--compare-baseline": ("specdec",),
-    "--eval-perplexity": ("local", "specdec"),
-    "--adaptive-K": ("specdec",),
-    "--stream": ("http",),
-}
-"""Flags that are no keys, and the modes that know them."""
+Output = BenchmarkStats | ModesStats | MatrixStats | PeersStats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,13 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--modes",
-        type=_names,
+        type=name_list,
         metavar="all|MODE,...",
         help="compare draft modes (all, or some) with plain decoding and Hugging Face's ways; "
         "by default on --heldout 20, 128 tokens, the cost controller, 3 iterations",
     )
     parser.add_argument(
-        "--batch", type=_sizes, metavar="N,...", help="of --modes: prompts decoded together (1)"
+        "--batch",
+        type=number_list,
+        metavar="N,...",
+        help="of --modes and --peers: prompts decoded together (1)",
     )
     parser.add_argument(
         "--quantization-matrix",
@@ -95,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare the formats of --quantization, of the target and of its draft model: memory, "
         "forward times, perplexity of the prompts, acceptance, speed; by default on --heldout 8",
     )
+    peers.add_arguments(parser)
     add_config_argument(parser, "configs/specdec.yaml")
     ping.add_server_arguments(parser)
     specdec_flags.add_model_arguments(parser)
@@ -106,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="PREFIX",
         help="write PREFIX.json (all) and PREFIX.csv (a row per run; not with --modes; with "
-        "--quantization-matrix PREFIX.png, a figure); until then the runs are in PREFIX.json.part, "
-        "a JSON line each",
+        "--quantization-matrix and --peers PREFIX.png, a figure); until then the runs are in "
+        "PREFIX.json.part, a JSON line each",
     )
 
 
@@ -116,25 +100,28 @@ def run(args: argparse.Namespace) -> int:
 
     1: a run failed, or token ids differ that must not; 130: interrupted, with partial results.
     """
+    if args.peers is not None:
+        return peers.run(args)
+    peers.refuse_alone(args)
     if args.quantization_matrix:
         return _run_matrix(args)
     if args.modes is not None:
         return _run_modes(args)
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     if args.batch is not None:
-        raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
+        raise UsageError("--batch: is of --modes and --peers; a single mode runs prompt by prompt")
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
-    paths = _check_prefix(args.output) if args.output else ()
+    paths = check_prefix(args.output) if args.output else ()
     prompts = gather_workload(args)
     if isinstance(config, SpecdecConfig):
         specdec_flags.check_record(config)
     setup_logging(config.log_level, args.verbose)
-    with clean_stdout(args.json) as out, _journal(*paths[:1]) as journal:
+    with clean_stdout(args.json) as out, journal_of(*paths[:1]) as journal:
         stats, interrupted = _measure(args, config, prompts, journal)
-        _name_places(stats["failures"], prompts)
+        name_places(stats["failures"], prompts)
         if "baseline_comparison" in stats:
-            _name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
+            name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
         try:
             if args.output:
                 write_outputs(args.output, stats)
@@ -166,26 +153,26 @@ def _run_modes(args: argparse.Namespace) -> int:
     if args.record is not None:
         raise UsageError("--record: records one draft mode; give --mode specdec --draft-mode MODE")
     args.mode = "specdec"
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 20
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
     defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
     config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
     assert isinstance(config, SpecdecConfig)
-    paths = _check_prefix(args.output)[:1] if args.output else ()
+    paths = check_prefix(args.output)[:1] if args.output else ()
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
     modes = DRAFT_MODES if args.modes == ["all"] else args.modes
-    with clean_stdout(args.json) as out, _journal(*paths) as journal:
+    with clean_stdout(args.json) as out, journal_of(*paths) as journal:
         benchmark = _modes_benchmark(config, modes, args.batch or (1,))
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
             texts = [prompt.text for prompt in prompts]
-            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=journal.add)
-        _name_places(result.failures, prompts)
+            result = benchmark.run(texts, advance, names=names_of(prompts), keep=journal.add)
+        name_places(result.failures, prompts)
         for found in result.token_ids.values():
-            _name_places(found["differences"], prompts)
+            name_places(found["differences"], prompts)
         try:
             for path in paths:
                 write_json(path, result.as_dict())
@@ -210,7 +197,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --quantization-matrix")
     args.mode = "specdec"
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 8
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
@@ -220,14 +207,14 @@ def _run_matrix(args: argparse.Namespace) -> int:
     assert isinstance(config, SpecdecConfig)
     as_json = None
     if args.output:
-        as_json = _check_prefix(args.output)[0]
+        as_json = check_prefix(args.output)[0]
         check_output(as_json.with_suffix(".png"))
         check_drawable("--output: PREFIX.png cannot be drawn")
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)
     with (
         clean_stdout(args.json) as out,
-        _journal(*([] if as_json is None else [as_json])) as journal,
+        journal_of(*([] if as_json is None else [as_json])) as journal,
     ):
         try:
             matrix = QuantizationMatrix(config)
@@ -263,51 +250,6 @@ def _modes_benchmark(
         raise UsageError(text) from error
 
 
-def _check_prefix(prefix: str) -> tuple[Path, Path]:
-    """The files that ``--output`` means; refused where they cannot be written."""
-    if is_special(prefix):
-        raise UsageError(f"--output: {prefix} is no file; PREFIX.json and PREFIX.csv are written")
-    check_output(prefix)
-    paths = output_paths(prefix)
-    for path in paths:
-        check_output(path)
-    return paths
-
-
-@contextlib.contextmanager
-def _journal(path: Path | None = None) -> Iterator[Journal]:
-    """The runs as they are made; it stays where an error comes before the file is written."""
-    journal = Journal(path)
-    if journal.path is not None:
-        logger.info("runs are in %s while it measures", journal.path)
-    try:
-        yield journal
-    finally:
-        journal.close(written=False)
-
-
-def _names_of(prompts: Sequence[Prompt]) -> list[str]:
-    return [prompt.where or f"prompt {index}" for index, prompt in enumerate(prompts)]
-
-
-def _name_places(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
-    """Adds ``where``, the prompt's line in its file, to rows that have its index."""
-    for row in rows:
-        if (where := prompts[row["prompt_index"]].where) is not None:
-            row["where"] = where
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: 1,4,16") from None
-
-
 def _measure(
     args: argparse.Namespace, config: Config, prompts: Sequence[Prompt], journal: Journal
 ) -> tuple[dict[str, Any], bool]:
@@ -322,7 +264,7 @@ def _measure(
     ) as benchmark:
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-                texts, names = [prompt.text for prompt in prompts], _names_of(prompts)
+                texts, names = [prompt.text for prompt in prompts], names_of(prompts)
                 stats = benchmark.run_all(texts, on_run=advance, names=names, keep=journal.add)
                 return stats, False
         except BenchmarkInterrupted as interrupt:
@@ -335,17 +277,3 @@ def _failed(stats: dict[str, Any]) -> bool:
         return True
     verdict = stats.get("baseline_comparison", {}).get("token_ids", {}).get("verdict")
     return bool(stats["failures"]) or verdict == "different"
-
-
-def _refuse_misplaced(args: argparse.Namespace) -> None:
-    """A flag that the mode would ignore is an error."""
-    places: dict[str, list[str]] = {flag: list(modes) for flag, modes in SWITCHES.items()}
-    for mode, flags in FLAGS.items():
-        for flag in flags:
-            places.setdefault(flag, []).append(mode)
-    for flag, modes in places.items():
-        given, _ = given_values(args, {flag: flag})
-        if given and args.mode not in modes:
-            raise UsageError(
-                f"{flag}: has no meaning in --mode {args.mode}, only in {' and '.join(modes)}"
-            )
