@@ -14,7 +14,7 @@ from inferlab.benchmarks.peers import OURS
 from inferlab.plots import new_figure
 
 COLUMNS = (
-    "engine", "weights", "tokens/s (95 %)", "ms per token", "first token, ms", "accepted length",
+    "engine", "tokens/s (95 %)", "ms per token", "first token, ms", "accepted length",
     "plain is x", "speculative is x", "same ids", "weights, MB", "peak RSS, MB", "J per token",
 )  # fmt: skip
 CSV_COLUMNS = (
@@ -26,7 +26,7 @@ UNKNOWN = "not known"
 
 def print_peers(stats: PeersStats, console: Console | None = None) -> None:
     """Prints settings, versions, a table per batch size in Markdown, and what came in between."""
-    console = console or Console(highlight=False, width=220)
+    console = console or Console(highlight=False, width=240)
 
     def line(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -38,7 +38,7 @@ def print_peers(stats: PeersStats, console: Console | None = None) -> None:
     line(f"energy: {' and '.join(sources) if sources else UNKNOWN}")
     for engine in stats["engines"].values():
         versions = ", ".join(f"{key} {value}" for key, value in engine["versions"].items())
-        line(f"{engine['title']}: {versions}")
+        line(f"{engine['title']}: {versions}; {engine['format']}")
     for size, engines in stats["batches"].items():
         line(f"\nbatch {size}")
         table = markdown_table(*COLUMNS)
@@ -47,7 +47,6 @@ def print_peers(stats: PeersStats, console: Console | None = None) -> None:
             joules = figures["joules_per_token"]
             table.add_row(
                 about["title"],
-                about["format"],
                 _rate(figures["tokens_per_second"]),
                 _median(figures.get("ms_per_token"), 3),
                 _median(figures.get("first_token_ms"), 1),

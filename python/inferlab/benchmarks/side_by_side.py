@@ -147,12 +147,12 @@ class SideBySide:
             context = max(map(len, ids.values()), default=0) + self.config.max_new_tokens + 1
             engines.start_peers(self.config, context=context, batch=max(self.batch_sizes))
             measuring = _Measuring(self, engines, prompts, names, ids, keep)
-            if on_run is not None:  # what is not made of the runs that were announced
-                on_run(self.num_runs(len(prompts)) - measuring.num_runs())
             for size in self.batch_sizes:
                 measuring.measure(size, on_run, refused)
                 if measuring.interrupted:
                     break
+            if on_run is not None and not measuring.interrupted:
+                on_run(self.num_runs(len(prompts)) - measuring.made)  # what was left out
             engines.note_memory()
         environment: Any = describe_environment()
         return {
@@ -210,18 +210,8 @@ class _Measuring:
         self.rows: list[Any] = []
         self.failures: list[Any] = []
         self.interrupted = False
-
-    def num_runs(self) -> int:
-        """How many there will be with the engines and prompts that there are."""
-        config = self._of.config
-        return sum(
-            len(self._at(size))
-            * (
-                len(groups_of(list(self._ids), size)) * config.iterations
-                + (config.warmup_iterations if self._ids else 0)
-            )
-            for size in self._of.batch_sizes
-        )
+        self.made = 0
+        """Runs that ``on_run`` was told of."""
 
     def measure(
         self, size: int, on_run: Callable[[int], None] | None, refused: Mapping[int, str]
@@ -242,13 +232,18 @@ class _Measuring:
             if self._keep is not None:
                 self._keep({**row(run), "result": run.result})
 
+        def told(count: int) -> None:
+            self.made += count
+            if on_run is not None:
+                on_run(count)
+
         measured = measure(
             runners,
             [[self._ids[index] for index in group] for group in groups],
             iterations=config.iterations,
             warmup=config.warmup_iterations,
             names=[[self._names[index] for index in group] for group in groups],
-            on_run=on_run,
+            on_run=told,
             keep=kept,
         )
         single = measured.by_prompt(groups)

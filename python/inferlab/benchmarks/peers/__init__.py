@@ -30,7 +30,7 @@ class PeerFacts:
 
     Attributes:
         title: in tables.
-        file: its module beside this one.
+        file: its module beside this one, or the path of one, without ``.py``.
         way: which of the file's ways to decode.
         install: what to install where a package is missing.
         devices: kinds that it runs on.

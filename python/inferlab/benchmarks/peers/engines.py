@@ -140,7 +140,7 @@ class Engines:
         whose memory is not the peer's."""
         facts = self.facts[name]
         made_from = _fingerprint(Path(model), dtype)
-        folder = (self._folder or self._work) / f"{facts.file}-{made_from}"
+        folder = (self._folder or self._work) / f"{name}-{made_from}"
         told = folder / "converted"
         if told.is_file():
             return told.read_text(encoding="utf-8")

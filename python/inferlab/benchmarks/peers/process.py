@@ -63,10 +63,13 @@ class PeerProcess:
     ) -> None:
         self.peak_rss_mb: float | None = None
         self._log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(extra or {})}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)  # packages for another interpreter
+        environment.update(extra or {})
         with log.open("ab") as printed:
             self._process = subprocess.Popen(
-                [python, str(WORKER), facts.file, facts.way],
+                [python, str(WORKER), str(WORKER.parent / f"{facts.file}.py"), facts.way],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,
@@ -83,15 +86,15 @@ class PeerProcess:
             PeerMissing, PeerFailed, PeerGone
         """
         assert self._process.stdin is not None
+        request = json.dumps({"call": method, "with": arguments}).encode()
         try:
-            request = json.dumps({"call": method, "with": arguments})
-            self._process.stdin.write(request.encode() + b"\n")
+            self._process.stdin.write(request + b"\n")
             self._process.stdin.flush()
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
             self.close()
             raise PeerGone(f"no answer to {method} in {timeout_s:g} s; it was ended") from None
-        except OSError:  # it ended before
+        except (OSError, ValueError):  # it ended, or was ended, before
             line = None
         if line is None:
             self._process.wait()

@@ -1,4 +1,4 @@
-"""The process of a peer: `PYTHON worker.py MODULE WAY`. Needs the standard library alone.
+"""The process of a peer: `PYTHON worker.py FILE WAY`. Needs the standard library alone.
 
 A JSON object a line on stdin, ``{"call": METHOD, "with": {ARGUMENT: VALUE}}``; for each a line on
 stdout: ``{"done": RESULT}``, or ``{"error": TEXT, "missing": PACKAGE or null, "trace": TEXT}``;
@@ -20,13 +20,13 @@ def main() -> None:
     """Serves calls until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    name, way = sys.argv[1:3]
+    file, way = sys.argv[1:3]
     peer: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         reply: dict[str, Any]
         try:
-            peer = peer or _module(name).Peer(way)
+            peer = peer or _module(file).Peer(way)
             reply = {"done": getattr(peer, request["call"])(**request["with"])}
         except Exception as error:
             missing = isinstance(error, ImportError)
@@ -40,16 +40,16 @@ def main() -> None:
         replies.flush()
 
 
-def _module(name: str) -> Any:
-    """A neighbour of this file, which may import others of them, and under whose names (such as
-    ``openvino``) packages can still be imported."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if sys.path and os.path.abspath(sys.path[0]) == folder:
-        del sys.path[0]
+def _module(file: str) -> Any:
+    """A peer's file as a module that may import its neighbours, and by whose name (``openvino``)
+    a package can still be imported."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != own]
+    folder, name = os.path.split(os.path.abspath(file))
     package = types.ModuleType("peers")
     package.__path__ = [folder]
     sys.modules["peers"] = package
-    return importlib.import_module(f"peers.{name}")
+    return importlib.import_module(f"peers.{os.path.splitext(name)[0]}")
 
 
 def peak_rss_mb() -> float | None:
