@@ -13,13 +13,13 @@ import pytest
 
 from helpers import fake_peer
 from inferlab.benchmarks import side_by_side
-from inferlab.benchmarks.measure import RunnerGone
+from inferlab.benchmarks.measure import Measurements, Run, RunnerGone
 from inferlab.benchmarks.peers import PEERS, PeerFacts
 from inferlab.benchmarks.peers import engines as engines_module
 from inferlab.benchmarks.peers.engines import Engines
 from inferlab.benchmarks.peers.process import PeerGone
 from inferlab.benchmarks.peers_table import CSV_COLUMNS, draw_peers, print_peers
-from inferlab.benchmarks.side_by_side import PeerRunner, SideBySide
+from inferlab.benchmarks.side_by_side import PeerRunner, SideBySide, _Measuring
 from inferlab.benchmarks.tables import write_outputs
 from inferlab.cli import main
 from inferlab.cli.schema import schema
@@ -147,17 +147,29 @@ def test_the_json_is_as_its_schema_says(measured, tmp_path):
     jsonschema.validate(value, schema("bench"), cls=jsonschema.Draft202012Validator)
 
 
-def test_above_temperature_0_only_our_own_ids_are_compared():
-    config = CONFIG.model_copy(
-        update={"temperature": 0.8, "iterations": 1, "warmup_iterations": 0, "draft_mode": "ngram"}
-    )
-    benchmark = SideBySide(config, ["counts"], settle_s=0, table=TABLE)
-    stats = benchmark.run(PROMPTS[:1])
-    found = stats["token_ids"]["1"]
-    assert found["speculative"]["verdict"] == "identical"
-    assert found["counts"]["not_compared"] == {"counts": "it samples from a noise of its own"}
-    assert stats["settings"]["draft_model"] is None
-    assert not stats["failures"]
+@pytest.mark.parametrize(
+    ("update", "ours", "peers"),
+    [
+        ({}, "identical", "identical"),
+        ({"temperature": 0.8}, "identical", "it samples from a noise of its own"),
+        ({"policy": "typical"}, "policy typical does not promise the same tokens", "identical"),
+        ({"policy": "rejection"}, "identical", "identical"),
+        (
+            {"policy": "rejection", "temperature": 0.8},
+            "policy rejection does not promise the same tokens",
+            "it samples from a noise of its own",
+        ),
+    ],
+)
+def test_ids_are_compared_where_they_must_be_equal(engines, update, ours, peers):
+    benchmark = SideBySide(CONFIG.model_copy(update=update), ["hf"])
+    measuring = _Measuring(benchmark, engines({}), ["a"], ["a"], {0: [1]}, None)
+    result = {"latency_ms": 1.0, "num_tokens": 1, "token_ids": [5]}
+    runs = [Run(mode, 0, 0, 0, result) for mode in ("plain", "speculative", "hf")]
+    found = measuring._compare(Measurements(runs))
+    assert list(found) == ["speculative", "hf"]
+    for name, expected in (("speculative", ours), ("hf", peers)):
+        assert found[name]["not_compared"].get(name, found[name]["verdict"]) == expected
 
 
 # --- without our own engine ---------------------------------------------------------------------
@@ -266,6 +278,7 @@ def test_bad_flags_are_named(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     """With a Python that has no packages."""
     bare = tmp_path / "python"
