@@ -19,7 +19,7 @@ from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delt
 from inferlab import _C
 from inferlab.benchmarks import runners, tables
 from inferlab.benchmarks.run_bench import BenchmarkInterrupted, BenchmarkRunner, main
-from inferlab.cli import bench
+from inferlab.cli import bench, bench_files
 from inferlab.errors import UsageError
 from inferlab.models.assets import BUNDLED
 
@@ -319,7 +319,7 @@ def test_one_answer_that_cannot_be_encoded_loses_nothing(server, capsys, tmp_pat
 
 @pytest.mark.parametrize("more", [["--json"], []])
 def test_what_cannot_be_written_is_printed(server, capsys, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(bench, "check_output", lambda path: None)
+    monkeypatch.setattr(bench_files, "check_output", lambda path: None)
     server.answers = [Respond.json(chat())]
     (tmp_path / "r.json").mkdir()
     command = ["--mode", "http", "--base-url", server.url, "--prompt", "Hi", "--iterations", "1"]

@@ -12,8 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-import inferlab
-from inferlab import _C
+from inferlab import _C, __version__
 from inferlab.benchmarks.outputs import PeerEngine
 from inferlab.benchmarks.peers import OURS, PeerFacts
 from inferlab.benchmarks.peers.process import PeerFailed, PeerGone, PeerMissing, PeerProcess
@@ -77,7 +76,7 @@ class Engines:
         Raises:
             RuntimeError: the engine cannot be made.
         """
-        root = str(Path(inferlab.__file__).resolve().parents[1])
+        root = str(Path(__file__).resolve().parents[3])  # where this package lies
         keys = config.model_dump(mode="json", exclude_unset=True)
         for name in OURS:
             self._start(name, {"PYTHONPATH": root})
@@ -191,7 +190,7 @@ def _directory(model: str) -> str:
 
 def _fingerprint(model: Path, dtype: str) -> str:
     """Of the files that a conversion is made from."""
-    text = [str(model.resolve()), dtype, inferlab.__version__]
+    text = [str(model.resolve()), dtype, __version__]
     for file in sorted(model.iterdir()):
         about = file.stat()
         text.append(f"{file.name} {about.st_size} {about.st_mtime_ns}")

@@ -50,6 +50,7 @@ class Peer:
             "CPU",
             INFERENCE_NUM_THREADS=threads,
             INFERENCE_PRECISION_HINT=PRECISION[dtype],
+            KV_CACHE_PRECISION=PRECISION[dtype],  # by default 8 bits
         )
         size = (Path(model) / "openvino_model.bin").stat().st_size
         return {"format": f"OpenVINO {dtype}", "weights_mb": size / 2**20}
