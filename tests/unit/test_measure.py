@@ -16,7 +16,13 @@ from inferlab.benchmarks.comparison import (
     speedup,
 )
 from inferlab.benchmarks.divergence import judge_tie
-from inferlab.benchmarks.measure import MeasurementError, Measurements, Run, measure
+from inferlab.benchmarks.measure import (
+    MeasurementError,
+    Measurements,
+    Run,
+    RunnerGone,
+    measure,
+)
 from inferlab.benchmarks.perplexity import log_probabilities, perplexity
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig
@@ -395,3 +401,19 @@ def test_perplexity_by_hand():
 def test_perplexity_needs_tokens(target, prompt, new):
     with target.plain() as model, pytest.raises(ValueError, match="at least one"):
         log_probabilities(model, prompt, new)
+
+
+def test_a_runner_that_is_gone_is_asked_no_more():
+    told = []
+    runners = {
+        "a": Scripted("a", [], [1.0] * 4),
+        "b": Scripted("b", [], [1.0, RunnerGone("crashed")]),
+        "c": Scripted("c", [], [RunnerGone("never there")]),
+    }
+    measured = measure(runners, ["p", "q"], iterations=2, warmup=1, on_run=told.append)
+    assert [run.mode for run in measured.runs if run.error is None] == ["a"] * 4
+    assert [(run.mode, run.error) for run in measured.failures()] == [
+        ("c", "never there"),
+        ("b", "crashed"),
+    ]
+    assert sum(told) == 3 * (2 * 2 + 1)

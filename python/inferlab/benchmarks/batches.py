@@ -1,4 +1,4 @@
-"""Batches of prompts, all of them full: what a batch size costs is told by batches of that size."""
+"""Batches of prompts. Most are full: what a batch size costs is told by batches of that size."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def mixed_batches(prompts: Sequence[Any], sizes: Sequence[int]) -> list[list[Any
             groups.append([prompts[i % len(prompts)] for i in range(place, place + size)])
             place += size
     return groups
+
+
+def groups_of(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Each once, in batches of ``size``, the last of what is left."""
+    return [indices[first : first + size] for first in range(0, len(indices), size)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from inferlab.errors import describe_error
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 FIGURES = (
     "acceptance_rate", "mean_accepted_length", "target_forwards", "first_token_ms", "ttft_ms",
-    "tpot_ms",
+    "tpot_ms", "energy_j",
 )  # fmt: skip
 """What some runners measure beside time and tokens."""
 
@@ -27,6 +27,10 @@ class MeasurementError(RuntimeError):
     def __init__(self, message: str, errors: Mapping[int, str] | None = None) -> None:
         super().__init__(message)
         self.errors = dict(errors or {})
+
+
+class RunnerGone(MeasurementError):
+    """A runner can go on no more; its mode is left out from here on."""
 
 
 class Runner(Protocol):
@@ -143,6 +147,21 @@ class Measurements:
         """The runs that failed, of one mode or of all."""
         return [run for run in self.runs if run.error is not None and mode in (None, run.mode)]
 
+    def by_prompt(self, groups: Sequence[Sequence[int]]) -> Measurements:
+        """The runs of batches as runs of their prompts, each with its own result or error.
+
+        Args:
+            groups: the prompts of each batch.
+        """
+        runs = []
+        for run in self.runs:
+            results = (run.result or {}).get("results", [run.result])
+            for place, index in enumerate(groups[run.prompt_index]):
+                error = run.errors.get(place, run.error)
+                result = None if error is not None else results[place]
+                runs.append(replace(run, prompt_index=index, result=result, error=error))
+        return Measurements(runs)
+
 
 def measure(
     runners: Mapping[str, Runner],
@@ -159,27 +178,33 @@ def measure(
     Modes take turns prompt by prompt (A B C, B C A, C A B, ...), and on each prompt from iteration
     to iteration: a machine that slows down slows all of them, and none always goes first. Warm-up
     runs go over the first prompts and are not kept. A run that fails, whatever the reason, is kept
-    as a failure and the others go on. Ctrl-C ends the loop with what there is; the run that it hit
-    is not kept.
+    as a failure and the others go on; a runner that is gone (`RunnerGone`) is asked no more. Ctrl-C
+    ends the loop with what there is; the run that it hit is not kept.
 
     Args:
         prompts: what the runners take: texts, or batches of them.
         names: how messages call the prompts: for a text one name, for a batch one for each of its
             texts. Without them it is "prompt 0" and so on.
-        on_run: called with 1 after each run, warm-up included.
+        on_run: called with 1 after each run, warm-up included, and for each that is not made as its
+            runner is gone.
         keep: called with each run that is kept.
     """
     modes = list(runners)
     names = names or [[f"prompt {index}"] for index in range(len(prompts))]
     kept = Measurements()
+    gone: set[str] = set()
     try:
         for number in range(warmup if prompts else 0):
             for mode in modes:
                 index = number % len(prompts)
-                try:
-                    _result(runners[mode], prompts[index])
-                except Exception as error:
-                    _tell(error, names[index], mode, f"warm-up {number}")
+                if mode not in gone:
+                    try:
+                        _result(runners[mode], prompts[index])
+                    except Exception as error:
+                        text = _tell(error, names[index], mode, f"warm-up {number}")
+                        if isinstance(error, RunnerGone):
+                            gone.add(mode)
+                            kept.runs.append(Run(mode, index, 0, 0, error=text))
                 if on_run is not None:
                     on_run(1)
         for iteration in range(iterations):
@@ -187,12 +212,15 @@ def measure(
                 first = (iteration + index) % len(modes)
                 for order in range(len(modes)):
                     mode = modes[(first + order) % len(modes)]
-                    run = _run_once(
-                        runners[mode], mode, prompt, names[index], index, iteration, order
-                    )
-                    kept.runs.append(run)
-                    if keep is not None:
-                        keep(run)
+                    if mode not in gone:
+                        run, is_gone = _run_once(
+                            runners[mode], mode, prompt, names[index], index, iteration, order
+                        )
+                        kept.runs.append(run)
+                        if is_gone:
+                            gone.add(mode)
+                        if keep is not None:
+                            keep(run)
                     if on_run is not None:
                         on_run(1)
     except KeyboardInterrupt:
@@ -208,14 +236,16 @@ def _run_once(
     index: int,
     iteration: int,
     order: int,
-) -> Run:
+) -> tuple[Run, bool]:
+    """The run, and whether its runner is gone."""
     when = f"iteration {iteration}"
     try:
         result = _result(runner, prompt)
     except Exception as error:
         text = _tell(error, names, mode, when)
         errors = getattr(error, "errors", {})
-        return Run(mode, index, iteration, order, error=text, errors=errors)
+        run = Run(mode, index, iteration, order, error=text, errors=errors)
+        return run, isinstance(error, RunnerGone)
     errors = result.get("errors", {})
     for place, text in errors.items():
         logger.warning("%s, %s, %s: %s", names[place], mode, when, text)
@@ -223,7 +253,7 @@ def _run_once(
         "%s, %s, %s: %d tokens in %.2f ms",
         ", ".join(names), mode, when, result["num_tokens"], result["latency_ms"],
     )  # fmt: skip
-    return Run(mode, index, iteration, order, result=result, errors=errors)
+    return Run(mode, index, iteration, order, result=result, errors=errors), False
 
 
 def _result(runner: Runner, prompt: Any) -> dict[str, Any]:

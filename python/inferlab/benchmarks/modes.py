@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from inferlab.benchmarks.batches import groups_of
 from inferlab.benchmarks.comparison import (
     batch_row,
     batch_rows,
@@ -22,6 +23,7 @@ from inferlab.benchmarks.comparison import (
 )
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Run, Runner, measure
+from inferlab.benchmarks.peers.hf import LOOKUP_TOKENS
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
 from inferlab.benchmarks.token_ids import compare_token_ids
 from inferlab.config import SpecdecConfig, choices
@@ -37,8 +39,6 @@ DRAFT_MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mod
 """What ``--modes all`` measures."""
 
 PLAIN, GENERATE = "plain", "hf"
-LOOKUP_TOKENS = 10
-"""Drafted by Hugging Face's prompt lookup: what its documentation shows."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ModesBenchmark:
         """How many runs `run` makes, warm-up included."""
         warmup = self.config.warmup_iterations if num_prompts else 0
         per_mode = sum(
-            len(_groups(range(num_prompts), size)) * self.config.iterations + warmup
+            len(groups_of(range(num_prompts), size)) * self.config.iterations + warmup
             for size in self.batch_sizes
         )
         alone = 1 in self.batch_sizes
@@ -160,7 +160,7 @@ class ModesBenchmark:
             }
             if size == 1:
                 runners.update(self._generators())
-            groups = _groups(good, size)
+            groups = groups_of(good, size)
             measured = measure(
                 runners,
                 [_together([prompts[index] for index in group]) for group in groups],
@@ -174,7 +174,7 @@ class ModesBenchmark:
                 mode: _figures(measured, mode, len(groups)) for mode in runners if measured.of(mode)
             }
             rows += batch_rows(measured, groups, size)
-            single = _by_prompt(measured, groups)
+            single = measured.by_prompt(groups)
             failed = [
                 Run(mode, index, 0, 0, error=error)
                 for index, errors in refused.items()
@@ -247,11 +247,6 @@ def _with_mode(config: SpecdecConfig, mode: str) -> SpecdecConfig:
     return config.model_copy(update={"draft_mode": mode, "tree": tree})
 
 
-def _groups(indices: Sequence[int], size: int) -> list[Sequence[int]]:
-    """Prompts that are decoded together."""
-    return [indices[first : first + size] for first in range(0, len(indices), size)]
-
-
 def _together(prompts: list[str]) -> str | list[str]:
     """What runners take; alone a prompt stays a text."""
     return prompts[0] if len(prompts) == 1 else prompts
@@ -277,15 +272,3 @@ def _figures(measured: Measurements, mode: str, num_groups: int) -> dict[str, An
         if mode != baseline and measured.of(baseline):
             figures[key] = speedup(measured, mode, baseline, num_groups)
     return figures
-
-
-def _by_prompt(measured: Measurements, groups: Sequence[Sequence[int]]) -> Measurements:
-    """The runs of groups as runs of their prompts, each with its own result or error."""
-    runs = []
-    for run in measured.runs:
-        results = (run.result or {}).get("results", [run.result])
-        for place, index in enumerate(groups[run.prompt_index]):
-            error = run.errors.get(place, run.error)
-            result = None if error is not None else results[place]
-            runs.append(replace(run, prompt_index=index, result=result, error=error))
-    return Measurements(runs)

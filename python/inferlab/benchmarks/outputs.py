@@ -69,6 +69,7 @@ class Figures(TypedDict, total=False):
     first_token_ms: Summary
     ttft_ms: Summary
     tpot_ms: Summary
+    energy_j: Summary
     phases_ms_per_token: dict[str, float]
 
 
@@ -88,6 +89,7 @@ class AnyRun(TypedDict):
     first_token_ms: NotRequired[float]
     ttft_ms: NotRequired[float]
     tpot_ms: NotRequired[float]
+    energy_j: NotRequired[float]
     perplexity: NotRequired[float | None]
     error: NotRequired[str | None]
 
@@ -164,7 +166,7 @@ class Difference(TypedDict):
 
 
 class TokenIds(TypedDict):
-    """See `token_ids.compare_token_ids`."""
+    """See `token_ids.compare_runs`."""
 
     compared: list[str]
     not_compared: dict[str, str]
@@ -329,5 +331,82 @@ class MatrixStats(TypedDict):
     pairs: list[PairFigures]
     prompts: list[str]
     runs: list[BatchRow]
+    failures: list[RunRow]
+    interrupted: bool
+
+
+class PeerEngine(TypedDict):
+    """An engine: ``weights_mb`` and ``peak_rss_mb`` (of its process) are null where not known."""
+
+    title: str
+    versions: dict[str, str]
+    format: str
+    weights_mb: float | None
+    peak_rss_mb: float | None
+
+
+class PeerFigures(TypedDict):
+    """Figures of an engine; ``plain_is_x`` and ``speculative_is_x``: how many times as fast ours
+    is. What an engine does not tell is left out or null."""
+
+    tokens_per_second: Summary
+    ms_per_token: NotRequired[Summary]
+    first_token_ms: NotRequired[Summary]
+    joules_per_token: float | None
+    accepted_length: float | None
+    plain_is_x: Speedup | None
+    speculative_is_x: Speedup | None
+
+
+class PeerRow(TypedDict):
+    """A run of a batch; with ``error`` it has no figures."""
+
+    batch_size: int
+    prompt_indices: list[int]
+    mode: str
+    iteration: int
+    order: int
+    latency_ms: NotRequired[float]
+    num_tokens: NotRequired[int]
+    tokens_per_second: NotRequired[float]
+    ms_per_token: NotRequired[float]
+    first_token_ms: NotRequired[float]
+    energy_j: NotRequired[float]
+    error: NotRequired[str]
+
+
+class PeersSettings(TypedDict):
+    """What was decoded, and how; ``energy_sources`` is empty where energy is not known."""
+
+    base_model: str
+    draft_model: str | None
+    draft_mode: str
+    device: str
+    dtype: str
+    threads: int
+    prompts: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    controller: str
+    iterations: int
+    energy_sources: list[str]
+
+
+class PeersStats(TypedDict):
+    """See `side_by_side.SideBySide`; ``left_out``: peers that were not measured to the end, and
+    why; ``token_ids``: by batch size, of each engine with plain decoding's."""
+
+    environment: Environment
+    settings: PeersSettings
+    prompts: list[str]
+    engines: dict[str, PeerEngine]
+    left_out: dict[str, str]
+    batches: dict[str, dict[str, PeerFigures]]
+    token_ids: dict[str, dict[str, TokenIds]]
+    runs: list[PeerRow]
     failures: list[RunRow]
     interrupted: bool

@@ -25,6 +25,7 @@ from inferlab.benchmarks.outputs import (
     Speedup,
     TargetFigures,
 )
+from inferlab.benchmarks.peers import hf
 from inferlab.benchmarks.perplexity import log_probabilities, perplexity
 from inferlab.benchmarks.runners import BatchRunner
 from inferlab.config import SpecdecConfig, choices
@@ -233,9 +234,7 @@ class QuantizationMatrix:
 
 def weights_mb(model: Any) -> float:
     """MB (2^20 bytes) of a model's weights, shared ones once."""
-    tensors = (*model.model.parameters(), *model.model.buffers())
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) / 2**20
+    return hf.weights_mb(model.model)
 
 
 def _alone(target: str) -> str:

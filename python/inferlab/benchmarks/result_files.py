@@ -12,6 +12,7 @@ from typing import Any
 
 from inferlab.benchmarks.load_report import load_report, sweep_report
 from inferlab.benchmarks.modes_report import modes_report
+from inferlab.benchmarks.peers_report import peers_report
 from inferlab.benchmarks.quantization_report import matrix_plots, matrix_report
 from inferlab.benchmarks.run_report import run_report
 from inferlab.errors import UsageError
@@ -22,8 +23,9 @@ from inferlab.reports.picture import draw_plots
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("runner_name", "batches", "pairs", "records", "loads")
-"""A result has one of these: of one mode, of many, of formats, of a load, of a sweep."""
+KINDS = ("runner_name", "engines", "batches", "pairs", "records", "loads")
+"""A result has one of these: of one mode, of engines, of many modes, of formats, of a load, of a
+sweep."""
 
 WRITTEN = (".json", ".csv", *SUFFIXES)
 """What `write_outputs` puts behind PREFIX."""
@@ -31,7 +33,7 @@ WRITTEN = (".json", ".csv", *SUFFIXES)
 CSV_COLUMNS = (
     "mode", "prompt_index", "iteration", "order", "latency_ms", "num_tokens", "tokens_per_second",
     "ms_per_token", "acceptance_rate", "mean_accepted_length", "target_forwards", "first_token_ms",
-    "ttft_ms", "tpot_ms", "perplexity", "error",
+    "ttft_ms", "tpot_ms", "energy_j", "perplexity", "error",
 )  # fmt: skip
 BATCH_COLUMNS = ("batch_size", *(name for name in CSV_COLUMNS if name != "prompt_index"))
 
@@ -102,6 +104,8 @@ def report_of(stats: Mapping[str, Any]) -> Report:
     Raises:
         ValueError: it is none.
     """
+    if "engines" in stats:
+        return peers_report(stats)
     if "batches" in stats:
         return modes_report(stats)
     if "pairs" in stats:

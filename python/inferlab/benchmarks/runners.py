@@ -12,12 +12,13 @@ from transformers import LogitsProcessorList
 
 from inferlab.baseline import ForbidPadding, LocalBaselineRunner
 from inferlab.benchmarks.measure import MeasurementError
+from inferlab.benchmarks.peers import hf
 from inferlab.client.ping import VLLMPingClient
 from inferlab.config import SpecdecConfig
 from inferlab.models import TargetModel, format_of, plain_model, unknown_ids
 from inferlab.models.generation_defaults import same_rule
 from inferlab.records import RequestRecord
-from inferlab.specdec.pipeline import GenerationError, SpeculativePipeline
+from inferlab.specdec.pipeline import GenerationError, Prompt, SpeculativePipeline
 from inferlab.specdec.text import NewText, text_decoder
 from inferlab.types import check_text
 
@@ -119,9 +120,10 @@ class BatchRunner:
     def __init__(self, pipeline: SpeculativePipeline) -> None:
         self.pipeline = pipeline
 
-    def run(self, prompt: str | Sequence[str]) -> dict[str, Any]:
-        """As `Runner.run`; ``results`` are those of the prompts, in order. Those that failed while
-        they ran are in ``errors``; the figures are those of the others.
+    def run(self, prompt: str | Sequence[Prompt]) -> dict[str, Any]:
+        """As `Runner.run`, of a text, or of texts or token ids together; ``results`` are those of
+        the prompts, in order. Those that failed while they ran are in ``errors``; the figures are
+        those of the others.
 
         Raises:
             MeasurementError: all of them failed.
@@ -193,8 +195,7 @@ class GenerateRunner:
         tokenizer = self.target.tokenizer
         device = self.target.device
         check_text("prompt", prompt)
-        ids = torch.tensor([tokenizer.encode(prompt)], device=device)
-        options = self._options()
+        ids = tokenizer.encode(prompt)
         with (
             plain_model(self.target, self.name) as model,
             self._assistant() as assistant,
@@ -202,25 +203,20 @@ class GenerateRunner:
             same_rule(model, ignore=self.config.ignore_generation_config),
         ):
             torch.manual_seed(self.config.seed)
-            if assistant is not None:
-                options["assistant_model"] = assistant
-            begin = time.perf_counter()
-            output = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), **options
+            (new_ids,), latency_ms = hf.decode(
+                model, [ids], self._options(), assistant=assistant, lookup=self.lookup
             )
-            new_ids: list[int] = output[0, ids.shape[1] :].tolist()
-            latency_ms = (time.perf_counter() - begin) * 1e3
         record = RequestRecord(
             source="generate",
             model=self.target.name,
             device=str(device),
             dtype=format_of(self.target),
             prompt=prompt,
-            prompt_tokens=ids.shape[1],
+            prompt_tokens=len(ids),
             max_tokens=self.config.max_new_tokens,
             temperature=self.config.effective_temperature,
             seed=self.config.seed,
-            text=NewText(text_decoder(tokenizer), ids[0].tolist()).of(new_ids),
+            text=NewText(text_decoder(tokenizer), ids).of(new_ids),
             token_ids=new_ids,
             num_tokens=len(new_ids),
             counted_by="ids",
@@ -251,10 +247,9 @@ class GenerateRunner:
         options: dict[str, Any] = {
             "max_new_tokens": config.max_new_tokens,
             "pad_token_id": self._pad_token_id(),
-            "do_sample": config.effective_temperature > 0,
-            "temperature": None,
-            "top_k": None,
-            "top_p": None,
+            **hf.sampling_options(
+                config.effective_temperature, config.top_k, config.top_p, config.min_p
+            ),
         }
         # Left out, they are the checkpoint's, see `same_rule`.
         for name in ("min_new_tokens", "repetition_penalty"):
@@ -263,14 +258,8 @@ class GenerateRunner:
         unknown = unknown_ids(self.target.tokenizer, self.target.vocab_size)
         if unknown:
             options["logits_processor"] = LogitsProcessorList([ForbidPadding(unknown)])
-        if self.lookup is not None:
-            options["prompt_lookup_num_tokens"] = self.lookup
         if config.stop:
             options.update(stop_strings=list(config.stop), tokenizer=self.target.tokenizer)
-        if options["do_sample"]:
-            options.update(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-        if options["do_sample"] and config.min_p > 0:
-            options["min_p"] = config.min_p
         return options
 
     def _pad_token_id(self) -> int:
@@ -278,9 +267,13 @@ class GenerateRunner:
         return pad if pad is not None else next(iter(self.target.eos_token_ids), 0)
 
 
-def plain_pipeline(pipeline: SpeculativePipeline) -> SpeculativePipeline:
-    """The same engine on the same model with the same sampling, without drafts."""
-    config = pipeline.config.model_copy(
+def plain_config(config: SpecdecConfig) -> SpecdecConfig:
+    """The same model with the same sampling, without drafts."""
+    return config.model_copy(
         update={"draft_mode": "none", "tree": None, "policy": "longest_prefix", "record": None}
     )
-    return SpeculativePipeline(config=config, target=pipeline.target)
+
+
+def plain_pipeline(pipeline: SpeculativePipeline) -> SpeculativePipeline:
+    """The same engine on the same model with the same sampling, without drafts."""
+    return SpeculativePipeline(config=plain_config(pipeline.config), target=pipeline.target)

@@ -88,7 +88,7 @@ def _of_runs(stats: Mapping[str, Any]) -> Iterator[Sample]:
 
 def _of_batch(row: Mapping[str, Any], several: bool) -> Sample:
     mode = f"batch {row['batch_size']}, {row['mode']}" if several else row["mode"]
-    records = [record_of({"record": record}) for record in row["records"]]
+    records = [record_of({"record": record}) for record in row.get("records", ())]
     figures = {**_figures(row), **speculation_figures(total_stats(records))}
     prompts = tuple(row["prompt_indices"])
     return Sample(mode, prompts, row["iteration"], figures, records, row.get("error"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inferlab.benchmarks.divergence import first_difference, judge_tie, row_behind
@@ -11,6 +11,9 @@ from inferlab.config import SpecdecConfig
 from inferlab.kernels.noise import PURPOSE_TOKEN, gumbel_row
 from inferlab.models import TargetModel
 
+Explain = Callable[[int, Sequence[int], Sequence[int]], Mapping[str, Any]]
+"""From a prompt's index and the ids of two runs to `explain_difference`."""
+
 
 def compare_token_ids(
     measurements: Measurements,
@@ -18,24 +21,42 @@ def compare_token_ids(
     config: SpecdecConfig,
     target: TargetModel,
 ) -> dict[str, Any]:
-    """Compares the token ids of all runs of each prompt with those of the first run.
-
-    Returns:
-        ``compared``: the modes whose ids must be equal; ``not_compared``: other modes and why;
-        ``prompts``: how many were compared; ``identical``: no difference; ``verdict``: "identical",
-        "ties" (each difference is a tie within rounding), "different" or "nothing to compare";
-        ``differences``: a mapping per prompt that differs, with ``prompt_index``, ``modes``,
-        ``position`` (of the first difference among the new tokens), ``token_ids`` (None: ended),
-        and, where it can be told, ``scores`` of both, their ``gap``, ``rounding_step`` and ``tie``.
-    """
-    modes = list(dict.fromkeys(run.mode for run in measurements.runs))
+    """`compare_runs` of the modes of one engine and of Hugging Face's ways on its weights."""
+    modes = dict.fromkeys(run.mode for run in measurements.runs)
     not_compared = {
         mode: why for mode in modes if (why := _why_not(mode, config, target)) is not None
     }
+
+    def explain(index: int, one: Sequence[int], other: Sequence[int]) -> Mapping[str, Any]:
+        return explain_difference(target, config, prompts[index], one, other)
+
+    return compare_runs(measurements, len(prompts), not_compared, explain)
+
+
+def compare_runs(
+    measurements: Measurements,
+    num_prompts: int,
+    not_compared: Mapping[str, str],
+    explain: Explain,
+) -> dict[str, Any]:
+    """Compares the token ids of all runs of each prompt with those of the first run.
+
+    Args:
+        not_compared: modes whose ids need not be equal, and why.
+
+    Returns:
+        ``compared``: the modes whose ids must be equal; ``not_compared``; ``prompts``: how many
+        were compared; ``identical``: no difference; ``verdict``: "identical", "ties" (each
+        difference is a tie within rounding), "different" or "nothing to compare"; ``differences``:
+        a mapping per prompt that differs, with ``prompt_index``, ``modes``, ``position`` (of the
+        first difference among the new tokens), ``token_ids`` (None: ended), and, where it can be
+        told, ``scores`` of both, their ``gap``, ``rounding_step`` and ``tie``.
+    """
+    modes = list(dict.fromkeys(run.mode for run in measurements.runs))
     compared = [mode for mode in modes if mode not in not_compared]
     differences: list[dict[str, Any]] = []
     counted = 0
-    for index, prompt in enumerate(prompts):
+    for index in range(num_prompts):
         runs = [run for mode in compared for run in measurements.of(mode, index)]
         ids = [(run.mode, list((run.result or {})["token_ids"])) for run in runs]
         if len(ids) < 2:
@@ -45,7 +66,7 @@ def compare_token_ids(
         for mode, other in ids[1:]:
             if other != first:
                 difference = {"prompt_index": index, "modes": [first_mode, mode]}
-                difference.update(_explain(target, config, prompt, first, other))
+                difference.update(explain(index, first, other))
                 differences.append(difference)
                 break
     if not counted:
@@ -56,7 +77,7 @@ def compare_token_ids(
         verdict = "ties" if all(entry["tie"] for entry in differences) else "different"
     return {
         "compared": compared,
-        "not_compared": not_compared,
+        "not_compared": dict(not_compared),
         "prompts": counted,
         "identical": counted > 0 and not differences,
         "verdict": verdict,
@@ -66,21 +87,26 @@ def compare_token_ids(
 
 def _why_not(mode: str, config: SpecdecConfig, target: TargetModel) -> str | None:
     """Why a mode's ids need not be those of plain decoding; None if they must."""
-    greedy = config.effective_temperature == 0
     if not mode.startswith("hf") and mode != "plain":
-        exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
-        return None if exact else f"policy {config.policy} does not promise the same tokens"
+        return why_not_exact(config)
     if mode.startswith("hf"):
         if target.quantization is not None:
             return "its last bits, from other kernels, round inputs of products to other 8 bits"
-        if not greedy:
+        if config.effective_temperature > 0:
             return "Hugging Face samples from a noise of its own"
         if config.presence_penalty or config.frequency_penalty:
             return "Hugging Face has no presence or frequency penalty"
     return None
 
 
-def _explain(
+def why_not_exact(config: SpecdecConfig) -> str | None:
+    """Why speculation need not give the tokens of plain decoding; None if it must."""
+    greedy = config.effective_temperature == 0
+    exact = config.policy == "longest_prefix" or (config.policy == "rejection" and greedy)
+    return None if exact else f"policy {config.policy} does not promise the same tokens"
+
+
+def explain_difference(
     target: TargetModel,
     config: SpecdecConfig,
     prompt: str,

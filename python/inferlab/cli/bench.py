@@ -16,12 +16,13 @@ from inferlab.benchmarks.benchmark import (
     load_mode_config,
 )
 from inferlab.benchmarks.modes import DRAFT_MODES, ModesBenchmark
-from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats
+from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats, PeersStats
 from inferlab.benchmarks.quantization import QuantizationMatrix
 from inferlab.benchmarks.runners import SpecdecRunner
-from inferlab.cli import baseline, ping, specdec_flags
-from inferlab.cli.bench_output import BenchOutput
-from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
+from inferlab.cli import peers, ping, specdec_flags
+from inferlab.cli.bench_flags import FLAGS, name_list, number_list, refuse_misplaced
+from inferlab.cli.bench_output import BenchOutput, name_places, names_of
+from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.load_flags import add_load_arguments, first_load_flag
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.profiling import add_profile_argument, profiling
@@ -33,25 +34,7 @@ from inferlab.load.outputs import LoadStats, SweepStats
 from inferlab.output import check_output
 from inferlab.prompts import Prompt
 
-Output = BenchmarkStats | ModesStats | MatrixStats | LoadStats | SweepStats
-
-_COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
-_HTTP_SAMPLING = {"--max-tokens": "max_tokens", "--temperature": "temperature", "--seed": "seed"}
-FLAGS = {
-    "local": {**baseline.FLAGS, **_COUNT_FLAGS},
-    "http": {**ping.FLAGS, **_HTTP_SAMPLING, **_COUNT_FLAGS},
-    "specdec": {**specdec_flags.FLAGS, **_COUNT_FLAGS},
-}
-"""Flag -> key of the mode's configuration."""
-
-SWITCHES = {
-    "--compare-baseline": ("specdec",),
-    "--eval-perplexity": ("local", "specdec"),
-    "--adaptive-K": ("specdec",),
-    "--stream": ("http",),
-    "--profile": ("specdec",),
-}
-"""Flags that are no keys, and the modes that know them."""
+Output = BenchmarkStats | ModesStats | MatrixStats | PeersStats | LoadStats | SweepStats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,13 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--modes",
-        type=_names,
+        type=name_list,
         metavar="all|MODE,...",
         help="compare draft modes (all, or some) with plain decoding and Hugging Face's ways; "
         "by default on --heldout 20, 128 tokens, the cost controller, 3 iterations",
     )
     parser.add_argument(
-        "--batch", type=_sizes, metavar="N,...", help="of --modes: prompts decoded together (1)"
+        "--batch",
+        type=number_list,
+        metavar="N,...",
+        help="of --modes and --peers: prompts decoded together (1)",
     )
     parser.add_argument(
         "--quantization-matrix",
@@ -94,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare the formats of --quantization, of the target and of its draft model: memory, "
         "forward times, perplexity of the prompts, acceptance, speed; by default on --heldout 8",
     )
+    peers.add_arguments(parser)
     add_config_argument(parser, "configs/specdec.yaml")
     ping.add_server_arguments(parser)
     add_load_arguments(parser)
@@ -120,13 +107,16 @@ def run(args: argparse.Namespace) -> int:
     """
     if (flag := first_load_flag(args)) is not None:
         return _run_load(args, flag)
+    if args.peers is not None:
+        return peers.run(args)
+    peers.refuse_alone(args)
     if args.quantization_matrix:
         return _run_matrix(args)
     if args.modes is not None:
         return _run_modes(args)
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     if args.batch is not None:
-        raise UsageError("--batch: is of --modes; a single mode runs prompt by prompt")
+        raise UsageError("--batch: is of --modes and --peers; a single mode runs prompt by prompt")
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
     output = BenchOutput(args)
@@ -137,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
     setup_logging(config.log_level, args.verbose)
     with output:
         stats, interrupted = _measure(args, config, prompts, output.keep)
-        _name_places(stats["failures"], prompts)
+        name_places(stats["failures"], prompts)
         if "baseline_comparison" in stats:
-            _name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
+            name_places(stats["baseline_comparison"]["token_ids"]["differences"], prompts)
         output.done(stats)
     if interrupted:
         return EXIT_INTERRUPTED
@@ -157,7 +147,7 @@ def _run_load(args: argparse.Namespace, flag: str) -> int:
             f"{flag}: a load needs aiohttp: pip install 'llm-inference-lab[load]'"
         ) from None
     load.refuse_misplaced(args, flag)
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     return load.run(args)
 
 
@@ -180,7 +170,7 @@ def _run_modes(args: argparse.Namespace) -> int:
     if args.record is not None:
         raise UsageError("--record: records one draft mode; give --mode specdec --draft-mode MODE")
     args.mode = "specdec"
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 20
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
@@ -196,10 +186,10 @@ def _run_modes(args: argparse.Namespace) -> int:
         show_bar = not (args.no_progress or args.json)
         with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
             texts = [prompt.text for prompt in prompts]
-            result = benchmark.run(texts, advance, names=_names_of(prompts), keep=output.keep)
-        _name_places(result.failures, prompts)
+            result = benchmark.run(texts, advance, names=names_of(prompts), keep=output.keep)
+        name_places(result.failures, prompts)
         for found in result.token_ids.values():
-            _name_places(found["differences"], prompts)
+            name_places(found["differences"], prompts)
         output.done(result.as_dict())
     if result.interrupted:
         return EXIT_INTERRUPTED
@@ -216,7 +206,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --quantization-matrix")
     args.mode = "specdec"
-    _refuse_misplaced(args)
+    refuse_misplaced(args)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 8
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
@@ -253,28 +243,6 @@ def _modes_benchmark(
         raise UsageError(text) from error
 
 
-def _names_of(prompts: Sequence[Prompt]) -> list[str]:
-    return [prompt.where or f"prompt {index}" for index, prompt in enumerate(prompts)]
-
-
-def _name_places(rows: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
-    """Adds ``where``, the prompt's line in its file, to rows that have its index."""
-    for row in rows:
-        if (where := prompts[row["prompt_index"]].where) is not None:
-            row["where"] = where
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
-
-
-def _sizes(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: 1,4,16") from None
-
-
 def _measure(
     args: argparse.Namespace,
     config: Config,
@@ -292,7 +260,7 @@ def _measure(
     ) as benchmark:
         try:
             with progress(benchmark.num_runs(len(prompts)), "runs", show_bar) as advance:
-                texts, names = [prompt.text for prompt in prompts], _names_of(prompts)
+                texts, names = [prompt.text for prompt in prompts], names_of(prompts)
                 stats = benchmark.run_all(texts, on_run=advance, names=names, keep=keep)
             if args.profile and "error" not in stats:
                 _profile(benchmark, texts[stats["raw_results"][0]["prompt_index"]], args.profile)
@@ -315,17 +283,3 @@ def _failed(stats: dict[str, Any]) -> bool:
         return True
     verdict = stats.get("baseline_comparison", {}).get("token_ids", {}).get("verdict")
     return bool(stats["failures"]) or verdict == "different"
-
-
-def _refuse_misplaced(args: argparse.Namespace) -> None:
-    """A flag that the mode would ignore is an error."""
-    places: dict[str, list[str]] = {flag: list(modes) for flag, modes in SWITCHES.items()}
-    for mode, flags in FLAGS.items():
-        for flag in flags:
-            places.setdefault(flag, []).append(mode)
-    for flag, modes in places.items():
-        given, _ = given_values(args, {flag: flag})
-        if given and args.mode not in modes:
-            raise UsageError(
-                f"{flag}: has no meaning in --mode {args.mode}, only in {' and '.join(modes)}"
-            )

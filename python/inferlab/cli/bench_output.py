@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from inferlab.benchmarks.result_files import WRITTEN, check_files, report_of, write_outputs
 from inferlab.cli.terminal import clean_stdout
 from inferlab.output import Journal, print_json
+from inferlab.prompts import Prompt
 from inferlab.reports.terminal import print_report
 
 logger = logging.getLogger(__name__)
@@ -67,3 +68,15 @@ class BenchOutput:
                 print_json(stats, self._out)
             else:
                 print_report(report_of(stats))
+
+
+def names_of(prompts: Sequence[Prompt]) -> list[str]:
+    """How messages call them: by their line in a file, or by number."""
+    return [prompt.where or f"prompt {index}" for index, prompt in enumerate(prompts)]
+
+
+def name_places(rows: Sequence[Any], prompts: Sequence[Prompt]) -> None:
+    """Adds ``where``, the prompt's line in its file, to rows that have its index."""
+    for row in rows:
+        if (where := prompts[row["prompt_index"]].where) is not None:
+            row["where"] = where
