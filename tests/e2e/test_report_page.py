@@ -48,9 +48,9 @@ def folder(tmp_path_factory):
 PLOTS = {
     "one": ["latency, ms", "first token, ms", "ms per token", "Acceptance by position",
             "Time by phase"],
-    "modes": ["Latency against throughput", "Throughput by batch size", "latency, ms",
-              "ms per token", "Acceptance by position", "Time by phase, batch 1",
-              "Time by phase, batch 2"],
+    "modes": ["Latency against throughput", "Throughput by batch size",
+              *(f"{title}, batch {size}" for size in (1, 2) for title in
+                ("latency, ms", "ms per token", "Acceptance by position", "Time by phase"))],
     "formats": ["Forward time", "Speed (target, draft)", "latency, ms", "ms per token",
                 "Acceptance by position"],
 }  # fmt: skip

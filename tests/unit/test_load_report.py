@@ -80,6 +80,7 @@ def test_a_load_has_its_tables_and_plots():
                            "Acceptance by position, told by the server"]  # fmt: skip
     assert [x for x, _ in plots["TTFT, ms"].series[0].points[1:]] == [10.0, 20.0, 30.0]
     assert [x for x, _ in plots["TPOT, ms"].series[0].points[1:]] == pytest.approx([5, 10, 15])
+    assert plots["TTFT, ms"].source == "records[].first_token_ms"
     flight = plots["Requests in flight"].series[0].points
     assert [y for _, y in flight] == [0, 1, 2, 1, 0, 1, 0]
     assert [x for x, _ in flight][1:4] == pytest.approx([0.0, 0.03, 0.06])

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from inferlab.cli import main
-from inferlab.specdec import step
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.profiling import PhaseTimeline, Span, profiled, tiled
 from inferlab.specdec.step import PHASES, Clock
@@ -74,19 +73,20 @@ def test_phases_lie_end_to_end_and_add_up_to_what_the_clock_says(traced):
 
 
 def test_phases_and_operations_are_on_one_clock(monkeypatch, tmp_path):
-    """What the profiler saw within the target's forward lies within the phase `verify`."""
-    forward = step.forward
+    """What the profiler saw within the target's forward lies within the phases that have one."""
+    pipeline = SpeculativePipeline(**REAL)
+    forward = pipeline.target.forward
 
     def probed(*arguments):
         with torch.profiler.record_function("probe"):
             return forward(*arguments)
 
-    monkeypatch.setattr(step, "forward", probed)
-    pipeline = SpeculativePipeline(**REAL)
+    monkeypatch.setattr(pipeline.target, "forward", probed)
     with profiled(pipeline.engine, tmp_path / "t.json"):
         pipeline.generate("def add(a, b):")
     trace = json.loads((tmp_path / "t.json").read_text())
-    spans = [(e["ts"], e["ts"] + e["dur"]) for e in phases_of(trace) if e["name"] == "verify"]
+    with_forward = [e for e in phases_of(trace) if e["name"] in ("prefill", "verify")]
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in with_forward]
     probes = [e for e in trace["traceEvents"] if e["name"] == "probe" and e["ph"] == "X"]
     probes = [(e["ts"], e["ts"] + e["dur"]) for e in probes if e.get("cat") == "user_annotation"]
     assert len(probes) == len(spans) > 1

@@ -70,7 +70,7 @@ def test_an_axis_places_by_value_or_by_logarithm():
 
 def test_marks_are_short():
     texts = [mark_text(v) for v in (0, 0.25, 1500, 20000, 2.5e6)]
-    assert texts == ["0", "0.25", "1500", "20k", "2.5M"]
+    assert texts == ["0", "0.25", "1.5k", "20k", "2.5M"]
 
 
 def test_a_distribution_is_the_share_that_is_no_larger():

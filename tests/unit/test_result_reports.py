@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -154,6 +155,19 @@ def test_plots_hold_every_run(compared, modes):
     assert {one.name: len(one.points) for one in curve.series} == {
         mode: 2 for mode in ("ngram", "vanilla", "plain")
     }
+
+
+@pytest.mark.parametrize("name", ["compared", "modes"])
+def test_each_table_and_plot_names_where_its_rows_are(name, request):
+    stats = request.getfixturevalue(name)
+    parts = [*report_of(stats).tables, *report_of(stats).plots]
+    assert len(parts) > 6
+    for part in parts:
+        keys = re.match(r"(\w+)(?:\[\])?(?:\.(\w+))?", part.source)
+        assert keys is not None, part
+        rows = stats[keys[1]]
+        assert isinstance(rows, list)
+        assert keys[2] is None or any(keys[2] in row for row in rows), part.source
 
 
 @pytest.mark.parametrize("name", ["compared", "modes"])

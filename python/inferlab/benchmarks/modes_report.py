@@ -48,14 +48,18 @@ def modes_report(stats: Mapping[str, Any]) -> Report:
             if "error" not in row:
                 points.setdefault(row["mode"], []).append((row["batch_size"], row))
         parts += load_curves(points, "batch size", "runs[], medians by batch_size and mode")
-    parts += sample_plots(samples, "runs[]", "runs[].records[]")
+    several = len(stats["batches"]) > 1
     for size, modes in stats["batches"].items():
+        more = f", batch {size}"
+        names = {f"batch {size}, {mode}" if several else mode: mode for mode in modes}
+        own = {names[name]: runs for name, runs in samples.items() if name in names}
+        parts += sample_plots(own, "runs[]", "runs[].records[]", more)
         phases = {
             TITLES.get(mode, mode): of["phases_ms_per_token"]
             for mode, of in modes.items()
             if of.get("phases_ms_per_token")
         }
-        parts += phase_bars(phases, "runs[].timings_ms, over their new tokens", f", batch {size}")
+        parts += phase_bars(phases, "runs[].timings_ms, over their new tokens", more)
     facts = setting_facts(stats["settings"], SETTINGS)
     return Report("draft modes side by side", facts, parts, details=environment_facts(stats))
 

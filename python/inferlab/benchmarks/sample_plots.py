@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -11,23 +12,36 @@ from inferlab.records import total_stats
 from inferlab.reports.model import Bars, Curves, Series
 from inferlab.reports.svg import distribution
 
+IN_RECORDS = {
+    "ttft_ms": "first_token_ms",
+    "tpot_ms": "text_times_ms, over num_tokens less one",
+    "ms_per_token": "latency_ms, over num_tokens",
+}
+"""What figures of a run are made of in a record."""
+
 MOST = 800
 """Points of a curve of requests in flight."""
 FAR = 8.0
 """Times that span more than this are drawn by their logarithm."""
 
 
-def sample_plots(modes: Mapping[str, Sequence[Sample]], rows: str, records: str) -> list[Curves]:
+def sample_plots(
+    modes: Mapping[str, Sequence[Sample]], rows: str, records: str, more: str = ""
+) -> list[Curves]:
     """Distributions of all times, acceptance by position, requests in flight: those that can be
     told.
 
     Args:
         modes: mode -> its runs.
-        rows, records: where they are in the JSON.
+        rows, records: where they are in the JSON; the same where rows are made of records.
+        more: what titles go on with.
     """
-    plots = [_times(modes, key, title, rows) for key, title in TIMES.items()]
+    keys = IN_RECORDS if rows == records else {}
+    plots = [
+        _times(modes, key, title, f"{rows}.{keys.get(key, key)}") for key, title in TIMES.items()
+    ]
     plots += [_acceptance(modes, records), _in_flight(modes, records)]
-    return [plot for plot in plots if plot.series]
+    return [replace(plot, title=plot.title + more) for plot in plots if plot.series]
 
 
 def phase_bars(
@@ -75,7 +89,7 @@ def load_curves(
     ]
 
 
-def _times(modes: Mapping[str, Sequence[Sample]], key: str, title: str, rows: str) -> Curves:
+def _times(modes: Mapping[str, Sequence[Sample]], key: str, title: str, source: str) -> Curves:
     values = {
         mode: [sample.figures[key] for sample in samples if key in sample.figures]
         for mode, samples in modes.items()
@@ -87,7 +101,7 @@ def _times(modes: Mapping[str, Sequence[Sample]], key: str, title: str, rows: st
         title,
         "share of runs",
         [distribution(mode, of) for mode, of in values.items()],
-        f"{rows}.{key}",
+        source,
         steps=True,
         share=True,
         log_x=bool(every) and min(every) > 0 and max(every) > FAR * min(every),

@@ -56,6 +56,6 @@ class Axis:
 def mark_text(value: float) -> str:
     """A mark's value, as short as it is exact; thousands as k, millions as M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size * 10 or (abs(value) >= size and unit != "k"):
+        if abs(value) >= size:
             return f"{value / size:.6g}{unit}"
     return f"{value:.6g}"
