@@ -1,6 +1,7 @@
 """Settings of all tests: no downloads, no busy waiting. Makes ``helpers`` importable from tests."""
 
 import atexit
+import logging
 import os
 import re
 import shutil
@@ -26,6 +27,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # are to fail.
 settings.register_profile("ci", derandomize=True, print_blob=True)
 settings.register_profile("first-failure", derandomize=True, phases=[Phase.generate])
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """What a command's ``--log-level`` sets does not outlive its test."""
+    logger = logging.getLogger("inferlab")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 def pytest_addoption(parser):
