@@ -118,3 +118,16 @@ def test_nothing_is_said_beside_a_file(capsys, tmp_path):
     ids.write_text('{"prompt": "a", "token_ids": [1]}')
     assert main(["certify", "greedy", "--ids", str(ids), "--prompt", "a"]) == 2
     assert "--prompt: has no meaning with --ids" in capsys.readouterr().err
+
+
+def test_checks_that_were_made_are_not_lost(capsys, tmp_path, monkeypatch):
+    from inferlab.cli import certify
+
+    def interrupted(settings, on_check):
+        on_check({"name": "one"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(certify._MAKERS, "lossless", interrupted)
+    assert main([*LOSSLESS, "--output", str(tmp_path / "c.json")]) == 130
+    assert json.loads((tmp_path / "c.json.part").read_text()) == {"name": "one"}
+    assert "what was finished is in" in capsys.readouterr().err

@@ -53,7 +53,10 @@ def _check(case: Case, policy: Policy, verifier: Verifier, seeds: int) -> Check:
     except Inconsistent as error:
         return failed("exact", case.name, str(error))
     if case.draft is None:  # each list for itself; the worst one counts
-        law = max((law for _, law in laws), key=lambda law: total_variation(law.middle, target))
+        law = max(
+            (law for _, law in laws),
+            key=lambda law: (law.excess(target), total_variation(law.middle, target)),
+        )
     else:
         law = readoff.combine([((chance, chance), law) for chance, law in laws])
     distance = exact_distance(law, target)

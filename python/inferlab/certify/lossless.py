@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from inferlab.benchmarks.divergence import first_difference
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.certify import exact, trees
 from inferlab.certify.facts import describe_model, parse_sampler, sampler_text
@@ -216,16 +217,9 @@ def _replayed(
     stats = total_stats(record_of(result) for result in results)
     tokens = sum(map(len, expected))
     wrong = [
-        (
-            index,
-            next(
-                i for i, pair in enumerate(itertools.zip_longest(ours, plain)) if pair[0] != pair[1]
-            ),
-        )
-        for index, (ours, plain) in enumerate(
-            zip((result["token_ids"] for result in results), expected, strict=True)
-        )
-        if ours != plain
+        (index, difference[0])
+        for index, (result, plain) in enumerate(zip(results, expected, strict=True))
+        if (difference := first_difference(result["token_ids"], plain)) is not None
     ]
     text = f"{len(ids)} prompts, {tokens} tokens, {stats.accepted} drafts accepted"
     check = passed("replay", name, text)

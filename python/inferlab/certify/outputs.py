@@ -28,7 +28,8 @@ class Distance(TypedDict):
     Attributes:
         tv: total variation; ``tv_interval``: see `statistics.tv_interval`, or, of a law that was
             read off, by how much its probabilities are uncertain.
-        kl: nats, of what is emitted from the target; null: infinite.
+        kl: nats, of what is emitted from the target; null: infinite. Its interval is a bootstrap's,
+            or, of a law that was read off, the value alone.
         p_value: of Pearson's test; null: no samples.
         samples: 0: read off, not sampled.
     """

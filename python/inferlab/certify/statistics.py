@@ -16,7 +16,7 @@ CONFIDENCE = 0.99
 """Of intervals and bounds, each by itself."""
 RESAMPLES = 1000
 
-_LEAST_EXPECTED = 5.0
+_LEAST_EXPECTED = 10.0
 
 Interval = tuple[float, float]
 
@@ -25,7 +25,7 @@ class PearsonTest(NamedTuple):
     """Attributes:
     p_value: the chance of a sample this far off, or further, if the distribution is as stated.
     statistic: sum of (seen - expected)^2 / expected over the cells.
-    cells: those with an expected count below 5 were put together, as one.
+    cells: those with an expected count below 10 were put together, as one.
     """
 
     p_value: float
@@ -105,7 +105,8 @@ def kl_interval(
 def pearson(counts: ArrayLike, target: ArrayLike) -> PearsonTest:
     """Pearson's chi-square test ("On the criterion ...", 1900) that counts come from ``target``.
 
-    A sample where the target has nothing gives 0: that cannot happen.
+    The p-value is that of the limit for many samples. A sample where the target has nothing gives
+    0: that cannot happen.
 
     Args:
         counts: [V] samples in each cell.
