@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ class Peer:
 
     def allocate(self, mb: int) -> None:
         bytearray(mb << 20)[:: 1 << 12] = b"x" * (mb << 8)
+
+    def start_thread(self) -> None:
+        threading.Thread(target=time.sleep, args=(600,)).start()
 
     def start_another(self) -> int:
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid

@@ -147,6 +147,13 @@ def test_nonsense_is_no_answer(start, tmp_path, said):
         process.call("versions", LONG)
 
 
+def test_the_process_ends_with_its_stdin_whatever_threads_still_run(start):
+    process = start("counts")
+    process.call("start_thread", LONG)
+    process._process.stdin.close()
+    assert process._process.wait(timeout=LONG) == 0
+
+
 # --- how they decode ----------------------------------------------------------------------------
 
 
