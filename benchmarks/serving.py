@@ -2,20 +2,20 @@
 
     python benchmarks/serving.py [--model DIR] [--concurrency 1,8,32] [--requests 64] [--rounds 3]
         [--max-tokens 64] [--servers plain,inferlab,transformers,transformers-cb] [--flags "..."]
-        [--prompts FILE.json]
+        [--prompts FILE.json] [--bare] [--long N]
 
-Closed loop: so many connections, each of which asks anew when its answer has ended. All servers run
-at the same time and are measured in turns, each round the same requests in another order; streams
-at temperature 0, so `inferlab` answers as `plain` does, which is itself without drafts. Medians
-over rounds of: time to the first chunk that has text (its 99th percentile beside it), milliseconds
-per token behind that (TPOT: from the first such chunk to the last, over the tokens of ``usage`` but
-one), tokens per second of all. ``bare`` is the same engine without HTTP, one request at a time.
+The load client's closed loop: so many users, each of whom asks anew when the answer has ended. All
+servers run at the same time and are measured in turns, each round the same requests in another
+order; streams at temperature 0, so `inferlab` answers as `plain` does, which is itself without
+drafts. Medians over rounds of: time to the first text, its 99th percentile, milliseconds per token
+behind it (TPOT, the median of a round), tokens per second of all. ``bare`` is the same engine
+without HTTP, one request at a time. ``--long N``: N long prompts come among the others, and a row
+more has the times of the others alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import random
@@ -30,12 +30,22 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median, quantiles
-from typing import Any, NamedTuple
+from statistics import median
+from typing import NamedTuple
+
+from numpy import quantile
 
 from inferlab import SpeculativePipeline
 from inferlab.benchmarks.environment import describe_environment
+from inferlab.lengths import Lengths
+from inferlab.load.arrivals import Arrivals
+from inferlab.load.conversations import Conversation, Turn
+from inferlab.load.metrics import in_load, load_figures
+from inferlab.load.plan import Asking, LoadPlan, TimeLimits
+from inferlab.load.processes import run_load
+from inferlab.load.synthetic import Synthetic, Writer, make_conversations
 from inferlab.models import resolve_model_path
+from inferlab.models.loading import load_tokenizer
 from inferlab.training.material.corpus import heldout_prompts
 
 START_S = 180
@@ -43,15 +53,18 @@ OURS = {"inferlab": [], "plain": ["--draft-mode", "none"]}
 THEIRS = {"transformers": [], "transformers-cb": ["--continuous-batching"]}
 
 
-class Timed(NamedTuple):
-    first_ms: float
-    tpot_ms: float
-    tokens: int
-
-
 class Server(NamedTuple):
-    port: int
+    url: str
     model: str
+
+
+class Round(NamedTuple):
+    """Of a round: medians and the 99th percentile in ms, tokens per second."""
+
+    first_ms: float
+    first_p99_ms: float
+    tpot_ms: float
+    rate: float
 
 
 def main() -> None:
@@ -65,21 +78,22 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more flags of inferlab serve")
     parser.add_argument("--prompts", help="a JSON list of texts (held-out ones)")
     parser.add_argument("--bare", action="store_true", help="the engine without HTTP as well")
+    parser.add_argument("--long", type=int, default=0, help="long prompts among the others")
+    parser.add_argument("--long-tokens", type=int, default=800, help="of each")
     args = parser.parse_args()
     prompts = json.loads(Path(args.prompts).read_text()) if args.prompts else heldout_prompts(40)
-    names = args.servers.split(",")
-    environment = describe_environment()
-    print(json.dumps(environment), "\n", flush=True)
-    print("| server | concurrency | first text, ms | p99 | TPOT, ms | tokens/s |")
+    print(json.dumps(describe_environment()), "\n", flush=True)
+    print("| server | clients | first text, ms | p99 | TPOT, ms | tokens/s |")
     print("|---|---|---|---|---|---|", flush=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {name: start(name, args, folder, stack) for name in names}
+        servers = {name: start(name, args, folder, stack) for name in args.servers.split(",")}
         for server in servers.values():
-            asyncio.run(load(server, prompts[:4], args.max_tokens, 2))
+            load(server, prompts[:4], [], args.max_tokens, 2)
         bare = SpeculativePipeline(base_model=args.model) if args.bare else None
+        long = long_prompts(args) if args.long else []
         for concurrency in map(int, args.concurrency.split(",")):
-            rows: dict[str, list[tuple[list[Timed], float]]] = defaultdict(list)
+            rows: dict[str, list[Round]] = defaultdict(list)
             for number in range(args.rounds):
                 shuffled = random.Random(number).sample(prompts, len(prompts))
                 asked = [shuffled[i % len(shuffled)] for i in range(args.requests)]
@@ -88,96 +102,68 @@ def main() -> None:
                 for name, server in servers.items():
                     few = name.startswith("transformers") and concurrency == 1
                     some = asked[: max(len(asked) // 4, 4)] if few else asked
-                    rows[name].append(asyncio.run(load(server, some, args.max_tokens, concurrency)))
+                    for among in [[], long] if long else [[]]:
+                        row = name if not among else f"{name}, {len(among)} long ones among them"
+                        rows[row].append(load(server, some, among, args.max_tokens, concurrency))
             for name, rounds in rows.items():
                 print(row_of(name, concurrency, rounds), flush=True)
 
 
-def row_of(name: str, concurrency: int, rounds: list[tuple[list[Timed], float]]) -> str:
-    def mid(of: Any) -> float:
-        return median(of(timed, seconds) for timed, seconds in rounds)
-
-    first = mid(lambda timed, _: median(t.first_ms for t in timed))
-    worst = mid(lambda timed, _: quantiles([t.first_ms for t in timed], n=100)[-1])
-    tpot = mid(lambda timed, _: median(t.tpot_ms for t in timed))
-    rate = mid(lambda timed, seconds: sum(t.tokens for t in timed) / seconds)
+def row_of(name: str, concurrency: int, rounds: list[Round]) -> str:
+    first, worst, tpot, rate = map(median, zip(*rounds, strict=True))
     return f"| {name} | {concurrency} | {first:.2f} | {worst:.1f} | {tpot:.3f} | {rate:.0f} |"
 
 
-def alone(
-    pipeline: SpeculativePipeline, prompts: list[str], most: int
-) -> tuple[list[Timed], float]:
+def long_prompts(args: argparse.Namespace) -> list[str]:
+    tokenizer = load_tokenizer(args.model)
+    synthetic = Synthetic(
+        args.long,
+        Lengths.parse(str(args.long_tokens), "--long-tokens"),
+        Lengths.parse(str(args.max_tokens), "--max-tokens"),
+    )
+    made = make_conversations(synthetic, Writer(tokenizer, args.model, 0))
+    return [conversation.turns[0].text for conversation in made]
+
+
+def alone(pipeline: SpeculativePipeline, prompts: list[str], most: int) -> Round:
     """What `load` measures, without a server."""
-    timed = []
+    results = []
     begun = time.perf_counter()
     for prompt in prompts:
-        result = pipeline.generate(prompt, max_tokens=most, on_token=lambda piece: None)
-        spread = result["latency_ms"] - result["first_token_ms"]
-        tokens = result["num_tokens"]
-        timed.append(Timed(result["first_token_ms"], spread / max(tokens - 1, 1), tokens))
-    return timed, time.perf_counter() - begun
+        results.append(pipeline.generate(prompt, max_tokens=most, on_token=lambda piece: None))
+    seconds = time.perf_counter() - begun
+    first = [result["first_token_ms"] for result in results]
+    tpot = [
+        (result["latency_ms"] - result["first_token_ms"]) / max(result["num_tokens"] - 1, 1)
+        for result in results
+    ]
+    tokens = sum(result["num_tokens"] for result in results)
+    return Round(median(first), float(quantile(first, 0.99)), median(tpot), tokens / seconds)
 
 
-async def load(
-    server: Server, prompts: list[str], most: int, concurrency: int
-) -> tuple[list[Timed], float]:
-    """Asks for all texts, so many at a time; returns the times of each, and seconds in all."""
-    left = list(prompts)
-    timed: list[Timed] = []
-
-    async def client() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        while left:
-            timed.append(await ask(reader, writer, server, left.pop(), most))
-        writer.close()
-
-    begun = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(concurrency)))
-    return timed, time.perf_counter() - begun
-
-
-async def ask(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    server: Server,
-    prompt: str,
-    most: int,
-) -> Timed:
-    body = {
-        "model": server.model,
-        "prompt": prompt,
-        "max_tokens": most,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    data = json.dumps(body).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\n\r\n"
+def load(server: Server, prompts: list[str], long: list[str], most: int, concurrency: int) -> Round:
+    """Asks for all texts, so many at a time; times are of the ``prompts`` alone."""
+    sent = [Conversation((Turn(text),), category="short") for text in prompts]
+    every = max(len(sent) // max(len(long), 1), 1)
+    for place, text in enumerate(long):
+        sent.insert(place * (every + 1), Conversation((Turn(text),), category="long"))
+    asking = Asking(
+        server.url, f"{server.url}/v1", "completions", server.model, most, 0.0,
+        limits=TimeLimits(total_s=600),
+    )  # fmt: skip
+    plan = LoadPlan(
+        asking, Arrivals("closed"), tuple(sent), count=len(sent), concurrency=concurrency
     )
-    begun = time.perf_counter()
-    writer.write(head.encode() + data)
-    status = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1]
-    first = last = None
-    tokens = 0
-    while size := int(await reader.readline(), 16):
-        chunk = await reader.readexactly(size)
-        await reader.readexactly(2)
-        assert status == b"200", chunk
-        now = time.perf_counter()
-        for event in chunk.split(b"\n\n"):
-            if not event.startswith(b"data: {"):
-                continue
-            content = json.loads(event[6:])
-            if content.get("usage"):
-                tokens = content["usage"]["completion_tokens"]
-            if any(choice.get("text") for choice in content.get("choices", ())):
-                first, last = first or now, now
-    await reader.readexactly(2)
-    if first is None or last is None or not tokens:
+    records = run_load(plan).records
+    for record in records:
+        if record.error is not None:
+            raise RuntimeError(record.error)
+    whole = load_figures(records)["throughput"]["output_tokens_per_s"]
+    found = load_figures([r for r in records if in_load(r).category == "short"])["distributions"]
+    first, tpot = found["ttft_ms"], found["tpot_ms"]
+    if first is None or tpot is None or whole is None:
         raise RuntimeError("an answer without text or usage")
-    return Timed((first - begun) * 1e3, (last - first) * 1e3 / max(tokens - 1, 1), tokens)
+    return Round(first["p50"], first["p99"], tpot["p50"], whole)
 
 
 def start(name: str, args: argparse.Namespace, folder: Path, stack: ExitStack) -> Server:
@@ -209,7 +195,7 @@ def start(name: str, args: argparse.Namespace, folder: Path, stack: ExitStack) -
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return Server(port, model)
+                return Server(f"http://127.0.0.1:{port}", model)
         if process.poll() is not None or time.monotonic() > end:
             raise SystemExit(f"{name} did not start:\n{log.read_text()[-2000:]}")
         time.sleep(0.2)

@@ -46,7 +46,6 @@ from inferlab.simulation.summary import summarize
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.recorded import read_recording
 from inferlab.training.material.corpus import heldout_prompts
-from serving import Server, Timed, ask
 
 START_S = 180
 SHARES_OF_CAPACITY = (0.4, 0.7)
@@ -65,6 +64,19 @@ class Case(NamedTuple):
         a = self.arrivals
         asked = f"{a.clients} clients" if a.rate is None else f"{a.rate:.0f}/s {a.kind}"
         return f"{self.replicas} x, {asked}"
+
+
+class Server(NamedTuple):
+    port: int
+    model: str
+
+
+class Timed(NamedTuple):
+    """An answer."""
+
+    first_ms: float
+    tpot_ms: float
+    tokens: int
 
 
 class Found(NamedTuple):
@@ -231,6 +243,50 @@ async def ask_all(
     for _, writer in (pair for pairs in idle for pair in pairs):
         writer.close()
     return timed, seconds
+
+
+async def ask(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    server: Server,
+    prompt: str,
+    most: int,
+) -> Timed:
+    body = {
+        "model": server.model,
+        "prompt": prompt,
+        "max_tokens": most,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    data = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    begun = time.perf_counter()
+    writer.write(head.encode() + data)
+    status = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1]
+    first = last = None
+    tokens = 0
+    while size := int(await reader.readline(), 16):
+        chunk = await reader.readexactly(size)
+        await reader.readexactly(2)
+        assert status == b"200", chunk
+        now = time.perf_counter()
+        for event in chunk.split(b"\n\n"):
+            if not event.startswith(b"data: {"):
+                continue
+            content = json.loads(event[6:])
+            if content.get("usage"):
+                tokens = content["usage"]["completion_tokens"]
+            if any(choice.get("text") for choice in content.get("choices", ())):
+                first, last = first or now, now
+    await reader.readexactly(2)
+    if first is None or last is None or not tokens:
+        raise RuntimeError("an answer without text or usage")
+    return Timed((first - begun) * 1e3, (last - first) * 1e3 / max(tokens - 1, 1), tokens)
 
 
 def fitted(world: World, measured: dict[Case, Found]) -> Overhead:
