@@ -14,7 +14,7 @@ from hypothesis.stateful import (
 )
 
 from inferlab.scheduler import PageAllocator, Request, Scheduler
-from inferlab.scheduler.scheduler import MAX_OVERTAKEN
+from inferlab.scheduler.scheduler import MAX_OVERTAKEN, share_out
 from inferlab.types import SamplingParams
 
 
@@ -266,32 +266,43 @@ def test_a_page_named_more_often_than_it_has_users_releases_none():
     assert pages.num_free == 4
 
 
-def test_short_texts_are_read_first_and_leave_long_ones_half():
-    scheduler = Scheduler(PageAllocator(64, 16), max_batch=8, tree_slots=1, read_tokens=50)
+def test_first_tokens_do_not_wait_for_long_texts():
+    scheduler = Scheduler(
+        PageAllocator(64, 16), max_batch=8, tree_slots=1, read_tokens=50, read_beside=40
+    )
     long, one, longer, short = requests = [
         request_of(0, 31, 4),
         request_of(1, 1, 4),
-        request_of(2, 40, 4),
+        request_of(2, 60, 4),
         request_of(3, 9, 4),
     ]
+
+    def step():
+        plan = scheduler.plan()
+        read_on(plan)
+        return [(c.request, c.start, c.stop, c.root) for c in plan.chunks]
+
     for request in requests:
         scheduler.add(request)
-    plan = scheduler.plan()
-    assert plan.admitted == requests
-    assert [(c.request, c.start, c.stop, c.root) for c in plan.chunks] == [
-        (one, 0, 0, True),
-        (short, 0, 8, True),
-        (long, 0, 30, True),
-        (longer, 0, 12, False),
-    ]
-    assert plan.decode == []
-    read_on(plan)
-    one.finish_reason = "length"
-    scheduler.retire()
-    plan = scheduler.plan()
-    assert [(c.request, c.start, c.stop, c.root) for c in plan.chunks] == [(longer, 12, 39, True)]
-    assert plan.decode == [long, short]
-    assert not plan.admitted
+    assert step() == [(one, 0, 0, True), (short, 0, 8, True), (long, 0, 12, False)]
+    assert step() == [(long, 12, 30, True), (longer, 0, 5, False)]  # what is left is short
+    assert step() == [(longer, 5, 45, False)]  # beside those that decode
+    assert step() == [(longer, 45, 59, True)]
+
+
+@pytest.mark.parametrize(
+    ("unread", "running", "shares"),
+    [
+        ([300, 700], 2, [(0, 300), (1, 212)]),  # nobody waits for these
+        ([300, 700], 3, [(0, 128)]),
+        ([700, 20, 30, 40], 4, [(1, 20), (2, 30), (0, 16)]),
+        ([10] * 20, 20, [(i, 10) for i in range(12)]),
+        ([0, 65], 2, [(0, 0), (1, 64)]),
+        ([], 3, []),
+    ],
+)
+def test_what_a_step_reads(unread, running, shares):
+    assert share_out(unread, running, alone=512, beside=128) == shares
 
 
 def test_a_preempted_request_is_the_next_to_be_admitted_and_read_anew():

@@ -212,7 +212,7 @@ def test_the_light_model_is_the_real_one_where_all_fits(setting, arrivals):
     [
         (Setting(levels=PAYS), 0, 60),
         (Setting(levels=2, pages=300), 0, 60),
-        (Setting(replicas=4, levels=2, pages=900, routing="least-loaded"), 20, 110),
+        (Setting(replicas=4, levels=2, pages=820, routing="least-loaded"), 20, 110),
         (Setting(replicas=4, levels=2, pages=900, routing="prefix"), 20, 110),
     ],
     ids=str,

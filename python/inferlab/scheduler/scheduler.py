@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from itertools import count
 
@@ -15,8 +15,11 @@ from inferlab.scheduler.request import Request
 
 READ_TOKENS = 512
 """Tokens that a step reads at most, of all texts together."""
+READ_BESIDE = 128
+"""The same on CPUs while others decode, or come to their first token. There rows beyond 64 take as
+long each however many there are: to read in small parts costs next to nothing."""
 SHORT_READ = 64
-"""Texts with no more tokens to read are read before longer ones, in half of that."""
+"""Texts with no more tokens to read are read before longer ones."""
 SPARE_PAGES = 7
 """A request that needs a page gets so many more where pages are plenty."""
 MAX_OVERTAKEN = 64
@@ -37,6 +40,7 @@ class Scheduler:
         max_batch: requests that run together at most.
         tree_slots: slots behind the committed tokens that a step's tree may fill.
         read_tokens: tokens that a step reads at most, roots not counted.
+        read_beside: the same while not all that run are long texts to be read; None: as many.
         shares: whether texts that begin alike share the pages of it.
         adopt: told of a request that begins on shared pages; how many of its tokens
             (``num_cached``) need not be read.
@@ -50,6 +54,7 @@ class Scheduler:
         read_tokens: int = READ_TOKENS,
         shares: bool = False,
         adopt: Callable[[Request], int] = lambda request: request.num_cached,
+        read_beside: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be >= 1")
@@ -59,6 +64,7 @@ class Scheduler:
         self.max_batch = max_batch
         self.tree_slots = tree_slots
         self.read_tokens = read_tokens
+        self.read_beside = min(read_beside or read_tokens, read_tokens)
         self.shares = shares
         self._adopt = adopt
         self.waiting: list[Request] = []  # in the order in which they are admitted
@@ -221,25 +227,10 @@ class Scheduler:
                 self._published[request] = full
 
     def _chunks(self) -> list[Chunk]:
-        """What is read: short texts first, then the others, of which each leaves the next what it
-        does not need."""
         unread = [request for request in self.running if not request.is_read]
-        most = min(SHORT_READ, self.read_tokens // 2)
-        short = [request for request in unread if request.unread <= most]
-        long = [request for request in unread if request.unread > most]
-        left = self.read_tokens // 2 if long else self.read_tokens
-        chunks = []
-        for request in short:
-            if request.unread <= left:
-                chunks.append(_chunk(request, request.unread))
-                left -= request.unread
-        left += self.read_tokens - self.read_tokens // 2 if long else 0
-        for request in long:
-            count = min(request.unread, left)
-            if count > 0:
-                chunks.append(_chunk(request, count))
-                left -= count
-        return chunks
+        sizes = [request.unread for request in unread]
+        shares = share_out(sizes, len(self.running), self.read_tokens, self.read_beside)
+        return [_chunk(unread[place], count) for place, count in shares]
 
     def _give(self, request: Request, pages: list[int]) -> None:
         request.pages += pages
@@ -250,6 +241,37 @@ class Scheduler:
         request.pages, request.stamps = [], []
         request.num_cached = 0
         self._published.pop(request, None)
+
+
+def share_out(
+    unread: Sequence[int], running: int, alone: int, beside: int
+) -> list[tuple[int, int]]:
+    """What a step reads: (place of a text, tokens), short texts first, in half of what there is
+    where there are long ones. These get what is left of that half, or little more, so that first
+    tokens do not wait for them; where no text is short, all of it, each leaving the next what it
+    does not need.
+
+    Args:
+        unread: tokens of each text that is still to be read.
+        running: those texts, and those that decode.
+        alone, beside: tokens that are read at most: ``read_tokens``, ``read_beside``.
+    """
+    most = min(SHORT_READ, beside // 2)
+    long = [place for place, size in enumerate(unread) if size > most]
+    budget = alone if len(long) == running else beside
+    left = budget // 2 if long else budget
+    shares = []
+    for place, size in enumerate(unread):
+        if size <= min(most, left):
+            shares.append((place, size))
+            left -= size
+    left = max(left, budget // 8, 1) if shares else budget
+    for place in long:
+        count = min(unread[place], left)
+        if count > 0:
+            shares.append((place, count))
+            left -= count
+    return shares
 
 
 def _chunk(request: Request, count: int) -> Chunk:

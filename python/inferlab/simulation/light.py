@@ -18,7 +18,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 from math import ceil, sqrt
 
-from inferlab.scheduler.scheduler import SHORT_READ, SPARE_PAGES
+from inferlab.scheduler.scheduler import SPARE_PAGES, share_out
 from inferlab.simulation.world import NEVER, Replica, World
 
 _EPS = 1e-6
@@ -76,6 +76,7 @@ class LightReplica(Replica):
         self.world, self.work = world, work
         setting = world.setting
         self._max_batch, self._read_tokens = setting.max_batch, setting.read_tokens
+        self._read_beside = min(setting.read_beside, setting.read_tokens)
         self._page, self._pages, self._slots = setting.page_size, world.pages, setting.slots
         self._beyond = setting.slots - 1 + (setting.page_size - 1) / 2  # tokens of its last pages
         self._shares = setting.shares
@@ -304,22 +305,12 @@ class LightReplica(Replica):
         return used
 
     def _read(self) -> float:
-        """Plans what is read, as `Scheduler._chunks`; returns what it takes."""
-        most = min(SHORT_READ, self._read_tokens // 2)
-        short = [entry for entry in self.reading if entry[1] <= most]
-        long = [entry for entry in self.reading if entry[1] > most]
-        left = self._read_tokens // 2 if long else self._read_tokens
+        """Plans what is read, as the scheduler does; returns what it takes."""
         chunks = self._chunks
-        for entry in short:
-            if entry[1] <= left:
-                chunks.append((entry, entry[1]))
-                left -= entry[1]
-        left += self._read_tokens - self._read_tokens // 2 if long else 0
-        for entry in long:
-            count = min(entry[1], left)
-            if count > 0:
-                chunks.append((entry, count))
-                left -= count
+        sizes = [entry[1] for entry in self.reading]
+        running = len(self.reading) + len(self.decoding)
+        for place, count in share_out(sizes, running, self._read_tokens, self._read_beside):
+            chunks.append((self.reading[place], count))
         tokens, context, ended = 0, 0.0, 0
         for entry, count in chunks:
             tokens += count
