@@ -63,7 +63,9 @@ Decision Planner::choose(Outlook outlook) {
     decision.gives_up = heard * times_.keeping_up(outlook.size()) > account_.may_lose(true);
     return decision;
   }
-  if (is_due(outlook.size())) return not_drafted(promised_ < kPlainly ? kPlainRow : 1);
+  if (is_due(outlook.size())) {
+    return not_drafted(measured_ && promised_ >= kPlainly ? 1 : kPlainRow);
+  }
   Decision decision{plan->rung, 1, false, plan->members,
                     known_.asks && !prospects_->acceptance.chances().empty()};
   now_.emplace(std::move(*plan), std::move(outlook), account_.may_lose(false));

@@ -169,14 +169,14 @@ class Planner : public Judge {
   std::vector<Budget> rungs_{Budget{}};
   std::optional<Prospects> prospects_;
   std::optional<Drafting> now_;
-  std::map<int, Timed> timed_;  // by doublings of the batch size
-  std::map<int, int> last_;     // by batch size, the rung taken last
-  double finds_ = kHopes;       // what asking saves, over what it takes, on average
-  double beside_ = 0;           // plain steps that asking takes beside drafting, on average
-  int in_vain_ = 0;             // steps in a row that found nothing,
-  int rest_ = 0;                // and so many to rest
-  int asleep_ = 0;              // steps until the account might cover a try
-  int plain_in_a_row_ = 0;      // steps, up to the last one
+  std::map<int, Timed> timed_;     // by doublings of the batch size
+  std::map<int, int> last_;        // by batch size, the rung taken last
+  double finds_ = kHopes;          // what asking saves, over what it takes, on average
+  double beside_ = 0;              // plain steps that asking takes beside drafting, on average
+  int in_vain_ = 0;                // steps in a row that found nothing,
+  int rest_ = 0;                   // and so many to rest
+  int asleep_ = 0;                 // steps until the account might cover a try
+  int plain_in_a_row_ = kSettled;  // steps, up to the last one
   double promised_ = 1;
   double hope_ = 1;  // of the last look, see `Rates`
 };
