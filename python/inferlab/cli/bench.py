@@ -105,11 +105,12 @@ def run(args: argparse.Namespace) -> int:
     1: a run failed, or token ids differ that must not, or a load spent its error budget; 130:
     interrupted, with partial results.
     """
+    if args.peers is None:
+        peers.refuse_alone(args)
     if (flag := first_load_flag(args)) is not None:
         return _run_load(args, flag)
     if args.peers is not None:
         return peers.run(args)
-    peers.refuse_alone(args)
     if args.quantization_matrix:
         return _run_matrix(args)
     if args.modes is not None:
