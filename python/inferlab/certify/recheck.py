@@ -20,7 +20,7 @@ from inferlab.certify.outputs import (
 )
 from inferlab.certify.quality import certify_quality
 from inferlab.errors import UsageError
-from inferlab.output import to_json
+from inferlab.output import refuse_constant, to_json
 
 _MAKERS: dict[str, tuple[Any, Any]] = {
     "lossless": (LosslessCertificate, certify_lossless),
@@ -44,7 +44,8 @@ def read_certificate(path: str | Path, kind: str) -> Certificate:
         UsageError: it cannot be read, or is no certificate of that kind.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"--check: {path} cannot be read: {why}") from None

@@ -8,8 +8,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from inferlab.benchmarks.result_files import WRITTEN, check_files, report_of, write_outputs
+from pydantic import TypeAdapter, ValidationError
+
+from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats, PeersStats
+from inferlab.benchmarks.result_files import (
+    WRITTEN,
+    check_files,
+    read_result,
+    report_of,
+    write_outputs,
+)
 from inferlab.cli.terminal import clean_stdout
+from inferlab.errors import UsageError
+from inferlab.load.outputs import LoadStats, SweepStats
 from inferlab.output import Journal, print_json
 from inferlab.prompts import Prompt
 from inferlab.reports.terminal import print_report
@@ -68,6 +79,36 @@ class BenchOutput:
                 print_json(stats, self._out)
             else:
                 print_report(report_of(stats))
+
+
+_KINDS: dict[str, Any] = {
+    "engines": PeersStats,
+    "batches": ModesStats,
+    "pairs": MatrixStats,
+    "runner_name": BenchmarkStats,
+    "loads": SweepStats,
+    "records": LoadStats,
+}
+"""A result's type, by the first key of these that it has."""
+
+
+def read_whole(path: str) -> dict[str, Any]:
+    """A result from its file, with everything that belongs to one of its kind.
+
+    Raises:
+        UsageError: as `read_result` does, or something is missing or of another type.
+    """
+    stats = read_result(path)
+    kind = next(kind for key, kind in _KINDS.items() if key in stats)
+    try:
+        TypeAdapter(kind).validate_python(stats)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path}: {where}: {first['msg']}; measure again with --output") from None
+    if kind is BenchmarkStats and not stats["runs"]:
+        raise UsageError(f"{path}: runs: is empty; measure again with --output")
+    return stats
 
 
 def names_of(prompts: Sequence[Prompt]) -> list[str]:
