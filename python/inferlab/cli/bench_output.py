@@ -34,6 +34,9 @@ class BenchOutput:
     While it is entered nothing but JSON comes on stdout with ``--json``; the journal of the runs
     stays where an error comes before the files are written.
 
+    Attributes:
+        paths: of its files; none without ``--output``.
+
     Args:
         as_csv: a result's rows, where they are not its ``runs``.
 
@@ -48,12 +51,12 @@ class BenchOutput:
     ) -> None:
         self._args = args
         self._as_csv = as_csv
-        self._paths = check_files(args.output, WRITTEN) if args.output else []
+        self.paths = check_files(args.output, WRITTEN) if args.output else []
 
     def __enter__(self) -> BenchOutput:
         with contextlib.ExitStack() as stack:
             self._out = stack.enter_context(clean_stdout(self._args.json))
-            self._journal = Journal(self._paths[0] if self._paths else None)
+            self._journal = Journal(self.paths[0] if self.paths else None)
             stack.callback(self._journal.close, written=False)
             self._stack = stack.pop_all()
         if self._journal.path is not None:
@@ -70,7 +73,7 @@ class BenchOutput:
     def done(self, stats: Mapping[str, Any]) -> None:
         """Writes the files and prints; what cannot be written is printed all the same."""
         try:
-            if self._paths:
+            if self.paths:
                 rows = None if self._as_csv is None else self._as_csv(stats)
                 write_outputs(self._args.output, stats, rows)
                 self._journal.close(written=True)
