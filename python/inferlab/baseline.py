@@ -20,7 +20,7 @@ from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
 from inferlab.records import RecordJson, RequestRecord
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
-from inferlab.types import check_text
+from inferlab.types import check_room, check_text
 
 
 class BaselineResult(TypedDict):
@@ -261,13 +261,7 @@ class LocalBaselineRunner:
         if prompt_length == 0:
             raise ValueError("prompt is empty; it must have at least one token")
         limit = self.context_length
-        if limit is not None and prompt_length + max_new_tokens > limit:
-            room = limit - prompt_length
-            remedy = f" or ask for at most {room} new tokens" if room > 0 else ""
-            raise ValueError(
-                f"prompt ({prompt_length} tokens) and max_new_tokens ({max_new_tokens}) exceed the "
-                f"context of {self.model_name} ({limit} tokens); shorten the prompt{remedy}"
-            )
+        check_room("max_new_tokens", prompt_length, max_new_tokens, limit, self.model_name)
 
     @torch.inference_mode()
     def _generate(

@@ -72,6 +72,8 @@ __all__ = [
 ]
 
 
+MOST_BATCH = 1024
+"""Of ``max_batch``: requests decoded together."""
 _MEMBERS = tuple(name for name, mode in DRAFT_MODES.items() if mode.is_member)
 
 if TYPE_CHECKING:
@@ -266,7 +268,7 @@ class SpecdecConfig(Sampled):
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = None
     device_map: DeviceMap | None = None
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16
-    max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_batch: Annotated[int, Field(ge=1, le=MOST_BATCH)] = 32
     kv_memory_mb: Positive | None = None
     num_pages: PositiveCount | None = None
     share_prefixes: bool = False

@@ -12,7 +12,7 @@ import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from inferlab.errors import UsageError
 
@@ -27,6 +27,11 @@ def to_json(payload: Any, indent: int | None = None) -> str:
     """
     text = json.dumps(_plain(payload), indent=indent, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Of ``json.loads``, as ``parse_constant``: NaN and infinities are Python's, not JSON's."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def print_json(payload: Any, out: TextIO, indent: int | None = None) -> None:

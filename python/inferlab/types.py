@@ -167,6 +167,22 @@ def check_text(name: str, text: str) -> None:
         ) from None
 
 
+def check_room(key: str, prompt: int, asked: int, limit: int | None, model: str) -> None:
+    """Raises ValueError where a prompt and what is asked for behind it exceed a model's context.
+
+    Args:
+        key: how the caller names what is asked for, ``max_tokens``.
+        prompt, asked, limit: in tokens; ``limit`` None: there is none.
+    """
+    if limit is not None and prompt + asked > limit:
+        room = limit - prompt
+        remedy = f" or ask for at most {room} new tokens" if room > 0 else ""
+        raise ValueError(
+            f"prompt ({prompt} tokens) and {key} ({asked}) exceed the context of {model} "
+            f"({limit} tokens); shorten the prompt{remedy}"
+        )
+
+
 @dataclass
 class SpeculationStats:
     """What speculation did for one request, or for several added up.

@@ -230,3 +230,27 @@ def test_held_and_free_requests_share_batches(server, plain):
         )
         assert answer["choices"][0]["text"] == expected["text"]
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("text", "param"),
+    [
+        (5, "text"),
+        ({"format": "json"}, "text.format"),
+        ({"format": {"type": "xml"}}, "text.format"),
+        ({"format": {"type": "json_schema", "schema": {}}}, "text.format.name"),
+        ({"format": {"type": "json_schema", "name": "a", "schema": "{"}}, "text.format.schema"),
+    ],
+)
+def test_what_is_wrong_with_the_text_of_a_response_is_named_by_its_field(server, text, param):
+    answer = server.http.post("/v1/responses", json={"model": "tiny", "input": "a", "text": text})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+
+
+def test_a_body_that_is_no_object_is_said_to_be_none(server):
+    answer = server.http.post("/v1/responses", json=[1])
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "the body must be a JSON object"

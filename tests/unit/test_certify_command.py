@@ -96,6 +96,12 @@ def test_quality_prints_a_table(capsys, tmp_path):
         (("quality", "--policies", "kind"), "--policies: kind"),
         (("quality", "--dtypes", "int1"), "--dtypes: int1"),
         (("quality", "--window", "8", "--stride", "8"), "--stride: 8"),
+        (("quality", "--window", "1"), "--window: 1"),
+        (("quality", "--stride", "0"), "--stride: 0"),
+        (("quality", *QUIET, "--max-kl", "nan"), "--max-kl: nan"),
+        (("quality", *QUIET, "--max-kl", "-1"), "--max-kl: -1"),
+        (("greedy", "--prompt", "a", "--max-tokens", "0"), "--max-tokens: 0"),
+        (("lossless", "--tensor-parallel", "2"), "--tensor-parallel: a certificate is of"),
         (("quality", "--text", "none.txt"), "--text: none.txt cannot be read"),
         (("quality", "--impl", "fake", "--prompt", "a"), "certify quality needs a model"),
     ],
@@ -131,3 +137,68 @@ def test_checks_that_were_made_are_not_lost(capsys, tmp_path, monkeypatch):
     assert main([*LOSSLESS, "--output", str(tmp_path / "c.json")]) == 130
     assert json.loads((tmp_path / "c.json.part").read_text()) == {"name": "one"}
     assert "what was finished is in" in capsys.readouterr().err
+
+
+def greedy_file(tmp_path):
+    """(a certificate's file, what it holds)."""
+    file = tmp_path / "c.json"
+    assert main(["certify", "greedy", *QUIET, "--output", str(file)]) == 0
+    return file, json.loads(file.read_text())
+
+
+def checked(file, value, capsys, *words):
+    """(exit code, stderr) of checking it again, with other content."""
+    file.write_text(value if isinstance(value, str) else json.dumps(value))
+    capsys.readouterr()
+    code = main(["certify", "greedy", "--check", str(file), "--log-level", "ERROR", *words])
+    return code, capsys.readouterr().err
+
+
+def test_a_file_alone_does_not_let_a_checkpoint_run_code(capsys, tmp_path):
+    file, value = greedy_file(tmp_path)
+    for key in ("trust_remote_code", "allow_pickle"):
+        config = {**value["settings"]["config"], key: True}
+        asking = {**value, "settings": {**value["settings"], "config": config}}
+        flag = f"--{key.replace('_', '-')}"
+        code, said = checked(file, asking, capsys)
+        assert code == 2
+        assert f"give {flag}, too" in said
+        assert checked(file, asking, capsys, flag)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"config": []}, "settings: config: "),
+        ({"config": {"base_model": 5}}, "settings: base_model: "),
+        ({"config": {"record": "runs"}}, "config.record has no meaning"),
+        ({"config": {"tensor_parallel": 2}}, "--tensor-parallel: a certificate is of a target on"),
+        ({"prompts": []}, "prompts are missing"),
+        ({"max_tokens": -4}, "--max-tokens: -4 is not allowed"),
+        ({"exact": "float16"}, "settings: exact: "),
+        ({"recorded": [[1], [2]]}, "recorded has 2 lists of token ids for 1 prompts"),
+        ({"recorded": [[10**30]]}, "is no token id of inferlab/tiny"),
+    ],
+)
+def test_settings_edited_by_hand_are_named(settings, message, capsys, tmp_path):
+    file, value = greedy_file(tmp_path)
+    code, said = checked(file, {**value, "settings": {**value["settings"], **settings}}, capsys)
+    assert code == 2
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "cannot be read"), ('{"kind": [1]}', "is no certificate of greedy")],
+)
+def test_files_of_other_kinds_are_named(text, message, capsys, tmp_path):
+    code, said = checked(tmp_path / "c.json", text, capsys)
+    assert code == 2
+    assert message in said
+
+
+def test_long_prompts_leave_room_for_samples(capsys):
+    words = ("--prompt", "word " * 2000, "--max-tokens", "2", "--samples", "2", "--tree", "chain")
+    words = (*words, "--batch", "1", "--sampler", "0.8", "--impl", "fake", "--log-level", "ERROR")
+    main(["certify", "lossless", *words])
+    assert "samples of the engine" in capsys.readouterr().out

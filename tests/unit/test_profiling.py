@@ -158,3 +158,11 @@ def test_the_commands_write_it(tmp_path, capsys):
 def test_what_cannot_be_profiled(words, message, capsys):
     assert main([*words, "--prompt", "x", "--profile", "no/such/dir/t"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_trace_does_not_take_the_place_of_the_results(tmp_path, capsys):
+    path = str(tmp_path / "r.json")
+    for words in (["specdec", "--output", path], ["bench", "--mode", "specdec", "--output", path]):
+        assert main([*words, *FAKE, "--prompt", "x", "--profile", path]) == 2
+        assert "--profile: " in (said := capsys.readouterr().err)
+        assert "is a file of --output, too" in said

@@ -191,16 +191,37 @@ def test_the_report_of_the_file_is_that_of_the_run(name, request, tmp_path, caps
         ("[]", "is no result of `inferlab bench`"),
         ('{"a": 1}', "is no result of `inferlab bench`"),
         ('{"batches": {}}', "has no `runs`"),
+        ('{"batches": {}, "runs": [NaN]}', "is not JSON: NaN is no number of JSON"),
+        ('{"engines": {}, "runs": [5]}', "environment: Field required"),
+        ('{"loads": []}', "mode: Field required"),
+        ('{"records": [5]}', "requests: Field required"),
     ],
 )
 def test_files_that_are_no_results(text, message, tmp_path, capsys):
     file = tmp_path / "r.json"
     if text is not None:
         file.write_text(text)
-    assert main(["bench", "report", str(file)]) == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert "r.json" in err
+    for words in (["report", str(file)], ["compare", str(file), str(file)]):
+        assert main(["bench", *words]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert "r.json" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"failures": None}, "failures: "),
+        ({"runs": [{"latency_ms": "soon"}]}, "runs.0."),
+        ({"runs": []}, "runs: is empty"),
+    ],
+)
+def test_results_that_others_wrote_into_are_named(compared, change, message, tmp_path, capsys):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({**compared, **change}))
+    for words in (["report", str(file)], ["compare", str(file), str(file)]):
+        assert main(["bench", *words]) == 2
+        assert f"r.json: {message}" in capsys.readouterr().err
 
 
 def test_csv_of_batches_has_a_row_per_run(tmp_path, prompts):

@@ -19,8 +19,10 @@ from helpers.faulty_server import FaultyServer, Respond, chat, closed_port, delt
 from inferlab import _C
 from inferlab.benchmarks import result_files, runners
 from inferlab.benchmarks.run_bench import BenchmarkInterrupted, BenchmarkRunner, main
+from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.models.assets import BUNDLED
+from inferlab.specdec.pipeline import SpeculativePipeline
 
 PROMPT = "def read_lines(path):"
 SEED_KEYS = {"mean", "median", "std", "min", "max", "raw"}
@@ -204,6 +206,15 @@ def test_all_iterations_failing_is_an_error_with_its_reason():
     assert stats["error"].startswith("all 2 runs failed; the first: prompt (")
     assert "latency_ms" not in stats
     assert len(stats["failures"]) == 2
+
+
+def test_generate_is_not_asked_for_more_than_the_context_holds(monkeypatch):
+    """Hugging Face itself decodes beyond it, for as long as it is asked."""
+    monkeypatch.setattr(runners.hf, "decode", lambda *_, **__: pytest.fail("it would not end"))
+    config = SpecdecConfig(max_new_tokens=99_999, draft_mode="none")
+    pipeline = SpeculativePipeline(config=config)
+    with pytest.raises(ValueError, match=r"max_tokens \(99999\) exceed the context of inferlab"):
+        runners.GenerateRunner(pipeline.target, config).run("hi")
 
 
 def test_interrupt_carries_what_there_is(monkeypatch):

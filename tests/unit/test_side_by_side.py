@@ -266,6 +266,8 @@ def test_what_peers_lack_is_refused(update, message):
         (("--peers", "hf", "--modes", "all"), "--modes: has no meaning with --peers"),
         (("--peers", "hf", "--stream"), "--stream: has no meaning with --peers"),
         (("--peers", "hf", "--peer-timeout", "0"), "--peer-timeout: 0 is not allowed"),
+        (("--peers", "hf", "--peer-timeout", "inf"), "--peer-timeout: inf is not allowed"),
+        (("--peers", "hf", "--batch", "2000"), "--batch has 2000; each must be at least 1 and at"),
         (("--peers", "hf", "--peer-python", "hfx=/bin/sh"), "--peer-python: hfx is no peer"),
         (("--peers", "hf", "--peer-python", "hf=/none"), "--peer-python: /none is no program"),
         (("--peers", "hf", "--peer-models", "/dev/null/x"), "--peer-models: /dev/null/x cannot"),

@@ -16,7 +16,7 @@ from inferlab.benchmarks.peers_report import peers_report
 from inferlab.benchmarks.quantization_report import matrix_plots, matrix_report
 from inferlab.benchmarks.run_report import run_report
 from inferlab.errors import UsageError
-from inferlab.output import check_output, is_special, write_json, write_text
+from inferlab.output import check_output, is_special, refuse_constant, write_json, write_text
 from inferlab.reports.files import SUFFIXES, write_report
 from inferlab.reports.model import Report
 from inferlab.reports.picture import draw_plots
@@ -126,7 +126,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
         UsageError: it cannot be read, is no JSON, or no result of `inferlab bench` with its rows.
     """
     try:
-        stats = json.loads(Path(path).read_text("utf-8"))
+        text = Path(path).read_text("utf-8")
+        stats = json.loads(text, parse_constant=refuse_constant)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:

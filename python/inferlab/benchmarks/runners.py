@@ -20,7 +20,7 @@ from inferlab.models.generation_defaults import same_rule
 from inferlab.records import RequestRecord
 from inferlab.specdec.pipeline import GenerationError, Prompt, SpeculativePipeline
 from inferlab.specdec.text import NewText, text_decoder
-from inferlab.types import check_text
+from inferlab.types import check_room, check_text
 
 
 class LocalRunner:
@@ -196,6 +196,8 @@ class GenerateRunner:
         device = self.target.device
         check_text("prompt", prompt)
         ids = tokenizer.encode(prompt)
+        limit = self.target.context_length
+        check_room("max_tokens", len(ids), self.config.max_new_tokens, limit, self.target.name)
         with (
             plain_model(self.target, self.name) as model,
             self._assistant() as assistant,

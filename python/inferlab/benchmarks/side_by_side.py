@@ -33,7 +33,7 @@ from inferlab.benchmarks.peers import PEERS, PeerFacts
 from inferlab.benchmarks.peers.engines import Engines
 from inferlab.benchmarks.peers.process import PeerFailed, PeerGone
 from inferlab.benchmarks.token_ids import compare_runs, explain_difference, why_not_exact
-from inferlab.config import SpecdecConfig
+from inferlab.config import MOST_BATCH, SpecdecConfig
 from inferlab.models import HFModel
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,10 @@ class SideBySide:
             if name not in table:
                 raise ValueError(f"peers has {name!r}; known are {', '.join(table)}")
         for size in batch_sizes:
-            if size < 1:
-                raise ValueError(f"batch_sizes has {size}; each must be at least 1")
+            if not 1 <= size <= MOST_BATCH:
+                raise ValueError(
+                    f"batch_sizes has {size}; each must be at least 1 and at most {MOST_BATCH}"
+                )
         for key, value in _OFF.items():
             if getattr(config, key) != value:
                 raise ValueError(

@@ -1,14 +1,18 @@
-"""What is written beside a certificate: which models, and how samplers are spelled."""
+"""What is written beside a certificate: its configuration, which models, and how samplers are
+spelled."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from inferlab.certify.outputs import Model
+from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
+from inferlab.machine import launched_as
 from inferlab.models import TargetModel, format_of
 from inferlab.types import SamplingParams
 
@@ -17,6 +21,30 @@ _PART = 4096  # bytes of each tensor
 Sampler = dict[str, Any]
 
 _SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+
+
+def config_of(settings: Mapping[str, Any]) -> SpecdecConfig:
+    """The configuration that a certificate's settings hold, of whatever kind.
+
+    Raises:
+        ValueError: keys or values that are not allowed, no prompt, nothing to decode; a target on
+            several ranks, none of which has the weights that a certificate names.
+    """
+    if not settings["prompts"]:
+        raise UsageError("prompts are missing; a certificate is of one at least")
+    if settings["max_tokens"] < 1:
+        raise UsageError(
+            f"--max-tokens: {settings['max_tokens']} is not allowed; must be at least 1"
+        )
+    config = SpecdecConfig.model_validate(settings["config"])
+    if config.record is not None:
+        raise UsageError("config.record has no meaning in a certificate; leave it out")
+    if (config.tensor_parallel or launched_as()[1]) > 1:
+        raise UsageError(
+            "--tensor-parallel: a certificate is of a target on one process, whose weights it "
+            "names; leave it out"
+        )
+    return config
 
 
 def describe_model(model: TargetModel) -> Model:

@@ -21,7 +21,7 @@ from inferlab.benchmarks.divergence import (
 )
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.runners import GenerateRunner
-from inferlab.certify.facts import describe_model
+from inferlab.certify.facts import config_of, describe_model
 from inferlab.certify.outputs import Divergence, GreedyCertificate
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
@@ -69,7 +69,7 @@ def certify_greedy(
             decoded.
     """
     settings = TypeAdapter(Settings).validate_python(settings)
-    config = SpecdecConfig.model_validate(settings["config"]).model_copy(
+    config = config_of(settings).model_copy(
         update={"max_new_tokens": settings["max_tokens"], "ignore_generation_config": True}
     )
     pipeline = SpeculativePipeline(config=config)
@@ -81,6 +81,7 @@ def certify_greedy(
         )
     judge = _Judge(target, config, settings["exact"])
     recorded = settings["recorded"]
+    _check_recorded(recorded, len(settings["prompts"]), target)
     divergences: list[Divergence] = []
     identical = tokens = 0
     for index, prompt in enumerate(settings["prompts"]):
@@ -110,6 +111,20 @@ def certify_greedy(
         "tokens": tokens,
         "divergences": divergences,
     }
+
+
+def _check_recorded(recorded: list[Tokens] | None, prompts: int, target: TargetModel) -> None:
+    """Raises UsageError where ids are not the target's, or not of as many prompts."""
+    if recorded is None:
+        return
+    if len(recorded) != prompts:
+        raise UsageError(f"recorded has {len(recorded)} lists of token ids for {prompts} prompts")
+    for index, token in ((at, token) for at, ids in enumerate(recorded) for token in ids):
+        if not 0 <= token < target.vocab_size:
+            raise UsageError(
+                f"--ids: entry {index}: {token} is no token id of {target.name}, whose ids are in "
+                f"[0, {target.vocab_size})"
+            )
 
 
 def _generated(target: TargetModel, config: SpecdecConfig, prompt: str | Tokens) -> Tokens:

@@ -12,9 +12,9 @@ from typing_extensions import TypedDict
 from inferlab.benchmarks.divergence import first_difference
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.certify import exact, trees
-from inferlab.certify.facts import describe_model, parse_sampler, sampler_text
+from inferlab.certify.facts import config_of, describe_model, parse_sampler, sampler_text
 from inferlab.certify.outputs import Check, LosslessCertificate, Model, failed, passed
-from inferlab.certify.sampled import BATCH, likeliest, sampled
+from inferlab.certify.sampled import BATCH, DECODED, likeliest, sampled
 from inferlab.certify.statistics import CONFIDENCE, FALSE_ALARM
 from inferlab.certify.verifiers import Verifier, kernel_verifier
 from inferlab.config import SpecdecConfig
@@ -81,7 +81,7 @@ def certify_lossless(
             if on_check is not None:
                 on_check(check)
 
-    config = SpecdecConfig.model_validate(settings["config"])
+    config = config_of(settings)
     rule = policy or make_policy(config.policy, tau=config.tau, k=config.agree_k, p=config.p)
     level = FALSE_ALARM / num_tests(settings)
     device = loading.choose_device(config.requested_device, config.device_priority)
@@ -138,7 +138,8 @@ def _decoded(
     )
     _remember(models, plain.target)
     limit = plain.target.context_length
-    room = None if limit is None else max(limit - settings["max_tokens"], 1)
+    decoded = max(settings["max_tokens"], DECODED if settings["samples"] else 0)
+    room = None if limit is None else max(limit - decoded, 1)
     # Prompts keep their last tokens where the context is too short for all.
     ids = [
         plain.encode(text)[-room if room is not None else None :] for text in settings["prompts"]

@@ -20,10 +20,11 @@ from typing_extensions import TypedDict
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.perplexity import log_probabilities, text_rows
 from inferlab.benchmarks.statistics import bootstrap_interval
-from inferlab.certify.facts import describe_model
+from inferlab.certify.facts import config_of, describe_model
 from inferlab.certify.outputs import Estimate, Model, Quality, QualityCertificate
 from inferlab.certify.statistics import CONFIDENCE, share_interval
 from inferlab.config import SpecdecConfig
+from inferlab.errors import UsageError
 from inferlab.models import TargetModel, plain_model
 from inferlab.specdec.pipeline import SpeculativePipeline
 
@@ -71,9 +72,12 @@ def certify_quality(
             a text of fewer than two tokens.
     """
     settings = TypeAdapter(Settings).validate_python(settings)
-    config = SpecdecConfig.model_validate(settings["config"]).model_copy(
+    config = config_of(settings).model_copy(
         update={"max_new_tokens": settings["max_tokens"], "controller": "fixed"}
     )
+    limit = settings["max_kl"]
+    if limit is not None and not limit >= 0:
+        raise UsageError(f"--max-kl: {limit:g} is not allowed; must be a number of nats, from 0 on")
     plainly = {"draft_mode": "none", "tree": None, "policy": "longest_prefix"}
     reference = SpeculativePipeline(config=config.model_copy(update=plainly))
     target = reference.target
@@ -93,7 +97,6 @@ def certify_quality(
         if not same:
             models.append(describe_model(pipeline.target))
         add(judge.row(name, pipeline, None if same else pipeline.target))
-    limit = settings["max_kl"]
     over = [row["variant"] for row in rows if limit is not None and _most(row["kl"]) > limit]
     summary = f"{len(rows) - 1} variants beside plain decoding of {target.name}"
     if limit is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from inferlab.certify.outputs import (
 )
 from inferlab.certify.quality import certify_quality
 from inferlab.errors import UsageError
-from inferlab.output import to_json
+from inferlab.output import refuse_constant, to_json
 
 _MAKERS: dict[str, tuple[Any, Any]] = {
     "lossless": (LosslessCertificate, certify_lossless),
@@ -28,6 +28,9 @@ _MAKERS: dict[str, tuple[Any, Any]] = {
     "quality": (QualityCertificate, certify_quality),
 }
 KINDS = tuple(_MAKERS)
+
+TRUST = ("trust_remote_code", "allow_pickle")
+"""Keys of a configuration that let a checkpoint run code."""
 
 _NOT_COMPARED = {"environment", "time"}
 # On another processor, or with other threads, kernels and products may round otherwise.
@@ -41,34 +44,49 @@ def read_certificate(path: str | Path, kind: str) -> Certificate:
         UsageError: it cannot be read, or is no certificate of that kind.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"--check: {path} cannot be read: {why}") from None
     found = value.get("kind") if isinstance(value, dict) else None
     if found != kind:
-        other = f"inferlab certify {found} --check" if found in _MAKERS else "a file of --output"
+        other = f"inferlab certify {found} --check" if found in KINDS else "a file of --output"
         raise UsageError(f"--check: {path} is no certificate of {kind}; use {other}")
     try:
         certificate: Certificate = TypeAdapter(_MAKERS[kind][0]).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"--check: {path}: {where}: {first['msg']}") from None
+        raise UsageError(f"--check: {path}: {_first(error)}") from None
     return certificate
 
 
-def recheck(stated: Certificate, **options: Any) -> Rechecked:
+def recheck(stated: Certificate, *, trusted: Collection[str] = (), **options: Any) -> Rechecked:
     """Makes a certificate again.
 
     On the machine and with the versions that it was made on every figure must come out again, on
     others what is claimed: the models, each verdict, whether it is certified.
 
     Args:
+        trusted: of `TRUST`, what a checkpoint may do here; the word of a file is not enough.
         options: of the function that makes it.
+
+    Raises:
+        UsageError: settings that are not allowed, or that ask for what is not trusted.
     """
     kind: Any = stated["kind"]
-    made: Certificate = _MAKERS[kind][1](stated["settings"], **options)
+    settings: Any = stated["settings"]
+    config = settings.get("config")
+    for key in TRUST:
+        if isinstance(config, Mapping) and config.get(key) and key not in trusted:
+            flag = f"--{key.replace('_', '-')}"
+            raise UsageError(
+                f"--check: its models were read with {flag}, which can run their code; give "
+                f"{flag}, too, if you trust them"
+            )
+    try:
+        made: Certificate = _MAKERS[kind][1](settings, **options)
+    except ValidationError as error:
+        raise UsageError(f"--check: settings: {_first(error)}") from None
     one, other = (json.loads(to_json(certificate)) for certificate in (stated, made))
     same_place = all(
         stated["environment"].get(key) == made["environment"].get(key) for key in _PLACE
@@ -87,6 +105,12 @@ def recheck(stated: Certificate, **options: Any) -> Rechecked:
         "differences": differences,
         "certificate": made,
     }
+
+
+def _first(error: ValidationError) -> str:
+    """Where a value is that is not allowed, and what is."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _claims(certificate: Mapping[str, Any]) -> dict[str, Any]:

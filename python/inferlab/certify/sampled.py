@@ -32,7 +32,8 @@ CELLS = 64
 TOKENS = 3
 """Of a continuation: the first is chosen plainly, the others behind drafts."""
 BATCH = 64
-_MORE = 4  # tokens decoded behind them, so that drafts are as long as elsewhere
+DECODED = TOKENS + 4
+"""Of each sample: more than are counted, so that drafts are as long as elsewhere."""
 _LEAST = 1e-4  # a continuation less likely than this is no cell of its own
 
 Continuation = tuple[int, ...]
@@ -105,7 +106,7 @@ def sampled(
         group = list(seeds[first : first + BATCH])
         results += pipeline.generate(
             [list(prompt)] * len(group),
-            max_tokens=TOKENS + _MORE,
+            max_tokens=DECODED,
             seed=group,
             ignore_eos=True,
             **sampler,

@@ -25,13 +25,12 @@ from inferlab.cli.bench_output import BenchOutput, name_places, names_of
 from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.load_flags import add_load_arguments, first_load_flag
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
-from inferlab.cli.profiling import add_profile_argument, profiling
+from inferlab.cli.profiling import add_profile_argument, check_profile, profiling
 from inferlab.cli.prompts import add_workload_arguments, gather_workload
 from inferlab.cli.terminal import progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 from inferlab.load.outputs import LoadStats, SweepStats
-from inferlab.output import check_output
 from inferlab.prompts import Prompt
 
 Output = BenchmarkStats | ModesStats | MatrixStats | PeersStats | LoadStats | SweepStats
@@ -105,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
     1: a run failed, or token ids differ that must not, or a load spent its error budget; 130:
     interrupted, with partial results.
     """
+    if args.peers is None:
+        peers.refuse_alone(args)
     if (flag := first_load_flag(args)) is not None:
         return _run_load(args, flag)
     if args.peers is not None:
         return peers.run(args)
-    peers.refuse_alone(args)
     if args.quantization_matrix:
         return _run_matrix(args)
     if args.modes is not None:
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     overrides, names = specdec_flags.given_overrides(args, FLAGS[args.mode])
     config = load_mode_config(args.mode, args.config, overrides, names)
     output = BenchOutput(args)
-    check_output(args.profile, "--profile")
+    check_profile(args.profile, output.paths)
     prompts = gather_workload(args)
     if isinstance(config, SpecdecConfig):
         specdec_flags.check_record(config)

@@ -6,7 +6,8 @@ import argparse
 
 from inferlab.benchmarks.compare import CompareStats, compare_results
 from inferlab.benchmarks.compare_report import compare_report
-from inferlab.benchmarks.result_files import check_files, output_stem, read_result
+from inferlab.benchmarks.result_files import check_files, output_stem
+from inferlab.cli.bench_output import read_whole
 from inferlab.cli.flags import add_log_arguments
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_OK
 from inferlab.cli.terminal import clean_stdout
@@ -56,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
         stem = output_stem(args.output)
         check_files(args.output, (".json", *SUFFIXES))
     stats = compare_results(
-        read_result(args.a),
-        read_result(args.b),
+        read_whole(args.a),
+        read_whole(args.b),
         names=(args.a, args.b),
         tolerance=args.tolerance,
         acceptance_tolerance=args.acceptance_tolerance,

@@ -8,8 +8,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from inferlab.benchmarks.result_files import WRITTEN, check_files, report_of, write_outputs
+from pydantic import TypeAdapter, ValidationError
+
+from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats, PeersStats
+from inferlab.benchmarks.result_files import (
+    WRITTEN,
+    check_files,
+    read_result,
+    report_of,
+    write_outputs,
+)
 from inferlab.cli.terminal import clean_stdout
+from inferlab.errors import UsageError
+from inferlab.load.outputs import LoadStats, SweepStats
 from inferlab.output import Journal, print_json
 from inferlab.prompts import Prompt
 from inferlab.reports.terminal import print_report
@@ -22,6 +33,9 @@ class BenchOutput:
 
     While it is entered nothing but JSON comes on stdout with ``--json``; the journal of the runs
     stays where an error comes before the files are written.
+
+    Attributes:
+        paths: of its files; none without ``--output``.
 
     Args:
         as_csv: a result's rows, where they are not its ``runs``.
@@ -37,12 +51,12 @@ class BenchOutput:
     ) -> None:
         self._args = args
         self._as_csv = as_csv
-        self._paths = check_files(args.output, WRITTEN) if args.output else []
+        self.paths = check_files(args.output, WRITTEN) if args.output else []
 
     def __enter__(self) -> BenchOutput:
         with contextlib.ExitStack() as stack:
             self._out = stack.enter_context(clean_stdout(self._args.json))
-            self._journal = Journal(self._paths[0] if self._paths else None)
+            self._journal = Journal(self.paths[0] if self.paths else None)
             stack.callback(self._journal.close, written=False)
             self._stack = stack.pop_all()
         if self._journal.path is not None:
@@ -59,7 +73,7 @@ class BenchOutput:
     def done(self, stats: Mapping[str, Any]) -> None:
         """Writes the files and prints; what cannot be written is printed all the same."""
         try:
-            if self._paths:
+            if self.paths:
                 rows = None if self._as_csv is None else self._as_csv(stats)
                 write_outputs(self._args.output, stats, rows)
                 self._journal.close(written=True)
@@ -68,6 +82,36 @@ class BenchOutput:
                 print_json(stats, self._out)
             else:
                 print_report(report_of(stats))
+
+
+_KINDS: dict[str, Any] = {
+    "engines": PeersStats,
+    "batches": ModesStats,
+    "pairs": MatrixStats,
+    "runner_name": BenchmarkStats,
+    "loads": SweepStats,
+    "records": LoadStats,
+}
+"""A result's type, by the first key of these that it has."""
+
+
+def read_whole(path: str) -> dict[str, Any]:
+    """A result from its file, with everything that belongs to one of its kind.
+
+    Raises:
+        UsageError: as `read_result` does, or something is missing or of another type.
+    """
+    stats = read_result(path)
+    kind = next(kind for key, kind in _KINDS.items() if key in stats)
+    try:
+        TypeAdapter(kind).validate_python(stats)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path}: {where}: {first['msg']}; measure again with --output") from None
+    if kind is BenchmarkStats and not stats["runs"]:
+        raise UsageError(f"{path}: runs: is empty; measure again with --output")
+    return stats
 
 
 def names_of(prompts: Sequence[Prompt]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from inferlab.benchmarks.result_files import check_files, output_stem, read_result, report_of
+from inferlab.benchmarks.result_files import check_files, output_stem, report_of
+from inferlab.cli.bench_output import read_whole
 from inferlab.cli.flags import add_log_arguments
 from inferlab.cli.parser import EXIT_OK
 from inferlab.reports.files import SUFFIXES, write_report
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab bench report``; returns the exit code."""
     if args.output:
         check_files(args.output, SUFFIXES)
-    report = report_of(read_result(args.file))
+    report = report_of(read_whole(args.file))
     if args.output:
         write_report(report, output_stem(args.output))
     print_report(report)

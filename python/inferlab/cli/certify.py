@@ -10,7 +10,7 @@ from typing import Any
 from inferlab.certify import greedy, lossless, quality
 from inferlab.certify.facts import parse_sampler, sampler_text
 from inferlab.certify.outputs import Certificate, Rechecked
-from inferlab.certify.recheck import read_certificate, recheck
+from inferlab.certify.recheck import TRUST, read_certificate, recheck
 from inferlab.certify.report import certificate_report
 from inferlab.cli.flags import add_config_argument, add_output_arguments, given_values
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_OK
@@ -154,7 +154,8 @@ def run(args: argparse.Namespace) -> int:
             told = {_TOLD[kind]: journal.add}
             result: Certificate | Rechecked
             if stated is not None:
-                result = recheck(stated, **told)
+                trusted = [key for key in TRUST if getattr(args, key)]
+                result = recheck(stated, trusted=trusted, **told)
             else:
                 result = _MAKERS[kind](settings, **told)
             if args.output:
@@ -185,11 +186,12 @@ def _show(result: Certificate | Rechecked) -> None:
 
 
 def _refuse_beside_check(args: argparse.Namespace) -> None:
-    """Everything else that is said beside ``--check`` is the file's to say."""
-    own = {"check", "output", "json", "no_progress", "log_level", "verbose", "certify_kind"}
+    """Everything else that is said beside ``--check`` is the file's to say, but for what a
+    checkpoint may do here."""
+    own = {"check", "output", "json", "no_progress", "log_level", "verbose", "certify_kind", *TRUST}
     usual = {"command", "run", "window", "exact"}
     for name, value in vars(args).items():
-        if name not in own | usual and value not in (None, False):
+        if name not in own | usual and value is not None and value is not False:
             raise UsageError(
                 f"--{name.replace('_', '-')}: has no meaning with --check, which takes all "
                 "settings from the file"
@@ -222,7 +224,7 @@ def _lossless_settings(args: argparse.Namespace) -> tuple[lossless.Settings, str
         "batches": args.batch or [1, 4],
         "quantizations": formats,
         "prompts": _prompts(args),
-        "max_tokens": args.max_tokens or lossless.MAX_TOKENS,
+        "max_tokens": lossless.MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         "samples": samples,
         "seed": config.seed,
     }
@@ -246,7 +248,7 @@ def _greedy_settings(args: argparse.Namespace) -> tuple[greedy.Settings, str]:
         "prompts": prompts,
         "recorded": recorded,
         "against": against,
-        "max_tokens": args.max_tokens or lossless.MAX_TOKENS,
+        "max_tokens": lossless.MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         "exact": args.exact,
     }
     return settings, config.log_level
@@ -261,16 +263,20 @@ def _quality_settings(args: argparse.Namespace) -> tuple[quality.Settings, str]:
         asked = args.policies or args.dtypes
         formats = [] if asked else ["int8", "int4"]
     _one_of("--quantizations", formats, choices(SpecdecConfig, "quantization"))
-    stride = args.stride or max(args.window // 2, 1)
+    if args.window < 2:
+        raise UsageError(f"--window: {args.window} is not allowed; must be at least 2")
+    stride = args.window // 2 if args.stride is None else args.stride
     if not 1 <= stride < args.window:
-        raise UsageError(f"--stride: {stride} is not allowed; must be below --window {args.window}")
+        raise UsageError(
+            f"--stride: {stride} is not allowed; must be from 1 to below --window {args.window}"
+        )
     settings: quality.Settings = {
         "config": _dumped(config),
         "policies": args.policies or [],
         "quantizations": formats,
         "dtypes": args.dtypes or [],
         "prompts": _prompts(args),
-        "max_tokens": args.max_tokens or lossless.MAX_TOKENS,
+        "max_tokens": lossless.MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         "text": _text(args.text),
         "window": args.window,
         "stride": stride,
@@ -299,8 +305,8 @@ def _config(args: argparse.Namespace, more: Sequence[str]) -> SpecdecConfig:
         args.tree = _widths(args.tree)
     models = [
         *("impl", "base_model", "draft_model", "device", "force_device", "dtype", "engine"),
-        *("quantization", "draft_quantization", "max_memory_mb", "trust_remote_code"),
-        *("allow_pickle", "seed", "log_level"),
+        *("quantization", "draft_quantization", "tensor_parallel", "device_map", "max_memory_mb"),
+        *("trust_remote_code", "allow_pickle", "seed", "log_level"),
     ]
     wanted = {f"--{name.replace('_', '-')}" for name in (*models, *more)}
     overrides, names = given_values(args, {f: key for f, key in FLAGS.items() if f in wanted})

@@ -68,6 +68,7 @@ def refuse_misplaced(args: argparse.Namespace, flag: str) -> None:
         ("--batch", "--concurrency says how many run at a time"),
         ("--modes", "it compares local decoding"),
         ("--quantization-matrix", "it compares local decoding"),
+        ("--peers", "they decode here, and no server is asked"),
     ):
         if value_of(args, other):
             raise UsageError(f"{other}: has no meaning with {flag}; {remedy}")
@@ -111,7 +112,8 @@ def _measure(args: argparse.Namespace, plan: LoadPlan, how: Measured, keep: Any)
         )
     show_bar = plan.count is not None and not (args.no_progress or args.json)
     turns = [len(conversation.turns) for conversation in plan.conversations]
-    total = sum(turns[index % len(turns)] for index in range(plan.count or 0))
+    rounds, rest = divmod(plan.count or 0, len(turns))
+    total = rounds * sum(turns) + sum(turns[:rest])
     with progress(total, "requests", show_bar) as advance:
 
         def take(record: RequestRecord) -> None:

@@ -22,6 +22,11 @@ FLAGS = (
 
 USUAL_SWEEP_PERCENT = 5.0
 
+MOST = 10**9
+"""Of whatever is counted."""
+LEAST_RATE = 1e-6
+"""A second, and of the shape of gaps: what comes still later does not come."""
+
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     """The group ``load`` of ``inferlab bench``."""
@@ -126,13 +131,20 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = value_of(args, flag)
         if value is not None and value < low:
             raise UsageError(f"{flag}: {value} is not allowed; must be at least {low}")
+        if value is not None and value > MOST and flag != "--load-seed":
+            raise UsageError(f"{flag}: {value} is not allowed; must be at most {MOST}")
     for flag in (
-        "--rate", "--burstiness", "--duration", "--sweep", "--connect-timeout",
-        "--first-token-timeout", "--stall-timeout",
+        "--duration", "--sweep", "--connect-timeout", "--first-token-timeout", "--stall-timeout",
     ):  # fmt: skip
         value = value_of(args, flag)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{flag}: {value:g} is not allowed; must be a number above 0")
+    for flag in ("--rate", "--burstiness"):
+        value = value_of(args, flag)
+        if value is not None and not LEAST_RATE <= value < math.inf:
+            raise UsageError(
+                f"{flag}: {value:g} is not allowed; must be a number from {LEAST_RATE:g} on"
+            )
 
 
 def check_combinations(args: argparse.Namespace) -> None:
@@ -170,8 +182,11 @@ def arrivals_of(args: argparse.Namespace) -> Arrivals:
             rates = float(begin), float(end)
         except ValueError:
             rates = (0.0, 0.0)
-        if not all(0 < rate < math.inf for rate in rates):
-            raise UsageError(f"--ramp: {args.ramp!r} is not allowed; must be two rates, 1:20")
+        if not all(LEAST_RATE <= rate < math.inf for rate in rates):
+            raise UsageError(
+                f"--ramp: {args.ramp!r} is not allowed; must be two rates, 1:20, each from "
+                f"{LEAST_RATE:g} on"
+            )
         return Arrivals("ramp", rate=rates[0], rate_end=rates[1], ramp_s=args.duration)
     if args.rate is None:
         return Arrivals("closed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,11 @@ def _benchmark(
 ) -> SideBySide:
     """One whose complaints name the flags."""
     timeout_s = TIMEOUT_S if args.peer_timeout is None else args.peer_timeout
-    if not timeout_s > 0:
-        raise UsageError(f"--peer-timeout: {timeout_s:g} is not allowed; must be above 0")
+    if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+        raise UsageError(
+            f"--peer-timeout: {timeout_s:g} is not allowed; must be above 0, and at most "
+            f"{threading.TIMEOUT_MAX:g}"
+        )
     folder = None if args.peer_models is None else Path(args.peer_models)
     if folder is not None:
         try:

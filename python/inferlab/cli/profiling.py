@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from inferlab.errors import UsageError
+from inferlab.output import check_output, is_special
 
 if TYPE_CHECKING:
     from inferlab.specdec.engine import Engine
@@ -22,6 +27,21 @@ def add_profile_argument(parser: argparse.ArgumentParser, of_what: str) -> None:
         help=f"write a trace of {of_what} for ui.perfetto.dev: operations, and the engine's phases "
         "on a track of their own (on CUDA also as NVTX ranges)",
     )
+
+
+def check_profile(path: str | None, results: Sequence[str | Path]) -> None:
+    """Refuses a file of ``--profile`` before the run.
+
+    Args:
+        results: files of ``--output``, which it would overwrite.
+
+    Raises:
+        UsageError: it cannot be written, or is one of those.
+    """
+    check_output(path, "--profile")
+    places = [os.path.realpath(result) for result in results]
+    if path is not None and not is_special(path) and os.path.realpath(path) in places:
+        raise UsageError(f"--profile: {path} is a file of --output, too; give another")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from inferlab.cli.flags import add_config_argument, add_output_arguments
-from inferlab.cli.profiling import add_profile_argument, profiling
+from inferlab.cli.profiling import add_profile_argument, check_profile, profiling
 from inferlab.cli.prompts import add_prompt_arguments, gather_prompts
 from inferlab.cli.results import Failed, Labels, Many, OnResult, report, run_prompts, show_result
 from inferlab.cli.specdec_flags import (
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs ``inferlab specdec``; returns the exit code."""
     config = read_config(args)
     check_output(args.output)
-    check_output(args.profile, "--profile")
+    check_profile(args.profile, [args.output] if args.output else [])
     prompts = gather_prompts(args)
     check_record(config)
     setup_logging(config.log_level, args.verbose or config.verbose)

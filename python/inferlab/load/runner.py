@@ -173,6 +173,8 @@ class _Runner:
 
     async def _closed(self) -> None:
         users = self._plan.concurrency or 1
+        if self._plan.count is not None:  # the others would have nothing to send
+            users = min(users, self._plan.count)
         own = len(range(self._part.index, users, self._part.of))
         numbers = self._numbers()
 

@@ -74,13 +74,18 @@ def of_validation(error: ValidationError) -> ApiError:
     kind = errors[0]["type"]
     if kind in ("json_invalid", "json_type"):
         return ApiError(400, f"the body is not JSON: {errors[0]['msg']}", code="invalid_json")
-    if kind in ("model_type", "model_attributes_type"):
+    if kind in ("model_type", "model_attributes_type") and not errors[0]["loc"]:
         return ApiError(400, "the body must be a JSON object", code="invalid_json")
     of_field = [wrong for wrong in errors if wrong["loc"][:1] == errors[0]["loc"][:1]]
     # A field of several types is wrong in the way of each; that which went farthest was meant.
     wrong = max(of_field, key=_distance)
     parts = [*wrong["loc"], *([wrong["ctx"]["field"]] if wrong["type"] == "unknown_field" else [])]
-    place = ".".join(str(part) for part in parts if not _is_branch(part))
+    place = ".".join(
+        str(part)
+        for before, part in zip(("", *parts), parts, strict=False)
+        # Behind text.format comes its type, by which pydantic tells them apart, and no key.
+        if not _is_branch(part) and before != "format"
+    )
     message = wrong["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None)
 

@@ -28,7 +28,7 @@ from inferlab.specdec.text import NewText, StopStrings, special_tokens, text_dec
 from inferlab.specdec.tree import NO_DRAFT, Budget, DraftTree
 from inferlab.specdec.turns import Turns
 from inferlab.specdec.walk import Outcome, came_true
-from inferlab.types import GenerationResult, SamplingParams, TokenLogprobs
+from inferlab.types import GenerationResult, SamplingParams, TokenLogprobs, check_room
 
 UNTOLD = 32
 """Steps decided on at once where no drafter hears of any text."""
@@ -131,13 +131,7 @@ class Engine:
                 f"with; give stop_token_ids, or add tokenizer.json to the model's directory"
             )
         limit = self.target.context_length
-        if limit is not None and len(prompt) + params.max_tokens > limit:
-            room = limit - len(prompt)
-            remedy = f" or ask for at most {room} new tokens" if room > 0 else ""
-            raise ValueError(
-                f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the "
-                f"context of {self.target.name} ({limit} tokens); shorten the prompt{remedy}"
-            )
+        check_room("max_tokens", len(prompt), params.max_tokens, limit, self.target.name)
         self.scheduler.check(request)
 
     def add(self, request: Request) -> Request:
