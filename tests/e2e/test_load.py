@@ -312,7 +312,7 @@ def test_a_trace_is_sent_at_its_times(server, capsys, tmp_path):
     assert all(in_load(record).sent_at >= at for record, at in zip(records, times, strict=True))
 
 
-def test_a_sweep_doubles_until_nothing_more_comes(server, capsys):
+def test_a_sweep_doubles_until_nothing_more_comes(server, capsys, tmp_path):
     server.answers = [Respond.events(delta(content="a"), 0.02, delta("stop"), USAGE, DONE)]
     words = ("--prompt", "Hi", "--concurrency", "1", "--requests", "4", "--sweep", "100000")
     assert bench(server, *words, "--json") == 0
@@ -322,8 +322,12 @@ def test_a_sweep_doubles_until_nothing_more_comes(server, capsys):
         "concurrency", "saturated", None,
     )  # fmt: skip
     assert [load["settings"]["concurrency"] for load in stats["loads"]] == [1, 2]
-    assert bench(server, *words) == 0
-    assert "ended: saturated" in capsys.readouterr().out
+    assert bench(server, *words, "--output", str(tmp_path / "sweep")) == 0
+    shown = capsys.readouterr().out
+    assert "ended: saturated" in shown
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 1 + 8
+    assert cli.main(["bench", "report", str(tmp_path / "sweep.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == shown.splitlines()[-1]
     server.answers = [Respond.json({}, 500)]
     assert bench(server, *words) == 1
 
