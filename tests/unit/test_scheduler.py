@@ -284,10 +284,10 @@ def test_first_tokens_do_not_wait_for_long_texts():
 
     for request in requests:
         scheduler.add(request)
-    assert step() == [(one, 0, 0, True), (short, 0, 8, True), (long, 0, 12, False)]
-    assert step() == [(long, 12, 30, True), (longer, 0, 5, False)]  # what is left is short
-    assert step() == [(longer, 5, 45, False)]  # beside those that decode
-    assert step() == [(longer, 45, 59, True)]
+    assert step() == [(one, 0, 0, True), (short, 0, 8, True), (long, 0, 17, False)]
+    assert step() == [(long, 17, 30, True), (longer, 0, 12, False)]  # what is left is short
+    assert step() == [(longer, 12, 52, False)]  # beside those that decode
+    assert step() == [(longer, 52, 59, True)]
 
 
 @pytest.mark.parametrize(
@@ -295,9 +295,11 @@ def test_first_tokens_do_not_wait_for_long_texts():
     [
         ([300, 700], 2, [(0, 300), (1, 212)]),  # nobody waits for these
         ([300, 700], 3, [(0, 128)]),
-        ([700, 20, 30, 40], 4, [(1, 20), (2, 30), (0, 16)]),
+        ([700, 20, 30, 40], 4, [(1, 20), (2, 30), (0, 30)]),
+        ([700, 100, 300], 5, [(0, 16), (1, 100), (2, 12)]),
+        ([700, 100, 30], 3, [(2, 30), (0, 16), (1, 34)]),
         ([10] * 20, 20, [(i, 10) for i in range(12)]),
-        ([0, 65], 2, [(0, 0), (1, 64)]),
+        ([0, 65], 2, [(0, 0), (1, 65)]),
         ([], 3, []),
     ],
 )

@@ -226,7 +226,8 @@ def test_the_light_model_is_close_where_pages_are_few_or_shared(setting, groups,
 
     for key in ("tokens_per_second", "utilisation", "tokens_per_step", "batch", "shared"):
         real, light = means(lambda found, key=key: found[key])
-        assert light == pytest.approx(real, rel=0.05, abs=0.01), key
+        close = 0.15 if key == "shared" else 0.05  # of few pages, which are still known is chance
+        assert light == pytest.approx(real, rel=close, abs=0.01), key
     for key in ("ttft_ms", "tpot_ms", "e2e_ms"):
         real, light = means(lambda found, key=key: found[key]["mean"])
         assert light == pytest.approx(real, rel=0.1), key

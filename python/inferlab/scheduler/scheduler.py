@@ -246,32 +246,36 @@ class Scheduler:
 def share_out(
     unread: Sequence[int], running: int, alone: int, beside: int
 ) -> list[tuple[int, int]]:
-    """What a step reads: (place of a text, tokens), short texts first, in half of what there is
-    where there are long ones. These get what is left of that half, or little more, so that first
-    tokens do not wait for them; where no text is short, all of it, each leaving the next what it
-    does not need.
+    """What a step reads: (place of a text, tokens). What is soon read goes first, so that first
+    tokens do not wait for long texts; of these the oldest always goes on, if slowly. Beside long
+    texts short ones have half of the step, which is so much shorter.
 
     Args:
-        unread: tokens of each text that is still to be read.
+        unread: tokens of each text that is still to be read, the oldest first.
         running: those texts, and those that decode.
         alone, beside: tokens that are read at most: ``read_tokens``, ``read_beside``.
     """
     most = min(SHORT_READ, beside // 2)
-    long = [place for place, size in enumerate(unread) if size > most]
+    order = sorted(range(len(unread)), key=unread.__getitem__)
+    short = [place for place in order if unread[place] <= most]
+    long = order[len(short) :]
     budget = alone if len(long) == running else beside
-    left = budget // 2 if long else budget
-    shares = []
-    for place, size in enumerate(unread):
-        if size <= min(most, left):
-            shares.append((place, size))
-            left -= size
-    left = max(left, budget // 8, 1) if shares else budget
+    left = budget // 2 if short and long else budget
+    shares: dict[int, int] = {}
+    for place in short:
+        if unread[place] <= left:
+            shares[place] = unread[place]
+            left -= unread[place]
+    if long:
+        oldest = min(long)
+        shares[oldest] = min(max(budget // 8, 1), unread[oldest])
+        left -= 0 if short else shares[oldest]
     for place in long:
-        count = min(unread[place], left)
+        count = min(unread[place] - shares.get(place, 0), left)
         if count > 0:
-            shares.append((place, count))
+            shares[place] = shares.get(place, 0) + count
             left -= count
-    return shares
+    return list(shares.items())
 
 
 def _chunk(request: Request, count: int) -> Chunk:
