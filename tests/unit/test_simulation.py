@@ -212,7 +212,7 @@ def test_the_light_model_is_the_real_one_where_all_fits(setting, arrivals):
     [
         (Setting(levels=PAYS), 0, 60),
         (Setting(levels=2, pages=300), 0, 60),
-        (Setting(replicas=4, levels=2, pages=820, routing="least-loaded"), 20, 110),
+        (Setting(replicas=4, levels=2, pages=900, routing="least-loaded"), 20, 110),
         (Setting(replicas=4, levels=2, pages=900, routing="prefix"), 20, 110),
     ],
     ids=str,
@@ -232,7 +232,7 @@ def test_the_light_model_is_close_where_pages_are_few_or_shared(setting, groups,
         real, light = means(lambda found, key=key: found[key]["mean"])
         assert light == pytest.approx(real, rel=0.1), key
     real, light = means(lambda found: found["preempted"])
-    assert (light > 0) == (real > 0)
+    assert (light >= 1) == (real >= 1)
 
 
 def test_the_real_model_plans_as_the_engine_does():
