@@ -16,8 +16,8 @@ from inferlab.scheduler.request import Request
 READ_TOKENS = 512
 """Tokens that a step reads at most, of all texts together."""
 READ_BESIDE = 128
-"""The same on CPUs while others decode, or come to their first token. There rows beyond 64 take as
-long each however many there are: to read in small parts costs next to nothing."""
+"""The same in a server on CPUs while others decode, or come to their first token. Rows beyond 64
+take as long each, however many there are: to read in small parts costs next to nothing."""
 SHORT_READ = 64
 """Texts with no more tokens to read are read before longer ones."""
 SPARE_PAGES = 7
@@ -64,7 +64,7 @@ class Scheduler:
         self.max_batch = max_batch
         self.tree_slots = tree_slots
         self.read_tokens = read_tokens
-        self.read_beside = min(read_beside or read_tokens, read_tokens)
+        self.read_beside = read_beside
         self.shares = shares
         self._adopt = adopt
         self.waiting: list[Request] = []  # in the order in which they are admitted
@@ -229,7 +229,8 @@ class Scheduler:
     def _chunks(self) -> list[Chunk]:
         unread = [request for request in self.running if not request.is_read]
         sizes = [request.unread for request in unread]
-        shares = share_out(sizes, len(self.running), self.read_tokens, self.read_beside)
+        beside = min(self.read_beside or self.read_tokens, self.read_tokens)
+        shares = share_out(sizes, len(self.running), self.read_tokens, beside)
         return [_chunk(unread[place], count) for place, count in shares]
 
     def _give(self, request: Request, pages: list[int]) -> None:
@@ -246,9 +247,12 @@ class Scheduler:
 def share_out(
     unread: Sequence[int], running: int, alone: int, beside: int
 ) -> list[tuple[int, int]]:
-    """What a step reads: (place of a text, tokens). What is soon read goes first, so that first
-    tokens do not wait for long texts; of these the oldest always goes on, if slowly. Beside long
-    texts short ones have half of the step, which is so much shorter.
+    """What a step reads: (place of a text, tokens). Short texts go first, in half of it where there
+    are long ones, of which each leaves the next what it does not need.
+
+    Where less is read beside others, so that first tokens do not wait for long texts, what is soon
+    read goes first of these as well, the oldest always on, if slowly, and a step that reads short
+    texts ends with its half.
 
     Args:
         unread: tokens of each text that is still to be read, the oldest first.
@@ -256,20 +260,23 @@ def share_out(
         alone, beside: tokens that are read at most: ``read_tokens``, ``read_beside``.
     """
     most = min(SHORT_READ, beside // 2)
-    order = sorted(range(len(unread)), key=unread.__getitem__)
-    short = [place for place in order if unread[place] <= most]
-    long = order[len(short) :]
-    budget = alone if len(long) == running else beside
-    left = budget // 2 if short and long else budget
+    short = [place for place, size in enumerate(unread) if size <= most]
+    long = [place for place, size in enumerate(unread) if size > most]
+    hurries = beside < alone and len(long) < running
+    budget = beside if hurries else alone
+    left = budget // 2 if long else budget
     shares: dict[int, int] = {}
     for place in short:
         if unread[place] <= left:
             shares[place] = unread[place]
             left -= unread[place]
-    if long:
-        oldest = min(long)
+    if long and hurries:
+        oldest = long[0]
         shares[oldest] = min(max(budget // 8, 1), unread[oldest])
-        left -= 0 if short else shares[oldest]
+        left = left if short else budget - shares[oldest]
+        long.sort(key=unread.__getitem__)
+    elif long:
+        left += budget - budget // 2
     for place in long:
         count = min(unread[place] - shares.get(place, 0), left)
         if count > 0:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from inferlab.models import use_threads_that_exist
-from inferlab.scheduler import Request
+from inferlab.scheduler import READ_BESIDE, Request
 from inferlab.specdec.emission import Emission
 from inferlab.specdec.engine import Engine
 from inferlab.types import SamplingParams
@@ -93,6 +93,8 @@ class EngineThread:
         self._suspects: dict[Request, int] = {}  # steps until each is trusted again
         self._told: list[Ticket] = []  # whose owners are to be woken
         engine.before_forward = self._wake_owners
+        if engine.target.device.type == "cpu":
+            engine.scheduler.read_beside = READ_BESIDE
         self._thread = threading.Thread(target=self._run, name="inferlab-engine", daemon=True)
 
     def start(self) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from inferlab.errors import Interrupted
 from inferlab.models import ForwardBatch, ForwardOutput, KVCache, TargetModel, allowed_vocab
-from inferlab.scheduler import READ_BESIDE, Chunk, PageAllocator, Plan, Request, Scheduler
+from inferlab.scheduler import Chunk, PageAllocator, Plan, Request, Scheduler
 from inferlab.specdec import constrained, step
 from inferlab.specdec.batch import Batch
 from inferlab.specdec.constrained import Constrained
@@ -89,7 +89,6 @@ class Engine:
             tree_slots,
             shares=shares_prefixes and target.reread_length is None,
             adopt=_weakly(self._adopt),  # an engine goes, with its cache, when nobody has it
-            read_beside=READ_BESIDE if target.device.type == "cpu" else None,
         )
         self._follows = True  # whether the drafter heard of the last text
         self._ids = count()
