@@ -22,9 +22,6 @@ import random
 import re
 import shlex
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -47,8 +44,8 @@ from inferlab.load.synthetic import Synthetic, Writer, make_conversations
 from inferlab.models import resolve_model_path
 from inferlab.models.loading import load_tokenizer
 from inferlab.training.material.corpus import heldout_prompts
+from server_process import start_server
 
-START_S = 180
 OURS = {"inferlab": [], "plain": ["--draft-mode", "none"]}
 THEIRS = {"transformers": [], "transformers-cb": ["--continuous-batching"]}
 
@@ -168,37 +165,18 @@ def load(server: Server, prompts: list[str], long: list[str], most: int, concurr
 
 def start(name: str, args: argparse.Namespace, folder: Path, stack: ExitStack) -> Server:
     """A server in a process of its own, until the stack is closed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     model = args.model
-    environment = dict(os.environ)
+    environment = {}
     if name in OURS:
         words = ["inferlab", "serve", "--base-model", model, *OURS[name], *shlex.split(args.flags)]
     else:
         model = "local/model"
         hub = folder / "hub"
         put_into_hub_cache(Path(resolve_model_path(args.model)), hub, model)
-        environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
+        environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)}
         words = ["transformers.cli.transformers", "serve", "--device", "cpu", *THEIRS[name]]
-    log = folder / f"{name}.log"
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *words, "--port", str(port)],
-            env=environment,
-            stdout=written,
-            stderr=written,
-        )
-    stack.callback(process.wait)
-    stack.callback(process.kill)
-    end = time.monotonic() + START_S
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return Server(f"http://127.0.0.1:{port}", model)
-        if process.poll() is not None or time.monotonic() > end:
-            raise SystemExit(f"{name} did not start:\n{log.read_text()[-2000:]}")
-        time.sleep(0.2)
+    port = start_server(words, folder / f"{name}.log", stack, environment)
+    return Server(f"http://127.0.0.1:{port}", model)
 
 
 def put_into_hub_cache(model: Path, hub: Path, name: str) -> None:

@@ -21,9 +21,6 @@ import asyncio
 import json
 import os
 import shlex
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +43,8 @@ from inferlab.simulation.summary import summarize
 from inferlab.specdec.costs import CostModel
 from inferlab.specdec.recorded import read_recording
 from inferlab.training.material.corpus import heldout_prompts
+from server_process import start_server
 
-START_S = 180
 SHARES_OF_CAPACITY = (0.4, 0.7)
 FITTED = (1, 8)
 """Clients of the closed loops that the overhead is fitted to."""
@@ -331,32 +328,13 @@ def report(world: World, measured: dict[Case, Found], overhead: Overhead) -> Non
 
 def start(number: int, args: argparse.Namespace, folder: Path, stack: ExitStack) -> Server:
     """A replica in a process of its own, until the stack is closed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     drafts = ["--draft-mode", args.draft_mode]
     if args.draft_mode != "none":
         drafts += ["--K", str(args.K), "--controller", "fixed"]
     words = ["inferlab", "serve", "--base-model", args.model, *drafts, "--no-prefix-sharing"]
-    words += ["--port", str(port), *shlex.split(args.flags)]
+    words += shlex.split(args.flags)
     log = folder / f"replica-{number}.log"
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=written,
-            stderr=written,
-        )
-    stack.callback(process.wait)
-    stack.callback(process.terminate)
-    end = time.monotonic() + START_S
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return Server(port, args.model)
-        if process.poll() is not None or time.monotonic() > end:
-            raise SystemExit(f"a replica did not start:\n{log.read_text()[-2000:]}")
-        time.sleep(0.2)
+    return Server(start_server(words, log, stack, {"OMP_NUM_THREADS": "1"}), args.model)
 
 
 if __name__ == "__main__":

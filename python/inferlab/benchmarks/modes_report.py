@@ -7,7 +7,7 @@ from typing import Any
 
 from inferlab.benchmarks.modes import GENERATE, PLAIN
 from inferlab.benchmarks.run_report import environment_facts, failure_lines, id_lines, setting_facts
-from inferlab.benchmarks.sample_plots import load_curves, phase_bars, sample_plots
+from inferlab.benchmarks.sample_plots import batch_curves, phase_bars, sample_plots
 from inferlab.benchmarks.samples import modes_in, samples_of
 from inferlab.reports.model import Heading, Lines, Part, Report, Table
 from inferlab.reports.numbers import fixed, ratio
@@ -42,12 +42,7 @@ def modes_report(stats: Mapping[str, Any]) -> Report:
         parts += [Heading(f"batch {size}"), _table(modes), Lines(id_lines(found[size]))]
     parts.append(Heading("Plots"))
     samples = modes_in(samples_of(stats))
-    if len(stats["batches"]) > 1:
-        points: dict[str, list[Any]] = {}
-        for row in stats["runs"]:
-            if "error" not in row:
-                points.setdefault(row["mode"], []).append((row["batch_size"], row))
-        parts += load_curves(points, "batch size", "runs[], medians by batch_size and mode")
+    parts += batch_curves(stats["runs"])
     several = len(stats["batches"]) > 1
     for size, modes in stats["batches"].items():
         more = f", batch {size}"

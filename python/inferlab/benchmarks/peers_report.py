@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from inferlab.benchmarks.run_report import environment_facts, failure_lines, setting_facts
-from inferlab.benchmarks.sample_plots import load_curves, sample_plots
+from inferlab.benchmarks.sample_plots import batch_curves, sample_plots
 from inferlab.benchmarks.samples import modes_in, samples_of
 from inferlab.reports.model import Bars, Heading, Lines, Part, Report, Table
 from inferlab.reports.numbers import fixed, number, ratio
@@ -33,12 +33,7 @@ def peers_report(stats: Mapping[str, Any]) -> Report:
         if said:
             parts.append(Lines(said))
     parts += [Heading("Plots"), *_bars(stats)]
-    if len(stats["batches"]) > 1:
-        points: dict[str, list[Any]] = {}
-        for row in stats["runs"]:
-            if "error" not in row:
-                points.setdefault(row["mode"], []).append((row["batch_size"], row))
-        parts += load_curves(points, "batch size", "runs[], medians by batch_size and mode")
+    parts += batch_curves(stats["runs"])
     parts += sample_plots(modes_in(samples_of(stats)), "runs[]", "runs[]")
     settings = stats["settings"]
     facts = setting_facts(settings, [name for name in settings if name != "energy_sources"])

@@ -60,32 +60,34 @@ def phase_bars(
     return [Bars(f"Time by phase{more}", "ms per token", list(phases), parts, source)]
 
 
-def load_curves(
-    points: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], load: str, source: str
-) -> list[Curves]:
-    """Throughput against load, and latency against throughput.
+def batch_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curves]:
+    """Throughput against batch size, and latency against throughput; of more than one size.
 
     Args:
-        points: mode -> (load, row of a run) of every run; a point is medians over runs.
-        load: what it is called.
+        rows: runs, each with ``mode`` and ``batch_size``; a point is medians over runs.
     """
-    by_load, curve = [], []
+    points: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    for row in rows:
+        if "error" not in row:
+            points.setdefault(row["mode"], []).append((row["batch_size"], row))
+    by_size, curve = [], []
     for mode, found in points.items():
-        loads = sorted({at for at, _ in found})
-        if len(loads) < 2:
+        sizes = sorted({size for size, _ in found})
+        if len(sizes) < 2:
             continue
         rates, times = [], []
-        for at in loads:
-            rows = [row for where, row in found if where == at]
-            rates.append(median(row["tokens_per_second"] for row in rows))
-            times.append(median(row["latency_ms"] for row in rows))
-        by_load.append(Series(mode, list(zip(loads, rates, strict=True))))
+        for size in sizes:
+            of_size = [row for at, row in found if at == size]
+            rates.append(median(row["tokens_per_second"] for row in of_size))
+            times.append(median(row["latency_ms"] for row in of_size))
+        by_size.append(Series(mode, list(zip(sizes, rates, strict=True))))
         curve.append(Series(mode, list(zip(rates, times, strict=True))))
     if not curve:
         return []
+    source = "runs[], medians by batch_size and mode"
     return [
         Curves("Latency against throughput", "tokens per second", "latency, ms", curve, source),
-        Curves(f"Throughput by {load}", load, "tokens per second", by_load, source),
+        Curves("Throughput by batch size", "batch size", "tokens per second", by_size, source),
     ]
 
 
