@@ -82,11 +82,6 @@ class ShardedModel:
         return ShardedModel(self._ranks, key, part)
 
     @property
-    def num_ranks(self) -> int:
-        """How many have a part of it."""
-        return self._ranks.size
-
-    @property
     def embed(self) -> torch.nn.Module:
         """The embedding, with all of its weights."""
         return self._all_of("embed")
