@@ -125,10 +125,14 @@ def test_a_verifier_that_is_handed_in_is_judged():
     assert not any(check["part"] == "replay" for check in found["checks"] if not check["passed"])
 
 
-def test_the_law_of_continuations_is_the_models_own():
+PENALTIES = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.25}
+
+
+@pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["", "penalised"])
+def test_the_law_of_continuations_is_the_models_own(penalties):
     model = FakeLM(seed=3)
     prompt = [300, 301]
-    sampler = {"temperature": 0.7, "top_k": 4}
+    sampler = {"temperature": 0.7, "top_k": 4, **penalties}
     cells = likeliest(model, prompt, sampler, 10)
     assert len(cells) == 10
     assert list(cells.values()) == sorted(cells.values(), reverse=True)
@@ -150,6 +154,10 @@ def test_the_law_of_continuations_is_the_models_own():
         ("0.8", {"temperature": 0.8}),
         ("temperature=0.8,top_p=0.9", {"temperature": 0.8, "top_p": 0.9}),
         ("top_k=5", {"temperature": 1.0, "top_k": 5}),
+        (
+            "temperature=0,repetition_penalty=1.2,presence_penalty=-1",
+            {"temperature": 0.0, "repetition_penalty": 1.2, "presence_penalty": -1.0},
+        ),
     ],
 )
 def test_samplers_are_spelled(text, sampler):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from inferlab.kernels import SamplingTensors
-from inferlab.kernels.reference.sampling import filtered, probabilities
+from inferlab.kernels.reference.sampling import filtered, penalised_logits, probabilities
 
 Floats = NDArray[np.float64]
 Siblings = tuple[int, ...]
@@ -80,7 +80,8 @@ def sampled_law(logits: torch.Tensor, sampling: SamplingTensors) -> Floats:
 
     From the oracle: what is claimed of kernels is not to be computed by them.
     """
-    row = logits.float().cpu()
+    row = penalised_logits(logits.cpu(), sampling, 0)
+    assert row is not None
     keep = filtered(row, sampling, 0)
     return np.asarray(probabilities(row, keep, float(sampling.temperature[0])).double().numpy())
 

@@ -20,7 +20,10 @@ _PART = 4096  # bytes of each tensor
 
 Sampler = dict[str, Any]
 
-_SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
+_SETTINGS = {
+    "temperature": float, "top_k": int, "top_p": float, "min_p": float,
+    "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float,
+}  # fmt: skip
 
 
 def config_of(settings: Mapping[str, Any]) -> SpecdecConfig:
@@ -101,6 +104,6 @@ def parse_sampler(text: str) -> Sampler:
 
 def sampler_text(sampler: Sampler) -> str:
     """A sampler as `parse_sampler` reads it."""
-    if sampler["temperature"] == 0:
+    if sampler == {"temperature": 0.0}:
         return "greedy"
     return ",".join(f"{name}={value:g}" for name, value in sampler.items())

@@ -46,7 +46,6 @@ def likeliest(
 
     Logits are those that the engine decodes by: of the same forwards, from the same cache.
     """
-    sampling = SamplingTensors.of(1, **sampler)
     pages = -(-(len(prompt) + TOKENS) // 16)
     cache = target.new_cache(pages)
     heap: list[tuple[float, Continuation]] = [(-1.0, ())]
@@ -56,6 +55,9 @@ def likeliest(
         if len(behind) == TOKENS:
             found[behind] = -chance
             continue
+        sampling = SamplingTensors.of(
+            1, **sampler, prompt_tokens=[prompt], output_tokens=[behind]
+        )
         law = sampled_law(_next_logits(target, [*prompt, *behind], cache, pages), sampling)
         for token in np.nonzero(law * -chance >= _LEAST)[0].tolist():
             heapq.heappush(heap, (chance * float(law[token]), (*behind, token)))

@@ -75,7 +75,8 @@ def _add_lossless(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         action="append",
         metavar="SETTINGS",
-        help="greedy, or temperature=0.8,top_p=0.9,top_k=50,min_p=0.1; may be given repeatedly "
+        help="greedy, or temperature=0.8,top_p=0.9,top_k=50,min_p=0.1, also repetition_penalty, "
+        "presence_penalty, frequency_penalty; may be given repeatedly "
         f"({' and '.join(lossless.SAMPLERS)})",
     )
     group.add_argument("--batch", type=_sizes, metavar="N,...", help="decoded together (1,4)")
@@ -108,7 +109,6 @@ def _add_greedy(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exact",
         choices=("float32", "float64"),
-        default="float64",
         help="what margins are recomputed in, on the CPU (float64)",
     )
     _add_common(parser)
@@ -129,7 +129,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", help="for perplexity, KL and agreement (a file held out)"
     )
     group.add_argument(
-        "--window", type=int, default=quality.WINDOW, metavar="N", help=f"tokens ({quality.WINDOW})"
+        "--window", type=int, metavar="N", help=f"tokens ({quality.WINDOW})"
     )
     group.add_argument("--stride", type=int, metavar="N", help="of the window (half of it)")
     group.add_argument(
@@ -189,7 +189,7 @@ def _refuse_beside_check(args: argparse.Namespace) -> None:
     """Everything else that is said beside ``--check`` is the file's to say, but for what a
     checkpoint may do here."""
     own = {"check", "output", "json", "no_progress", "log_level", "verbose", "certify_kind", *TRUST}
-    usual = {"command", "run", "window", "exact"}
+    usual = {"command", "run"}
     for name, value in vars(args).items():
         if name not in own | usual and value is not None and value is not False:
             raise UsageError(
@@ -249,7 +249,7 @@ def _greedy_settings(args: argparse.Namespace) -> tuple[greedy.Settings, str]:
         "recorded": recorded,
         "against": against,
         "max_tokens": lossless.MAX_TOKENS if args.max_tokens is None else args.max_tokens,
-        "exact": args.exact,
+        "exact": args.exact or "float64",
     }
     return settings, config.log_level
 
@@ -263,12 +263,13 @@ def _quality_settings(args: argparse.Namespace) -> tuple[quality.Settings, str]:
         asked = args.policies or args.dtypes
         formats = [] if asked else ["int8", "int4"]
     _one_of("--quantizations", formats, choices(SpecdecConfig, "quantization"))
-    if args.window < 2:
-        raise UsageError(f"--window: {args.window} is not allowed; must be at least 2")
-    stride = args.window // 2 if args.stride is None else args.stride
-    if not 1 <= stride < args.window:
+    window = quality.WINDOW if args.window is None else args.window
+    if window < 2:
+        raise UsageError(f"--window: {window} is not allowed; must be at least 2")
+    stride = window // 2 if args.stride is None else args.stride
+    if not 1 <= stride < window:
         raise UsageError(
-            f"--stride: {stride} is not allowed; must be from 1 to below --window {args.window}"
+            f"--stride: {stride} is not allowed; must be from 1 to below --window {window}"
         )
     settings: quality.Settings = {
         "config": _dumped(config),
@@ -278,7 +279,7 @@ def _quality_settings(args: argparse.Namespace) -> tuple[quality.Settings, str]:
         "prompts": _prompts(args),
         "max_tokens": lossless.MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         "text": _text(args.text),
-        "window": args.window,
+        "window": window,
         "stride": stride,
         "max_kl": args.max_kl,
     }
