@@ -139,6 +139,19 @@ def test_a_map_of_one_device_is_that_device(device_map):
     )
 
 
+@pytest.mark.parametrize(
+    ("device_map", "wrong"),
+    [
+        ({"": "cpu", "model.decoder": "cpu"}, "has no module model.decoder"),
+        ({"model.embed_tokens": "cpu"}, r"is given no device for model\.layers\.0\.self_attn"),
+        ({"model.layers.1": "cpu"}, r"is given no device for model\.embed_tokens\.weight"),
+    ],
+)
+def test_a_map_of_other_modules_is_refused(device_map, wrong):
+    with pytest.raises(ValueError, match=f"device_map: inferlab/tiny {wrong}.*model.layers"):
+        SpeculativePipeline(device_map=device_map)
+
+
 def test_weights_on_disk_are_brought_when_they_are_needed():
     expected = SpeculativePipeline(draft_mode="ngram", k=2, engine="hf")
     places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm"), "cpu")

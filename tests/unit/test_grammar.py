@@ -269,6 +269,7 @@ def nested(depth: int) -> dict:
         ),
         (Grammar.json_schema({"multipleOf": 10**60}), "multipleOf"),
         (Grammar.regex("(a"), "regex is not valid or not supported"),
+        (Grammar.json_schema({"$ref": "#"}), "json_schema allows no text at all"),
         (Grammar.regex("(?=a)b"), "look-around"),
     ],
 )

@@ -20,7 +20,7 @@ from inferlab.benchmarks.outputs import BenchmarkStats, MatrixStats, ModesStats,
 from inferlab.benchmarks.quantization import QuantizationMatrix
 from inferlab.benchmarks.runners import SpecdecRunner
 from inferlab.cli import peers, ping, specdec_flags
-from inferlab.cli.bench_flags import FLAGS, name_list, number_list, refuse_misplaced
+from inferlab.cli.bench_flags import FLAGS, name_list, number_list, only_specdec, refuse_misplaced
 from inferlab.cli.bench_output import BenchOutput, name_places, names_of
 from inferlab.cli.flags import add_config_argument, add_output_arguments
 from inferlab.cli.load_flags import add_load_arguments, first_load_flag
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        default="local",
         help="Hugging Face generate, an OpenAI-compatible server, or the engine (local)",
     )
     parser.add_argument("--iterations", type=int, metavar="N", help="runs of each prompt (5)")
@@ -114,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_matrix(args)
     if args.modes is not None:
         return _run_modes(args)
+    args.mode = args.mode or "local"
     refuse_misplaced(args)
     if args.batch is not None:
         raise UsageError("--batch: is of --modes and --peers; a single mode runs prompt by prompt")
@@ -169,8 +169,7 @@ def _run_modes(args: argparse.Namespace) -> int:
         )
     if args.record is not None:
         raise UsageError("--record: records one draft mode; give --mode specdec --draft-mode MODE")
-    args.mode = "specdec"
-    refuse_misplaced(args)
+    only_specdec(args, "--modes")
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 20
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
@@ -205,8 +204,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
     ):  # fmt: skip
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --quantization-matrix")
-    args.mode = "specdec"
-    refuse_misplaced(args)
+    only_specdec(args, "--quantization-matrix")
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 8
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])

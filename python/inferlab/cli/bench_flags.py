@@ -41,6 +41,14 @@ def refuse_misplaced(args: argparse.Namespace) -> None:
             )
 
 
+def only_specdec(args: argparse.Namespace, flag: str) -> None:
+    """What ``flag`` does is of ``--mode specdec``, which need not be said."""
+    if args.mode not in (None, "specdec"):
+        raise UsageError(f"{flag}: has no meaning in --mode {args.mode}, only in specdec")
+    args.mode = "specdec"
+    refuse_misplaced(args)
+
+
 def name_list(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 

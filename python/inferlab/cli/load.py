@@ -62,7 +62,8 @@ USUAL_SYNTHETIC = 64
 def refuse_misplaced(args: argparse.Namespace, flag: str) -> None:
     """Refuses a load outside ``--mode http``, and what has no meaning in one."""
     if args.mode != "http":
-        raise UsageError(f"{flag}: has no meaning in --mode {args.mode}, only in http")
+        mode = args.mode or "local"
+        raise UsageError(f"{flag}: has no meaning in --mode {mode}, only in http")
     for other, remedy in (
         ("--iterations", "--requests says how many conversations are begun"),
         ("--batch", "--concurrency says how many run at a time"),

@@ -13,7 +13,7 @@ from inferlab.benchmarks.benchmark import load_mode_config
 from inferlab.benchmarks.peers import PEERS
 from inferlab.benchmarks.side_by_side import SPECULATIVE, TIMEOUT_S, SideBySide
 from inferlab.cli import specdec_flags
-from inferlab.cli.bench_flags import FLAGS, name_list, refuse_misplaced
+from inferlab.cli.bench_flags import FLAGS, name_list, only_specdec
 from inferlab.cli.bench_output import BenchOutput, name_places, names_of
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.prompts import gather_workload
@@ -70,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
     for flag in ELSEWHERE:
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --peers")
-    args.mode = "specdec"
-    refuse_misplaced(args)
+    only_specdec(args, "--peers")
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 8
     overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])

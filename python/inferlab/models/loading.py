@@ -91,7 +91,8 @@ def load(
         ModelLoadError: no config, weights or tokenizer; corrupt files; not to be had offline.
         UnsupportedArchitectureError: an architecture that the paged cache cannot serve.
         ModelTooLargeError: over `max_memory_mb`.
-        ValueError: an unknown device or dtype.
+        ValueError: an unknown device or dtype; a `device_map` that names no module, or leaves some
+            without a device.
     """
     use_threads_that_exist()
     name = str(name_or_path)
@@ -134,8 +135,11 @@ def load(
             _check_sharable(name, config, target_device)
             skeleton = _skeleton(config, trust_remote_code)
             where = {"distributed_config": _shared_out(skeleton, tensor_parallel, name)}
+        elif isinstance(device_map, str):
+            where = {"device_map": device_map}
         elif device_map is not None:
-            where = {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
+            _check_device_map(device_map, _skeleton(config, trust_remote_code), name)
+            where = {"device_map": dict(device_map)}
 
         _check_generation_config(name, source)
         tokenizer = _load_tokenizer(name, source, **common)
@@ -234,6 +238,22 @@ def count_parameters(config: Any, trust_remote_code: bool = False) -> int:
 def _skeleton(config: Any, trust_remote_code: bool) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _check_device_map(device_map: Mapping[str, int | str], skeleton: Any, name: str) -> None:
+    """Raises ValueError for names that are not in the model, and for what has no device."""
+    parts = {module for module, _ in skeleton.named_modules()}
+    parts |= {parameter for parameter, _ in skeleton.named_parameters()}
+    unknown = [key for key in device_map if key not in parts]
+    missing = [
+        parameter
+        for parameter, _ in skeleton.named_parameters()
+        if not any(key == "" or f"{parameter}.".startswith(f"{key}.") for key in device_map)
+    ]
+    if unknown or missing:
+        modules = ", ".join(key for key, _ in skeleton.named_modules() if key and key.count(".") < 2)
+        wrong = f"has no module {unknown[0]}" if unknown else f"is given no device for {missing[0]}"
+        raise ValueError(f"device_map: {name} {wrong}; its modules are {modules}, '' is all")
 
 
 def _shared_out(skeleton: Any, size: int, name: str) -> Any:

@@ -185,6 +185,9 @@ class Grammars:
         if matcher.is_error():
             said = _said(matcher)
             raise GrammarError(f"{grammar.kind} is not valid or not supported: {said}")
+        bits = np.frombuffer(_safely(matcher.compute_bitmask), dtype=np.uint8)
+        if matcher.is_error() or not bits.any():
+            raise GrammarError(f"{grammar.kind} allows no text at all")
         return matcher
 
     def _check_spelling(self, target: TargetModel) -> None:

@@ -93,7 +93,9 @@ class PeerProcess:
             line = self._lines.get(timeout=timeout_s)
         except queue.Empty:
             self.close()
-            raise PeerGone(f"no answer to {method} in {timeout_s:g} s; it was ended") from None
+            raise PeerGone(
+                f"no answer to {method} in {timeout_s:g} s; it was ended (--peer-timeout, timeout_s)"
+            ) from None
         except (OSError, ValueError):  # it ended, or was ended, before
             line = None
         if line is None:
