@@ -190,11 +190,15 @@ def test_the_report_of_the_file_is_that_of_the_run(name, request, tmp_path, caps
         ("{", "is not JSON"),
         ("[]", "is no result of `inferlab bench`"),
         ('{"a": 1}', "is no result of `inferlab bench`"),
-        ('{"loads": [], "levels": []}', "has no load in `loads`"),
         ('{"batches": {}}', "has no `runs`"),
         ('{"batches": {}, "runs": [NaN]}', "is not JSON: NaN is no number of JSON"),
         ('{"engines": {}, "runs": [5]}', "environment: Field required"),
         ('{"loads": []}', "mode: Field required"),
+        (
+            '{"mode": "http", "of": "rate", "stop_below_gain": 0.1, "stopped": "", '
+            '"interrupted": false, "levels": [], "loads": []}',
+            "loads: is empty",
+        ),
         ('{"records": [5]}', "requests: Field required"),
     ],
 )

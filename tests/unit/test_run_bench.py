@@ -502,7 +502,7 @@ def test_a_prefix_that_is_no_file(tmp_path, capsys):
         (["--prompt", "x", "--mode", "specdec", "--port", "1"], "--port: has no meaning"),
         (["--prompt", "x", "--mode", "specdec", "--model", "m"], "only in local and http"),
         (["--prompt", "x", "--mode", "local", "--stream"], "--stream: has no meaning"),
-        (["--mode", "http", "--peers", "hf"], "--peers: has no meaning in --mode http, only in spec"),
+        (["--mode", "http", "--peers", "hf"], "--peers: has no meaning in --mode http"),
         (["--mode", "local", "--modes", "all"], "--modes: has no meaning in --mode local"),
         (["--mode", "http", "--quantization-matrix"], "--quantization-matrix: has no meaning in"),
         (["--prompt", " "], "--prompt: is empty"),

@@ -136,6 +136,4 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: is no result of `inferlab bench`; give a file of its --output")
     if not any(rows in stats for rows in ("runs", "records", "loads")):
         raise UsageError(f"{path}: has no `runs`, the raw rows; measure again with --output")
-    if stats.get("loads") == []:
-        raise UsageError(f"{path}: has no load in `loads`; measure again with --output")
     return stats

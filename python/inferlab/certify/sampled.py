@@ -55,9 +55,7 @@ def likeliest(
         if len(behind) == TOKENS:
             found[behind] = -chance
             continue
-        sampling = SamplingTensors.of(
-            1, **sampler, prompt_tokens=[prompt], output_tokens=[behind]
-        )
+        sampling = SamplingTensors.of(1, **sampler, prompt_tokens=[prompt], output_tokens=[behind])
         law = sampled_law(_next_logits(target, [*prompt, *behind], cache, pages), sampling)
         for token in np.nonzero(law * -chance >= _LEAST)[0].tolist():
             heapq.heappush(heap, (chance * float(law[token]), (*behind, token)))

@@ -109,8 +109,9 @@ def read_whole(path: str) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"{path}: {where}: {first['msg']}; measure again with --output") from None
-    if kind is BenchmarkStats and not stats["runs"]:
-        raise UsageError(f"{path}: runs: is empty; measure again with --output")
+    rows = {BenchmarkStats: "runs", SweepStats: "loads"}.get(kind)
+    if rows is not None and not stats[rows]:
+        raise UsageError(f"{path}: {rows}: is empty; measure again with --output")
     return stats
 
 

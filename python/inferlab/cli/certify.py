@@ -128,9 +128,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--text", metavar="FILE", help="for perplexity, KL and agreement (a file held out)"
     )
-    group.add_argument(
-        "--window", type=int, metavar="N", help=f"tokens ({quality.WINDOW})"
-    )
+    group.add_argument("--window", type=int, metavar="N", help=f"tokens ({quality.WINDOW})")
     group.add_argument("--stride", type=int, metavar="N", help="of the window (half of it)")
     group.add_argument(
         "--max-kl", type=float, metavar="NATS", help="not certified where KL may be larger"

@@ -251,9 +251,11 @@ def _check_device_map(device_map: Mapping[str, int | str], skeleton: Any, name: 
         if not any(key == "" or f"{parameter}.".startswith(f"{key}.") for key in device_map)
     ]
     if unknown or missing:
-        modules = ", ".join(key for key, _ in skeleton.named_modules() if key and key.count(".") < 2)
+        names = [key for key, _ in skeleton.named_modules() if key and key.count(".") < 2]
         wrong = f"has no module {unknown[0]}" if unknown else f"is given no device for {missing[0]}"
-        raise ValueError(f"device_map: {name} {wrong}; its modules are {modules}, '' is all")
+        raise ValueError(
+            f"device_map: {name} {wrong}; its modules are {', '.join(names)}, '' is all"
+        )
 
 
 def _shared_out(skeleton: Any, size: int, name: str) -> Any:

@@ -94,7 +94,7 @@ class PeerProcess:
         except queue.Empty:
             self.close()
             raise PeerGone(
-                f"no answer to {method} in {timeout_s:g} s; it was ended (--peer-timeout, timeout_s)"
+                f"no answer to {method} in {timeout_s:g} s; it was ended (--peer-timeout)"
             ) from None
         except (OSError, ValueError):  # it ended, or was ended, before
             line = None
