@@ -195,7 +195,7 @@ def test_the_report_of_the_file_is_that_of_the_run(name, request, tmp_path, caps
         ('{"engines": {}, "runs": [5]}', "environment: Field required"),
         ('{"loads": []}', "mode: Field required"),
         (
-            '{"mode": "http", "of": "rate", "stop_below_gain": 0.1, "stopped": "", '
+            '{"mode": "http", "of": "rate", "stop_below_gain": 0.1, "stopped": "levels", '
             '"interrupted": false, "levels": [], "loads": []}',
             "loads: is empty",
         ),
