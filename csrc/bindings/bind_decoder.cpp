@@ -29,46 +29,77 @@ void view_optional(Tensor& tensor, py::handle object, const char* name) {
 // A model's weights, which stay where they are while it lives.
 class CompiledDecoder {
  public:
-  CompiledDecoder(py::object embedding, py::object norm, double norm_eps, py::object head,
-                  py::object head_bias) {
+  CompiledDecoder(py::object embedding, double embedding_scale, py::object places,
+                  int64_t first_place, py::object norm, py::object head, double softcap,
+                  int64_t num_angles) {
     const Tensor table(embedding, "embedding");
     table.dims(2).contiguous().cpu();
     decoder_.embedding = table.data();
+    decoder_.embedding_scale = static_cast<float>(embedding_scale);
     decoder_.vocab = table.size(0);
     decoder_.hidden = table.size(1);
     decoder_.dtype = table.float_dtype();
     keep(std::move(embedding));
-    decoder_.norm = norm_of(std::move(norm), norm_eps, decoder_.hidden, "norm");
-    decoder_.head = matrix_of(std::move(head), std::move(head_bias), decoder_.hidden, "head");
+    if (!places.is_none()) {
+      const Tensor rows(places, "places");
+      rows.shape({Tensor::kAny, decoder_.hidden}).contiguous().cpu();
+      require(rows.float_dtype() == decoder_.dtype, "all weights must be of one type");
+      require(first_place >= 0 && first_place <= rows.size(0), "first_place must be one of places");
+      decoder_.places = rows.data();
+      decoder_.num_places = rows.size(0);
+      decoder_.first_place = first_place;
+      keep(std::move(places));
+    }
+    decoder_.norm = norm_of(norm, decoder_.hidden, "norm");
+    decoder_.head = matrix_of(head, decoder_.hidden, "head");
+    decoder_.softcap = static_cast<float>(softcap);
+    require(num_angles >= 1, "num_angles must be at least 1");
+    decoder_.num_angles = num_angles;
   }
 
-  void add_layer(py::object input_norm, double input_eps, py::object post_norm, double post_eps,
-                 py::object q_norm, double q_eps, py::object k_norm, double k_eps, py::object qkv,
-                 py::object qkv_bias, py::object output, py::object output_bias, py::object gate_up,
-                 py::object gate_up_bias, py::object down, py::object down_bias, int64_t q_heads,
+  // Norms: None, or weight, bias (LayerNorm; None), eps, offset and whether it is a LayerNorm.
+  // Matrices: weight and bias, or None for it.
+  void add_layer(py::object input_norm, py::object attention_norm, py::object mlp_norm,
+                 py::object down_norm, py::object q_norm, py::object k_norm, py::object qkv,
+                 py::object output, py::object up, py::object down, const std::string& activation,
+                 bool gated, bool parallel, bool by_head, int64_t angles, int64_t q_heads,
                  int64_t kv_heads, int64_t head_dim, double scale, int64_t window, double softcap) {
     const int64_t hidden = decoder_.hidden;
     cpu::DecoderLayer layer;
+    layer.activation = activation_of(activation);
+    layer.gated = gated;
+    layer.parallel = parallel;
+    layer.by_head = by_head;
+    layer.angles = angles;
     layer.q_heads = q_heads;
     layer.kv_heads = kv_heads;
     layer.head_dim = head_dim;
     layer.window = window;
     layer.scale = static_cast<float>(scale);
     layer.softcap = static_cast<float>(softcap);
-    layer.input_norm = norm_of(std::move(input_norm), input_eps, hidden, "input_norm");
-    layer.post_norm = norm_of(std::move(post_norm), post_eps, hidden, "post_norm");
-    if (!q_norm.is_none()) layer.q_norm = norm_of(std::move(q_norm), q_eps, head_dim, "q_norm");
-    if (!k_norm.is_none()) layer.k_norm = norm_of(std::move(k_norm), k_eps, head_dim, "k_norm");
-    layer.qkv = matrix_of(std::move(qkv), std::move(qkv_bias), hidden, "qkv");
-    layer.output =
-        matrix_of(std::move(output), std::move(output_bias), q_heads * head_dim, "output");
-    layer.gate_up = matrix_of(std::move(gate_up), std::move(gate_up_bias), hidden, "gate_up");
-    layer.down = matrix_of(std::move(down), std::move(down_bias), layer.gate_up.out / 2, "down");
+    layer.input_norm = norm_of(input_norm, hidden, "input_norm");
+    layer.attention_norm = norm_of(attention_norm, hidden, "attention_norm");
+    layer.mlp_norm = norm_of(mlp_norm, hidden, "mlp_norm");
+    layer.down_norm = norm_of(down_norm, hidden, "down_norm");
+    layer.q_norm = norm_of(q_norm, head_dim, "q_norm");
+    layer.k_norm = norm_of(k_norm, head_dim, "k_norm");
+    layer.qkv = matrix_of(qkv, hidden, "qkv");
+    layer.output = matrix_of(output, q_heads * head_dim, "output");
+    layer.up = matrix_of(up, hidden, "up");
+    layer.down = matrix_of(down, gated ? layer.up.out / 2 : layer.up.out, "down");
     require(head_dim > 0 && head_dim % 8 == 0 && kv_heads > 0 && q_heads % kv_heads == 0,
             "head_dim must be a multiple of 8, and q_heads one of kv_heads");
     require(layer.qkv.out == (q_heads + 2 * kv_heads) * head_dim && layer.output.out == hidden &&
-                layer.gate_up.out % 2 == 0 && layer.down.out == hidden,
+                (!gated || layer.up.out % 2 == 0) && layer.down.out == hidden,
             "the weights of a layer do not fit each other");
+    require(layer.input_norm.weight != nullptr && layer.mlp_norm.weight != nullptr,
+            "a layer must norm what attention and its mlp read");
+    require(!(parallel && layer.attention_norm.weight != nullptr),
+            "attention_norm is of layers that are not parallel");
+    require(!by_head || (q_heads == kv_heads && layer.q_norm.weight == nullptr &&
+                         layer.k_norm.weight == nullptr),
+            "by_head is of layers with as many heads of q as of k and v, and without their norms");
+    require(angles >= 0 && angles < decoder_.num_angles, "angles must be below num_angles");
     decoder_.layers.push_back(layer);
   }
 
@@ -178,6 +209,7 @@ class CompiledDecoder {
     take_tables(cosines, sines, p);
     const int64_t longest = *std::max_element(p.seq_lens, p.seq_lens + size) + levels;
     if (longest > cosines.size(0)) return py::make_tuple(longest, 0, py::none());
+    check_place(longest - 1);
     first.i32().shape({size}).contiguous().cpu();
     for (const Tensor* each : {&heat, &mass, &share}) each->f32().shape({size}).contiguous().cpu();
     most.i32().shape({size}).contiguous().cpu();
@@ -214,18 +246,41 @@ class CompiledDecoder {
  private:
   void keep(py::object owner) { owners_.push_back(std::move(owner)); }
 
-  cpu::Norm norm_of(py::object weight, double eps, int64_t size, const char* name) {
-    const Tensor t(weight, name);
-    t.shape({size}).contiguous().cpu();
-    require(t.float_dtype() == decoder_.dtype, "all weights must be of one type");
-    keep(std::move(weight));
-    return {t.data(), static_cast<float>(eps)};
+  static cpu::Activation activation_of(const std::string& name) {
+    if (name == "silu") return cpu::Activation::kSilu;
+    if (name == "gelu") return cpu::Activation::kGelu;
+    if (name == "gelu_tanh") return cpu::Activation::kGeluTanh;
+    require(name == "relu", "activation must be silu, gelu, gelu_tanh or relu");
+    return cpu::Activation::kRelu;
   }
 
-  // A weight [out, in], or a packed one: data, bits, group, out, in.
-  cpu::Matrix matrix_of(py::object weight, py::object bias, int64_t in, const char* name) {
-    Tensor b;
-    view_optional(b, bias, name);
+  cpu::Norm norm_of(const py::object& given, int64_t size, const char* name) {
+    if (given.is_none()) return {};
+    const py::tuple parts = given;
+    cpu::Norm norm;
+    norm.weight = vector_of(parts[0], size, name);
+    norm.bias = vector_of(parts[1], size, name);
+    norm.eps = parts[2].cast<float>();
+    norm.offset = parts[3].cast<float>();
+    norm.centred = parts[4].cast<bool>();
+    require(norm.centred || norm.bias == nullptr, "RMSNorm has no bias");
+    return norm;
+  }
+
+  // [size], or null for None.
+  const void* vector_of(py::object given, int64_t size, const char* name) {
+    if (given.is_none()) return nullptr;
+    const Tensor t(given, name);
+    t.shape({size}).contiguous().cpu();
+    require(t.float_dtype() == decoder_.dtype, "all weights must be of one type");
+    keep(std::move(given));
+    return t.data();
+  }
+
+  // A weight [out, in], or a packed one (data, bits, group, out, in), and a bias or None.
+  cpu::Matrix matrix_of(const py::object& given, int64_t in, const char* name) {
+    const py::tuple parts = given;
+    py::object weight = parts[0];
     cpu::Matrix matrix;
     matrix.in = in;
     if (py::isinstance<py::tuple>(weight)) {
@@ -249,12 +304,7 @@ class CompiledDecoder {
       matrix.weight = w.data();
       matrix.out = w.size(0);
     }
-    if (b.given()) {
-      b.shape({matrix.out}).contiguous().cpu();
-      require(b.float_dtype() == decoder_.dtype, "all weights must be of one type");
-      matrix.bias = b.data();
-      keep(std::move(bias));
-    }
+    matrix.bias = vector_of(parts[1], matrix.out, name);
     keep(std::move(weight));
     return matrix;
   }
@@ -293,11 +343,11 @@ class CompiledDecoder {
 
   void take_tables(const Tensor& cos, const Tensor& sin, cpu::DecoderPass& p) const {
     cos.dims(2);
-    p.rotary = cos.size(1);
+    p.rotary = cos.size(1) / decoder_.num_angles;
     require(p.rotary % 2 == 0 && p.rotary <= decoder_.layers.front().head_dim,
             "cos and sin are wider than a head");
     for (const Tensor* angles : {&cos, &sin}) {
-      angles->shape({Tensor::kAny, p.rotary}).contiguous().cpu();
+      angles->shape({Tensor::kAny, p.rotary * decoder_.num_angles}).contiguous().cpu();
       require(angles->float_dtype() == decoder_.dtype && angles->size(0) == cos.size(0),
               "cos and sin must be of the model's type, and of one size");
     }
@@ -309,18 +359,27 @@ class CompiledDecoder {
                       cpu::DecoderPass& p) const {
     take_tables(cos, sin, p);
     if (!places.given()) {
-      require(cos.size(0) == p.batch * p.nodes, "without positions there must be angles per row");
+      require(cos.size(0) == p.batch * p.nodes && decoder_.places == nullptr,
+              "without positions there must be angles per row");
       return 0;
     }
     places.i64().shape({p.batch, p.nodes}).contiguous().cpu();
-    p.angles = places.ptr<const int64_t>();
+    p.positions = places.ptr<const int64_t>();
     int64_t last = 0;
     for (int64_t place = 0; place < p.batch * p.nodes; ++place) {
       if (!is_real(p, place)) continue;
-      require(p.angles[place] >= 0, "positions must be at least 0");
-      last = std::max(last, p.angles[place]);
+      require(p.positions[place] >= 0, "positions must be at least 0");
+      last = std::max(last, p.positions[place]);
     }
+    check_place(last);
     return last < cos.size(0) ? 0 : last + 1;
+  }
+
+  void check_place(int64_t position) const {
+    const int64_t places = decoder_.num_places - decoder_.first_place;
+    if (decoder_.places == nullptr || position < places) return;
+    throw py::index_error("positions has " + std::to_string(position) +
+                          "; the model has learnt those in [0, " + std::to_string(places) + ")");
   }
 
   void check_tokens(const cpu::DecoderPass& p) const {
@@ -342,15 +401,17 @@ class CompiledDecoder {
 
 void bind_decoder(py::module_& m) {
   py::class_<CompiledDecoder>(m, "Decoder", py::module_local())
-      .def(py::init<py::object, py::object, double, py::object, py::object>(), py::arg("embedding"),
-           py::arg("norm"), py::arg("norm_eps"), py::arg("head"), py::arg("head_bias"))
+      .def(py::init<py::object, double, py::object, int64_t, py::object, py::object, double,
+                    int64_t>(),
+           py::kw_only(), py::arg("embedding"), py::arg("embedding_scale"), py::arg("places"),
+           py::arg("first_place"), py::arg("norm"), py::arg("head"), py::arg("softcap"),
+           py::arg("num_angles"))
       .def("add_layer", &CompiledDecoder::add_layer, py::kw_only(), py::arg("input_norm"),
-           py::arg("input_eps"), py::arg("post_norm"), py::arg("post_eps"), py::arg("q_norm"),
-           py::arg("q_eps"), py::arg("k_norm"), py::arg("k_eps"), py::arg("qkv"),
-           py::arg("qkv_bias"), py::arg("output"), py::arg("output_bias"), py::arg("gate_up"),
-           py::arg("gate_up_bias"), py::arg("down"), py::arg("down_bias"), py::arg("q_heads"),
-           py::arg("kv_heads"), py::arg("head_dim"), py::arg("scale"), py::arg("window"),
-           py::arg("softcap"))
+           py::arg("attention_norm"), py::arg("mlp_norm"), py::arg("down_norm"), py::arg("q_norm"),
+           py::arg("k_norm"), py::arg("qkv"), py::arg("output"), py::arg("up"), py::arg("down"),
+           py::arg("activation"), py::arg("gated"), py::arg("parallel"), py::arg("by_head"),
+           py::arg("angles"), py::arg("q_heads"), py::arg("kv_heads"), py::arg("head_dim"),
+           py::arg("scale"), py::arg("window"), py::arg("softcap"))
       .def("first", &CompiledDecoder::first)
       .def("forward", &CompiledDecoder::forward)
       .def("draft_chain", &CompiledDecoder::draft_chain);

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kThreadBytes = 256 * 1024;  // of weights that a thread is worth
 constexpr int64_t kRowBytes = 16 * 1024;      // of rows that a task of a norm is worth
-constexpr size_t kStagesPerLayer = 16;
+constexpr size_t kStagesPerLayer = 18;
 
 // A real row: its sequence, node, and place among B * N.
 struct Row {
@@ -27,7 +27,7 @@ struct Row {
 
 // What a layer does in this pass.
 struct LayerTasks {
-  LinearTasks qkv, output, gate_up, down;
+  LinearTasks qkv, output, up, down;
   AttentionTasks attention;
   RopeAppendParams rope{};
 };
@@ -52,8 +52,7 @@ class Forward {
     if (!take_memory()) return Status::kOutOfMemory;
     int64_t bytes = head_.bytes();
     for (const LayerTasks& layer : layers_) {
-      bytes +=
-          layer.qkv.bytes() + layer.output.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+      bytes += layer.qkv.bytes() + layer.output.bytes() + layer.up.bytes() + layer.down.bytes();
     }
     const auto threads = std::clamp<int64_t>(bytes / kThreadBytes, 1, num_threads());
     Stages::run(static_cast<int>(threads), kStagesPerLayer * (layers_.size() + 2),
@@ -84,7 +83,7 @@ class Forward {
     for (const DecoderLayer& layer : d_.layers) {
       qkv = std::max(qkv, layer.qkv.out);
       heads = std::max(heads, layer.output.in);
-      gates = std::max(gates, layer.gate_up.out);
+      gates = std::max(gates, layer.up.out);
       gated = std::max(gated, layer.down.in);
     }
     const auto floats = [&](int64_t width) { return (rows * width * size_ + 63) / 64 * 16; };
@@ -109,7 +108,7 @@ class Forward {
                     nullptr, p_.logits, !p_.all_scored ? p_.num_scored : count());
     int64_t most_scratch = head_.scratch_floats(), most_partials = 0;
     for (const LayerTasks& layer : layers_) {
-      for (const LinearTasks* each : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+      for (const LinearTasks* each : {&layer.qkv, &layer.output, &layer.up, &layer.down}) {
         most_scratch = std::max(most_scratch, each->scratch_floats());
       }
       most_partials = std::max(most_partials, layer.attention.partial_floats());
@@ -134,14 +133,22 @@ class Forward {
     const int64_t rows = count();
     LayerTasks& tasks = layers_.emplace_back();
     tasks.qkv = product(layer.qkv, normed_, d_.hidden, nullptr, qkv_, rows);
-    tasks.output = product(layer.output, attended_, layer.output.in, hidden_, hidden_, rows);
-    tasks.gate_up = product(layer.gate_up, normed_, d_.hidden, nullptr, gates_, rows);
-    tasks.down = product(layer.down, gated_, layer.down.in, hidden_, hidden_, rows);
+    // A branch that is normed before it is added waits where its input has been read.
+    const auto branch = [&](const Matrix& matrix, const char* x, const Norm& norm) {
+      const bool waits = norm.weight != nullptr;
+      return product(matrix, x, matrix.in, waits ? nullptr : hidden_, waits ? normed_ : hidden_,
+                     rows);
+    };
+    tasks.output = branch(layer.output, attended_, layer.attention_norm);
+    tasks.up = product(layer.up, normed_, d_.hidden, nullptr, gates_, rows);
+    tasks.down = branch(layer.down, gated_, layer.down_norm);
 
+    const int64_t k_heads = layer.by_head ? 1 : layer.q_heads;  // in front of k's first
+    const int64_t v_heads = layer.by_head ? 2 : layer.q_heads + layer.kv_heads;
     RopeAppendParams& rope = tasks.rope;
     rope.q = rope_base(0);
-    rope.k = rope_base(layer.q_heads * layer.head_dim);
-    rope.v = rope_base((layer.q_heads + layer.kv_heads) * layer.head_dim);
+    rope.k = rope_base(k_heads * layer.head_dim);
+    rope.v = rope_base(v_heads * layer.head_dim);
     rope.cos = p_.cos;
     rope.sin = p_.sin;
     rope.k_pages = static_cast<char*>(p_.k_pages) + index * p_.layer_bytes;
@@ -160,7 +167,7 @@ class Forward {
     AttentionParams attention{};
     attention.q = qkv_;
     attention.q_stride[1] = width;
-    attention.q_stride[2] = layer.head_dim;
+    attention.q_stride[2] = head_stride(layer);
     attention.k_pages = rope.k_pages;
     attention.v_pages = rope.v_pages;
     attention.block_table = p_.block_table;
@@ -188,13 +195,14 @@ class Forward {
 
   void* rope_base(int64_t elements) const { return qkv_ + elements * size_; }
 
+  // From a head of q, k or v to the next.
+  static int64_t head_stride(const DecoderLayer& layer) {
+    return layer.by_head ? 3 * layer.head_dim : layer.head_dim;
+  }
+
   // What every thread does.
   void walk(Stages::Walk& walk) {
-    each_row(walk, count(), d_.hidden, [&](int64_t row) {
-      const char* from = static_cast<const char*>(d_.embedding);
-      std::memcpy(hidden_ + row * d_.hidden * size_,
-                  from + p_.tokens[rows_[row].place] * d_.hidden * size_, d_.hidden * size_);
-    });
+    each_row(walk, count(), d_.hidden, [&](int64_t row) { embed(row); });
     for (size_t i = 0; i < layers_.size(); ++i) {
       run_layer(walk, d_.layers[i], layers_[i]);
       if (wants(static_cast<int>(i))) keep_features(walk, static_cast<int>(i), hidden_);
@@ -211,6 +219,29 @@ class Forward {
       });
     }
     run_product(walk, head_);
+    if (d_.softcap == 0) return;
+    const int64_t scores = d_.head.out;
+    each_row(walk, p_.all_scored ? count() : p_.num_scored, scores, [&](int64_t row) {
+      const SoftcapRow cap{static_cast<char*>(p_.logits) + row * scores * size_, scores, d_.softcap,
+                           d_.dtype};
+      INFERLAB_DISPATCH(softcap_row, cap);
+    });
+  }
+
+  void embed(int64_t row) const {
+    const int64_t bytes = d_.hidden * size_, place = rows_[row].place;
+    const char* token = static_cast<const char*>(d_.embedding) + p_.tokens[place] * bytes;
+    char* out = hidden_ + row * bytes;
+    if (d_.places == nullptr && d_.embedding_scale == 1) {
+      std::memcpy(out, token, bytes);
+      return;
+    }
+    const char* added = nullptr;
+    if (d_.places != nullptr) {
+      added = static_cast<const char*>(d_.places) + (p_.positions[place] + d_.first_place) * bytes;
+    }
+    const SumRow sum{d_.embedding_scale, token, added, out, d_.hidden, d_.dtype};
+    INFERLAB_DISPATCH(sum_row, sum);
   }
 
   void run_layer(Stages::Walk& walk, const DecoderLayer& layer, const LayerTasks& tasks) {
@@ -223,9 +254,14 @@ class Forward {
       norm_heads(layer.k_norm, x + layer.q_heads * layer.head_dim * size_, layer.kv_heads,
                  layer.head_dim);
       const auto [b, n, place] = rows_[row];
-      const RopeRow at{row * width, row * width,
-                       row * width, p_.angles != nullptr ? p_.angles[place] : place,
-                       b,           n};
+      const int64_t at_position = p_.positions != nullptr ? p_.positions[place] : place;
+      const RopeRow at{row * width,
+                       row * width,
+                       row * width,
+                       head_stride(layer),
+                       at_position * d_.num_angles + layer.angles,
+                       b,
+                       n};
       INFERLAB_DISPATCH(rope_append_row, tasks.rope, at);
     });
     const AttentionTasks& attention = tasks.attention;
@@ -233,13 +269,34 @@ class Forward {
     if (attention.merge_count() > 0) {
       walk.stage(attention.merge_count(), [&](int64_t i) { check(attention.merge(i, partials_)); });
     }
+    if (layer.parallel) norm(walk, layer.mlp_norm);
     run_product(walk, tasks.output);
-    norm(walk, layer.post_norm);
-    run_product(walk, tasks.gate_up);
-    const SiluMulParams gate{gates_, gated_, count(), layer.down.in, d_.dtype};
-    each_row(walk, count(), 2 * layer.down.in,
-             [&](int64_t row) { INFERLAB_DISPATCH(silu_mul_row, gate, row); });
+    add_branch(walk, layer.attention_norm);
+    if (!layer.parallel) norm(walk, layer.mlp_norm);
+    run_product(walk, tasks.up);
+    each_row(walk, count(), layer.up.out, [&](int64_t row) { activate(layer, row); });
     run_product(walk, tasks.down);
+    add_branch(walk, layer.down_norm);
+  }
+
+  void activate(const DecoderLayer& layer, int64_t row) const {
+    const int64_t dim = layer.down.in;
+    const char* gate = gates_ + row * layer.up.out * size_;
+    const char* up = layer.gated ? gate + dim * size_ : nullptr;
+    const ActivationRow params{layer.activation,           gate, up,
+                               gated_ + row * dim * size_, dim,  d_.dtype};
+    INFERLAB_DISPATCH(activation_row, params);
+  }
+
+  // What waits in `normed_`, normed; a branch without a norm was added when it was computed.
+  void add_branch(Stages::Walk& walk, const Norm& norm) {
+    if (norm.weight == nullptr) return;
+    each_row(walk, count(), d_.hidden, [&](int64_t row) {
+      norm_row(norm, normed_, normed_, d_.hidden, row, row);
+      char* into = hidden_ + row * d_.hidden * size_;
+      const SumRow sum{1, normed_ + row * d_.hidden * size_, into, into, d_.hidden, d_.dtype};
+      INFERLAB_DISPATCH(sum_row, sum);
+    });
   }
 
   void run_product(Stages::Walk& walk, const LinearTasks& tasks) {
@@ -264,6 +321,17 @@ class Forward {
 
   void norm_row(const Norm& norm, const char* x, char* out, int64_t dim, int64_t from,
                 int64_t to) const {
+    if (norm.centred) {
+      const LayerNormRow params{x + from * dim * size_,
+                                norm.weight,
+                                norm.bias,
+                                out + to * dim * size_,
+                                dim,
+                                norm.eps,
+                                d_.dtype};
+      INFERLAB_DISPATCH(layer_norm_row, params);
+      return;
+    }
     const RmsNormParams params{x + from * dim * size_,
                                norm.weight,
                                out + to * dim * size_,
@@ -272,7 +340,7 @@ class Forward {
                                dim,
                                dim,
                                norm.eps,
-                               0,
+                               norm.offset,
                                d_.dtype};
     INFERLAB_DISPATCH(rms_norm_row, params, 0);
   }

@@ -20,7 +20,7 @@ Status draft_chain(const DraftChain& chain, int64_t* drafted) {
   DecoderPass pass = chain.pass;
   pass.nodes = 1;
   pass.tokens = inputs.data();
-  pass.angles = places.data();
+  pass.positions = places.data();
   pass.seq_lens = seq_lens.data();
   pass.logits = logits.data();
   for (int64_t level = 1; level <= chain.levels; ++level) {

@@ -30,6 +30,7 @@ Status rope_append(const RopeAppendParams& p) {
                  const RopeRow row{b * p.q_stride[0] + n * p.q_stride[1],
                                    b * p.k_stride[0] + n * p.k_stride[1],
                                    b * p.v_stride[0] + n * p.v_stride[1],
+                                   p.head_dim,
                                    b * p.cos_stride / p.rotary + n,
                                    b,
                                    n};

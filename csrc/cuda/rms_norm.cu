@@ -66,7 +66,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
     read<T, kWide>(x + i, a);
     read<T, kWide>(weight + i, w);
 #pragma unroll
-    for (int e = 0; e < kStep<T, kWide>; ++e) a[e] = round_to<T>(a[e] * scale) * (w[e] + p.offset);
+    for (int e = 0; e < kStep<T, kWide>; ++e) {
+      const float normed = a[e] * scale;
+      a[e] = (p.offset != 0.0f ? normed : round_to<T>(normed)) * (w[e] + p.offset);
+    }
     write<T, kWide>(out + i, a);
   }
 }

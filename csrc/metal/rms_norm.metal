@@ -27,6 +27,8 @@ kernel void rms_norm(device const Element* x [[buffer(0)]],
   const float scale = 1.0f / precise::sqrt(sum / float(p.dim) + p.eps);
   device Element* to = out + group.x * p.out_stride;
   for (long i = tid; i < p.dim; i += kThreads) {
-    to[i] = to_element(rounded(to_float(row[i]) * scale) * (to_float(weight[i]) + p.offset));
+    const float normed = to_float(row[i]) * scale;
+    to[i] = to_element((p.offset != 0.0f ? normed : rounded(normed)) *
+                       (to_float(weight[i]) + p.offset));
   }
 }

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from helpers.compare import generated
-from helpers.tiny_models import tiny_config, tiny_model, tiny_tokenizer
+from helpers.tiny_models import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
 from inferlab.models import HFModel
 from inferlab.models.untouched import Snapshot, is_as_written, is_untouched
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -195,7 +195,7 @@ def test_a_wrapped_forward_of_a_class_counts(family, kind, monkeypatch):
 
 
 def test_all_classes_of_the_fused_families_are_as_written():
-    for family in ("llama", "mistral", "qwen2", "qwen3"):
+    for family in FAMILIES:
         target = HFModel(tiny_model(family))
         assert target._fused is not None
         assert all(is_untouched(module) for module in target.model.modules())

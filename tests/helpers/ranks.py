@@ -15,7 +15,7 @@ from typing import Any
 from inferlab.models.parallel import ranks
 
 TESTS = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 120
+TIMEOUT_S = 600
 
 
 def start(function: str, size: int, folder: Path, *arguments: Any) -> list[subprocess.Popen[bytes]]:

@@ -20,7 +20,7 @@ import httpx
 from inferlab.models.assets import BUNDLED
 
 TEMPLATE = "{% for m in messages %}# {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-START_LIMIT_S = 120
+START_LIMIT_S = 300
 
 
 def chat_model(folder: Path, template: str = TEMPLATE) -> Path:

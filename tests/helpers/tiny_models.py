@@ -67,7 +67,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
             num_hidden_layers=3,
             num_attention_heads=2,
             max_position_embeddings=CONTEXT,
-            word_embed_proj_dim=32,
+            word_embed_proj_dim=64,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,

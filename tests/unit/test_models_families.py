@@ -28,28 +28,42 @@ from inferlab.models.architecture import TESTED
 PARENTS = [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 4, 5]
 
 
-# These four skip their modules on the CPU (models/fused.py); with "/modules" they do not.
-FUSED = ("llama", "mistral", "qwen2", "qwen3")
-PATHS = (*FAMILIES, *(f"{family}/modules" for family in FUSED))
+# All skip their modules on the CPU (models/native.py); with "/modules" they do not. What follows
+# "+" changes a family's configuration, "!" before it to what only its modules can do.
+CHANGES: dict[str, dict[str, object]] = {
+    "gpt_neox+in turn": {"use_parallel_residual": False, "hidden_act": "relu"},
+    "opt+gelu": {"activation_function": "gelu", "enable_bias": False},
+    "gemma3+capped": {"final_logit_softcapping": 2.0},
+    "opt+!projected": {"word_embed_proj_dim": 32},
+    "opt+!post-norm": {"do_layer_norm_before": False},
+    "gpt2+!swish": {"activation_function": "quick_gelu"},
+}
+PATHS = (*FAMILIES, *(f"{family}/modules" for family in FAMILIES), *CHANGES)
 
 
 def test_the_families_that_count_as_tested_are_those_that_are():
     assert {tiny_config(family).model_type for family in FAMILIES} == set(TESTED)
 
 
+def model_of(path: str) -> PreTrainedModel:
+    config = tiny_config(path.partition("/")[0].partition("+")[0])
+    for name, value in CHANGES.get(path, {}).items():
+        setattr(config, name, value)
+    return random_model(config)
+
+
 @cache
 def adapter(path: str) -> HFModel:
-    family, _, modules = path.partition("/")
-    target = HFModel(tiny_model(family), tiny_tokenizer(), name=path)
-    assert (target._fused is not None) == (family in FUSED)
-    if modules:
+    target = HFModel(model_of(path), tiny_tokenizer(), name=path)
+    assert target.engine == ("hf" if "!" in path else "native")
+    if path.endswith("/modules"):
         target._fused = None
     return target
 
 
 @cache
 def plain(path: str) -> PreTrainedModel:
-    return tiny_model(path.partition("/")[0])
+    return model_of(path)
 
 
 @torch.inference_mode()

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen3Config
+from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from helpers.isas import ISAS
 from helpers.paged import ancestor_words
-from helpers.tiny_models import random_model, tiny_model
+from helpers.tiny_models import FAMILIES, random_model, tiny_config, tiny_model
 from inferlab import _C, SpeculativePipeline, cli
 from inferlab.config import ConfigError
 from inferlab.models import FINAL_HIDDEN, ForwardBatch, HFModel, UnsupportedArchitectureError
@@ -60,9 +61,10 @@ def cache_of(target: HFModel):
 
 
 @pytest.fixture(autouse=True)
-def threads_as_before():
+def threads_and_instructions_as_before():
     yield
     _C.set_num_threads(0)
+    _C.force_isa("auto")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,6 +123,54 @@ def test_it_computes_what_the_modules_do(kind, layers, scored):
     assert ours.features.shape == (3, 5, len(layers) * HIDDEN)
     assert not ours.features[~real].any()
     torch.testing.assert_close(ours.features[real], theirs.features[real], rtol=1e-4, atol=1e-5)
+
+
+def config_of(family: str, **changes) -> PreTrainedConfig:
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+# Rows that are no whole vectors; each activation; wide heads.
+SHAPES = {
+    **{family: (lambda family=family: config_of(family)) for family in FAMILIES},
+    "gpt_neox, odd": lambda: config_of("gpt_neox", intermediate_size=101, hidden_act="gelu"),
+    "gpt2, odd": lambda: config_of("gpt2", n_inner=99, activation_function="gelu_new"),
+    "opt, odd": lambda: config_of("opt", ffn_dim=101, enable_bias=False),
+    "gemma2, odd": lambda: config_of(
+        "gemma2", vocab_size=157, hidden_size=60, intermediate_size=75, head_dim=256
+    ),
+    "llama, gelu": lambda: config_of("llama", hidden_act="gelu", intermediate_size=99),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_family_computes_what_its_modules_do(shape, isa, dtype):
+    """In halves as far as rounding goes: the modules round in other places."""
+    _C.force_isa(isa)
+    target = HFModel(random_model(SHAPES[shape](), seed=5).to(dtype))
+    assert target.engine == "native"
+    batch = trees((40, 7, 90), tokens=trees().tokens % 150)
+    ours = target.forward(batch, cache_of(target), LAYERS)
+    target._fused = None
+    theirs = target.forward(batch, cache_of(target), LAYERS)
+    real = torch.arange(5) < COUNTS[:, None]
+    for got, expected in ((ours.logits, theirs.logits), (ours.features, theirs.features)):
+        error = (got[real].float() - expected[real].float()).abs() / expected[real].float().std()
+        most, mean = (1e-4, 1e-5) if dtype == torch.float32 else (0.3, 0.02)
+        assert error.max() < most
+        assert error.mean() < (mean if dtype != torch.float16 else mean / 8)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_positions_that_were_not_learnt_are_refused(family):
+    target = HFModel(tiny_model(family))
+    batch = trees((40, 7, 126), tokens=trees().tokens % 150)
+    with pytest.raises(IndexError, match=r"positions has 129; .* learnt those in \[0, 128\)"):
+        target.forward(batch, cache_of(target))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +246,7 @@ def test_an_engine_can_be_asked_for():
         (lambda m: setattr(m.model.layers[0].mlp, "act_fn", torch.nn.GELU()),
          r"model\.layers\.0\.mlp\.act_fn is a GELU"),
         (lambda m: setattr(m.model.layers[2].self_attn, "k_proj", torch.nn.Linear(96, 32)),
-         "projections of layer 2 have different forms"),
+         r"projections of model\.layers\.2\.self_attn have different forms"),
     ],
 )  # fmt: skip
 def test_what_the_native_engine_does_not_cover_is_said(change, why, caplog):
@@ -213,9 +263,13 @@ def test_what_the_native_engine_does_not_cover_is_said(change, why, caplog):
 
 
 def test_families_that_the_native_engine_does_not_know_run_their_modules():
-    with pytest.raises(UnsupportedArchitectureError, match="GPT2LMHeadModel is none of LlamaFor"):
-        HFModel(tiny_model("gpt2"), engine="native")
-    assert HFModel(tiny_model("gpt2")).engine == "hf"
+    config = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedArchitectureError, match="GraniteForCausalLM is none of LlamaF"):
+        HFModel(random_model(config), engine="native")
+    assert HFModel(random_model(config)).engine == "hf"
     with pytest.raises(ValueError, match="engine is 'fast'; it must be one of auto, native, hf"):
         HFModel(tiny_model("gpt2"), engine="fast")
 

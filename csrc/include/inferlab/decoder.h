@@ -1,6 +1,6 @@
-// The forward of a Llama-shaped model in one call: embedding, layers (RMSNorm, rotary GQA over the
-// pages, gated SiLU), norm and head. Padding is not computed: what works row by row, and attention,
-// run on the real rows alone. A row's bits do not depend on the others, nor on threads.
+// The forward of a decoder in one call: embedding, layers (norms, rotary GQA over the pages, an
+// MLP), norm and head. Padding is not computed: what works row by row, and attention, run on the
+// real rows alone. A row's bits do not depend on the others, nor on threads.
 //
 // Bytes: all weights once, K and V of the committed tokens once, the rows' activations.
 #pragma once
@@ -22,15 +22,28 @@ struct Matrix {
   int64_t group = 0;
 };
 
+// LayerNorm where `centred`, else RMSNorm.
 struct Norm {
   const void* weight = nullptr;  // null: there is none
-  float eps = 0;
+  const void* bias = nullptr;    // of LayerNorm, or null
+  float eps = 0, offset = 0;     // see RmsNormParams
+  bool centred = false;
 };
 
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu };
+
+// a = attention(input_norm(x)), y = x + attention_norm(a), y + down_norm(mlp(mlp_norm(y))), with
+// what there is of norms. `parallel`: mlp(mlp_norm(x)) in place of y's.
 struct DecoderLayer {
-  Norm input_norm, post_norm;
+  Norm input_norm, attention_norm, mlp_norm, down_norm;
   Norm q_norm, k_norm;  // of each head, or none
-  Matrix qkv, output, gate_up, down;
+  Matrix qkv, output, up, down;
+  Activation activation = Activation::kSilu;
+  bool gated = true;  // `up` holds the gate, which is activated, and then what it is multiplied by
+  bool parallel = false;
+  bool by_head =
+      false;           // of qkv's outputs: q, k and v of a head, then the next; else all of q, ...
+  int64_t angles = 0;  // which of the pass's
   int64_t q_heads = 0, kv_heads = 0, head_dim = 0;
   int64_t window = 0;  // 0: none
   float scale = 1, softcap = 0;
@@ -38,10 +51,15 @@ struct DecoderLayer {
 
 struct Decoder {
   const void* embedding = nullptr;  // [vocab, hidden]
+  float embedding_scale = 1;
+  const void* places = nullptr;  // [num_places, hidden], added to embeddings by position, or null
+  int64_t num_places = 0, first_place = 0;  // the row of position 0
   int64_t vocab = 0, hidden = 0;
   std::vector<DecoderLayer> layers;
   Norm norm;
   Matrix head;
+  float softcap = 0;          // of the logits; 0: none
+  int64_t num_angles = 1;     // kinds of angles that layers have
   DType dtype = DType::kF32;  // of weights that are not packed, pages and results
 };
 
@@ -49,8 +67,9 @@ struct DecoderPass {
   int64_t batch = 0, nodes = 0;        // B, N
   const int64_t* tokens = nullptr;     // [B, N], in [0, vocab) where they are no padding
   const int32_t* num_nodes = nullptr;  // [B] real rows of each, or null: all N
-  const int64_t* angles = nullptr;     // [B, N] rows of cos and sin; null: one for each of B * N
-  const void* cos = nullptr;           // [.., head_dim]
+  // [B, N] positions, which are rows of cos and sin, too; null: there is a row for each of B * N.
+  const int64_t* positions = nullptr;
+  const void* cos = nullptr;  // [.., num_angles, rotary]
   const void* sin = nullptr;
   int64_t rotary = 0;                    // channels of a head that are rotated
   const int32_t* seq_lens = nullptr;     // [B]

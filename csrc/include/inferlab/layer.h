@@ -15,7 +15,7 @@ struct RmsNormParams {
   Ptr<void> out;           // [rows, dim], rows `out_stride` elements apart; may be x
   int64_t rows, dim, x_stride, out_stride;
   float eps;
-  float offset;  // added to the weight (Gemma counts from 1)
+  float offset;  // added to the weight (Gemma counts from 1); 0: normed values are rounded, too
   DType dtype;
 };
 

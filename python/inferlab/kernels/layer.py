@@ -23,7 +23,8 @@ def rms_norm(x: Array, weight: Array, eps: float = 1e-6, *, offset: float = 0.0)
         x: [..., dim]; rows evenly spaced, contiguous in the last dimension.
         weight: [dim], x's dtype.
         eps: >= 0.
-        offset: added to the weight; Gemma counts its weights from 1.
+        offset: added to the weight; Gemma counts its weights from 1, and rounds the product alone,
+            where others round the normed values, too.
 
     Returns:
         [..., dim] like x, contiguous.

@@ -28,12 +28,14 @@ from inferlab.models.architecture import (
 from inferlab.models.attention_hook import ATTENTION_NAME, PASS_KEYWORD, LayerSpec, Pass
 from inferlab.models.base import allowed_vocab, known_ids
 from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
-from inferlab.models.fused import FusedDecoder, why_not
+from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
+from inferlab.models.native import NativeDecoder
 from inferlab.models.packing import Packing
 from inferlab.models.quantized import check_format, num_parameters, quantize
 from inferlab.models.rotary import context_length, length_rotary, reread_length
+from inferlab.models.shapes import shape_of, why_not
 from inferlab.models.stable import StableProducts, experts_implementation, turn
 from inferlab.models.untouched import Snapshot
 from inferlab.types import check
@@ -48,19 +50,19 @@ class HFModel:
 
     The model keeps its weights and, in general, its modules; only its attention function is
     exchanged (see `attention_hook`), so what a family does elsewhere (rotary variants, post-norms,
-    logit soft-capping) stays Hugging Face's. Llama-shaped models on a CPU or a CUDA device run
-    through fewer, fused calls instead (see `fused`), and on CUDA from graphs (see `graphs`), as
-    long as nothing about them was changed: hooks, replaced, wrapped, adapted (LoRA) or quantised
-    modules and offloaded weights run as they are. Changes made later count from the next prompt on.
-    The given model is switched over in place; `plain` gives it back for the length of a ``with``
-    block. Threads may share it: forwards run one at a time.
+    logit soft-capping) stays Hugging Face's. Models of known families run in one call on a CPU (see
+    `native`, `shapes`), Llama-shaped ones on a CUDA device through fewer, fused calls (see `fused`)
+    and from graphs (see `graphs`), as long as nothing about them was changed: hooks, replaced,
+    wrapped, adapted (LoRA) or quantised modules and offloaded weights run as they are. Changes made
+    later count from the next prompt on. The given model is switched over in place; `plain` gives it
+    back for the length of a ``with`` block. Threads may share it: forwards run one at a time.
 
     Args:
         model: a loaded causal LM, on its device, in its dtype; also compiled by torch (its own
             modules run then) or with PEFT adapters.
         tokenizer: its tokenizer; None where only token ids go in and out.
         name: for messages and results; default: the model's ``name_or_path``.
-        engine: what runs the forward: "native", the calls of `fused`, which is an error where they
+        engine: what runs the forward: "native", our own calls, which is an error where they
             cannot; "hf", the model's own modules; "auto", the first that can.
 
     Raises:
@@ -236,10 +238,9 @@ class HFModel:
         """See `NativeDecoder.draft_chain`; None where the model does not run in one, or its angles
         depend on the length of a text."""
         with self._lock:
-            native = None if self._fused is None else self._fused.native
-            if native is None or self._rotary is not None:
+            if not isinstance(self._fused, NativeDecoder) or self._rotary is not None:
                 return None
-            return native.draft_chain(*args)
+            return self._fused.draft_chain(*args)
 
     def _run(self, batch: ForwardBatch, cache: KVCache, layers: tuple[int, ...]) -> ForwardOutput:
         rotary, by_length = self._rotary, self._rotary is not None
@@ -305,13 +306,15 @@ class HFModel:
         )
         self._seen: Snapshot | None = Snapshot(self._model)
 
-    def _new_fused(self) -> FusedDecoder | None:
+    def _new_fused(self) -> FusedDecoder | NativeDecoder | None:
         """What runs in place of the model's modules; None: they run themselves."""
         if self._asked_engine == "hf":
             return None
         why = why_not(self._model, self.layers)
         if why is None:
-            return FusedDecoder(self._model, self.layers, self.context_length)
+            if self.device.type == "cuda":
+                return FusedDecoder(self._model, self.layers)
+            return NativeDecoder(shape_of(self._model, self.layers), self.context_length)
         if self._asked_engine == "native":
             raise UnsupportedArchitectureError(
                 f"{self.name}: engine is 'native', but {why}; take 'auto' or 'hf'"

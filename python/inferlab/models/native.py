@@ -1,10 +1,10 @@
-"""The forward of a Llama-shaped model on a CPU in one call: ``csrc/cpu/decoder.cpp``."""
+"""The forward of a decoder on a CPU in one call: ``csrc/cpu/decoder.cpp``."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,57 +13,33 @@ from inferlab.kernels import SamplingTensors
 from inferlab.models.forward import ForwardBatch, ForwardOutput
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.quantized import weight_of
-
-if TYPE_CHECKING:
-    from inferlab.models.fused import DecoderLayer
+from inferlab.models.shapes import ModelShape
 
 
 class NativeDecoder:
     """Weights of a model, and its angles by position.
 
     Args:
-        model: with its decoder as ``model`` and its head as ``lm_head``.
-        layers: of it.
+        shape: of the model.
         limit: positions that are asked for at most; None: any.
     """
 
-    def __init__(self, model: Any, layers: Sequence[DecoderLayer], limit: int | None) -> None:
-        decoder, head = model.model, model.lm_head
-        norm = decoder.norm
+    def __init__(self, shape: ModelShape, limit: int | None) -> None:
+        head = shape.head
         self._vocab, self._hidden = head.out_features, head.in_features
-        self._angles = Angles(decoder.rotary_emb, norm.weight, limit)
+        self._angles = Angles(shape.rotary, shape.norm[0], limit, shape.kinds)
         self._compiled = _C.Decoder(
-            embedding=_data(decoder.embed_tokens.weight),
-            norm=_data(norm.weight),
-            norm_eps=norm.variance_epsilon,
-            head=weight_of(head),
-            head_bias=_data(head.bias),
+            embedding=shape.embedding,
+            embedding_scale=shape.embedding_scale,
+            places=shape.places,
+            first_place=shape.first_place,
+            norm=shape.norm,
+            head=(weight_of(head), None if head.bias is None else head.bias.detach()),
+            softcap=shape.softcap,
+            num_angles=max(len(shape.kinds), 1),
         )
-        for layer in layers:
-            norms = {
-                "input": layer.norm,
-                "post": layer.post_norm,
-                "q": layer.q_norm,
-                "k": layer.k_norm,
-            }
-            self._compiled.add_layer(
-                **{f"{n}_norm": None if m is None else _data(m.weight) for n, m in norms.items()},
-                **{f"{n}_eps": 0.0 if m is None else m.variance_epsilon for n, m in norms.items()},
-                qkv=layer.qkv[0],
-                qkv_bias=layer.qkv[1],
-                output=weight_of(layer.out),
-                output_bias=_data(layer.out.bias),
-                gate_up=layer.gate_up[0],
-                gate_up_bias=layer.gate_up[1],
-                down=weight_of(layer.down),
-                down_bias=_data(layer.down.bias),
-                q_heads=layer.q_heads,
-                kv_heads=layer.kv_heads,
-                head_dim=layer.head_dim,
-                scale=layer.scale,
-                window=layer.window,
-                softcap=layer.softcap,
-            )
+        for layer in shape.layers:
+            self._compiled.add_layer(**vars(layer))
 
     def first(self, count: int) -> NativeDecoder:
         """The first ``count`` layers alone, then norm and head; with the same weights."""
@@ -174,27 +150,38 @@ class NativeDecoder:
 
 
 class Angles:
-    """Cosines and sines of positions, from the model's own module: [P, D] each, of a table that
-    grows as texts do. A position's stay the bits that they were.
+    """Cosines and sines of positions, from the model's own module: [P, kinds * D] each, of a table
+    that grows as texts do. A position's stay the bits that they were.
 
     Args:
-        rotary: the module.
+        rotary: the module; None: positions are not turned into angles, and D is 0.
         like: a tensor of the dtype that they are wanted in.
         limit: positions that are asked for at most; None: any.
+        kinds: what the module is asked for beside positions, one after the other.
     """
 
     AT_ONCE = 1024
 
-    def __init__(self, rotary: Any, like: torch.Tensor, limit: int | None) -> None:
+    def __init__(
+        self, rotary: Any, like: torch.Tensor, limit: int | None, kinds: Sequence[str] = ()
+    ) -> None:
         self._rotary, self._like = rotary, like
         self._limit = limit
-        self.cos = self.sin = like.new_empty((0, 2))
+        self._kinds: list[tuple[str, ...]] = [(kind,) for kind in kinds] or [()]
+        width = 2 * len(self._kinds) if rotary is not None else 0
+        self.cos = self.sin = like.new_empty((0, width))
 
     def of(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of positions [B, N]: [B * N, D]."""
-        cos, sin = self._rotary(self._like, positions)
-        cos, sin = (x.expand(*positions.shape, -1).flatten(0, 1).contiguous() for x in (cos, sin))
-        return cos, sin
+        """Of positions [B, N]: [B * N, kinds * D]."""
+        if self._rotary is None:
+            none = self._like.new_empty((positions.numel(), 0))
+            return none, none
+        of_kinds = [self._rotary(self._like, positions, *kind) for kind in self._kinds]
+        cos, sin = (
+            torch.cat([x.expand(*positions.shape, -1) for x in each], dim=-1).flatten(0, 1)
+            for each in zip(*of_kinds, strict=True)
+        )
+        return cos.contiguous(), sin.contiguous()
 
     def grow(self, count: int) -> None:
         """To so many positions at least."""
@@ -206,7 +193,3 @@ class Angles:
         if start > 0:
             cos, sin = torch.cat((self.cos, cos)), torch.cat((self.sin, sin))
         self.cos, self.sin = cos, sin
-
-
-def _data(weight: torch.Tensor | None) -> torch.Tensor | None:
-    return None if weight is None else weight.detach()

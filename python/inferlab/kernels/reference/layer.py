@@ -14,8 +14,9 @@ def rms_norm(
 ) -> torch.Tensor:
     wide = x.double() if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    scaled = normed.to(x.dtype).to(wide.dtype) * (weight.to(wide.dtype) + offset)
-    return scaled.to(x.dtype)
+    if not offset:
+        normed = normed.to(x.dtype).to(wide.dtype)
+    return (normed * (weight.to(wide.dtype) + offset)).to(x.dtype)
 
 
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
