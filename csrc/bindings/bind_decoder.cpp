@@ -58,12 +58,15 @@ class CompiledDecoder {
   }
 
   // Norms: None, or weight, bias (LayerNorm; None), eps, offset and whether it is a LayerNorm.
-  // Matrices: weight and bias, or None for it.
+  // Matrices: weight and bias, or None for it. Experts: None, or router, gate_up, down, how many
+  // are chosen, whether their weights are normed and rounded, and the gate of the shared MLP or
+  // None.
   void add_layer(py::object input_norm, py::object attention_norm, py::object mlp_norm,
                  py::object down_norm, py::object q_norm, py::object k_norm, py::object qkv,
-                 py::object output, py::object up, py::object down, const std::string& activation,
-                 bool gated, bool parallel, bool by_head, int64_t angles, int64_t q_heads,
-                 int64_t kv_heads, int64_t head_dim, double scale, int64_t window, double softcap) {
+                 py::object output, py::object up, py::object down, py::object experts,
+                 const std::string& activation, bool gated, bool parallel, bool by_head,
+                 int64_t angles, int64_t q_heads, int64_t kv_heads, int64_t head_dim, double scale,
+                 int64_t window, double softcap) {
     const int64_t hidden = decoder_.hidden;
     cpu::DecoderLayer layer;
     layer.activation = activation_of(activation);
@@ -85,13 +88,21 @@ class CompiledDecoder {
     layer.k_norm = norm_of(k_norm, head_dim, "k_norm");
     layer.qkv = matrix_of(qkv, hidden, "qkv");
     layer.output = matrix_of(output, q_heads * head_dim, "output");
-    layer.up = matrix_of(up, hidden, "up");
-    layer.down = matrix_of(down, gated ? layer.up.out / 2 : layer.up.out, "down");
+    if (!experts.is_none()) layer.experts = experts_of(experts);
+    const bool has_mlp = !up.is_none();
+    if (has_mlp) {
+      layer.up = matrix_of(up, hidden, "up");
+      layer.down = matrix_of(down, gated ? layer.up.out / 2 : layer.up.out, "down");
+    }
     require(head_dim > 0 && head_dim % 8 == 0 && kv_heads > 0 && q_heads % kv_heads == 0,
             "head_dim must be a multiple of 8, and q_heads one of kv_heads");
     require(layer.qkv.out == (q_heads + 2 * kv_heads) * head_dim && layer.output.out == hidden &&
-                (!gated || layer.up.out % 2 == 0) && layer.down.out == hidden,
+                (!has_mlp || ((!gated || layer.up.out % 2 == 0) && layer.down.out == hidden)),
             "the weights of a layer do not fit each other");
+    require(has_mlp == (layer.experts.count == 0 || layer.experts.shared_gate.out > 0),
+            "a layer has an mlp, experts, or both with a gate between them");
+    require(layer.experts.count == 0 || (gated && !parallel && layer.down_norm.weight == nullptr),
+            "experts are gated, behind attention, and their sum is not normed");
     require(layer.input_norm.weight != nullptr && layer.mlp_norm.weight != nullptr,
             "a layer must norm what attention and its mlp read");
     require(!(parallel && layer.attention_norm.weight != nullptr),
@@ -267,6 +278,35 @@ class CompiledDecoder {
     return norm;
   }
 
+  cpu::Experts experts_of(const py::object& given) {
+    const py::tuple parts = given;
+    const int64_t hidden = decoder_.hidden;
+    cpu::Experts experts;
+    experts.router = matrix_of(parts[0], hidden, "router");
+    experts.count = experts.router.out;
+    const Tensor gate_up(parts[1], "gate_up"), down(parts[2], "down");
+    gate_up.shape({experts.count, Tensor::kAny, hidden}).contiguous().cpu();
+    require(gate_up.size(1) % 2 == 0, "gate_up must hold a gate and as much again");
+    experts.inner = gate_up.size(1) / 2;
+    down.shape({experts.count, hidden, experts.inner}).contiguous().cpu();
+    require(gate_up.float_dtype() == decoder_.dtype && down.float_dtype() == decoder_.dtype,
+            "all weights must be of one type");
+    experts.gate_up = gate_up.data();
+    experts.down = down.data();
+    keep(parts[1]);
+    keep(parts[2]);
+    experts.chosen = parts[3].cast<int64_t>();
+    require(experts.chosen >= 1 && experts.chosen <= experts.count,
+            "as many experts are chosen as there are, at most, and one at least");
+    experts.normed = parts[4].cast<bool>();
+    experts.rounded = parts[5].cast<bool>();
+    if (!parts[6].is_none()) {
+      experts.shared_gate = matrix_of(parts[6], hidden, "shared_gate");
+      require(experts.shared_gate.out == 1, "shared_gate must have one output");
+    }
+    return experts;
+  }
+
   // [size], or null for None.
   const void* vector_of(py::object given, int64_t size, const char* name) {
     if (given.is_none()) return nullptr;
@@ -409,9 +449,9 @@ void bind_decoder(py::module_& m) {
       .def("add_layer", &CompiledDecoder::add_layer, py::kw_only(), py::arg("input_norm"),
            py::arg("attention_norm"), py::arg("mlp_norm"), py::arg("down_norm"), py::arg("q_norm"),
            py::arg("k_norm"), py::arg("qkv"), py::arg("output"), py::arg("up"), py::arg("down"),
-           py::arg("activation"), py::arg("gated"), py::arg("parallel"), py::arg("by_head"),
-           py::arg("angles"), py::arg("q_heads"), py::arg("kv_heads"), py::arg("head_dim"),
-           py::arg("scale"), py::arg("window"), py::arg("softcap"))
+           py::arg("experts"), py::arg("activation"), py::arg("gated"), py::arg("parallel"),
+           py::arg("by_head"), py::arg("angles"), py::arg("q_heads"), py::arg("kv_heads"),
+           py::arg("head_dim"), py::arg("scale"), py::arg("window"), py::arg("softcap"))
       .def("first", &CompiledDecoder::first)
       .def("forward", &CompiledDecoder::forward)
       .def("draft_chain", &CompiledDecoder::draft_chain);

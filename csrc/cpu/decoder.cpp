@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "arena.h"
 #include "attention_tasks.h"
+#include "experts.h"
 #include "layer_rows.h"
 #include "linear_tasks.h"
 #include "stages.h"
@@ -18,7 +20,7 @@ namespace {
 
 constexpr int64_t kThreadBytes = 256 * 1024;  // of weights that a thread is worth
 constexpr int64_t kRowBytes = 16 * 1024;      // of rows that a task of a norm is worth
-constexpr size_t kStagesPerLayer = 18;
+constexpr size_t kStagesPerLayer = 32;
 
 // A real row: its sequence, node, and place among B * N.
 struct Row {
@@ -27,9 +29,10 @@ struct Row {
 
 // What a layer does in this pass.
 struct LayerTasks {
-  LinearTasks qkv, output, up, down;
+  LinearTasks qkv, output, up, down, router, shared_gate;
   AttentionTasks attention;
   RopeAppendParams rope{};
+  LayerExperts* experts = nullptr;
 };
 
 class Forward {
@@ -53,6 +56,11 @@ class Forward {
     int64_t bytes = head_.bytes();
     for (const LayerTasks& layer : layers_) {
       bytes += layer.qkv.bytes() + layer.output.bytes() + layer.up.bytes() + layer.down.bytes();
+    }
+    for (const DecoderLayer& layer : d_.layers) {
+      const Experts& experts = layer.experts;
+      const int64_t used = std::min(experts.count, count() * experts.chosen);
+      bytes += used * 3 * experts.inner * d_.hidden * size_;
     }
     const auto threads = std::clamp<int64_t>(bytes / kThreadBytes, 1, num_threads());
     Stages::run(static_cast<int>(threads), kStagesPerLayer * (layers_.size() + 2),
@@ -79,17 +87,22 @@ class Forward {
   // Buffers for rows, and what the products and attention need beside them.
   bool take_memory() {
     const int64_t rows = std::max(count(), p_.num_scored);
-    int64_t qkv = 0, heads = 0, gates = 0, gated = 0;
+    int64_t qkv = 0, heads = 0, gates = 0, gated = 0, scores = 0, chosen = 0;
     for (const DecoderLayer& layer : d_.layers) {
       qkv = std::max(qkv, layer.qkv.out);
       heads = std::max(heads, layer.output.in);
       gates = std::max(gates, layer.up.out);
       gated = std::max(gated, layer.down.in);
+      const Experts& experts = layer.experts;
+      gates = std::max(gates, experts.chosen * 2 * experts.inner);
+      gated = std::max(gated, experts.chosen * experts.inner);
+      scores = std::max(scores, experts.count);
+      chosen = std::max(chosen, experts.chosen);
     }
     const auto floats = [&](int64_t width) { return (rows * width * size_ + 63) / 64 * 16; };
-    thread_local Arena memory, products, partials;
+    thread_local Arena memory, products, partials, of_experts;
     float* at = memory.get(floats(d_.hidden) * 2 + floats(qkv) + floats(heads) + floats(gates) +
-                           floats(gated));
+                           floats(gated) + floats(scores) + floats(chosen * d_.hidden) + floats(1));
     if (at == nullptr) return false;
     const auto take = [&](int64_t width) {
       char* taken = reinterpret_cast<char*>(at);
@@ -102,13 +115,18 @@ class Forward {
     attended_ = take(heads);
     gates_ = take(gates);
     gated_ = take(gated);
+    scores_ = take(scores);
+    slots_ = take(chosen * d_.hidden);
+    shares_ = take(1);
+    expert_memory_ = &of_experts;
     layers_.reserve(d_.layers.size());
     for (size_t i = 0; i < d_.layers.size(); ++i) plan(static_cast<int64_t>(i));
     head_ = product(d_.head, !p_.all_scored && wants(-1) ? gathered() : normed_, d_.head.in,
                     nullptr, p_.logits, !p_.all_scored ? p_.num_scored : count());
     int64_t most_scratch = head_.scratch_floats(), most_partials = 0;
     for (const LayerTasks& layer : layers_) {
-      for (const LinearTasks* each : {&layer.qkv, &layer.output, &layer.up, &layer.down}) {
+      for (const LinearTasks* each :
+           {&layer.qkv, &layer.output, &layer.up, &layer.down, &layer.router, &layer.shared_gate}) {
         most_scratch = std::max(most_scratch, each->scratch_floats());
       }
       most_partials = std::max(most_partials, layer.attention.partial_floats());
@@ -116,6 +134,13 @@ class Forward {
     scratch_ = products.get(most_scratch);
     partials_ = partials.get(most_partials);
     return scratch_ != nullptr && partials_ != nullptr;
+  }
+
+  // Of every layer; kept for the next pass, so that nothing is allocated then.
+  LayerExperts* layer_experts() const {
+    thread_local std::vector<LayerExperts> kept;
+    if (kept.size() < d_.layers.size()) kept.resize(d_.layers.size());
+    return kept.data();
   }
 
   // Where the scored ones of all normed rows go: the layers are through with it.
@@ -140,8 +165,21 @@ class Forward {
                      rows);
     };
     tasks.output = branch(layer.output, attended_, layer.attention_norm);
-    tasks.up = product(layer.up, normed_, d_.hidden, nullptr, gates_, rows);
-    tasks.down = branch(layer.down, gated_, layer.down_norm);
+    const Experts& experts = layer.experts;
+    if (layer.up.out > 0) {
+      tasks.up = product(layer.up, normed_, d_.hidden, nullptr, gates_, rows);
+      tasks.down = experts.count > 0
+                       ? product(layer.down, gated_, layer.down.in, nullptr, normed_, rows)
+                       : branch(layer.down, gated_, layer.down_norm);
+    }
+    if (experts.count > 0) {
+      tasks.experts = &layer_experts()[index];
+      tasks.experts->rows.resize(rows * experts.chosen);
+      tasks.router = product(experts.router, normed_, d_.hidden, nullptr, scores_, rows);
+    }
+    if (experts.shared_gate.out > 0) {
+      tasks.shared_gate = product(experts.shared_gate, normed_, d_.hidden, nullptr, shares_, rows);
+    }
 
     const int64_t k_heads = layer.by_head ? 1 : layer.q_heads;  // in front of k's first
     const int64_t v_heads = layer.by_head ? 2 : layer.q_heads + layer.kv_heads;
@@ -273,19 +311,117 @@ class Forward {
     run_product(walk, tasks.output);
     add_branch(walk, layer.attention_norm);
     if (!layer.parallel) norm(walk, layer.mlp_norm);
-    run_product(walk, tasks.up);
-    each_row(walk, count(), layer.up.out, [&](int64_t row) { activate(layer, row); });
-    run_product(walk, tasks.down);
-    add_branch(walk, layer.down_norm);
+    if (layer.experts.count > 0) {
+      run_experts(walk, layer, tasks);
+    } else {
+      run_mlp(walk, layer, tasks);
+      add_branch(walk, layer.down_norm);
+    }
   }
 
-  void activate(const DecoderLayer& layer, int64_t row) const {
-    const int64_t dim = layer.down.in;
-    const char* gate = gates_ + row * layer.up.out * size_;
-    const char* up = layer.gated ? gate + dim * size_ : nullptr;
-    const ActivationRow params{layer.activation,           gate, up,
-                               gated_ + row * dim * size_, dim,  d_.dtype};
+  void run_mlp(Stages::Walk& walk, const DecoderLayer& layer, const LayerTasks& tasks) {
+    run_product(walk, tasks.up);
+    each_row(walk, count(), layer.up.out,
+             [&](int64_t row) { activate(layer.activation, layer.gated, layer.down.in, row); });
+    run_product(walk, tasks.down);
+  }
+
+  // A row of `gates_`, of `dim` values or twice as many, to one of `gated_`.
+  void activate(Activation activation, bool gated, int64_t dim, int64_t row) const {
+    const char* gate = gates_ + row * (gated ? 2 : 1) * dim * size_;
+    const char* up = gated ? gate + dim * size_ : nullptr;
+    const ActivationRow params{activation, gate, up, gated_ + row * dim * size_, dim, d_.dtype};
     INFERLAB_DISPATCH(activation_row, params);
+  }
+
+  // Each row's experts, then the layer's own MLP, whose result stands where its input did.
+  void run_experts(Stages::Walk& walk, const DecoderLayer& layer, const LayerTasks& tasks) {
+    const Experts& experts = layer.experts;
+    const int64_t slots = count() * experts.chosen, bytes = d_.hidden * size_;
+    LayerExperts& chosen = *tasks.experts;
+    run_product(walk, tasks.router);
+    each_row(walk, count(), experts.count, [&](int64_t row) {
+      with_dtype(d_.dtype, [&](auto zero) {
+        const auto* scores = reinterpret_cast<const decltype(zero)*>(scores_);
+        chosen.rows.choose(experts, scores + row * experts.count, row);
+      });
+    });
+    walk.stage(1, [&](int64_t) { plan_experts(experts, chosen); });
+    each_row(walk, slots, d_.hidden, [&](int64_t place) {
+      std::memcpy(slots_ + place * bytes, normed_ + chosen.rows.row_at(place) * bytes, bytes);
+    });
+    run_products(walk, chosen.up);
+    each_row(walk, slots, 2 * experts.inner,
+             [&](int64_t place) { activate(layer.activation, true, experts.inner, place); });
+    run_products(walk, chosen.down);
+    if (experts.shared_gate.out > 0) {
+      run_product(walk, tasks.shared_gate);
+      run_mlp(walk, layer, tasks);
+    }
+    each_row(walk, count(), d_.hidden,
+             [&](int64_t row) { add_experts(experts, chosen.rows, row); });
+  }
+
+  // The rows of each expert, and its products with them; by one thread.
+  void plan_experts(const Experts& experts, LayerExperts& chosen) {
+    chosen.up.clear();
+    chosen.down.clear();
+    const int64_t hidden = d_.hidden, inner = experts.inner;
+    const auto part = [&](char* from, int64_t row, int64_t width) {
+      return from + row * width * size_;
+    };
+    const auto matrix = [&](const void* all, int64_t elements) {
+      return static_cast<const char*>(all) + elements * size_;
+    };
+    chosen.rows.group(experts, count(), [&](int64_t expert, int64_t first, int64_t rows) {
+      chosen.up.add({part(slots_, first, hidden),
+                     matrix(experts.gate_up, expert * 2 * inner * hidden), nullptr, nullptr,
+                     part(gates_, first, 2 * inner), rows, hidden, 2 * inner, hidden, d_.dtype,
+                     true, 0, 0});
+      chosen.down.add({part(gated_, first, inner), matrix(experts.down, expert * hidden * inner),
+                       nullptr, nullptr, part(slots_, first, hidden), rows, inner, hidden, inner,
+                       d_.dtype, true, 0, 0});
+    });
+    const int64_t floats = std::max(chosen.up.scratch_floats(), chosen.down.scratch_floats());
+    expert_scratch_ = expert_memory_->get(floats);
+    if (expert_scratch_ != nullptr) return;
+    check(false);
+    chosen.up.clear();
+    chosen.down.clear();
+  }
+
+  void run_products(Stages::Walk& walk, const ExpertProducts& products) {
+    if (products.scratch_floats() > 0) {
+      walk.stage(products.parts(), [&](int64_t i) { products.prepare(i, expert_scratch_); });
+    }
+    walk.stage(products.count(), [&](int64_t i) { products.run(i, expert_scratch_); });
+  }
+
+  // To a row of `hidden_` what its experts say, by their weights, and the layer's own MLP by its
+  // share. The sum stands in the first slot.
+  void add_experts(const Experts& experts, const ExpertRows& rows, int64_t row) const {
+    const int64_t first = row * experts.chosen, bytes = d_.hidden * size_;
+    char* sum = slots_ + rows.place(first) * bytes;
+    const auto add = [&](float weight, const void* said, const void* to, void* out) {
+      const SumRow params{weight, said, to, out, d_.hidden, d_.dtype};
+      INFERLAB_DISPATCH(sum_row, params);
+    };
+    add(rows.weight(first), sum, nullptr, sum);
+    for (int64_t slot = first + 1; slot < first + experts.chosen; ++slot) {
+      add(rows.weight(slot), slots_ + rows.place(slot) * bytes, sum, sum);
+    }
+    if (experts.shared_gate.out > 0) add(share_of(row), normed_ + row * bytes, sum, sum);
+    add(1, sum, hidden_ + row * bytes, hidden_ + row * bytes);
+  }
+
+  float share_of(int64_t row) const {
+    float share = 0;
+    with_dtype(d_.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      const float x = to_float(reinterpret_cast<const T*>(shares_)[row]);
+      share = to_float(from_float<T>(1.0f / (1.0f + std::exp(-x))));
+    });
+    return share;
   }
 
   // What waits in `normed_`, normed; a branch without a norm was added when it was computed.
@@ -395,10 +531,13 @@ class Forward {
   std::vector<int64_t> starts_, scored_;
   std::vector<LayerTasks> layers_;
   LinearTasks head_;
+  Arena* expert_memory_ = nullptr;
+  float* expert_scratch_ = nullptr;
   bool ragged_ = false;
   int64_t normed_rows_ = 0;
   char *hidden_ = nullptr, *normed_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr,
-       *gates_ = nullptr, *gated_ = nullptr;
+       *gates_ = nullptr, *gated_ = nullptr, *scores_ = nullptr, *slots_ = nullptr,
+       *shares_ = nullptr;
   float *scratch_ = nullptr, *partials_ = nullptr;
   std::atomic<bool> enough_memory_{true};
 };

@@ -32,12 +32,26 @@ struct Norm {
 
 enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu };
 
+// Gated MLPs of which each row takes the likeliest few (Shazeer et al., 2017).
+struct Experts {
+  Matrix router;                  // [count, hidden]
+  const void* gate_up = nullptr;  // [count, 2 * inner, hidden]: of each, gate then up
+  const void* down = nullptr;     // [count, hidden, inner]
+  int64_t count = 0;              // 0: there are none
+  int64_t chosen = 0, inner = 0;
+  bool normed = false;   // the weights of the chosen add up to 1; else they are the softmax of all
+  bool rounded = false;  // weights are rounded to the element type
+  Matrix shared_gate;    // [1, hidden]: how much a layer's own MLP counts beside them; `out` 0: it
+                         // has none
+};
+
 // a = attention(input_norm(x)), y = x + attention_norm(a), y + down_norm(mlp(mlp_norm(y))), with
 // what there is of norms. `parallel`: mlp(mlp_norm(x)) in place of y's.
 struct DecoderLayer {
   Norm input_norm, attention_norm, mlp_norm, down_norm;
   Norm q_norm, k_norm;  // of each head, or none
   Matrix qkv, output, up, down;
+  Experts experts;  // in place of `up` and `down`, or beside them
   Activation activation = Activation::kSilu;
   bool gated = true;  // `up` holds the gate, which is activated, and then what it is multiplied by
   bool parallel = false;

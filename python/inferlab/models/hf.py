@@ -412,7 +412,7 @@ class HFModel:
                 self._take_over()
 
     def _check_against_plain(self) -> None:
-        """For families that no test covers: one short text, both ways."""
+        """For families that no test covers: one short text, by their modules, both ways."""
         length = min(12, self.context_length or 12)
         ids = (torch.arange(length, device=self.device) * 7919 % self.vocab_size).unsqueeze(0)
         # The products are ours both times: rounding could send a token to other experts.
@@ -425,8 +425,9 @@ class HFModel:
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         positions = torch.arange(length, device=self.device).unsqueeze(0)
         batch = ForwardBatch(ids, positions, none, none.view(1, 1))
-        with trial_pass(self.name, self.config.model_type):
-            paged = self.forward(batch, self.new_cache(1)).logits
+        with trial_pass(self.name, self.config.model_type), torch.inference_mode():
+            ongoing = Pass.of(batch, self.new_cache(1), self._plan.layers)
+            paged = self._run_modules(batch, ongoing, ()).logits
         check_against_plain(plain, paged, self.name, self.config.model_type)
 
 

@@ -28,6 +28,12 @@ Matrix = tuple[torch.Tensor | PackedWeight, torch.Tensor | None]
 """Weight [out, in] and bias."""
 
 
+Experts = tuple[Matrix, torch.Tensor, torch.Tensor, int, bool, bool, Matrix | None]
+"""Router, gate and up of each [E, 2 I, H], down of each [E, H, I], how many a row takes, whether
+their weights are made to add up to 1, whether these are rounded to the model's dtype, and the gate
+of the MLP beside them."""
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """One decoder layer; see ``DecoderLayer`` in csrc/include/inferlab/decoder.h."""
@@ -36,8 +42,8 @@ class LayerShape:
     mlp_norm: Norm
     qkv: Matrix
     output: Matrix
-    up: Matrix
-    down: Matrix
+    up: Matrix | None
+    down: Matrix | None
     activation: str
     q_heads: int
     kv_heads: int
@@ -47,6 +53,7 @@ class LayerShape:
     softcap: float
     attention_norm: Norm | None = None
     down_norm: Norm | None = None
+    experts: Experts | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     gated: bool = True
@@ -86,7 +93,8 @@ def shape_of(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> ModelShap
 
 
 def _llama(model: Any, specs: Sequence[LayerSpec]) -> ModelShape:
-    """Pre-norm, rotary halves, gated MLP; Qwen3 norms heads, Phi-3 has joint projections."""
+    """Pre-norm, rotary halves, gated MLP or experts; Qwen3 norms heads, Phi-3 has joint
+    projections."""
     decoder = model.model
     layers = []
     for layer, spec in zip(decoder.layers, specs, strict=True):
@@ -239,18 +247,44 @@ def _gpt_neox(model: Any, specs: Sequence[LayerSpec]) -> ModelShape:
 def _gated(layer: Any, spec: LayerSpec, **more: Any) -> LayerShape:
     attention, mlp = layer.self_attn, layer.mlp
     if hasattr(attention, "qkv_proj"):
-        qkv, up, act = _matrix(attention.qkv_proj), _matrix(mlp.gate_up_proj), mlp.activation_fn
+        qkv = _matrix(attention.qkv_proj)
     else:
         qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
-        up, act = join(mlp.gate_proj, mlp.up_proj), mlp.act_fn
+    experts = None
+    if hasattr(mlp, "experts"):
+        experts, act = _experts(mlp), mlp.experts.act_fn
+        mlp = getattr(mlp, "shared_expert", None)
+    else:
+        act = mlp.activation_fn if hasattr(mlp, "activation_fn") else mlp.act_fn
+    up = None
+    if mlp is not None:
+        joint = hasattr(mlp, "gate_up_proj")
+        up = _matrix(mlp.gate_up_proj) if joint else join(mlp.gate_proj, mlp.up_proj)
     return LayerShape(
         qkv=qkv,
         output=_matrix(attention.o_proj),
         up=up,
-        down=_matrix(mlp.down_proj),
+        down=None if mlp is None else _matrix(mlp.down_proj),
+        experts=experts,
         activation=_ACTIVATIONS[type(act)],
         **_heads(spec, attention.o_proj.in_features // spec.head_dim),
         **more,
+    )
+
+
+def _experts(block: Any) -> Experts:
+    """Mixtral weighs in fp32 by what adds up to 1; Qwen's rounds weights."""
+    router, experts = block.gate, block.experts
+    qwen = hasattr(router, "norm_topk_prob")
+    gate = getattr(block, "shared_expert_gate", None)
+    return (
+        (router.weight.detach(), None),
+        experts.gate_up_proj.detach(),
+        experts.down_proj.detach(),
+        router.top_k,
+        router.norm_topk_prob if qwen else True,
+        qwen,
+        None if gate is None else _matrix(gate),
     )
 
 
@@ -326,6 +360,7 @@ def _named(family: str, *parts: str) -> tuple[str, ...]:
 _LLAMA = (
     "ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding",
 )  # fmt: skip
+_EXPERTS = ("SparseMoeBlock", "TopKRouter", "Experts")
 
 
 def _opt_misfit(model: Any) -> str | None:
@@ -341,6 +376,10 @@ _FAMILIES = {
     **{
         f"{name}ForCausalLM": Family(_llama, _named(name, *_LLAMA), on_cuda=True)
         for name in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    },
+    **{
+        f"{name}ForCausalLM": Family(_llama, _named(name, *_LLAMA, *_EXPERTS))
+        for name in ("Mixtral", "Qwen2Moe", "Qwen3Moe")
     },
     "Phi3ForCausalLM": Family(_llama, _named("Phi3", *_LLAMA), (nn.Dropout,)),
     "Gemma2ForCausalLM": Family(_gemma, _named("Gemma2", *_LLAMA, "TextScaledWordEmbedding")),
