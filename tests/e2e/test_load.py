@@ -101,6 +101,30 @@ def test_what_a_server_does_wrong_is_classified(server, kind):
     assert load_figures([record])["failures"] == {kind: 1}
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_warms_a_server_ends_before_anything_is_counted(server, processes):
+    seen = []
+    plan = plan_of(server.url, "a", "b", warmup=3, concurrency=2)
+    outcome = run_load(plan, processes, warm=lambda: seen.append(len(server.posts)))
+    assert seen == [3]
+    assert len(outcome.records) == 2
+    assert len(server.posts) == 5
+
+
+def test_a_page_is_no_answer(server):
+    server.answers = [Respond(b"<html>hello</html>", headers={"Content-Type": "text/html"})]
+    record = only(run_load(plan_of(server.url)))
+    assert in_load(record).failure == "malformed_json"
+    assert record.error == "the answer is text/html, neither events nor JSON"
+
+
+def test_what_a_refusal_asked_for_is_kept_when_the_next_try_is_answered(server):
+    server.answers = [Respond.json({"error": "busy"}, 503, Retry_After="0"), GOOD]
+    record = only(run_load(plan_of(server.url, retries=1)))
+    assert in_load(record).failure is None
+    assert in_load(record).retry_after_s == 0.0
+
+
 def test_a_stall_behind_a_late_token_is_one(server):
     server.answers = [Respond.events(delta(role="assistant"), 0.3, delta(content="a"), 9.0)]
     assert in_load(only(run_load(plan_of(server.url, stall_s=0.2)))).failure == "stall"
@@ -423,7 +447,8 @@ def test_stamps_are_on_the_machines_clock():
         offsets.append((sent - asked, sent + record.first_token_ms / 1e3 - text))
     latest_below = max(low for low, _ in offsets)  # sent before it was asked
     earliest_above = min(high for _, high in offsets)  # read behind it was written
-    assert latest_below <= earliest_above + 1e-6
+    # Cores of a virtual machine may tell times that are some tenths of a millisecond apart.
+    assert latest_below <= earliest_above + 1e-3
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------

@@ -103,7 +103,11 @@ def test_warnings():
     ("chunks", "kind"),
     [
         ([event("a")], "truncated"),
-        ([event("a")[:-9]], "malformed_json"),
+        ([event("a")[:-9]], "truncated"),
+        (
+            [event("a"), b'data: {"model": "m", "choices": []}\n\ndata: {"model": "n"}\n\n'],
+            "wrong_model",
+        ),
         ([b"data: {oops\n\n"], "malformed_json"),
         ([b"data: [1]\n\n"], "malformed_json"),
         ([b'data: {"choices": 3}\n\n'], "malformed_json"),

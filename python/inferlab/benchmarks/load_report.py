@@ -104,6 +104,7 @@ def _trouble(stats: Mapping[str, Any]) -> list[str]:
     lines += [
         f"failed, {name}: {count}; the first: {stats['first_errors'].get(name, '')}"
         for name, count in stats["failures"].items()
+        if name != "interrupted"  # they are counted above
     ]
     return lines + [
         f"warning: {name}: {count} answers" for name, count in stats["warnings"].items()
@@ -154,7 +155,7 @@ def _sentences(stats: Mapping[str, Any]) -> list[str]:
     ]
     if kind != "closed":
         lines.append(
-            f"rate: asked {_known(rates['asked_per_s'])}/s, scheduled "
+            f"rate: asked {_asked(stats)}/s, scheduled "
             f"{_known(rates['scheduled_per_s'])}/s, sent {_known(rates['sent_per_s'])}/s"
         )
     if (goodput := stats["goodput"]) is not None:
@@ -186,7 +187,7 @@ def _sentences(stats: Mapping[str, Any]) -> list[str]:
 
 def _drafts(found: Mapping[str, Any]) -> str:
     parts = [
-        f"{found['accepted_tokens']} of {found['drafted_tokens']} tokens accepted",
+        f"{_count(found['accepted_tokens'])} of {_count(found['drafted_tokens'])} tokens accepted",
         f"length {_known(found['length'])}, with the bonus token "
         f"{_known(found['length_with_bonus'])}",
     ]
@@ -253,6 +254,18 @@ def _acceptance(stats: Mapping[str, Any]) -> list[Curves]:
         Curves("Acceptance by position, told by the server", "position in the draft", "accepted",
                series, "acceptance, accepted_at over drafts", share=True)
     ]  # fmt: skip
+
+
+def _count(value: int | None) -> str:
+    return "not known" if value is None else str(value)
+
+
+def _asked(stats: Mapping[str, Any]) -> str:
+    """The rate, or the first and the last of a ramp."""
+    arrivals = stats["settings"]["arrivals"]
+    if arrivals["rate_end"] is not None:
+        return f"{number(arrivals['rate'])} to {number(arrivals['rate_end'])}"
+    return _known(stats["rates"]["asked_per_s"])
 
 
 def _known(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from inferlab.benchmarks.peers import PEERS
 from inferlab.benchmarks.run_report import environment_facts, failure_lines, setting_facts
 from inferlab.benchmarks.sample_plots import batch_curves, sample_plots
 from inferlab.benchmarks.samples import modes_in, samples_of
@@ -30,6 +31,13 @@ def peers_report(stats: Mapping[str, Any]) -> Report:
             for name, found in stats["token_ids"][size].items()
             for text in _differences(found)
         ]
+        singly = [
+            stats["engines"][name]["title"]
+            for name in stats["engines"]
+            if name in PEERS and not PEERS[name].batches and int(size) > 1
+        ]
+        if singly:
+            said.append(f"{', '.join(singly)}: one text at a time, so not here")
         if said:
             parts.append(Lines(said))
     parts += [Heading("Plots"), *_bars(stats)]

@@ -80,9 +80,9 @@ def kl_interval(
 ) -> tuple[float, Interval]:
     """KL(s, target) of what was sampled from, estimated, with a bootstrap interval.
 
-    The plug-in estimate is too large by (cells seen - 1) / 2n to first order (Miller, "Note on the
-    bias of information estimates", 1955), which is taken off; of resamples, whose bias is the
-    sample's again, it is taken off twice. Infinite where something was seen that cannot come.
+    The plug-in estimate is too large by (cells - 1) / 2n to first order (Miller, "Note on the bias
+    of information estimates", 1955), which is taken off: of the sample for the target's cells, of
+    resamples for those that were seen, too. Infinite where something was seen that cannot come.
 
     Args:
         counts: [V] samples in each cell.
@@ -92,10 +92,11 @@ def kl_interval(
     n = seen.sum()
     if n == 0 or (seen[expected <= 0] > 0).any():
         return math.inf, (0.0, math.inf)
-    bias = (np.count_nonzero(seen) - 1) / (2 * n)
+    bias = (np.count_nonzero(expected) - 1) / (2 * n)
+    again = bias + (np.count_nonzero(seen) - 1) / (2 * n)
     estimate = max(divergence(seen / n, expected) - bias, 0.0)
     drawn = np.random.default_rng(seed).multinomial(int(n), seen / n, size=RESAMPLES)
-    values = [max(divergence(row / n, expected) - 2 * bias, 0.0) for row in drawn]
+    values = [max(divergence(row / n, expected) - again, 0.0) for row in drawn]
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     estimate = float(estimate)

@@ -54,8 +54,10 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--ramp", metavar="A:B", help="the rate goes from A to B per second over --duration"
     )
     group.add_argument(
-        "--trace", metavar="FILE", help="conversations with times, each begun at its own"
-    )
+        "--trace", metavar="FILE",
+        help="conversations with times, each begun at its own: published traces in their units, "
+        "else `timestamp` of JSON lines in ms, `arrived_at` and `timestamp_s` in seconds",
+    )  # fmt: skip
     group.add_argument(
         "--conversations", metavar="FILE",
         help="what is sent: JSON lines (`prompt`, `turns`, `messages`, ShareGPT) or a line of text "
@@ -69,7 +71,8 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--shared-prefix", metavar="TOKENS[:GROUPS]",
-        help="of --synthetic: conversations of a group (1 for all) begin with the same tokens",
+        help="of --synthetic: conversations of a group (1 for all) begin with the same tokens, in "
+        "front of those that --synthetic asks for",
     )  # fmt: skip
     group.add_argument("--turns", type=int, metavar="N", help="of --synthetic: turns of each (1)")
     group.add_argument(
@@ -88,7 +91,12 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--slo", action="append", metavar="NAME=MS",
         help=f"count requests that keep it as goodput; {', '.join(SLOS)}; may be given again",
     )  # fmt: skip
-    group.add_argument("--retries", type=int, metavar="N", help="further tries of a request (0)")
+    group.add_argument(
+        "--retries",
+        type=int,
+        metavar="N",
+        help="further tries of a request (0); times are those of the last one",
+    )
     group.add_argument(
         "--error-budget", metavar="N|P%", help="failures that leave the exit status at 0 (0)"
     )

@@ -51,8 +51,13 @@ def measure_load(
     Raises:
         ValueError: what `processes.run_load` refuses.
     """
-    before = scrape(plan.asking)
-    outcome = run_load(plan, how.processes, keep)
+    before: Scrape | None = None
+
+    def warm() -> None:
+        nonlocal before
+        before = scrape(plan.asking)
+
+    outcome = run_load(plan, how.processes, keep, warm)
     after = None if before is None else scrape(plan.asking)
     records = outcome.records
     kind = plan.arrivals.kind

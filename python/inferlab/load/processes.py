@@ -44,13 +44,17 @@ class Outcome:
 
 
 def run_load(
-    plan: LoadPlan, processes: int = 1, keep: Callable[[RequestRecord], None] | None = None
+    plan: LoadPlan,
+    processes: int = 1,
+    keep: Callable[[RequestRecord], None] | None = None,
+    warm: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Runs a load; in this process where one is enough. Ctrl-C ends it, and what came is kept.
 
     Args:
         processes: how many clients share it.
         keep: called with each record as soon as its request has ended.
+        warm: called when the requests that do not count have ended, before the first that does.
 
     Raises:
         ValueError: more processes than users of a closed load, or than may run at a time.
@@ -68,15 +72,19 @@ def run_load(
             keep(record)
 
     if processes == 1:
-        outcome.ran.append(run_shard(plan, Shard(Clock.now()), take))
+        outcome.ran.append(run_shard(plan, Shard(Clock.now()), take, warm=warm))
     else:
-        _run_many(plan, processes, take, outcome)
+        _run_many(plan, processes, take, outcome, warm)
     outcome.records.sort(key=_sent_at)
     return outcome
 
 
 def _run_many(
-    plan: LoadPlan, processes: int, take: Callable[[RequestRecord], None], outcome: Outcome
+    plan: LoadPlan,
+    processes: int,
+    take: Callable[[RequestRecord], None],
+    outcome: Outcome,
+    warm: Callable[[], None],
 ) -> None:
     clock = Clock.now()
     pipes: list[Connection] = []
@@ -89,7 +97,7 @@ def _run_many(
                 workers.append(_start(theirs.fileno()))
             ours.send((plan, Shard(clock, index, processes)))
         with _on_interrupt(pipes):
-            _gather(pipes, take, outcome)
+            _gather(pipes, take, outcome, warm)
     finally:
         for pipe in pipes:
             pipe.close()
@@ -109,7 +117,10 @@ def _start(descriptor: int) -> subprocess.Popen[bytes]:
 
 
 def _gather(
-    pipes: list[Connection], take: Callable[[RequestRecord], None], outcome: Outcome
+    pipes: list[Connection],
+    take: Callable[[RequestRecord], None],
+    outcome: Outcome,
+    warm: Callable[[], None],
 ) -> None:
     """Begins the load when all are ready, and goes on until each has said what it did."""
     ready = 0
@@ -125,6 +136,7 @@ def _gather(
             else:
                 ready += 1
                 if ready == len(pipes):
+                    warm()
                     _tell(pipes, time.perf_counter_ns() + int(_START_S * 1e9))
     outcome.ran.sort(key=lambda ran: ran.index)
 

@@ -97,7 +97,7 @@ class Reading:
             if self._body is not None:
                 self._take_whole(b"".join(self._body))
             elif not self.done and (last := self._parser.finish()) is not None:
-                self._take(last, self.last_ns or 0)
+                self._take_last(last)
             self._require_end()
         except UnicodeDecodeError as error:
             self.failure = RequestFailure("bad_utf8", f"the answer is not UTF-8: {error}")
@@ -129,6 +129,17 @@ class Reading:
         if choice.get("finish_reason"):
             self.finish_reason = text_or_none(choice["finish_reason"])
 
+    def _take_last(self, event: Event) -> None:
+        """One that no blank line ends: it may be whole all the same."""
+        try:
+            self._take(event, self.last_ns or 0)
+        except RequestFailure as failure:
+            if failure.kind != "malformed_json":
+                raise
+            raise RequestFailure(
+                "truncated", f"the stream ended within an event: {shorten(event[0])}"
+            ) from None
+
     def _take_whole(self, body: bytes) -> None:
         self.warnings.append("not_streamed")
         content = self._object(body.decode("utf-8-sig"))
@@ -158,8 +169,13 @@ class Reading:
 
     def _heads(self, content: dict[str, Any]) -> dict[str, Any] | None:
         """Takes what stands beside the choices, and returns the first of them."""
+        model = text_or_none(content.get("model"))
         if self.model is None:
-            self.model = text_or_none(content.get("model"))
+            self.model = model
+        elif model is not None and model != self.model:
+            raise RequestFailure(
+                "wrong_model", f"{self.model!r} began to answer, {model!r} went on"
+            )
         if isinstance(content.get("usage"), dict):
             self.usage = content["usage"]
         self.events = (*self.events[-1:], content)

@@ -48,7 +48,13 @@ class Ran:
 Keep = Callable[[RequestRecord], None]
 
 
-def run_shard(plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None = None) -> Ran:
+def run_shard(
+    plan: LoadPlan,
+    part: Shard,
+    keep: Keep,
+    pipe: Connection | None = None,
+    warm: Callable[[], None] = lambda: None,
+) -> Ran:
     """Runs a part of a load to its end. Ctrl-C ends it: nothing more begins, and what is under way
     becomes records of the class "interrupted", with what came until then.
 
@@ -56,9 +62,10 @@ def run_shard(plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None =
         keep: called with each record as soon as its request has ended.
         pipe: to whoever runs the whole: it is told when this part is ready, and tells the
             ``time.perf_counter_ns()`` at which to begin, and None in place of Ctrl-C.
+        warm: called before the load begins, where nobody else runs a part of it.
     """
     with _calm_collector(), _many_connections():
-        return asyncio.run(_Runner(plan, part, keep, pipe).run())
+        return asyncio.run(_Runner(plan, part, keep, pipe, warm).run())
 
 
 @contextlib.contextmanager
@@ -89,8 +96,15 @@ def _many_connections() -> Iterator[None]:
 
 
 class _Runner:
-    def __init__(self, plan: LoadPlan, part: Shard, keep: Keep, pipe: Connection | None) -> None:
-        self._plan, self._part, self._keep, self._pipe = plan, part, keep, pipe
+    def __init__(
+        self,
+        plan: LoadPlan,
+        part: Shard,
+        keep: Keep,
+        pipe: Connection | None,
+        warm: Callable[[], None],
+    ) -> None:
+        self._plan, self._part, self._keep, self._pipe, self._warm = plan, part, keep, pipe, warm
         self._ran = Ran(part.index)
         self._tasks: list[asyncio.Future[None]] = []
 
@@ -150,6 +164,7 @@ class _Runner:
     async def _start(self) -> int:
         """When the load begins."""
         if self._pipe is None:
+            await asyncio.to_thread(self._warm)
             self._start_ns = time.perf_counter_ns()
         else:
             self._pipe.send("ready")
@@ -246,17 +261,19 @@ class _Runner:
         return scheduled_ns
 
     async def _ask(self, payload: dict[str, object]) -> tuple[Attempt, int]:
-        """(the last try, how many there were)."""
+        """(the last try, how many there were). It knows what the last refusal asked for."""
         asking = self._plan.asking
-        tries = 0
+        tries, retry_after_s = 0, None
         while True:
             tries += 1
             attempt = await self._session.ask(payload)
+            asked_s = attempt.retry_after_s
+            retry_after_s = attempt.retry_after_s = retry_after_s if asked_s is None else asked_s
             if not attempt.retryable or tries > asking.retries:
                 return attempt, tries
             wait_s = asking.retry_delay_s * 2 ** (tries - 1)
-            if attempt.retry_after_s is not None:
-                wait_s = attempt.retry_after_s
+            if asked_s is not None:
+                wait_s = asked_s
             if wait_s > MAX_RETRY_WAIT_S:
                 return attempt, tries
             try:

@@ -25,6 +25,9 @@ from inferlab.load.stamped import StampedConnector, StampedResponse
 
 T = TypeVar("T")
 
+_ANSWERS = ("text/event-stream", "application/json", "application/octet-stream")
+"""What answers are sent as; the last is what nothing said becomes."""
+
 IDLE_S = 2.0
 """How long a connection waits to be used again: less than servers wait before they close it."""
 
@@ -148,6 +151,11 @@ class LoadSession:
                 await asyncio.wait_for(response.content.wait_eof(), _AFTER_DONE_S)
         reading.finish()
         if reading.failure is not None:
+            kind = response.content_type
+            if kind not in _ANSWERS and not reading.text_ns:
+                raise RequestFailure(
+                    "malformed_json", f"the answer is {kind}, neither events nor JSON"
+                )
             raise reading.failure
         if not names_model(reading.model, self.asking.model):
             raise RequestFailure(

@@ -487,7 +487,7 @@ class SpeculativePipeline:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
                 f"{self.target.name} has no chat template; add chat_template.jinja to the model's "
-                f"directory, or give the conversation as a text"
+                f"directory, or give a text (in place of chat, the endpoint completions)"
             )
         for i, message in enumerate(messages):
             for text in texts_of(message):

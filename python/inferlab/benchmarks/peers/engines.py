@@ -156,7 +156,13 @@ class Engines:
         return str(path)
 
     def _load(self, name: str, **arguments: Any) -> None:
-        versions = self.call(name, "versions")
+        try:
+            versions = self.call(name, "versions")
+        except PeerFailed as error:
+            install = self.facts[name].install
+            raise PeerFailed(
+                f"its packages fail to import: {error}; {install}", error.trace
+            ) from None
         found = self.call(name, "load", **arguments)
         if name in OURS:
             self.about = found
