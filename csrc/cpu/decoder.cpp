@@ -14,6 +14,7 @@
 #include "layer_rows.h"
 #include "linear_tasks.h"
 #include "stages.h"
+#include "with_dtype.h"
 
 namespace inferlab::cpu {
 namespace {

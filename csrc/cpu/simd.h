@@ -8,6 +8,7 @@
 
 #include "inferlab/dtype.h"
 #include "inferlab/weights.h"
+#include "with_dtype.h"
 
 #if defined(INFERLAB_ISA_AVX2) || defined(INFERLAB_ISA_AVX512)
 #include <immintrin.h>

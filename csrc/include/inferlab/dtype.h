@@ -69,19 +69,6 @@ inline f16 from_float<f16>(float x) {
   return f16{static_cast<uint16_t>(sign | ((mag - 0x38000000u + 0xfffu + odd) >> 13))};
 }
 
-// Calls f with a value of the element type that `dtype` names.
-template <typename F>
-void with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF16:
-      return f(f16{});
-    case DType::kBF16:
-      return f(bf16{});
-  }
-}
-
 }  // namespace INFERLAB_INLINE_NAMESPACE
 #endif
 }  // namespace inferlab
