@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kThreadBytes = 256 * 1024;  // of weights that a thread is worth
 constexpr int64_t kRowBytes = 16 * 1024;      // of rows that a task of a norm is worth
-constexpr size_t kStagesPerLayer = 32;
+constexpr size_t kStagesPerLayer = 18;
+constexpr size_t kStagesOfExperts = 14;  // more, in a layer that has them
 
 // A real row: its sequence, node, and place among B * N.
 struct Row {
@@ -58,14 +59,15 @@ class Forward {
     for (const LayerTasks& layer : layers_) {
       bytes += layer.qkv.bytes() + layer.output.bytes() + layer.up.bytes() + layer.down.bytes();
     }
+    size_t stages = kStagesPerLayer * (layers_.size() + 2);
     for (const DecoderLayer& layer : d_.layers) {
       const Experts& experts = layer.experts;
+      if (experts.count > 0) stages += kStagesOfExperts;
       const int64_t used = std::min(experts.count, count() * experts.chosen);
       bytes += used * 3 * experts.inner * d_.hidden * size_;
     }
     const auto threads = std::clamp<int64_t>(bytes / kThreadBytes, 1, num_threads());
-    Stages::run(static_cast<int>(threads), kStagesPerLayer * (layers_.size() + 2),
-                [&](Stages::Walk walk) { this->walk(walk); });
+    Stages::run(static_cast<int>(threads), stages, [&](Stages::Walk walk) { this->walk(walk); });
     if (!enough_memory_.load()) return Status::kOutOfMemory;
     spread_logits();
     return Status::kOk;

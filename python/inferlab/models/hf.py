@@ -425,9 +425,12 @@ class HFModel:
         none = torch.zeros(1, dtype=torch.int32, device=self.device)
         positions = torch.arange(length, device=self.device).unsqueeze(0)
         batch = ForwardBatch(ids, positions, none, none.view(1, 1))
-        with trial_pass(self.name, self.config.model_type), torch.inference_mode():
-            ongoing = Pass.of(batch, self.new_cache(1), self._plan.layers)
-            paged = self._run_modules(batch, ongoing, ()).logits
+        fused, self._fused = self._fused, None
+        try:
+            with trial_pass(self.name, self.config.model_type):
+                paged = self.forward(batch, self.new_cache(1)).logits
+        finally:
+            self._fused = fused
         check_against_plain(plain, paged, self.name, self.config.model_type)
 
 

@@ -26,8 +26,6 @@ Norm = tuple[torch.Tensor, torch.Tensor | None, float, float, bool]
 """Weight, bias, epsilon, what is added to the weight, and whether it is a LayerNorm."""
 Matrix = tuple[torch.Tensor | PackedWeight, torch.Tensor | None]
 """Weight [out, in] and bias."""
-
-
 Experts = tuple[Matrix, torch.Tensor, torch.Tensor, int, bool, bool, Matrix | None]
 """Router, gate and up of each [E, 2 I, H], down of each [E, H, I], how many a row takes, whether
 their weights are made to add up to 1, whether these are rounded to the model's dtype, and the gate
@@ -161,16 +159,12 @@ def _opt(model: Any, specs: Sequence[LayerSpec]) -> ModelShape:
         attention = layer.self_attn
         spec = spec._replace(scale=spec.scale * attention.scaling)
         layers.append(
-            LayerShape(
-                input_norm=_layer_norm(layer.self_attn_layer_norm),
-                mlp_norm=_layer_norm(layer.final_layer_norm),
-                qkv=join(attention.q_proj, attention.k_proj, attention.v_proj),
-                output=_matrix(attention.out_proj),
-                up=_matrix(layer.fc1),
-                down=_matrix(layer.fc2),
-                activation=_ACTIVATIONS[type(layer.activation_fn)],
-                gated=False,
-                **_heads(spec, attention.num_heads),
+            _plain(
+                spec,
+                (layer.self_attn_layer_norm, layer.final_layer_norm),
+                join(attention.q_proj, attention.k_proj, attention.v_proj),
+                (attention.out_proj, layer.fc1, layer.fc2),
+                layer.activation_fn,
             )
         )
     return ModelShape(
@@ -190,16 +184,12 @@ def _gpt2(model: Any, specs: Sequence[LayerSpec]) -> ModelShape:
     layers = []
     for layer, spec in zip(decoder.h, specs, strict=True):
         layers.append(
-            LayerShape(
-                input_norm=_layer_norm(layer.ln_1),
-                mlp_norm=_layer_norm(layer.ln_2),
-                qkv=_matrix(layer.attn.c_attn),
-                output=_matrix(layer.attn.c_proj),
-                up=_matrix(layer.mlp.c_fc),
-                down=_matrix(layer.mlp.c_proj),
-                activation=_ACTIVATIONS[type(layer.mlp.act)],
-                gated=False,
-                **_heads(spec, layer.attn.num_heads),
+            _plain(
+                spec,
+                (layer.ln_1, layer.ln_2),
+                _matrix(layer.attn.c_attn),
+                (layer.attn.c_proj, layer.mlp.c_fc, layer.mlp.c_proj),
+                layer.mlp.act,
             )
         )
     return ModelShape(
@@ -218,18 +208,14 @@ def _gpt_neox(model: Any, specs: Sequence[LayerSpec]) -> ModelShape:
     layers = []
     for layer, spec in zip(decoder.layers, specs, strict=True):
         layers.append(
-            LayerShape(
-                input_norm=_layer_norm(layer.input_layernorm),
-                mlp_norm=_layer_norm(layer.post_attention_layernorm),
-                qkv=_matrix(layer.attention.query_key_value),
-                output=_matrix(layer.attention.dense),
-                up=_matrix(layer.mlp.dense_h_to_4h),
-                down=_matrix(layer.mlp.dense_4h_to_h),
-                activation=_ACTIVATIONS[type(layer.mlp.act)],
-                gated=False,
+            _plain(
+                spec,
+                (layer.input_layernorm, layer.post_attention_layernorm),
+                _matrix(layer.attention.query_key_value),
+                (layer.attention.dense, layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h),
+                layer.mlp.act,
                 parallel=layer.use_parallel_residual,
                 by_head=True,
-                **_heads(spec, spec.num_kv_heads),
             )
         )
     return ModelShape(
@@ -268,6 +254,32 @@ def _gated(layer: Any, spec: LayerSpec, **more: Any) -> LayerShape:
         experts=experts,
         activation=_ACTIVATIONS[type(act)],
         **_heads(spec, attention.o_proj.in_features // spec.head_dim),
+        **more,
+    )
+
+
+def _plain(
+    spec: LayerSpec,
+    norms: Sequence[Any],
+    qkv: Matrix,
+    linears: Sequence[Any],
+    act: Any,
+    **more: Any,
+) -> LayerShape:
+    """LayerNorms, an MLP without a gate, as many heads of q as of k. ``linears``: output, up and
+    down."""
+    input_norm, mlp_norm = map(_layer_norm, norms)
+    output, up, down = map(_matrix, linears)
+    return LayerShape(
+        input_norm=input_norm,
+        mlp_norm=mlp_norm,
+        qkv=qkv,
+        output=output,
+        up=up,
+        down=down,
+        activation=_ACTIVATIONS[type(act)],
+        gated=False,
+        **_heads(spec, spec.num_kv_heads),
         **more,
     )
 

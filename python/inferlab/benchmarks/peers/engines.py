@@ -148,7 +148,7 @@ class Engines:
         logger.info("%s: converting", facts.title)
         self._start(name)
         try:
-            self.call(name, "versions")
+            self._versions(name)
             path = self.call(name, "convert", model=model, folder=str(folder), dtype=dtype)
         finally:
             self._processes.pop(name).close()
@@ -156,13 +156,7 @@ class Engines:
         return str(path)
 
     def _load(self, name: str, **arguments: Any) -> None:
-        try:
-            versions = self.call(name, "versions")
-        except PeerFailed as error:
-            install = self.facts[name].install
-            raise PeerFailed(
-                f"its packages fail to import: {error}; {install}", error.trace
-            ) from None
+        versions = self._versions(name)
         found = self.call(name, "load", **arguments)
         if name in OURS:
             self.about = found
@@ -173,6 +167,16 @@ class Engines:
             "weights_mb": found["weights_mb"],
             "peak_rss_mb": None,
         }
+
+    def _versions(self, name: str) -> dict[str, str]:
+        try:
+            found: dict[str, str] = self.call(name, "versions")
+        except PeerFailed as error:
+            install = self.facts[name].install
+            raise PeerFailed(
+                f"its packages fail to import: {error}; {install}", error.trace
+            ) from None
+        return found
 
     def _start(self, name: str, extra: Mapping[str, str] | None = None) -> None:
         python = sys.executable
