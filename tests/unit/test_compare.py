@@ -139,7 +139,7 @@ def test_less_acceptance_fails_if_it_depends_on_no_clock(steady):
     assert metric["exact"]
     assert metric["verdict"] == "less"
     assert [text.split(" went")[0] for text in found["regressions"]] == [
-        "specdec: accepted length", "specdec: acceptance rate",
+        "specdec: accepted length (all steps)", "specdec: acceptance rate (all steps)",
     ]  # fmt: skip
     first = found["modes"]["specdec"]["acceptance_by_position"][0]
     assert first["a"] > first["b"]

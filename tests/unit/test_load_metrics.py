@@ -149,6 +149,17 @@ def test_queue_time_and_rates():
     assert rates == {"asked_per_s": 2.5, "scheduled_per_s": 2.0, "sent_per_s": 2.0}
 
 
+def test_the_rate_of_bursts_is_not_raised_by_the_first():
+    records = [
+        record_of_times(1, tokens=1, sent_at=at + 0.001 * place, scheduled_at=at)
+        for at in (0.0, 1.0, 2.0)
+        for place in range(10)
+    ]
+    rates = load_figures(records, asked_per_s=10.0)["rates"]
+    assert rates["scheduled_per_s"] == 10.0
+    assert rates["sent_per_s"] == pytest.approx(10.0, rel=0.01)
+
+
 def test_categories_have_a_row_each():
     records = [
         record_of_times(10, 20, tokens=2, category="math"),

@@ -31,7 +31,10 @@ REFERENCE = "hf"
 SPEEDS = {"x_hf": "x HF generate", "tokens_per_second": "tokens per second"} | {
     key: title for key, title in TIMES.items() if key != "ms_per_token"
 }
-ACCEPTANCE = {"mean_accepted_length": "accepted length", "acceptance_rate": "acceptance rate"}
+ACCEPTANCE = {
+    "mean_accepted_length": "accepted length (all steps)",
+    "acceptance_rate": "acceptance rate (all steps)",
+}
 MORE_IS_BETTER = ("x_hf", "tokens_per_second", *ACCEPTANCE)
 LEARNED = ("steps_by_nodes", "predicted_speedup", "speedup", "verdict")
 """What a controller says of a run, not of its settings."""

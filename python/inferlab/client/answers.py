@@ -202,7 +202,10 @@ def join_texts(texts: Iterable[str]) -> str:
 
     JSON escapes may tear such a pair apart, and a token may end between its halves.
     """
-    return "".join(texts).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    text = "".join(texts)
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _look_ahead(chunks: Iterable[bytes]) -> tuple[Iterator[bytes], bool]:
@@ -237,8 +240,10 @@ def piece_of(choice: Mapping[str, Any]) -> Piece:
         message = {}
     thought = bool(message.get("reasoning_content") or message.get("reasoning"))
     content = message.get("content") or choice.get("text")
+    if not isinstance(content, list):
+        return Piece(content if isinstance(content, str) else "", thought, chat)
     texts = []
-    for part in content if isinstance(content, list) else [content]:
+    for part in content:
         text = part.get("text") if isinstance(part, dict) else part
         if isinstance(text, str):
             texts.append(text)

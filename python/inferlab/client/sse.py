@@ -52,7 +52,8 @@ class EventParser:
             self._after_cr = False
         if not chunk:
             return
-        *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        text = self._rest + chunk
+        *lines, self._rest = _LINE_END.split(text) if b"\r" in text else text.split(b"\n")
         self._after_cr = chunk.endswith(b"\r")
         for line in lines:
             if line:
@@ -80,7 +81,8 @@ class EventParser:
             self._kind = value.removeprefix(b" ").decode("utf-8", self._errors)
 
     def _event(self) -> Event:
-        return Event("\n".join(self._data), self._kind or "message")
+        data = self._data
+        return Event(data[0] if len(data) == 1 else "\n".join(data), self._kind or "message")
 
 
 def parse_events(chunks: Iterable[bytes], *, keep_unfinished: bool = False) -> Iterator[Event]:

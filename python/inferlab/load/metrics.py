@@ -211,13 +211,15 @@ def goodput(records: Sequence[RequestRecord], slos: Mapping[str, float]) -> Good
 
 
 def rates(records: Sequence[RequestRecord], asked_per_s: float | None) -> Rates:
-    """How fast conversations were to begin, and began: (count - 1) / (last - first), by schedule
-    and as sent."""
+    """How fast conversations were to begin, and began: (count - c) / (last - first), by schedule
+    and as sent, where c were to begin at the first moment: one, but for bursts."""
     first = [in_load(record) for record in records if in_load(record).turn == 0]
+    begin = min((load.scheduled_at for load in first), default=0.0)
+    later = sum(load.scheduled_at > begin for load in first)
 
     def rate(times: list[float]) -> float | None:
         spread = max(times, default=0.0) - min(times, default=0.0)
-        return (len(times) - 1) / spread if spread > 0 else None
+        return later / spread if later and spread > 0 else None
 
     return {
         "asked_per_s": asked_per_s,

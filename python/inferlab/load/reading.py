@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from typing import Any
+
+import orjson
 
 from inferlab.client.answers import (
     KEEP_ALIVE,
@@ -44,7 +47,7 @@ class Reading:
         self.finish_reason: str | None = None
         self.model: str | None = None
         self.usage: dict[str, Any] = {}
-        self.events: tuple[dict[str, Any], ...] = ()
+        self.events: deque[dict[str, Any]] = deque(maxlen=2)
         self.warnings: list[str] = []
         self._parser = EventParser(errors="strict")
         self._texts: list[str] = []
@@ -158,7 +161,7 @@ class Reading:
     @staticmethod
     def _object(data: str) -> dict[str, Any]:
         try:
-            content = json.loads(data)
+            content = _parse(data)
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
@@ -178,7 +181,7 @@ class Reading:
             )
         if isinstance(content.get("usage"), dict):
             self.usage = content["usage"]
-        self.events = (*self.events[-1:], content)
+        self.events.append(content)
         try:
             return first_choice(content, "a chunk")
         except AnswerError as error:
@@ -218,6 +221,19 @@ class Reading:
             )
         if usage_count({"usage": self.usage}, "completion_tokens") is None:
             self.warnings.append("missing_usage")
+
+
+def _parse(data: str) -> object:
+    """What the JSON says. The fast reader refuses some that Python's takes: half of a surrogate
+    pair, NaN, deep nesting.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON.
+    """
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        return json.loads(data)
 
 
 def _logprobs(choice: dict[str, Any]) -> object:

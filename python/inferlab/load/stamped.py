@@ -52,7 +52,7 @@ class StampedBody:
         if self._sink is None:
             self._early.append((stamp_ns, self._reader.total_bytes))
             return
-        while self._pass_on(stamp_ns, -1):
+        while self._reader.total_bytes > self._taken and self._pass_on(stamp_ns, -1):
             pass
         self._end_if_over()
 
