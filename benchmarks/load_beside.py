@@ -237,7 +237,7 @@ def timed(command: list[str]) -> tuple[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\nfailed:\n{done.stderr or done.stdout}")
+        raise SystemExit(f"{' '.join(command)}\nfailed:\n{(done.stderr or done.stdout)[:4000]}")
     spent = (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
     return done.stdout, spent
 

@@ -125,7 +125,7 @@ class Connection(asyncio.Protocol):
         if len(body) < sum(lengths):
             return
         self._rest = body[sum(lengths) :]
-        if head.startswith(b"GET"):
+        if not head.startswith(b"POST"):
             self._transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
             return
         asked = json.loads(body[: sum(lengths)])

@@ -121,10 +121,13 @@ def test_prompts_as_messages(talker):
         pipeline.generate("a", messages=[message])
 
 
-def test_a_model_without_a_chat_template_is_refused_before_the_first_message():
+def test_a_model_without_a_chat_template_is_refused_before_the_first_message(tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(BUNDLED["inferlab/tiny"], plain)
+    (plain / "chat_template.jinja").unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "inferlab", "chat"],
+        [sys.executable, "-m", "inferlab", "chat", "--base-model", str(plain)],
         input="hello\n", capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "inferlab/tiny has no chat template" in done.stderr
+    assert f"{plain} has no chat template" in done.stderr

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import subprocess
+import sys
 
+import httpx
 import openai
 import pytest
 import torch
@@ -323,6 +326,21 @@ def test_models_health_and_figures(server, client):
     server.complete(max_tokens=9)
     assert server.metric("vllm:generation_tokens_total") == before + 9
     assert server.metric("vllm:e2e_request_latency_seconds_count") >= 1
+
+
+def test_the_bundled_model_goes_on_with_a_message_as_with_a_text(always_drafting, plain):
+    """So the commands that know nothing but chats, the seed's, can ask it."""
+    parts = httpx.URL(always_drafting.url)
+    server = ["--host", parts.host, "--port", str(parts.port), "--prompt", PROMPT, "--json"]
+    for command in (["server.ping_vllm"], ["benchmarks.run_bench", "--mode", "http"]):
+        done = subprocess.run(
+            [sys.executable, "-m", f"inferlab.{command[0]}", *command[1:], *server, "--temperature", "0"],
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        record = found["record"] if "record" in found else found["records"][0]
+        assert record["text"] == plain.generate(PROMPT, max_tokens=record["num_tokens"])["text"]
 
 
 def test_a_request_that_takes_too_long_ends():

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if not loop.last %}\n{% endif %}{% endfor %}"
+)
+"""What it says to messages: it goes on with them as with any text, so that clients that know
+nothing but chats can ask it. It was trained on no conversations."""
+
 
 def export_model(
     folder: Path,
@@ -31,6 +38,7 @@ def export_model(
         do_sample=False,
     )
     model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(model, report), encoding="utf-8")
@@ -64,6 +72,7 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
         f"| parameters | {report['parameters']:,} (bf16) |",
         f"| vocabulary | {config.vocab_size:,}: byte-level BPE; `<|endoftext|>` is begin, end and "
         "padding token; encoding adds no token |",
+        "| messages | it goes on with their texts, a line each; it was trained on no conversations |",
         f"| context | {config.max_position_embeddings:,} tokens |",
         f"| training | {report['steps']:,} steps, {report['tokens'] / 1e6:.1f} M tokens, "
         f"{report['minutes']:.0f} minutes on {report['threads']} CPU threads |",
