@@ -334,7 +334,8 @@ def test_the_bundled_model_goes_on_with_a_message_as_with_a_text(always_drafting
     server = ["--host", parts.host, "--port", str(parts.port), "--prompt", PROMPT, "--json"]
     for command in (["server.ping_vllm"], ["benchmarks.run_bench", "--mode", "http"]):
         done = subprocess.run(
-            [sys.executable, "-m", f"inferlab.{command[0]}", *command[1:], *server, "--temperature", "0"],
+            [sys.executable, "-m", f"inferlab.{command[0]}", *command[1:], *server,
+             "--temperature", "0"],
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import __version__ as TRANSFORMERS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
@@ -25,6 +25,7 @@ from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import check_file
 from inferlab.models.packed_checkpoint import PackedConfig, checksum
 from inferlab.models.quantized import check_format
+from inferlab.models.unpacking import Settings, UnknownLayoutError, read_dense, rounded_by
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,9 @@ def load(
             check_config(config, name, model_class)
 
         packed = _packed_as(name, config, target_device)
+        rounded = None
+        if target_device.type != "cuda" and model_class is not None:  # there, others' kernels
+            rounded = _rounded_by(name, config)
         learnt = config
         if packed is not None and packed.tied:
             learnt = copy.deepcopy(config)
@@ -143,7 +147,10 @@ def load(
 
         _check_generation_config(name, source)
         tokenizer = _load_tokenizer(name, source, **common)
-        model = _load_weights(name, source, chosen, allow_pickle, **where, **common)
+        if rounded is not None:
+            model = _load_dense(name, source, model_class, config, rounded, chosen, **where)
+        else:
+            model = _load_weights(name, source, chosen, allow_pickle, **where, **common)
         if not where:
             model = model.to(target_device)
 
@@ -152,6 +159,8 @@ def load(
         place = f"shared out over {tensor_parallel} ranks on {target_device.type}"
     elif device_map is not None:
         place = f"on {', '.join(_places(model))}"
+    if rounded is not None:
+        why += f"; unpacked from {rounded['quant_method']}"
     notes = (
         f"{name}: {parameters / 1e6:.1f} M parameters, {_dtype_name(chosen)} ({why}), {place}",
     )
@@ -415,11 +424,68 @@ def _check_generation_config(name: str, source: Path | str) -> None:
         ) from error
 
 
+def _rounded_by(name: str, config: Any) -> Settings | None:
+    try:
+        return rounded_by(config)
+    except UnknownLayoutError as error:
+        raise ModelLoadError(f"{name}: {error}") from None
+
+
+def _load_dense(
+    name: str,
+    source: Path | str,
+    model_class: Any,
+    config: Any,
+    rounded: Settings,
+    dtype: torch.dtype,
+    **where: Any,
+) -> Any:
+    """A model of a checkpoint whose weights come rounded, with dense ones."""
+    folder = source if isinstance(source, Path) else _hub_folder(name, source)
+    files = _safetensors_files(name, folder)
+    if not files:
+        raise ModelLoadError(
+            f"{name}: {rounded['quant_method']} weights are read from safetensors, and {folder} "
+            "has none"
+        )
+    dense = copy.deepcopy(config)
+    del dense.quantization_config
+    try:
+        weights = read_dense(files, rounded, dtype)
+    except UnknownLayoutError as error:
+        raise ModelLoadError(f"{name}: {error}") from error
+    model = _whole(
+        name,
+        lambda: model_class.from_pretrained(
+            None, config=dense, state_dict=weights, dtype=dtype, output_loading_info=True, **where
+        ),
+    )
+    model.name_or_path = dense._name_or_path = str(source)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _hub_folder(name: str, repo: str) -> Path:
+    """Where the files of a hub model lie, once they are there."""
+    wanted = ["*.safetensors", "*.json"]
+
+    def fetch(source: str, local_files_only: bool = False) -> str:
+        found = snapshot_download(source, allow_patterns=wanted, local_files_only=local_files_only)
+        files = _safetensors_files(name, Path(found))
+        if not files or not all(file.is_file() for file in files):
+            raise FileNotFoundError(f"the weights of {source} are not all there")
+        return found
+
+    return Path(_from_cache_or_hub(fetch, name, repo, "weights"))
+
+
 def _load_weights(
     name: str, source: Path | str, dtype: torch.dtype, allow_pickle: bool, **common: Any
 ) -> Any:
-    try:
-        model, info = _from_cache_or_hub(
+    return _whole(
+        name,
+        lambda: _from_cache_or_hub(
             AutoModelForCausalLM.from_pretrained,
             name,
             source,
@@ -428,7 +494,14 @@ def _load_weights(
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             **common,
-        )
+        ),
+    )
+
+
+def _whole(name: str, load_model: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
+    """What is loaded, unless it cannot be, or weights are missing."""
+    try:
+        model, info = load_model()
     except ModelLoadError:
         raise
     except Exception as error:

@@ -72,7 +72,7 @@ def model_card(model: LlamaForCausalLM, report: dict[str, Any]) -> str:
         f"| parameters | {report['parameters']:,} (bf16) |",
         f"| vocabulary | {config.vocab_size:,}: byte-level BPE; `<|endoftext|>` is begin, end and "
         "padding token; encoding adds no token |",
-        "| messages | it goes on with their texts, a line each; it was trained on no conversations |",
+        "| messages | it goes on with their texts, a line each; it was trained on no chats |",
         f"| context | {config.max_position_embeddings:,} tokens |",
         f"| training | {report['steps']:,} steps, {report['tokens'] / 1e6:.1f} M tokens, "
         f"{report['minutes']:.0f} minutes on {report['threads']} CPU threads |",
