@@ -41,6 +41,7 @@ from inferlab.config_types import (
     Penalty,
     Positive,
     PositiveCount,
+    Quantization,
     Section,
     Seed,
     Temperature,
@@ -208,7 +209,8 @@ class SpecdecConfig(Sampled):
     forwards, of target and draft model: ``native``, compiled calls, which is an error for models
     that they do not cover; ``hf``, the model's own modules; ``auto``, the first that can.
     ``quantization`` and ``draft_quantization`` pack the weights of the target and of the draft
-    model when they are loaded, on a CPU. ``tensor_parallel`` shares the target out over so many
+    model when they are loaded: ``int8`` and ``int4`` on a CPU, the others by the packages
+    bitsandbytes and torchao. ``tensor_parallel`` shares the target out over so many
     processes, each with a device of its own; left out it is as many as torchrun started, else 1.
     ``device_map`` puts its layers on several devices in turn, as accelerate does it: auto,
     balanced, balanced_low_0, sequential, or the device of each module. ``kv_memory_mb`` counts on
@@ -263,8 +265,8 @@ class SpecdecConfig(Sampled):
     force_device: Literal["cpu", "mps", "cuda"] | None = None
     dtype: Dtype = "auto"
     engine: Literal["auto", "native", "hf"] = "auto"
-    quantization: Literal["none", "int8", "int4"] = "none"
-    draft_quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Quantization = "none"
+    draft_quantization: Quantization = "none"
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = None
     device_map: DeviceMap | None = None
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16

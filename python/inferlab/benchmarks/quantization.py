@@ -28,13 +28,13 @@ from inferlab.benchmarks.outputs import (
 from inferlab.benchmarks.peers import hf
 from inferlab.benchmarks.perplexity import log_probabilities, perplexity
 from inferlab.benchmarks.runners import BatchRunner
-from inferlab.config import SpecdecConfig, choices
+from inferlab.config import SpecdecConfig
 from inferlab.errors import describe_error
-from inferlab.models import ForwardBatch, format_of, plain_model
+from inferlab.models import ForwardBatch, format_of, plain_model, quantized
 from inferlab.specdec.pipeline import SpeculativePipeline
 
-FORMATS = choices(SpecdecConfig, "quantization")
 NONE = "none"
+FORMATS = (NONE, *quantized.FORMATS)
 ROWS = (1, 8, 32, 64)  # of a forward that is timed
 PREFIX = 64  # tokens behind it
 ROUNDS = 15

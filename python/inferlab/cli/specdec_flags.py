@@ -89,7 +89,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         choices=one_of("quantization"),
-        help="the target's weights, packed when it is loaded, on a CPU (none)",
+        help="the target's weights, packed when it is loaded: int8 and int4 on a CPU, the others "
+        "by bitsandbytes and torchao (none)",
     )
     group.add_argument(
         "--draft-quantization",

@@ -32,6 +32,7 @@ from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
 from inferlab.models.kv_cache import KVCache
 from inferlab.models.native import NativeDecoder
+from inferlab.models.other_formats import PACKAGES, check_other_format
 from inferlab.models.packing import Packing
 from inferlab.models.quantized import check_format, num_parameters, quantize
 from inferlab.models.rotary import context_length, length_rotary, reread_length
@@ -154,9 +155,12 @@ class HFModel:
         engine: str = "auto",
     ) -> HFModel:
         """Loads a bundled model, a local directory or a hub id (see `loading.load`), and packs its
-        weights (`quantized.quantize`) where ``quantization`` names a format."""
+        weights where ``quantization`` names a format: of ours (`quantized.quantize`) or of another
+        package (`other_formats`)."""
+        others = quantization if quantization in PACKAGES else None
         if quantization is not None:
-            check_format(quantization, loading.choose_device(device, device_priority))
+            check = check_format if others is None else check_other_format
+            check(quantization, loading.choose_device(device, device_priority))
         loaded = loading.load(
             name_or_path,
             device=device,
@@ -166,8 +170,9 @@ class HFModel:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             device_map=device_map,
+            quantization=others,
         )
-        if quantization is not None:
+        if quantization is not None and others is None:
             quantize(loaded.model, quantization)
         target = cls(loaded.model, loaded.tokenizer, name=str(name_or_path), engine=engine)
         target.load_notes = loaded.notes

@@ -23,6 +23,7 @@ from inferlab.models.architecture import check_config
 from inferlab.models.assets import resolve_model_path
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import check_file
+from inferlab.models.other_formats import settings_of
 from inferlab.models.packed_checkpoint import PackedConfig, checksum
 from inferlab.models.quantized import check_format
 from inferlab.models.unpacking import Settings, UnknownLayoutError, read_dense, rounded_by
@@ -71,6 +72,7 @@ def load(
     allow_pickle: bool = False,
     device_map: str | Mapping[str, int | str] | None = None,
     tensor_parallel: int = 1,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Loads a causal LM and its tokenizer.
 
@@ -86,6 +88,7 @@ def load(
         device_map: which modules lie on which devices, as accelerate takes it ("auto", "balanced",
             "sequential", or device by module); `device` does not count then.
         tensor_parallel: reads this rank's part of so many; the ranks have met before.
+        quantization: of `other_formats.PACKAGES`: a format that weights get while they are read.
 
     Raises:
         FileNotFoundError: a directory that does not exist.
@@ -134,6 +137,9 @@ def load(
                 _check_safetensors(name, file)
         if packed is not None:
             _check_packed(name, packed, files, max_memory_mb)
+        if quantization is not None:
+            _check_plain(name, config, quantization)
+            common["quantization_config"] = settings_of(quantization, chosen, target_device)
         where: dict[str, Any] = {}
         if tensor_parallel > 1:
             _check_sharable(name, config, target_device)
@@ -144,9 +150,11 @@ def load(
         elif device_map is not None:
             _check_device_map(device_map, _skeleton(config, trust_remote_code), name)
             where = {"device_map": dict(device_map)}
+        elif quantization is not None or _is_others(config, rounded):  # they cannot be moved later
+            where = {"device_map": {"": target_device}}
 
         _check_generation_config(name, source)
-        tokenizer = _load_tokenizer(name, source, **common)
+        tokenizer = _load_tokenizer(name, source, trust_remote_code=trust_remote_code)
         if rounded is not None:
             model = _load_dense(name, source, model_class, config, rounded, chosen, **where)
         else:
@@ -159,6 +167,7 @@ def load(
         place = f"shared out over {tensor_parallel} ranks on {target_device.type}"
     elif device_map is not None:
         place = f"on {', '.join(_places(model))}"
+    model.inferlab_quantization = quantization or _stored_format(model)
     if rounded is not None:
         why += f"; unpacked from {rounded['quant_method']}"
     notes = (
@@ -422,6 +431,31 @@ def _check_generation_config(name: str, source: Path | str) -> None:
         raise ModelLoadError(
             f"{name}: {error}. Correct the entry in {file}, or take it out"
         ) from error
+
+
+def _check_plain(name: str, config: Any, quantization: str) -> None:
+    """Refuses to quantize what is."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        raise ModelLoadError(
+            f"{name}: quantization is {quantization!r}, but its weights come quantized; leave "
+            "quantization out, or take a checkpoint of 16 or 32 bits"
+        )
+
+
+def _is_others(config: Any, rounded: Settings | None) -> bool:
+    """Whether a checkpoint's weights come quantized as transformers alone reads them."""
+    stored = getattr(config, "quantization_config", None)
+    return stored is not None and rounded is None and PackedConfig.of(config) is None
+
+
+def _stored_format(model: Any) -> str | None:
+    """How a model's weights came quantized."""
+    stored = getattr(model.config, "quantization_config", None)
+    packed = getattr(model, "inferlab_quantization", None)
+    if stored is None or packed is not None:
+        return packed
+    return str(getattr(stored.quant_method, "value", stored.quant_method))
 
 
 def _rounded_by(name: str, config: Any) -> Settings | None:

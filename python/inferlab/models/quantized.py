@@ -188,5 +188,7 @@ def weight_of(linear: Any) -> torch.Tensor | PackedWeight:
 
 def num_parameters(model: nn.Module) -> int:
     """Numbers that a model has learnt, in whatever format."""
+    if isinstance(model, PreTrainedModel) and getattr(model, "is_loaded_in_4bit", False):
+        return int(model.num_parameters())  # which knows that they lie two to a byte
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     return sum(p.numel() for p in model.parameters()) + sum(m.num_parameters for m in packed)

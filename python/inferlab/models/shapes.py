@@ -456,10 +456,12 @@ def why_not(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> str | None
             return f"{name} has no weight"
     if misfit := family.misfit(model):
         return misfit
+    if not has_weights(model):
+        return "its weights are not all there as plain numbers of one dtype"
     for place, linears in _joined(model):
         if not can_join(linears):
             return f"projections of {place} have different forms"
-    return None if has_weights(model) else "its weights are not all there, of one dtype"
+    return None
 
 
 def _joined(model: PreTrainedModel) -> Iterable[tuple[str, list[Any]]]:

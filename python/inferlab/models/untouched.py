@@ -65,9 +65,10 @@ def is_own_function(function: Any, module: str) -> bool:
 
 
 def has_weights(model: nn.Module) -> bool:
-    """Whether all of a model's weights are there, on one device and in one dtype."""
+    """Whether all of a model's weights are there as plain numbers, on one device, in one dtype."""
     kinds = {(p.device, p.dtype) for p in model.parameters()}
-    return len(kinds) == 1 and next(iter(kinds))[0].type != "meta"
+    plain = all(type(p) in (nn.Parameter, torch.Tensor) for p in model.parameters())
+    return plain and len(kinds) == 1 and next(iter(kinds))[0].type != "meta"
 
 
 class Snapshot:
