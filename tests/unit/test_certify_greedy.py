@@ -65,6 +65,9 @@ def test_generate_agrees(folder):
     assert (found["identical"], found["prompts"], found["divergences"]) == (2, 2, [])
     assert found["tokens"] > 0
     assert recheck(found)["confirmed"]
+    elsewhere = {**found, "environment": {**found["environment"], "torch": "9.9"}}
+    assert recheck(elsewhere)["confirmed"]
+    assert recheck({**elsewhere, "prompts": 77})["differences"] == ["prompts: stated 77, found 2"]
 
 
 def test_a_wrong_token_is_theirs_and_the_comparison_goes_on(folder):

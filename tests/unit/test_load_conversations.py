@@ -167,7 +167,7 @@ def test_plain_text_is_a_prompt_a_line(written):
 
 def test_what_begins_with_a_bracket_is_text_only_if_said_so(written):
     file = written("[INST] Hello [/INST]", "{braces}")
-    with pytest.raises(UsageError, match=r":1: is not JSON.*kind 'text'"):
+    with pytest.raises(UsageError, match=r":1: is not JSON.*--conversations-kind text"):
         read_conversations(file)
     assert said(read_conversations(file, "text")) == [["[INST] Hello [/INST]"], ["{braces}"]]
 
@@ -353,3 +353,18 @@ def test_bad_blocks_and_units_are_named(written, writer):
         read_conversations(written(line), "xml")
     with pytest.raises(UsageError, match="cannot be read"):
         read_conversations("no-such-file")
+
+
+def test_a_category_is_a_text(written):
+    file = written(*({"prompt": "a", "category": c} for c in ("x", 7, None)))
+    assert [c.category for c in read_conversations(file)] == ["x", "7", None]
+    file = written({"prompt": "a"}, {"prompt": "b", "category": ["x"]})
+    with pytest.raises(UsageError, match=r"set:2: `category` must be a text, not \['x'\]"):
+        read_conversations(file)
+
+
+def test_texts_that_begin_with_a_bracket(written):
+    file = written("[1, see] this is text", "{x} too")
+    with pytest.raises(UsageError, match=r"not 1; texts that .* --conversations-kind text"):
+        read_conversations(file)
+    assert said(read_conversations(file, "text")) == [["[1, see] this is text"], ["{x} too"]]

@@ -82,6 +82,8 @@ def test_without_a_flag_of_a_load_it_is_none():
         (("--error-budget", "-1"), "--error-budget: '-1' is not allowed"),
         (("--extra-body", "{"), "--extra-body: is not JSON"),
         (("--extra-body", "[1]"), "--extra-body: must be a JSON object"),
+        (("--extra-body", '{"seed": "x"}'), "--extra-body: 'seed' is for --seed"),
+        (("--extra-body", '{"n": 2}'), "--extra-body: n is 2; a request has one answer"),
         (("--concurrency", "2", "--processes", "3"), "--processes: 3 is not allowed"),
         (("--processes", "2"), "--processes: 2 is not allowed"),
         (("--concurrency", "2", "--iterations", "3"), "--iterations: has no meaning with"),

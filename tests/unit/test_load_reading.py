@@ -119,6 +119,8 @@ def test_warnings():
         ([event("a"), b'data: {"choices": [{"text": "\xff"}]}\n\n'], "bad_utf8"),
         ([event("a"), b"data: \xe4\xb8"], "bad_utf8"),
         ([b'{"\xff": 1}'], "bad_utf8"),
+        ([event("a"), event("", finish="error"), b"data: [DONE]\n\n"], "error_event"),
+        ([event("a", finish="abort"), b"data: [DONE]\n\n"], "error_event"),
         ([b"data: [DONE]\n\n"], "empty"),
         ([b""], "truncated"),
     ],
@@ -129,6 +131,35 @@ def test_faults(chunks, kind):
     assert found.failure.kind == kind
     if chunks[0] == event("a"):
         assert found.text == "a", "what came before is kept"
+
+
+def test_other_choices_are_not_read():
+    found = read(
+        event("a"),
+        event("X", choice={"index": 1}),
+        event("b", finish="stop"),
+        event("Y", finish="length", choice={"index": 1}),
+        END,
+    )
+    assert (found.text, found.text_ns, found.finish_reason) == ("ab", [1, 3], "stop")
+
+
+def test_usage_that_cannot_be_is_none():
+    for odd in (True, -1, 2.0, "3", 0):
+        end = b"data: " + json.dumps({"choices": [], **usage(odd)}).encode() + b"\n\n"
+        found = read(event("a", finish="stop"), end, b"data: [DONE]\n\n")
+        assert (found.completion_tokens, found.warnings) == (None, ["missing_usage"]), odd
+
+
+def test_usage_that_differs_from_the_chunks_is_told():
+    def warned(counted):
+        ids = {"choice": {"token_ids": [1, 2]}}
+        end = b"data: " + json.dumps({"choices": [], **usage(counted)}).encode() + b"\n\n"
+        chunks = event("a", **ids), event("b", finish="stop", **ids)
+        return read(*chunks, end, b"data: [DONE]\n\n").warnings
+
+    assert warned(4) == warned(5) == []  # the end of the text is a token without one
+    assert warned(100) == warned(2) == ["usage_differs"]
 
 
 def test_what_is_behind_the_end_is_not_read():

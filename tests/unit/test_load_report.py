@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
+from helpers.loads import record_of_times
 from inferlab.benchmarks.compare import compare_results
 from inferlab.benchmarks.result_files import report_of
+from inferlab.load.metrics import load_figures
+from inferlab.load.recomputed import recomputed_load, recomputed_sweep
+from inferlab.load.sweep import level_of
 from inferlab.records import Exchange, RequestRecord
 from inferlab.reports.html import to_html
 from inferlab.reports.model import Lines
@@ -149,3 +154,54 @@ def test_loads_are_compared_by_prompt():
     assert compare_results(sweep(fast, fast), sweep(fast, slow))["modes"].keys() == {
         "concurrency 1", "concurrency 2",
     }  # fmt: skip
+
+
+def test_answers_that_all_fail_are_a_regression():
+    good = load(*(answered(i, i, 100.0 + i) for i in range(3)))
+    bad = load(*(answered(i, i, 1.0, error="full") for i in range(3)), failures={"refused": 3})
+    assert compare_results(good, bad)["regressions"] == ["3 runs failed, 0 before"]
+
+
+def test_what_moves_the_cursor_is_shown(capsys):
+    stats = load(answered(0, 0.0, 60.0)) | {"model": "m\x1b[31m\x9b"}
+    print_report(report_of(stats))
+    shown = capsys.readouterr().out
+    assert "model: m\\x1b[31m\\x9b" in shown
+    assert "\x1b" not in shown
+
+
+RECORDS = [record_of_times(3, 5, tokens=4, sent_at=at) for at in (0.0, 0.5)]
+
+
+def stated(**changes):
+    """A load as its file has it."""
+    return {**load_figures(RECORDS), "records": [r.as_json() for r in RECORDS], **changes}
+
+
+def test_a_load_from_a_file_has_the_figures_of_its_records():
+    stats = stated()
+    assert recomputed_load(json.loads(json.dumps(stats))) == (stats, [])
+    edited = copy.deepcopy(stats)
+    edited["distributions"]["ttft_ms"]["p50"] = 1.0
+    edited["throughput"]["output_tokens_per_s"] = 99999.0
+    found, differences = recomputed_load(edited)
+    assert found == stats
+    assert [line.split(" is ")[0] for line in differences] == [
+        "distributions.ttft_ms.p50", "throughput.output_tokens_per_s",
+    ]  # fmt: skip
+    none, differences = recomputed_load(stated(records=[]))
+    assert none["requests"]["sent"] == 0
+    assert differences
+
+
+def test_a_sweep_from_a_file_has_the_figures_of_its_records():
+    best = stated()["throughput"]["output_tokens_per_s"]
+    levels = [level_of(1.0, stated(), None), level_of(2.0, stated(), best)]
+    stats = {"levels": levels, "loads": [stated(), stated()]}
+    assert recomputed_sweep(json.loads(json.dumps(stats))) == (stats, [])
+    levels[1]["requests_per_s"] = 7.0
+    assert recomputed_sweep(stats)[1] == [
+        f"levels[1].requests_per_s is 7.0 in the file, {levels[0]['requests_per_s']} by its records"
+    ]
+    with pytest.raises(ValueError, match="has 1 levels of 2 loads"):
+        recomputed_sweep(stats | {"levels": levels[:1]})

@@ -193,7 +193,8 @@ def compare_results(
         modes[name] = _compare_mode(sides[0], first, sides[1], second)
     texts = set(prompts_of(a)), set(prompts_of(b))
     shared = texts[0] & texts[1]
-    if not shared or not any(mode["metrics"] for mode in modes.values()):
+    before, after = (side.failures for side in sides)
+    if not shared or not (after > before or any(mode["metrics"] for mode in modes.values())):
         raise UsageError(
             f"{names[0]} and {names[1]} have no prompt in common that both decoded; give results "
             "of the same prompts"
@@ -204,7 +205,6 @@ def compare_results(
         for mode, found in modes.items()
         for text in _regressions(mode, found, tolerance, acceptance_tolerance)
     ]
-    before, after = (side.failures for side in sides)
     if after > before:
         regressions.append(f"{after} runs failed, {before} before")
     return {

@@ -122,6 +122,7 @@ def _claims(certificate: Mapping[str, Any]) -> dict[str, Any]:
             {"name": check["name"], "passed": check["passed"]}
             for check in certificate.get("checks", ())
         ],
+        "prompts": certificate.get("prompts"),
         "bugs": [one for one in certificate.get("divergences", ()) if one["verdict"] != "tie"],
         "rows": [row["variant"] for row in certificate.get("rows", ())],
     }

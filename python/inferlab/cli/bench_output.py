@@ -21,6 +21,7 @@ from inferlab.benchmarks.result_files import (
 from inferlab.cli.terminal import clean_stdout
 from inferlab.errors import UsageError
 from inferlab.load.outputs import LoadStats, SweepStats
+from inferlab.load.recomputed import recomputed_load, recomputed_sweep
 from inferlab.output import Journal, print_json
 from inferlab.prompts import Prompt
 from inferlab.reports.terminal import print_report
@@ -96,7 +97,8 @@ _KINDS: dict[str, Any] = {
 
 
 def read_whole(path: str) -> dict[str, Any]:
-    """A result from its file, with everything that belongs to one of its kind.
+    """A result from its file, with everything that belongs to one of its kind; a load's figures
+    are made anew from its records, and differences are logged.
 
     Raises:
         UsageError: as `read_result` does, or something is missing or of another type.
@@ -112,6 +114,18 @@ def read_whole(path: str) -> dict[str, Any]:
     rows = {BenchmarkStats: "runs", SweepStats: "loads"}.get(kind)
     if rows is not None and not stats[rows]:
         raise UsageError(f"{path}: {rows}: is empty; measure again with --output")
+    recomputed = {LoadStats: recomputed_load, SweepStats: recomputed_sweep}.get(kind)
+    if recomputed is None:
+        return stats
+    try:
+        stats, differences = recomputed(stats)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}; measure again with --output") from None
+    if differences:
+        logger.warning(
+            "%s: %s%s; the figures of its records are used",
+            path, differences[0], f" ({len(differences) - 1} more)" if differences[1:] else "",
+        )  # fmt: skip
     return stats
 
 

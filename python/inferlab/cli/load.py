@@ -180,7 +180,7 @@ def _conversations(
         assert writer is not None
         return make_conversations(_synthetic(args), writer)
     if (path := args.conversations or args.trace) is not None:
-        return read_conversations(path, writer=writer)
+        return read_conversations(path, args.conversations_kind, writer=writer)
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         raise UsageError(
             "what is sent is missing; give --conversations, --prompt, --prompts, --heldout, "

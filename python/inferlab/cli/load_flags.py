@@ -11,12 +11,14 @@ from inferlab.errors import UsageError
 from inferlab.load.arrivals import Arrivals
 from inferlab.load.metrics import SLOS
 from inferlab.load.plan import ErrorBudget
+from inferlab.load.prompt_sets import KINDS
 
 FLAGS = (
     "--concurrency", "--rate", "--arrival", "--burstiness", "--burst", "--ramp", "--trace",
-    "--conversations", "--synthetic", "--shared-prefix", "--turns", "--requests", "--duration",
-    "--sweep", "--slo", "--retries", "--error-budget", "--processes", "--tokenizer", "--load-seed",
-    "--connect-timeout", "--first-token-timeout", "--stall-timeout", "--extra-body",
+    "--conversations", "--conversations-kind", "--synthetic", "--shared-prefix", "--turns",
+    "--requests", "--duration", "--sweep", "--slo", "--retries", "--error-budget", "--processes",
+    "--tokenizer", "--load-seed", "--connect-timeout", "--first-token-timeout", "--stall-timeout",
+    "--extra-body",
 )  # fmt: skip
 """Any of them makes it a load."""
 
@@ -63,6 +65,11 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is sent: JSON lines (`prompt`, `turns`, `messages`, ShareGPT) or a line of text "
         "for each; all turns, each after the answer to the one before; or --prompt, --prompts, "
         "--heldout, whose prompts are one turn each",
+    )  # fmt: skip
+    group.add_argument(
+        "--conversations-kind", choices=KINDS,
+        help="what --conversations holds, where its beginning misleads: texts that begin with a "
+        "bracket are taken for JSON",
     )  # fmt: skip
     group.add_argument(
         "--synthetic", metavar="IN,OUT",
@@ -161,6 +168,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         "--arrival": ("--rate",), "--burstiness": ("--rate",), "--burst": ("--rate",),
         "--ramp": ("--duration",), "--shared-prefix": ("--synthetic",),
         "--turns": ("--synthetic",), "--synthetic": ("--tokenizer",),
+        "--conversations-kind": ("--conversations",),
         "--num-prompts": ("--prompts",), "--load-seed": ("--rate", "--synthetic", "--trace"),
     }  # fmt: skip
     for flag, others in needs.items():
@@ -249,4 +257,25 @@ def extra_body_of(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--extra-body: is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise UsageError(f"--extra-body: must be a JSON object, not {args.extra_body}")
+    for key in found:
+        if key in _SAID_ELSEWHERE:
+            raise UsageError(f"--extra-body: {key!r} is for {_SAID_ELSEWHERE[key]}")
+    for key in ("n", "best_of"):
+        if found.get(key, 1) != 1:
+            raise UsageError(
+                f"--extra-body: {key} is {found[key]!r}; a request has one answer, whose times are "
+                "measured: leave it out"
+            )
     return found
+
+
+_SAID_ELSEWHERE = {
+    "model": "--model",
+    "max_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "seed": "--seed",
+    "messages": "--prompt, --conversations or --synthetic",
+    "prompt": "--prompt, --conversations or --synthetic",
+    "stream": "nobody to say: a load streams",
+}
+"""Keys of a body that the load itself sets, and what says them."""

@@ -15,6 +15,9 @@ from inferlab.client.sse import parse_events
 KEEP_ALIVE = ("ping", "heartbeat", "keepalive", "keep-alive")
 """Types of events that servers send so that the connection stays open."""
 
+FAILED = ("error", "abort")
+"""Finish reasons by which servers say that they failed, whatever came before."""
+
 _ERROR_CHARS = 500
 
 
@@ -252,16 +255,20 @@ def piece_of(choice: Mapping[str, Any]) -> Piece:
 
 
 def first_choice(content: dict[str, Any], what: str) -> dict[str, Any] | None:
+    """The choice of index 0, which one that names none has; None: it is of others, or has none."""
     choices = content.get("choices")
     if not choices:
         return None
-    if not isinstance(choices, list) or not isinstance(choices[0], dict):
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise AnswerError(f"{what} has choices of an unknown shape: {shorten(str(choices))}")
-    return choices[0]
+    return next((choice for choice in choices if not choice.get("index")), None)
 
 
 def _require_end(answer: Answer, *, thought: bool) -> None:
-    """Refuses an answer without text, unless the server says that it ends there."""
+    """Refuses an answer that the server says is none, and one without text, unless the server says
+    that it ends there."""
+    if answer.finish_reason in FAILED:
+        raise AnswerError(f"the server gave up (finish_reason {answer.finish_reason!r})")
     cut_short = thought and answer.finish_reason == "length"
     if answer.text or (answer.finish_reason and not cut_short):
         return
@@ -272,7 +279,9 @@ def _require_end(answer: Answer, *, thought: bool) -> None:
 def usage_count(content: dict[str, Any], key: str) -> int | None:
     usage = content.get("usage")
     value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and value >= 0 else None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        return None
+    return value
 
 
 def text_or_none(value: object) -> str | None:

@@ -32,6 +32,8 @@ FAILURES = {
 
 WARNINGS = {
     "missing_usage": "no usage: how many tokens came is not known",
+    "usage_differs": "usage counts other tokens than the chunks tell; TPOT goes by usage, ITL by "
+    "the chunks",
     "retried": "an earlier try failed",
     "no_done": "the stream ended with a finish reason and without [DONE]",
     "not_streamed": "one JSON body came instead of a stream",

@@ -78,7 +78,10 @@ def measure_load(
         "within_budget": how.budget.holds(requests["failed"], requests["sent"]),
         "client": {
             "loop_lag_ms": distribution(_lags(outcome), independent=False),
+            "loop_lags_ms": [[round(lag, 3) for lag in ran.loop_lag_ms] for ran in outcome.ran],
             "cpu_share": [ran.cpu_s / ran.wall_s for ran in outcome.ran],
+            "cpu_s": [ran.cpu_s for ran in outcome.ran],
+            "wall_s": [ran.wall_s for ran in outcome.ran],
         },
         "recount": None if how.tokenizer is None else recount(records, *how.tokenizer),
         "acceptance": _acceptance(records, plan, before, after),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from inferlab.benchmarks.outputs import Environment, Interval
 from inferlab.records import RecordJson
@@ -133,10 +133,14 @@ class LoadSettings(TypedDict):
 
 
 class ClientFigures(TypedDict):
-    """How the client itself did: ``loop_lag_ms`` over all its processes, ``cpu_share`` of each."""
+    """How the client itself did: ``loop_lag_ms`` over all its processes, of ``loop_lags_ms``, each
+    process's samples in order; ``cpu_share``, ``cpu_s`` over ``wall_s`` of each."""
 
     loop_lag_ms: Distribution | None
+    loop_lags_ms: NotRequired[list[list[float]]]
     cpu_share: list[float]
+    cpu_s: NotRequired[list[float]]
+    wall_s: NotRequired[list[float]]
 
 
 class Recount(TypedDict):

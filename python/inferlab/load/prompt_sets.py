@@ -34,6 +34,7 @@ _ROLES = {
 }
 _SPACES = re.compile(r"\s*")
 _FORMS = ("messages", "conversations", "prompt", "turns")
+_BRACKETS = "texts that begin with a bracket must be said to be some: --conversations-kind text"
 _KEYS = "`prompt`, `turns`, `messages`, `conversations`, or `timestamp` and `input_length`"
 
 
@@ -157,12 +158,15 @@ def _listed(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UsageError(
-                f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno}); a text "
-                "that begins with a bracket must be said to be one, by the kind 'text'"
+                f"{path}:{error.lineno}: is not JSON: {error.msg} (column {error.colno}); "
+                + _BRACKETS
             ) from None
         except (RecursionError, ValueError) as error:
             raise UsageError(f"{where}: cannot be read: {error}") from None
-        yield where, object_of(value, where, text[at:end], _KEYS)
+        if not isinstance(value, dict):
+            shown = text[at:end].strip()[:60]
+            raise UsageError(f"{where}: must be an object with {_KEYS}, not {shown}; {_BRACKETS}")
+        yield where, value
         go_to(end)
         if text[at : at + 1] == ",":
             go_to(at + 1)
@@ -205,6 +209,11 @@ def _conversation(
         if not turns:
             raise UsageError(f"{where}: `messages` has none of a user")
     id_, category = labels_of(entry)
+    if category is not None and (
+        isinstance(category, bool) or not isinstance(category, str | int | float)
+    ):
+        raise UsageError(f"{where}: `category` must be a text, not {category!r}")
+    category = None if category is None else str(category)
     return Conversation(tuple(turns), id_, category, system, where, trace.at_s(entry, where))
 
 

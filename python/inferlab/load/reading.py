@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from inferlab.client.answers import (
+    FAILED,
     KEEP_ALIVE,
     AnswerError,
     error_text,
@@ -70,6 +71,17 @@ class Reading:
         of a character) count in the next one with text.
         """
         return self._chunk_tokens if self.text_ns else None
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """New tokens by ``usage``; None: it does not tell, or counts none where text came."""
+        counted = usage_count({"usage": self.usage}, "completion_tokens")
+        return None if counted == 0 and self.text_ns else counted
+
+    @property
+    def _told(self) -> int:
+        """New tokens by the chunks."""
+        return sum(self._chunk_tokens or ()) + self._pending_tokens
 
     def feed(self, chunk: bytes, stamp_ns: int) -> None:
         """Reads some more bytes, cut anywhere. What is wrong becomes ``failure``."""
@@ -215,12 +227,18 @@ class Reading:
                     "finish reason nor [DONE] came",
                 )
             self.warnings.append("no_done")
+        if self.finish_reason in FAILED:
+            raise RequestFailure(
+                "error_event", f"the server gave up (finish_reason {self.finish_reason!r})"
+            )
         if not self.text_ns and self.finish_reason is None:
             raise RequestFailure(
                 "empty", f"the answer is empty (finish_reason {self.finish_reason!r})"
             )
-        if usage_count({"usage": self.usage}, "completion_tokens") is None:
+        if self.completion_tokens is None:
             self.warnings.append("missing_usage")
+        elif self._chunk_tokens and abs(self._told - self.completion_tokens) > 1:
+            self.warnings.append("usage_differs")  # by one: the end of the text
 
 
 def _parse(data: str) -> object:

@@ -84,7 +84,7 @@ def request_record(
     else:
         latency_ms = times[-1] if times else last_byte_ms or end_ms
     usage = {"usage": reading.usage}
-    counted = usage_count(usage, "completion_tokens")
+    counted = reading.completion_tokens
     counted_by: CountedBy | None = "usage" if counted is not None else "chunks" if times else None
     warnings = list(reading.warnings) if failure is None else []
     if place.tries > 1:

@@ -13,12 +13,16 @@ UNBOUNDED = 100_000
 """Columns of what is no terminal: no line is broken, and no cell cut off."""
 GAP = 2
 """Between the columns of a table."""
+_CONTROLS = {
+    code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)
+}
+"""What would move the cursor, or worse: names come from servers and from files."""
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Prints title, facts, tables and lines; plots, and what is detail, are for files."""
     console = console or _console()
-    console.print(Text(report.title, style="bold"), soft_wrap=True)
+    _print(console, report.title, "bold")
     for name, value in report.facts:
         _print(console, f"{name}: {value}")
     heading, before = None, None
@@ -30,7 +34,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             continue
         if heading is not None:
             console.print()
-            console.print(Text(heading.text, style="bold"), soft_wrap=True)
+            _print(console, heading.text, "bold")
             heading = None
         elif isinstance(part, Table) and isinstance(before, Table):
             console.print()
@@ -51,7 +55,11 @@ def _console() -> Console:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)
+    console.print(_shown(text, style), soft_wrap=True)
+
+
+def _shown(text: str, style: str = "") -> Text:
+    return Text(text.translate(_CONTROLS), style=style)
 
 
 def plain_table(table: Table) -> list[str]:
@@ -73,7 +81,7 @@ def plain_table(table: Table) -> list[str]:
 
 
 def _on_one_line(text: str) -> str:
-    return " ".join(text.splitlines())
+    return " ".join(text.splitlines()).translate(_CONTROLS)
 
 
 def _print_table(console: Console, table: Table) -> None:
@@ -82,10 +90,10 @@ def _print_table(console: Console, table: Table) -> None:
         drawn = Drawn(box=None, pad_edge=False, header_style="dim")
         for place in places:
             left = place == 0 or place in table.texts
-            name = Text(table.columns[place])
+            name = _shown(table.columns[place])
             drawn.add_column(name, justify="left" if left else "right", overflow="fold")
         for row in table.rows:
-            drawn.add_row(*(Text(row[place]) for place in places))
+            drawn.add_row(*(_shown(row[place]) for place in places))
         console.print(drawn)
 
 
