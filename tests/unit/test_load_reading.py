@@ -97,6 +97,7 @@ def test_one_json_body_is_an_answer():
 def test_warnings():
     assert read(event("a", finish="stop"), b"data: [DONE]\n\n").warnings == ["missing_usage"]
     assert read(event("a", finish="stop"), END.split(b"\n\n")[0] + b"\n\n").warnings == ["no_done"]
+    assert read(event("a"), END).warnings == ["no_finish_reason"]
 
 
 @pytest.mark.parametrize(

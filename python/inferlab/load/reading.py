@@ -227,6 +227,8 @@ class Reading:
                     "finish reason nor [DONE] came",
                 )
             self.warnings.append("no_done")
+        elif self.text_ns and self.finish_reason is None:
+            self.warnings.append("no_finish_reason")
         if self.finish_reason in FAILED:
             raise RequestFailure(
                 "error_event", f"the server gave up (finish_reason {self.finish_reason!r})"
