@@ -36,8 +36,8 @@ WARNINGS = {
     "the chunks",
     "retried": "an earlier try failed",
     "no_done": "the stream ended with a finish reason and without [DONE]",
-    "no_finish_reason": "the stream ended with [DONE] and without a finish reason: it may have been "
-    "given up",
+    "no_finish_reason": "the stream ended with [DONE] and without a finish reason: it may have "
+    "been given up",
     "not_streamed": "one JSON body came instead of a stream",
 }
 """What is counted of answers that stand."""
