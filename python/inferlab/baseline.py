@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from typing_extensions import TypedDict
 
 from inferlab.config import BaselineConfig, load_config
 from inferlab.errors import Interrupted
@@ -18,30 +17,10 @@ from inferlab.models.base import unknown_ids
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
-from inferlab.records import RecordJson, RequestRecord
+from inferlab.records import BaselineResult as BaselineResult
+from inferlab.records import RequestRecord
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.types import check_room, check_text
-
-
-class BaselineResult(TypedDict):
-    """See `LocalBaselineRunner.run`."""
-
-    text: str
-    completion: str
-    token_ids: list[int]
-    num_tokens: int
-    latency_ms: float
-    tokens_per_second: float
-    tokens_per_sec: float
-    prompt: str
-    max_new_tokens: int
-    finish_reason: str
-    model: str
-    device: str
-    dtype: str
-    temperature: float
-    seed: int
-    record: RecordJson
 
 
 class _Collector:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import GetCoreSchemaHandler, TypeAdapter
+from typing_extensions import TypedDict
 
 from inferlab.types import SpeculationStats
 
@@ -183,6 +184,27 @@ class _RecordInJson:
 
 RecordJson = Annotated[dict[str, Any], _RecordInJson]
 """A record as JSON types."""
+
+
+class BaselineResult(TypedDict):
+    """See `LocalBaselineRunner.run`."""
+
+    text: str
+    completion: str
+    token_ids: list[int]
+    num_tokens: int
+    latency_ms: float
+    tokens_per_second: float
+    tokens_per_sec: float
+    prompt: str
+    max_new_tokens: int
+    finish_reason: str
+    model: str
+    device: str
+    dtype: str
+    temperature: float
+    seed: int
+    record: RecordJson
 
 
 def record_of(result: Mapping[str, Any]) -> RequestRecord:

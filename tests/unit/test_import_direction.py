@@ -174,6 +174,7 @@ def test_a_downward_import_is_not(source, module):
         "import inferlab.records, inferlab.client.ping",
         "import inferlab.scheduler",
         "import inferlab.load.processes",
+        "import inferlab.cli.bench, inferlab.cli.load, inferlab.cli.bench_compare",
         "import inferlab.simulation.clock, inferlab.simulation.sources",
         "import inferlab.load.prompt_sets, inferlab.load.synthetic, inferlab.load.server_stats",
         "from inferlab.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit: pass",

@@ -17,7 +17,7 @@ from inferlab.benchmarks.advice import Forecast, Setting, Weigher
 from inferlab.benchmarks.batches import batches_to_time, full_batches, mixed_batches
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import measure
-from inferlab.benchmarks.modes import PLAIN
+from inferlab.benchmarks.names import PLAIN
 from inferlab.benchmarks.runners import BatchRunner, plain_pipeline
 from inferlab.benchmarks.statistics import bootstrap_interval
 from inferlab.config import SpecdecConfig, choices

@@ -9,6 +9,7 @@ from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks.comparison import by_prompt, compare_modes, figures_of, phases_of
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
+from inferlab.benchmarks.names import HTTP_SEED, MODES, Config, load_mode_config
 from inferlab.benchmarks.perplexity import add_perplexity
 from inferlab.benchmarks.run_report import run_report
 from inferlab.benchmarks.runners import (
@@ -19,16 +20,10 @@ from inferlab.benchmarks.runners import (
     plain_pipeline,
 )
 from inferlab.benchmarks.token_ids import compare_token_ids
-from inferlab.client.ping import VLLMPingClient, load_server_config
-from inferlab.config import BaselineConfig, SpecdecConfig, VllmConfig, load_config
+from inferlab.client.ping import VLLMPingClient
+from inferlab.config import BaselineConfig, SpecdecConfig, VllmConfig
 from inferlab.reports.terminal import print_report
 from inferlab.specdec.pipeline import SpeculativePipeline
-
-MODES = ("local", "http", "specdec")
-HTTP_SEED = 1234
-"""Seed of the requests where neither flag nor file gives one: a benchmark pins its seed."""
-
-Config = BaselineConfig | VllmConfig | SpecdecConfig
 
 
 class BenchmarkInterrupted(KeyboardInterrupt):
@@ -261,20 +256,6 @@ class BenchmarkRunner:
             for run in good
         ]
         return part
-
-
-def load_mode_config(
-    mode: str,
-    path: str | None,
-    overrides: Mapping[str, Any],
-    names: Mapping[str, str] | None = None,
-) -> Config:
-    """The configuration of a mode; see :func:`inferlab.config.load_config`."""
-    if mode == "http":
-        return load_server_config(path, overrides, names)
-    if mode == "local":
-        return load_config(BaselineConfig, path, overrides, names=names)
-    return load_config(SpecdecConfig, path, overrides, names=names)
 
 
 def _check_mode(mode: str, compare: bool, judge: bool, stream: bool, server: bool) -> None:

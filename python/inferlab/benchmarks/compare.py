@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from inferlab.benchmarks.divergence import first_difference
+from inferlab.benchmarks.comparison import first_difference
 from inferlab.benchmarks.outputs import Interval
 from inferlab.benchmarks.run_report import SETTINGS, short
 from inferlab.benchmarks.samples import TIMES, Sample, prompts_of, samples_of

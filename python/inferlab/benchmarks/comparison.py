@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from inferlab.benchmarks.measure import FIGURES, Measurements, Run
@@ -139,3 +140,12 @@ def compare_modes(
         comparison["latency_ms"] = figures[baseline].get("latency_ms")
         comparison["tokens_per_second"] = figures[baseline].get("tokens_per_second")
     return comparison
+
+
+def first_difference(
+    one: Sequence[int], other: Sequence[int]
+) -> tuple[int, tuple[int | None, int | None]] | None:
+    """The first place where two texts differ, and both tokens there (None: it has ended); None
+    where they are equal."""
+    pairs = enumerate(zip_longest(one, other))
+    return next(((at, pair) for at, pair in pairs if pair[0] != pair[1]), None)

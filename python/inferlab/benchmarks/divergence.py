@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,15 +17,6 @@ A step is the distance of neighbouring numbers at the logit's size. Half types r
 activation, but the sums behind a logit in fp32: few steps; fp32 carries its rounding through all
 layers: more, and still 1e-4 of a logit.
 """
-
-
-def first_difference(
-    one: Sequence[int], other: Sequence[int]
-) -> tuple[int, tuple[int | None, int | None]] | None:
-    """The first place where two texts differ, and both tokens there (None: it has ended); None
-    where they are equal."""
-    pairs = enumerate(zip_longest(one, other))
-    return next(((at, pair) for at, pair in pairs if pair[0] != pair[1]), None)
 
 
 def rounding_step(size: float, dtype: torch.dtype) -> float:

@@ -23,10 +23,11 @@ from inferlab.benchmarks.comparison import (
 )
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Run, Runner, measure
+from inferlab.benchmarks.names import DRAFT_MODES, GENERATE, PLAIN
 from inferlab.benchmarks.peers.hf import LOOKUP_TOKENS
 from inferlab.benchmarks.runners import BatchRunner, GenerateRunner, plain_pipeline
 from inferlab.benchmarks.token_ids import compare_token_ids
-from inferlab.config import SpecdecConfig, choices
+from inferlab.config import SpecdecConfig
 from inferlab.draft_modes import tree_misfit
 from inferlab.errors import describe_error
 from inferlab.models import ShardedModel, format_of
@@ -34,11 +35,6 @@ from inferlab.specdec.drafters import CrossVocabularyDrafter
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 logger = logging.getLogger(__name__)
-
-DRAFT_MODES = tuple(mode for mode in choices(SpecdecConfig, "draft_mode") if mode != "none")
-"""What ``--modes all`` measures."""
-
-PLAIN, GENERATE = "plain", "hf"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from inferlab.benchmarks.modes import GENERATE, PLAIN
+from inferlab.benchmarks.names import GENERATE, PLAIN
 from inferlab.benchmarks.run_report import environment_facts, failure_lines, id_lines, setting_facts
 from inferlab.benchmarks.sample_plots import batch_curves, phase_bars, sample_plots
 from inferlab.benchmarks.samples import modes_in, samples_of

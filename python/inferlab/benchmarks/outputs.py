@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from inferlab.baseline import BaselineResult
 from inferlab.client.results import PingAnswer
-from inferlab.records import RecordJson
+from inferlab.records import BaselineResult, RecordJson
 from inferlab.specdec.results import SpecdecResult
 
 Interval = tuple[float, float] | None
@@ -44,7 +43,7 @@ class Environment(TypedDict):
     system: str
     processor: str
     cores: int | None
-    torch_threads: int
+    torch_threads: int | None
     kernel_threads: int
     simd: str
     gpus: list[str]

@@ -18,6 +18,7 @@ import torch
 from inferlab.benchmarks.comparison import batch_rows, figures_of, speculation_of, speedup
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.benchmarks.measure import Measurements, Runner, measure
+from inferlab.benchmarks.names import FORWARD_ROWS
 from inferlab.benchmarks.outputs import (
     MatrixSettings,
     MatrixStats,
@@ -35,7 +36,6 @@ from inferlab.specdec.pipeline import SpeculativePipeline
 
 NONE = "none"
 FORMATS = (NONE, *quantized.FORMATS)
-ROWS = (1, 8, 32, 64)  # of a forward that is timed
 PREFIX = 64  # tokens behind it
 ROUNDS = 15
 
@@ -195,14 +195,14 @@ class QuantizationMatrix:
         """Medians of one forward of so many rows behind `PREFIX` tokens, in turns; of no more than
         the context has room for."""
         limit = self._plain[NONE].target.context_length
-        room = max(ROWS) if limit is None else limit - PREFIX
+        room = max(FORWARD_ROWS) if limit is None else limit - PREFIX
         times: dict[tuple[str, int], list[float]] = {}
-        pages = -(-(PREFIX + max(ROWS)) // 16)
+        pages = -(-(PREFIX + max(FORWARD_ROWS)) // 16)
         table = torch.arange(pages, dtype=torch.int32)[None]
         lens = torch.tensor([PREFIX], dtype=torch.int32)
         caches = {name: plain.target.new_cache(pages) for name, plain in self._plain.items()}
         for _ in range(ROUNDS):
-            for rows in (n for n in ROWS if n <= room):
+            for rows in (n for n in FORWARD_ROWS if n <= room):
                 tokens = torch.arange(rows)[None] % self._plain[NONE].target.vocab_size
                 positions = PREFIX + torch.arange(rows)[None]
                 batch = ForwardBatch(tokens, positions, lens, table)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from inferlab.benchmarks.quantization import ROWS
+from inferlab.benchmarks.names import FORWARD_ROWS
 from inferlab.benchmarks.run_report import environment_facts, failure_lines, setting_facts
 from inferlab.benchmarks.sample_plots import sample_plots
 from inferlab.benchmarks.samples import modes_in, samples_of
@@ -48,7 +48,7 @@ def _targets(stats: Mapping[str, Any]) -> Table:
             (
                 name,
                 f"{of['weights_mb']:.1f}",
-                *(fixed(of["forward_ms"].get(str(n))) for n in ROWS),
+                *(fixed(of["forward_ms"].get(str(n))) for n in FORWARD_ROWS),
                 fixed(of["perplexity"]),
                 f"{of['tokens_per_second']:.0f}",
                 ratio(of["x_unquantized"]),
@@ -56,7 +56,7 @@ def _targets(stats: Mapping[str, Any]) -> Table:
                 fixed(after, 0),
             )
         )
-    forwards = [f"{rows} rows, ms" for rows in ROWS]
+    forwards = [f"{rows} rows, ms" for rows in FORWARD_ROWS]
     columns = ("target", "weights, MB", *forwards, "perplexity", "tokens/s", "x unquantized",
                "same tokens", "differs after")  # fmt: skip
     return Table(columns, rows, "targets; speed and tokens from runs[]")

@@ -28,6 +28,7 @@ from inferlab.benchmarks.measure import (
     RunnerGone,
     measure,
 )
+from inferlab.benchmarks.names import PEER_TIMEOUT_S, PLAIN, SPECULATIVE
 from inferlab.benchmarks.outputs import PeerFigures, PeersSettings, PeersStats, TokenIds
 from inferlab.benchmarks.peers import PEERS, PeerFacts
 from inferlab.benchmarks.peers.engines import Engines
@@ -38,8 +39,6 @@ from inferlab.models import HFModel
 
 logger = logging.getLogger(__name__)
 
-PLAIN, SPECULATIVE = "plain", "speculative"
-TIMEOUT_S = 600.0
 SETTLE_S = 0.3
 """Before a run: threads of the process before may wait for work on their cores, most for 0.2 s."""
 
@@ -76,7 +75,7 @@ class SideBySide:
         *,
         pythons: Mapping[str | None, str] | None = None,
         folder: Path | None = None,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = PEER_TIMEOUT_S,
         settle_s: float = SETTLE_S,
         table: Mapping[str, PeerFacts] = PEERS,
     ) -> None:

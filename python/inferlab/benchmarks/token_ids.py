@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from inferlab.benchmarks.divergence import first_difference, judge_tie, row_behind
+from inferlab.benchmarks.comparison import first_difference
+from inferlab.benchmarks.divergence import judge_tie, row_behind
 from inferlab.benchmarks.measure import Measurements
 from inferlab.config import SpecdecConfig
 from inferlab.kernels.noise import PURPOSE_TOKEN, gumbel_row

@@ -12,9 +12,9 @@ import torch
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from inferlab.benchmarks.comparison import first_difference
 from inferlab.benchmarks.divergence import (
     TIE_STEPS,
-    first_difference,
     rounding_step,
     row_behind,
     row_by_one,

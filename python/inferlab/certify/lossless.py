@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from inferlab.benchmarks.divergence import first_difference
+from inferlab.benchmarks.comparison import first_difference
 from inferlab.benchmarks.environment import describe_environment
 from inferlab.certify import exact, trees
 from inferlab.certify.facts import config_of, describe_model, parse_sampler, sampler_text

@@ -6,7 +6,6 @@ import argparse
 from functools import partial
 from typing import Any
 
-from inferlab.baseline import BaselineResult
 from inferlab.cli.flags import (
     add_config_argument,
     add_generation_config_argument,
@@ -25,6 +24,7 @@ from inferlab.cli.terminal import (
 )
 from inferlab.config import BaselineConfig, choices, load_config
 from inferlab.output import check_output
+from inferlab.records import BaselineResult
 
 
 class BaselineOutput(BaselineResult, Labels):

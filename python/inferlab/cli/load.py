@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from inferlab.benchmarks.benchmark import HTTP_SEED
+from inferlab.benchmarks.names import HTTP_SEED
 from inferlab.cli import ping
 from inferlab.cli.bench_output import BenchOutput
 from inferlab.cli.flags import given_values
@@ -41,7 +41,6 @@ from inferlab.load.prompt_sets import read_conversations
 from inferlab.load.rows import load_csv
 from inferlab.load.sweep import sweep
 from inferlab.load.synthetic import Synthetic, Writer, make_conversations
-from inferlab.models.loading import load_tokenizer
 from inferlab.records import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     how_slos, budget = slos_of(args), budget_of(args)
     output = BenchOutput(args, load_csv)
     setup_logging(config.log_level, args.verbose)
-    tokenizer = None if args.tokenizer is None else (load_tokenizer(args.tokenizer), args.tokenizer)
+    tokenizer = None if args.tokenizer is None else (_tokenizer(args.tokenizer), args.tokenizer)
     conversations = _conversations(args, tokenizer)
     asking, proxy = _asking(args, config)
     plan = _plan(args, asking, config, conversations)
@@ -99,6 +98,12 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     loads: Sequence[LoadStats] = stats["loads"] if args.sweep is not None else [stats]
     return EXIT_OK if all(load["within_budget"] for load in loads) else EXIT_FAILURE
+
+
+def _tokenizer(name: str) -> Any:
+    from inferlab.models.loading import load_tokenizer  # takes seconds, and few loads need one
+
+    return load_tokenizer(name)
 
 
 def _measure(args: argparse.Namespace, plan: LoadPlan, how: Measured, keep: Any) -> Any:

@@ -7,11 +7,10 @@ import re
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from inferlab.benchmarks.benchmark import load_mode_config
+from inferlab.benchmarks.names import PEER_TIMEOUT_S, SPECULATIVE, load_mode_config
 from inferlab.benchmarks.peers import PEERS
-from inferlab.benchmarks.side_by_side import SPECULATIVE, TIMEOUT_S, SideBySide
 from inferlab.cli import specdec_flags
 from inferlab.cli.bench_flags import FLAGS, name_list, only_specdec
 from inferlab.cli.bench_output import BenchOutput, name_places, names_of
@@ -20,6 +19,9 @@ from inferlab.cli.prompts import gather_workload
 from inferlab.cli.terminal import progress, setup_logging
 from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from inferlab.benchmarks.side_by_side import SideBySide
 
 DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
 """Where neither flag nor file says otherwise."""
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peer-timeout",
         type=float,
         metavar="SECONDS",
-        help=f"a peer that takes longer for an answer is ended ({TIMEOUT_S:g})",
+        help=f"a peer that takes longer for an answer is ended ({PEER_TIMEOUT_S:g})",
     )
 
 
@@ -113,7 +115,9 @@ def _benchmark(
     args: argparse.Namespace, config: SpecdecConfig, flags: dict[str, str]
 ) -> SideBySide:
     """One whose complaints name the flags."""
-    timeout_s = TIMEOUT_S if args.peer_timeout is None else args.peer_timeout
+    from inferlab.benchmarks.side_by_side import SideBySide
+
+    timeout_s = PEER_TIMEOUT_S if args.peer_timeout is None else args.peer_timeout
     if not 0 < timeout_s <= threading.TIMEOUT_MAX:
         raise UsageError(
             f"--peer-timeout: {timeout_s:g} is not allowed; must be above 0, and at most "
