@@ -16,6 +16,7 @@ from inferlab.specdec.control import Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
 from inferlab.specdec.planner import CostController
 from inferlab.specdec.tree import NO_DRAFT, Budget
+from inferlab.specdec.verdict import Report
 
 
 def against_plain(world: World, controller, tokens: int, size: int) -> float:
@@ -406,6 +407,13 @@ def test_it_says_what_it_did():
         "as it really was"
     )
     assert "x plain decoding" in said["verdict"]
+    report = Report()
+    report.count(0, 1, 15.0, 15.0, steps=15)
+    report.count(8, 1, 2.0, 5.0)
+    assert report.describe(2.114)["verdict"] == (
+        "drafted in 1 of 16 steps: 2.11 x is predicted, which was not certain enough before; "
+        "1.18 x plain decoding"
+    )
     useless = World(acceptance=0.0, draft_ms=20.0)
     controller = CostController(8, useless.costs())
     useless.run(controller, 100, 4)
@@ -417,6 +425,7 @@ def test_with_no_room_to_draft_nothing_is_drafted():
     controller = CostController(0, world.costs())
     world.run(controller, 50)
     assert sum(world.chosen) == 0
+    assert controller.describe()["verdict"] == "nobody drafts: 50 steps decoded plainly"
 
 
 def test_a_step_that_was_cut_short_is_no_rung():

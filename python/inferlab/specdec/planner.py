@@ -112,7 +112,7 @@ class CostController(Controller):
         return {
             "controller": "cost",
             "max_k": self.max_k,
-            **self._report.describe(self._planner.promised),
+            **self._report.describe(self._planner.promised, drafts=len(self._rungs) > 1),
         }
 
     def _climb(self, outlook: Outlook) -> None:

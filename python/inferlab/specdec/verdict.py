@@ -23,13 +23,20 @@ class Report:
         self._plain += plain_ms
         self._largest = max(self._largest, batch_size)
 
-    def describe(self, promised: float) -> dict[str, Any]:
-        """``promised``: the speedup that was predicted last."""
+    def describe(self, promised: float, *, drafts: bool = True) -> dict[str, Any]:
+        """``promised``: the speedup that was predicted last; ``drafts``: there was who drafts."""
         total = self._steps.total()
         drafted = total - self._steps[0]
         gain = self._plain / self._spent if self._spent else 1.0
         if not total:
             verdict = "no step was decoded"
+        elif not drafts:
+            verdict = f"nobody drafts: {total} steps decoded plainly"
+        elif drafted * 2 < total and promised > 1:
+            verdict = (
+                f"drafted in {drafted} of {total} steps: {promised:.2f} x is predicted, which was "
+                f"not certain enough before; {gain:.2f} x plain decoding"
+            )
         elif drafted * 2 < total:
             verdict = (
                 f"drafting did not pay at batch {self._largest}: {promised:.2f} x predicted; "
