@@ -91,6 +91,17 @@ def test_parts_that_are_missing_are_named(layout, part, message, tmp_path):
         HFModel.load(tmp_path, device="cpu")
 
 
+def test_biases_of_zeros_are_passed_over(tmp_path):
+    write_checkpoint(tmp_path, "gptq 4")
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj.bias"
+    stored = load_file(file)
+    save_file(stored | {name: torch.zeros(64)}, file, {"format": "pt"})
+    HFModel.load(tmp_path, device="cpu")
+    save_file(stored | {name: torch.ones(64)}, file, {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=f"has no {name}, which is not zero"):
+        HFModel.load(tmp_path, device="cpu")
+
+
 def test_scales_that_do_not_fit_are_named(tmp_path):
     write_checkpoint(tmp_path, "fp8")
     set_config(tmp_path, LAYOUTS["fp8"][1] | {"weight_block_size": [8, 8]})

@@ -113,12 +113,13 @@ def load(
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if isinstance(model_class, (tuple, list)):
             model_class = model_class[0]
-        if not (remote_class and trust_remote_code):
+        is_remote = bool(remote_class and trust_remote_code)
+        if not is_remote:
             check_config(config, name, model_class)
 
         packed = _packed_as(name, config, target_device)
         rounded = None
-        if target_device.type != "cuda" and model_class is not None:  # there, others' kernels
+        if target_device.type != "cuda" and not is_remote:  # there, others have kernels
             rounded = _rounded_by(name, config)
         learnt = config
         if packed is not None and packed.tied:
@@ -488,12 +489,15 @@ def _load_dense(
         weights = read_dense(files, rounded, dtype)
     except UnknownLayoutError as error:
         raise ModelLoadError(f"{name}: {error}") from error
-    model = _whole(
+    model, unknown = _whole(
         name,
         lambda: model_class.from_pretrained(
             None, config=dense, state_dict=weights, dtype=dtype, output_loading_info=True, **where
         ),
     )
+    # Some writers add biases of zeros to modules that have none.
+    if lost := [key for key in unknown if key.endswith(".bias") and bool(weights[key].any())]:
+        raise ModelLoadError(f"{name}: {type(model).__name__} has no {lost[0]}, which is not zero")
     model.name_or_path = dense._name_or_path = str(source)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -517,7 +521,7 @@ def _hub_folder(name: str, repo: str) -> Path:
 def _load_weights(
     name: str, source: Path | str, dtype: torch.dtype, allow_pickle: bool, **common: Any
 ) -> Any:
-    return _whole(
+    model, _ = _whole(
         name,
         lambda: _from_cache_or_hub(
             AutoModelForCausalLM.from_pretrained,
@@ -530,10 +534,14 @@ def _load_weights(
             **common,
         ),
     )
+    return model
 
 
-def _whole(name: str, load_model: Callable[[], tuple[Any, dict[str, Any]]]) -> Any:
-    """What is loaded, unless it cannot be, or weights are missing."""
+def _whole(
+    name: str, load_model: Callable[[], tuple[Any, dict[str, Any]]]
+) -> tuple[Any, list[str]]:
+    """What is loaded, unless it cannot be, or weights are missing; and weights that it has no place
+    for."""
     try:
         model, info = load_model()
     except ModelLoadError:
@@ -546,7 +554,7 @@ def _whole(name: str, load_model: Callable[[], tuple[Any, dict[str, Any]]]) -> A
             f"{name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, "
             f"{missing[0]!r} among them; it would run on random numbers"
         )
-    return model
+    return model, sorted(info["unexpected_keys"])
 
 
 def _load_tokenizer(name: str, source: Path | str, **common: Any) -> Any:
