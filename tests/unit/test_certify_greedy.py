@@ -9,7 +9,8 @@ import torch
 
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 from inferlab import SpeculativePipeline
-from inferlab.benchmarks.divergence import first_difference, row_behind, row_by_one
+from inferlab.benchmarks.comparison import first_difference
+from inferlab.benchmarks.divergence import row_behind, row_by_one
 from inferlab.certify.greedy import MOST, certify_greedy, read_recorded
 from inferlab.certify.recheck import recheck
 from inferlab.errors import UsageError

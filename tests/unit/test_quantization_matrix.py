@@ -8,7 +8,8 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.tiny_models import tiny_tokenizer
-from inferlab.benchmarks.quantization import FORMATS, ROWS, QuantizationMatrix, weights_mb
+from inferlab.benchmarks.names import FORWARD_ROWS
+from inferlab.benchmarks.quantization import FORMATS, QuantizationMatrix, weights_mb
 from inferlab.benchmarks.quantization_report import matrix_report
 from inferlab.cli import main
 from inferlab.config import SpecdecConfig
@@ -38,7 +39,7 @@ def test_every_format_of_target_and_draft_is_measured(tmp_path, capsys):
     assert none["first_difference"] is None
     assert none["perplexity"] == pytest.approx(int8["perplexity"], rel=0.02)
     assert none["perplexity"] == pytest.approx(int4["perplexity"], rel=0.2)
-    assert all(set(of["forward_ms"]) == set(map(str, ROWS)) for of in (none, int8, int4))
+    assert all(set(of["forward_ms"]) == set(map(str, FORWARD_ROWS)) for of in (none, int8, int4))
     assert all(pair["accepted_length"] >= 1 for pair in stats["pairs"])
     assert stats["settings"]["controller"] == "fixed"
     assert not stats["failures"]
