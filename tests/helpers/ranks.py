@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def together(part: ranks.Part) -> ranks.Ranks:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
     name, folder, arguments = sys.argv[1:]
     module, function = name.split(":")
     returned = getattr(importlib.import_module(module), function)(*json.loads(arguments))
