@@ -340,7 +340,7 @@ def test_the_bundled_model_goes_on_with_a_message_as_with_a_text(always_drafting
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
-        record = found["record"] if "record" in found else found["records"][0]
+        record = (found if "record" in found else found["raw_results"][0])["record"]
         assert record["text"] == plain.generate(PROMPT, max_tokens=record["num_tokens"])["text"]
 
 
