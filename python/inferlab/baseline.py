@@ -17,8 +17,7 @@ from inferlab.models.base import unknown_ids
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import same_rule, warn_of_not_followed
 from inferlab.models.rotary import context_length
-from inferlab.records import BaselineResult as BaselineResult
-from inferlab.records import RequestRecord
+from inferlab.records import BaselineResult, RequestRecord
 from inferlab.specdec.text import NewText, TextStream, text_decoder, unsettled_tokens
 from inferlab.types import check_room, check_text
 

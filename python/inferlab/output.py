@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -32,6 +32,29 @@ def to_json(payload: Any, indent: int | None = None) -> str:
 def refuse_constant(name: str) -> NoReturn:
     """Of ``json.loads``, as ``parse_constant``: NaN and infinities are Python's, not JSON's."""
     raise ValueError(f"{name} is no number of JSON")
+
+
+def differences(
+    one: Any, other: Any, where: str = "", skip: Collection[str] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values of JSON types differ: the path, ``a.b[3]``, and what stands there.
+
+    Args:
+        skip: keys that are not compared, at any depth.
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in {**one, **other}:
+            if key not in skip:
+                path = f"{where}.{key}".strip(".")
+                yield from differences(one.get(key), other.get(key), path, skip)
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            yield where, one, other
+            return
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            yield from differences(left, right, f"{where}[{index}]", skip)
+    elif one != other:
+        yield where, one, other
 
 
 def print_json(payload: Any, out: TextIO, indent: int | None = None) -> None:

@@ -92,11 +92,13 @@ def parse_json(text: str, where: str) -> Any:
         raise UsageError(f"{where}: cannot be read: {error}") from None
 
 
-def object_of(value: Any, where: str, written: str, keys: str = "`prompt` or `turns`") -> Any:
+def object_of(
+    value: Any, where: str, written: str, keys: str = "`prompt` or `turns`", remedy: str = ""
+) -> Any:
     """The value, if it is a JSON object; ``written`` is how the file has it."""
     if not isinstance(value, dict):
         shown = written.strip()[:60]
-        raise UsageError(f"{where}: must be an object with {keys}, not {shown}")
+        raise UsageError(f"{where}: must be an object with {keys}, not {shown}{remedy}")
     return value
 
 

@@ -205,3 +205,12 @@ def test_a_sweep_from_a_file_has_the_figures_of_its_records():
     ]
     with pytest.raises(ValueError, match="has 1 levels of 2 loads"):
         recomputed_sweep(stats | {"levels": levels[:1]})
+
+
+def test_levels_whose_answers_are_known_to_be_empty_gain_nothing():
+    records = [record_of_times(tokens=0, end_ms=4.0, sent_at=at) for at in (0.0, 0.5)]
+    empty = {**load_figures(records), "records": [r.as_json() for r in records]}
+    assert empty["throughput"]["output_tokens_per_s"] == 0.0
+    levels = [level_of(1.0, empty, None), level_of(2.0, empty, 0.0)]
+    stats = {"levels": levels, "loads": [empty, empty]}
+    assert recomputed_sweep(stats) == (stats, [])

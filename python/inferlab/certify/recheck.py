@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from inferlab.certify.outputs import (
 )
 from inferlab.certify.quality import certify_quality
 from inferlab.errors import UsageError
-from inferlab.output import refuse_constant, to_json
+from inferlab.output import differences, refuse_constant, to_json
 
 _MAKERS: dict[str, tuple[Any, Any]] = {
     "lossless": (LosslessCertificate, certify_lossless),
@@ -93,16 +93,16 @@ def recheck(stated: Certificate, *, trusted: Collection[str] = (), **options: An
     )
     if not same_place:
         one, other = _claims(one), _claims(other)
-    differences = list(_differences(one, other, ""))
+    found = [_told(*difference) for difference in differences(one, other, skip=_NOT_COMPARED)]
     figures = "every figure" if same_place else "each verdict, on another machine or versions,"
     summary = f"confirmed: {figures} came out again; {made['summary']}"
-    if differences:
-        summary = f"not confirmed: {len(differences)} differences, the first: {differences[0]}"
+    if found:
+        summary = f"not confirmed: {len(found)} differences, the first: {found[0]}"
     return {
         "kind": "check",
-        "confirmed": not differences,
+        "confirmed": not found,
         "summary": summary,
-        "differences": differences,
+        "differences": found,
         "certificate": made,
     }
 
@@ -128,17 +128,7 @@ def _claims(certificate: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(stated: Any, made: Any, where: str) -> Iterator[str]:
-    if isinstance(stated, dict) and isinstance(made, dict):
-        for key in {**stated, **made}:
-            if key not in _NOT_COMPARED:
-                yield from _differences(stated.get(key), made.get(key), f"{where}.{key}".strip("."))
-    elif isinstance(stated, list) and isinstance(made, list) and len(stated) == len(made):
-        for index, (one, other) in enumerate(zip(stated, made, strict=True)):
-            yield from _differences(one, other, f"{where}[{index}]")
-    elif stated != made:
-        shown = (
-            text if len(text := to_json(value)) < 80 else text[:77] + "..."
-            for value in (stated, made)
-        )
-        yield "{}: stated {}, found {}".format(where, *shown)
+def _told(where: str, *values: Any) -> str:
+    """A difference in words: what was stated and what was found, cut."""
+    shown = (text if len(text := to_json(value)) < 80 else text[:77] + "..." for value in values)
+    return "{}: stated {}, found {}".format(where, *shown)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
+from inferlab.benchmarks.names import load_mode_config
 from inferlab.cli import baseline, ping, specdec_flags
 from inferlab.cli.flags import given_values
+from inferlab.config import SpecdecConfig
 from inferlab.errors import UsageError
 
 _COUNT_FLAGS = {"--iterations": "iterations", "--warmup": "warmup_iterations"}
@@ -25,6 +29,25 @@ SWITCHES = {
     "--profile": ("specdec",),
 }
 """Flags that are no keys, and the modes that know them."""
+
+
+COMPARING = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
+"""Of what compares ways to decode, where neither flag nor file says otherwise."""
+
+
+def specdec_config(
+    args: argparse.Namespace, defaults: Mapping[str, Any]
+) -> tuple[SpecdecConfig, dict[str, str]]:
+    """What flags and ``--config`` say of the engine, and the names of the flags.
+
+    Args:
+        defaults: where there is no file, and no flag says otherwise.
+    """
+    overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
+    usual = {} if args.config else {k: v for k, v in defaults.items() if k not in names}
+    config = load_mode_config("specdec", args.config, {**usual, **overrides}, names)
+    assert isinstance(config, SpecdecConfig)
+    return config, names
 
 
 def refuse_misplaced(args: argparse.Namespace) -> None:

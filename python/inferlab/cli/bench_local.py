@@ -14,7 +14,13 @@ from inferlab.benchmarks.names import DRAFT_MODES, Config, load_mode_config
 from inferlab.benchmarks.quantization import QuantizationMatrix
 from inferlab.benchmarks.runners import SpecdecRunner
 from inferlab.cli import specdec_flags
-from inferlab.cli.bench_flags import FLAGS, only_specdec, refuse_misplaced
+from inferlab.cli.bench_flags import (
+    COMPARING,
+    FLAGS,
+    only_specdec,
+    refuse_misplaced,
+    specdec_config,
+)
 from inferlab.cli.bench_output import BenchOutput, name_places, names_of
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.profiling import check_profile, profiling
@@ -54,10 +60,6 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILURE if _failed(stats) else EXIT_OK
 
 
-MODES_DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
-"""Of ``--modes``, where neither flag nor file says otherwise."""
-
-
 def _run_modes(args: argparse.Namespace) -> int:
     """``--modes``: the table of all draft modes."""
     for flag in (
@@ -75,10 +77,7 @@ def _run_modes(args: argparse.Namespace) -> int:
     only_specdec(args, "--modes")
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 20
-    overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
-    defaults = {} if args.config else {k: v for k, v in MODES_DEFAULTS.items() if k not in names}
-    config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
-    assert isinstance(config, SpecdecConfig)
+    config, _ = specdec_config(args, COMPARING)
     output = BenchOutput(args)
     prompts = gather_workload(args)
     setup_logging(config.log_level, args.verbose)
@@ -110,11 +109,8 @@ def _run_matrix(args: argparse.Namespace) -> int:
     only_specdec(args, "--quantization-matrix")
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 8
-    overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
     # Always as many drafts, so that what is accepted can be compared.
-    defaults = {} if args.config or "controller" in overrides else {"controller": "fixed"}
-    config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
-    assert isinstance(config, SpecdecConfig)
+    config, _ = specdec_config(args, {"controller": "fixed"})
     output = BenchOutput(args)
     texts = [prompt.text for prompt in gather_workload(args)]
     setup_logging(config.log_level, args.verbose)

@@ -9,10 +9,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferlab.benchmarks.names import PEER_TIMEOUT_S, SPECULATIVE, load_mode_config
+from inferlab.benchmarks.names import PEER_TIMEOUT_S, SPECULATIVE
 from inferlab.benchmarks.peers import PEERS
-from inferlab.cli import specdec_flags
-from inferlab.cli.bench_flags import FLAGS, name_list, only_specdec
+from inferlab.cli.bench_flags import COMPARING, name_list, only_specdec, specdec_config
 from inferlab.cli.bench_output import BenchOutput, name_places, names_of
 from inferlab.cli.parser import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK
 from inferlab.cli.prompts import gather_workload
@@ -22,9 +21,6 @@ from inferlab.errors import UsageError
 
 if TYPE_CHECKING:
     from inferlab.benchmarks.side_by_side import SideBySide
-
-DEFAULTS = {"max_new_tokens": 128, "controller": "cost", "iterations": 3}
-"""Where neither flag nor file says otherwise."""
 
 ONLY_HERE = ("--peer-python", "--peer-models", "--peer-timeout")
 ELSEWHERE = (
@@ -75,10 +71,7 @@ def run(args: argparse.Namespace) -> int:
     only_specdec(args, "--peers")
     if (args.prompt, args.prompts, args.heldout) == (None, None, None):
         args.heldout = 8
-    overrides, names = specdec_flags.given_overrides(args, FLAGS["specdec"])
-    defaults = {} if args.config else {k: v for k, v in DEFAULTS.items() if k not in names}
-    config = load_mode_config("specdec", args.config, {**defaults, **overrides}, names)
-    assert isinstance(config, SpecdecConfig)
+    config, names = specdec_config(args, COMPARING)
     output = BenchOutput(args)
     benchmark = _benchmark(args, config, names)
     prompts = gather_workload(args)

@@ -163,10 +163,7 @@ def _listed(text: str, path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]
             ) from None
         except (RecursionError, ValueError) as error:
             raise UsageError(f"{where}: cannot be read: {error}") from None
-        if not isinstance(value, dict):
-            shown = text[at:end].strip()[:60]
-            raise UsageError(f"{where}: must be an object with {_KEYS}, not {shown}; {_BRACKETS}")
-        yield where, value
+        yield where, object_of(value, where, text[at:end], _KEYS, f"; {_BRACKETS}")
         go_to(end)
         if text[at : at + 1] == ",":
             go_to(at + 1)

@@ -55,7 +55,7 @@ def sweep(
         if row["gain"] is not None and row["gain"] < stop_below_gain:
             stopped = "saturated"
             break
-        best = max(best, _gauge(row))
+        best = max(best, gauge(row))
         level *= 2
     return {
         "mode": "http",
@@ -98,11 +98,12 @@ def level_of(level: float, stats: LoadStats, best: float | None) -> SweepLevel:
         "failed": stats["requests"]["failed"],
     }
     if best:
-        row["gain"] = _gauge(row) / best - 1
+        row["gain"] = gauge(row) / best - 1
     return row
 
 
-def _gauge(row: SweepLevel) -> float:
+def gauge(row: SweepLevel) -> float:
+    """What a level gives: output tokens per second, or requests where tokens are not known."""
     tokens = row["output_tokens_per_s"]
     return row["requests_per_s"] if tokens is None else tokens
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from inferlab.kernels import linear
+from inferlab.models.untouched import is_plain
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PLAIN = (torch.Tensor, nn.Parameter)  # whose numbers are what they seem to be
 
 
 # Torch computes these a vector at a time, and what is left over at the end of a thread's share by
@@ -109,7 +109,7 @@ def _linear(
 ) -> torch.Tensor | None:
     """The product by our kernel, or None where it does not take these."""
     plain = input.is_cpu and weight.is_cpu and input.dtype in _DTYPES and weight.dim() == 2
-    if not plain or weight.dtype != input.dtype or type(weight) not in _PLAIN:
+    if not plain or weight.dtype != input.dtype or not is_plain(weight):
         return None
     if not weight.is_contiguous():
         return None

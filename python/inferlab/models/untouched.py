@@ -64,10 +64,15 @@ def is_own_function(function: Any, module: str) -> bool:
     return isinstance(function, FunctionType) and _written_in(function) == module
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight's numbers are what they seem to be: no tensor of a kind of its own."""
+    return type(weight) in (torch.Tensor, nn.Parameter)
+
+
 def has_weights(model: nn.Module) -> bool:
     """Whether all of a model's weights are there as plain numbers, on one device, in one dtype."""
     kinds = {(p.device, p.dtype) for p in model.parameters()}
-    plain = all(type(p) in (nn.Parameter, torch.Tensor) for p in model.parameters())
+    plain = all(map(is_plain, model.parameters()))
     return plain and len(kinds) == 1 and next(iter(kinds))[0].type != "meta"
 
 
