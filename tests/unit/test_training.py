@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from helpers.micro_training import micro_model, write_micro_corpus  # noqa: E402
 from helpers.micro_training import micro_tokenizer as make_micro_tokenizer  # noqa: E402
 from inferlab.cli import train  # noqa: E402
+from inferlab.training import precision  # noqa: E402
 from inferlab.training.material import corpus  # noqa: E402
 from inferlab.training.material.windows import WindowSampler  # noqa: E402
 from inferlab.training.target import checkpoint, optim  # noqa: E402
@@ -150,6 +151,20 @@ def test_orthogonalize_evens_out_singular_values():
         values = torch.linalg.svdvals(optim.orthogonalize(torch.randn(shape)))
         assert values.min() > 0.3
         assert values.max() < 1.4
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "expected"),
+    [
+        ({"avx2", "fma"}, "cpu", torch.float32),
+        ({"avx512f", "avx512_bf16"}, "cpu", torch.bfloat16),
+        ({"asimd", "bf16"}, "cpu", torch.bfloat16),
+        ({"avx2"}, "cuda", torch.bfloat16),
+    ],
+)
+def test_bf16_is_trained_in_where_the_processor_multiplies_it(monkeypatch, flags, device, expected):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
+    assert precision.training_dtype(torch.device(device)) == expected
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -22,6 +22,7 @@ from helpers.micro_training import (
 from inferlab.cli import train
 from inferlab.models import HFModel
 from inferlab.models.draft_heads import EagleHead, eagle_config, load_eagle, load_medusa
+from inferlab.training import precision
 from inferlab.training.heads import losses, students, teach, trainer
 from inferlab.training.heads.unroll import unroll
 from inferlab.training.material import features, sources, writing
@@ -430,8 +431,10 @@ def test_an_untrained_head_is_tried(target, tmp_path):
 
 
 @pytest.mark.usefixtures("short_runs")
+@pytest.mark.parametrize("flags", [{"avx2"}, {"avx512_bf16"}], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_leaves_a_loadable_student(world, tmp_path, capsys, monkeypatch, kind):
+def test_a_run_leaves_a_loadable_student(world, tmp_path, capsys, monkeypatch, kind, flags):
+    monkeypatch.setattr(precision, "cpu_flags", lambda: flags)
     if kind == "medusa":
         monkeypatch.setattr(teach, "draw_curve", curve.draw_curve)
     assert run_command(*command(kind, world, tmp_path)) == 0
@@ -537,13 +540,14 @@ def test_more_heads_and_blocks_start_as_the_earlier_ones(target, tmp_path):
     first = students.medusa_student(target, num_heads=2, num_layers=1)
     for parameter in first.module.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    first.module.bfloat16()  # as it is saved, on every machine
     first.save(tmp_path)
     common = {"init_from": str(tmp_path)}
     hidden = torch.randn(5, 32).bfloat16()
-    same = students.medusa_student(target, **common).module
+    same = students.medusa_student(target, **common).module.bfloat16()
     assert torch.equal(same(hidden), first.module(hidden))
     more = students.medusa_student(target, num_heads=3, num_layers=4, **common)
-    assert torch.equal(more.module(hidden)[:, :2], first.module(hidden))
+    assert torch.equal(more.module.bfloat16()(hidden)[:, :2], first.module(hidden))
     assert all(parameter.requires_grad for parameter in more.module.parameters())
     more.save(tmp_path)
     with pytest.raises(ValueError, match=r"--layers is 1, .* have 4 blocks"):
@@ -556,7 +560,8 @@ def test_eagle_starts_from_an_earlier_head(target, tmp_path):
     again = students.eagle_student(target, init_from=str(tmp_path))
     assert again.feature_layers == (1, 3, -1)
     for name, weights in again.module.state_dict().items():
-        assert torch.equal(weights, first.module.state_dict()[name]), name
+        saved = first.module.state_dict()[name].bfloat16()
+        assert torch.equal(weights.bfloat16(), saved), name
     assert all(parameter.requires_grad for parameter in again.module.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +24,11 @@ from inferlab.models.draft_heads import (
     save_medusa,
 )
 from inferlab.training.heads import losses
+from inferlab.training.precision import training_dtype
 from inferlab.training.target.architectures import (
     DRAFT_SHAPE,
     llama_config,
-    new_llama,
+    new_model,
     use_training_attention,
 )
 
@@ -43,7 +45,7 @@ class Student:
     Attributes:
         description: what it is, in words.
         mode: draft mode that serves it.
-        module: what is trained, bf16.
+        module: what is trained, in the dtype of `training_dtype`.
         feature_layers: what is read of the target; -1, the teacher's, is always the last.
         positions: how many tokens ahead it is taught.
         max_positions: how many tokens ahead it is measured at most.
@@ -101,7 +103,7 @@ def medusa_student(
     heads.start_from_target()
     if earlier is not None:
         heads.start_from(earlier)
-    heads.bfloat16()
+    heads.to(training_dtype(lm_head.weight.device))
 
     return Student(
         description=f"{heads.num_heads} Medusa heads of {heads.num_layers} block(s)"
@@ -142,7 +144,8 @@ def eagle_student(
         if head.version == 3:
             with torch.no_grad():
                 head.lm_head.weight.copy_(lm_head.weight)
-    head.bfloat16().to(lm_head.weight.device)
+    device = lm_head.weight.device
+    head.to(device, training_dtype(device))
     layers = head.feature_layers
 
     return Student(
@@ -193,7 +196,7 @@ def new_draft(
             vocab_size=target.config.vocab_size,
             eos_id=target.tokenizer.eos_token_id,
         )
-        return new_llama(llama, seed=seed).to(target.device)
+        return new_model(llama, seed=seed).to(target.device)
     try:
         loaded = loading.load(init_from, dtype="bfloat16", device=str(target.device))
     except (ValueError, FileNotFoundError) as error:
@@ -214,12 +217,12 @@ def draft_student(
     argmax_weight: float = ARGMAX_WEIGHT,
 ) -> Student:
     """A draft model with the target's tokenizer; it never reads the target, only its teacher is."""
-    draft.bfloat16()
+    draft.to(training_dtype(draft.device))
     use_training_attention(draft)
 
     def save(folder: Path) -> None:
         draft.set_attn_implementation("sdpa")
-        draft.save_pretrained(folder)
+        copy.deepcopy(draft).bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         use_training_attention(draft)
 

@@ -32,6 +32,7 @@ from inferlab.training.material.sources import Source
 from inferlab.training.material.writing import MaterialConfig, make_windows
 from inferlab.training.measure.acceptance import Chains, Trial
 from inferlab.training.measure.curve import draw_curve
+from inferlab.training.precision import training_dtype
 
 RUN_FILE = "run.json"
 
@@ -240,12 +241,14 @@ def _arguments(config: RunConfig, target: HFModel) -> TrainingArguments:
 
 def _loss(config: RunConfig, student: Student, target: HFModel) -> Any:
     head: Any = target.head
-    lm_head = head.weight.detach().bfloat16()
+    dtype = training_dtype(target.device)
+    lm_head = head.weight.detach().to(dtype)
     compiled = torch.compile(student.loss, dynamic=False) if config.compile else student.loss
 
     def loss(module: Any, tokens: Tensor, features: Tensor | None) -> Tensor:
         if features is None:
-            features = read_features(target, tokens, student.feature_layers).to(tokens.device)
+            features = read_features(target, tokens, student.feature_layers)
+        features = features.to(tokens.device, dtype)
         result: Tensor = compiled(module, tokens, features, lm_head=lm_head)
         return result
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 MAX_POSITIONS = 1024
@@ -50,14 +56,14 @@ def llama_config(
     )
 
 
-def new_llama(config: LlamaConfig, *, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised fp32 model.
+def new_model(config: PretrainedConfig, *, seed: int) -> Any:
+    """A freshly initialised fp32 causal LM.
 
     Projections that write to the residual stream start smaller by 1/sqrt(2 * layers), as in
     GPT-2, so that the stream's variance does not grow with depth.
     """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, param in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):

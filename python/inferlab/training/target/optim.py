@@ -88,7 +88,7 @@ class MasterOptimizer:
             grad = grads[name] * scale
             buffer = self._state[name].lerp_(grad, 1.0 - self.momentum)
             updates.append(grad.lerp(buffer, self.momentum))  # Nesterov
-        update = orthogonalize(torch.stack(updates))
+        update = orthogonalize(torch.stack(updates).to(self._params[names[0]].dtype))
         rms = 0.2 * max(update.shape[-2:]) ** 0.5
         for name, direction in zip(names, update, strict=True):
             master = self._master[name]
@@ -127,16 +127,16 @@ class MasterOptimizer:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices, roughly, by five Newton-Schulz iterations in bf16.
+    """Nearest semi-orthogonal matrices, roughly, by five Newton-Schulz iterations.
 
     Args:
-        matrices: fp32 `[N, rows, columns]`.
+        matrices: `[N, rows, columns]`; bf16 is enough.
 
     Returns:
         fp32 `[N, rows, columns]`, singular values of about 0.7 to 1.2.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

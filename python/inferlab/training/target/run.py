@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from inferlab.training.material.corpus import Corpus, is_test_file
+from inferlab.training.precision import training_dtype
 from inferlab.training.target.architectures import (
     MAX_POSITIONS,
     VOCAB_SIZE,
     llama_config,
-    new_llama,
+    new_model,
 )
 from inferlab.training.target.checkpoint import require_checkpoint
 from inferlab.training.target.export import export_model
@@ -77,9 +78,9 @@ def train_target(config: TargetConfig) -> dict[str, Any]:
         vocab_size=config.vocab_size,
         max_length=MAX_POSITIONS,
     )
-    model = new_llama(
+    model = new_model(
         llama_config(config.shape, vocab_size=config.vocab_size), seed=config.seed
-    ).bfloat16()
+    ).to(training_dtype(torch.device("cpu")))
     config.output.mkdir(parents=True, exist_ok=True)
     result = pretrain(
         model,
