@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from inferlab.training.heads import losses, students, teach, trainer
 from inferlab.training.heads.unroll import unroll
 from inferlab.training.material import features, sources, writing
 from inferlab.training.measure import curve
-from inferlab.training.measure.acceptance import Trial
+from inferlab.training.measure.acceptance import ChainCounter, Trial
 from inferlab.training.target.architectures import causal_bias
 from inferlab.training.target.tokenizer import train_tokenizer
 
@@ -410,6 +411,14 @@ def test_a_model_is_its_own_best_draft(world, temperature):
     assert found.by_position == (1.0,) * 4
     # The first step drafts nothing, four steps keep all they draft.
     assert found.length == trial.static(levels=4, nodes=8) == 21 / 5
+
+
+def test_a_position_is_judged_where_those_before_it_were_right():
+    counter = ChainCounter(3)
+    seen = [((0, 0, 0), 3), ((0,), 3), ((), 3), ((0,), 1)]  # the last chain is cut short
+    accepted, depths = zip(*seen, strict=True)
+    counter.observe(SimpleNamespace(accepted=accepted, depths=depths))
+    assert counter.shares == (3 / 4, 1 / 2, 1.0)
 
 
 def test_a_trial_keeps_within_the_context(world):

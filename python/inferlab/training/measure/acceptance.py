@@ -13,6 +13,8 @@ from typing import Any
 
 from inferlab.config import SpecdecConfig
 from inferlab.models import HFModel
+from inferlab.specdec.control import StepObservation
+from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.specdec.tree import ASSUMED_ACCEPTANCE, TreeShape
 from inferlab.training.measure.rates import acceptance_rates
@@ -34,6 +36,30 @@ class Chains:
 
     by_position: tuple[float, ...]
     length: float
+
+
+class ChainCounter(FixedController):
+    """Drafts chains of one length and counts at which positions a token was right.
+
+    A position counts where it was drafted and those before it were right: near the end of a text
+    chains are shorter.
+    """
+
+    def __init__(self, levels: int) -> None:
+        super().__init__(levels)
+        self._right, self._judged = [0] * levels, [0] * levels
+
+    def observe(self, step: StepObservation) -> None:
+        for accepted, depth in zip(step.accepted, step.depths, strict=True):
+            for position in range(min(len(accepted) + 1, depth)):
+                self._judged[position] += 1
+                self._right[position] += position < len(accepted)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of each position's judged tokens that are right; 0 where none was judged."""
+        counts = zip(self._right, self._judged, strict=True)
+        return tuple(right / judged if judged else 0.0 for right, judged in counts)
 
 
 class Trial:
@@ -90,10 +116,9 @@ class Trial:
 
     def chains(self, levels: int) -> Chains:
         """With chains of so many tokens."""
-        found = self._decode(max_draft=levels, tree="chain")
-        shares = found.acceptance_by_position
-        right = [b / a if a else 0.0 for a, b in zip([1.0, *shares], shares, strict=False)]
-        return Chains(tuple(right), found.mean_accepted_length)
+        counter = ChainCounter(levels)
+        found = self._decode(controller=counter, max_draft=levels, tree="chain")
+        return Chains(counter.shares, found.mean_accepted_length)
 
     def static(self, levels: int, nodes: int) -> float:
         """Mean length with the best static tree of so many levels and nodes below the root."""
@@ -109,9 +134,17 @@ class Trial:
         found = self._decode(max_draft=levels, tree="grown", tree_nodes=nodes)
         return found.mean_accepted_length
 
-    def _decode(self, shape: TreeShape | None = None, **changes: Any) -> SpeculationStats:
+    def _decode(
+        self,
+        shape: TreeShape | None = None,
+        controller: FixedController | None = None,
+        **changes: Any,
+    ) -> SpeculationStats:
         pipeline = SpeculativePipeline(
-            config=self._config.model_copy(update=changes), shape=shape, **self._models
+            config=self._config.model_copy(update=changes),
+            controller=controller,
+            shape=shape,
+            **self._models,
         )
         total = SpeculationStats()
         for result in pipeline.engine.generate(self._requests):
