@@ -13,7 +13,7 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 def training_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device multiplies matrices of it, else fp32.
 
-    On CPUs that do not, torch's products of bf16 take a hundred times as long as those of fp32.
+    On CPUs with AVX2 alone torch's products of bf16 take a hundred times as long as those of fp32.
     """
     if device.type == "cpu" and not BF16_FLAGS & cpu_flags():
         return torch.float32
