@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from inferlab.cli import main as inferlab
-from inferlab.training.material.corpus import Corpus, is_test_file
+from inferlab.training.material.corpus import Corpus
 from inferlab.training.precision import training_dtype
-from inferlab.training.target.architectures import MAX_POSITIONS, new_model
+from inferlab.training.target.architectures import model_config, new_model
 from inferlab.training.target.loop import LoopConfig
 from inferlab.training.target.pretrain import heldout_loss, heldout_windows, pretrain
-from inferlab.training.target.tokenizer import train_tokenizer
+from inferlab.training.target.tokenizer import corpus_tokenizer
 
 
 class Shape(NamedTuple):
@@ -62,22 +62,13 @@ SHAPES = {
 }  # fmt: skip
 # Of the minutes: the first layers of the target, all of it, the draft alone, the draft's lessons.
 SHARES = (0.45, 0.2, 0.15, 0.2)
-FIRST_LAYERS = 4  # a target has so many times the layers that it begins with
+GROWTH = 4  # a target ends with so many times the layers that it begins with
 LAST_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
 
-def make(family: str, sizes: dict[str, int], tokenizer: PreTrainedTokenizerFast) -> Any:
-    """A fresh model with tied embeddings, in the dtype to train in."""
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **sizes,
-    )
+def make(family: str, sizes: dict[str, int], vocab_size: int) -> Any:
+    """A fresh model, in the dtype to train in."""
+    config = model_config(sizes, vocab_size=vocab_size, family=family)
     return new_model(config, seed=0).to(training_dtype(torch.device("cpu")))
 
 
@@ -136,36 +127,36 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     shape, corpus = SHAPES[args.shape], Corpus.of(args.corpus)
-    texts = (corpus.read(path) for path in corpus.train_files() if not is_test_file(path))
-    tokenizer = train_tokenizer(texts, vocab_size=shape.vocab_size, max_length=MAX_POSITIONS)
+    tokenizer = corpus_tokenizer(corpus, shape.vocab_size)
     first, whole, alone, lessons = (share * args.minutes for share in SHARES)
 
-    layers = -(-shape.target["num_hidden_layers"] // FIRST_LAYERS)
-    small = make(shape.family, {**shape.target, "num_hidden_layers": layers}, tokenizer)
+    layers = -(-shape.target["num_hidden_layers"] // GROWTH)
+    small = make(shape.family, {**shape.target, "num_hidden_layers": layers}, shape.vocab_size)
     learn(small, corpus, tokenizer, first, shape.lr)
-    target = make(shape.family, shape.target, tokenizer)
+    target = make(shape.family, shape.target, shape.vocab_size)
     grow(small, target)
     learn(target, corpus, tokenizer, whole, shape.lr / 4, warmup=0.2)
-    target.set_attn_implementation("sdpa")
     loss = heldout_loss(target, heldout_windows(corpus, tokenizer)[:32])
     print(f"target: held-out perplexity {math.exp(loss):.2f}", flush=True)
     save(target, tokenizer, args.output / "target")
 
-    draft = make("llama", shape.draft, tokenizer)
+    draft = make("llama", shape.draft, shape.vocab_size)
     learn(draft, corpus, tokenizer, alone, 2 * shape.lr)
     save(draft, tokenizer, args.output / "first-draft")
-    command = ["train", "draft", "--base-model", str(args.output / "target")]
-    command += [
-        "--init-from",
-        str(args.output / "first-draft"),
-        "--output",
-        str(args.output / "draft"),
-    ]
-    command += ["--minutes", str(lessons), "--lr", str(shape.lr / 2), "--windows", "256"]
-    command += ["--text-windows", "128", "--long-windows", "0"]
+    lesson: dict[str, Any] = {
+        "--base-model": args.output / "target",
+        "--init-from": args.output / "first-draft",
+        "--output": args.output / "draft",
+        "--minutes": lessons,
+        "--lr": shape.lr / 2,
+        "--windows": 256,
+        "--text-windows": 128,
+        "--long-windows": 0,
+    }
     if args.corpus:
-        command += ["--corpus", str(args.corpus)]
-    raise SystemExit(inferlab(command))
+        lesson["--corpus"] = args.corpus
+    words = [str(word) for flag in lesson.items() for word in flag]
+    raise SystemExit(inferlab(["train", "draft", *words]))
 
 
 if __name__ == "__main__":

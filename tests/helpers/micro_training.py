@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from inferlab.training.material.corpus import Corpus
-from inferlab.training.target.architectures import llama_config, new_model
+from inferlab.training.target.architectures import model_config, new_model
 from inferlab.training.target.tokenizer import train_tokenizer
 
 VOCAB = 300
@@ -37,5 +37,5 @@ def micro_tokenizer(corpus: Corpus, extra: str = "") -> PreTrainedTokenizerFast:
 
 def micro_model(seed: int = 0, **changes: int) -> LlamaForCausalLM:
     """A fresh Llama; `changes` are of its shape."""
-    config = llama_config({**MICRO, **changes}, vocab_size=VOCAB, max_positions=256)
+    config = model_config({**MICRO, **changes}, vocab_size=VOCAB, max_positions=256)
     return new_model(config, seed=seed)

@@ -27,7 +27,7 @@ from inferlab.training.heads import losses
 from inferlab.training.precision import training_dtype
 from inferlab.training.target.architectures import (
     DRAFT_SHAPE,
-    llama_config,
+    model_config,
     new_model,
     use_training_attention,
 )
@@ -191,12 +191,12 @@ def new_draft(
         ValueError: ``init_from`` cannot be loaded or has another tokenizer.
     """
     if init_from is None:
-        llama = llama_config(
+        config = model_config(
             DRAFT_SHAPE,
             vocab_size=target.config.vocab_size,
             eos_id=target.tokenizer.eos_token_id,
         )
-        return new_model(llama, seed=seed).to(target.device)
+        return new_model(config, seed=seed).to(target.device)
     try:
         loaded = loading.load(init_from, dtype="bfloat16", device=str(target.device))
     except (ValueError, FileNotFoundError) as error:

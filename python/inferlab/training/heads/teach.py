@@ -32,7 +32,6 @@ from inferlab.training.material.sources import Source
 from inferlab.training.material.writing import MaterialConfig, make_windows
 from inferlab.training.measure.acceptance import Chains, Trial
 from inferlab.training.measure.curve import draw_curve
-from inferlab.training.precision import training_dtype
 
 RUN_FILE = "run.json"
 
@@ -241,7 +240,7 @@ def _arguments(config: RunConfig, target: HFModel) -> TrainingArguments:
 
 def _loss(config: RunConfig, student: Student, target: HFModel) -> Any:
     head: Any = target.head
-    dtype = training_dtype(target.device)
+    dtype = next(student.module.parameters()).dtype
     lm_head = head.weight.detach().to(dtype)
     compiled = torch.compile(student.loss, dynamic=False) if config.compile else student.loss
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
 )
@@ -41,11 +41,17 @@ _TRAINING_ATTENTION = "inferlab_training"
 _bias_cache: dict[int, Tensor] = {}
 
 
-def llama_config(
-    shape: dict[str, Any], *, vocab_size: int, max_positions: int = MAX_POSITIONS, eos_id: int = 0
-) -> LlamaConfig:
-    """Configuration of a Llama with tied embeddings."""
-    return LlamaConfig(
+def model_config(
+    shape: dict[str, Any],
+    *,
+    vocab_size: int,
+    max_positions: int = MAX_POSITIONS,
+    eos_id: int = 0,
+    family: str = "llama",
+) -> PretrainedConfig:
+    """Configuration of a model with tied embeddings; `family` is its `model_type`."""
+    return AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,

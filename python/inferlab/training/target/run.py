@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 
-from inferlab.training.material.corpus import Corpus, is_test_file
+from inferlab.training.material.corpus import Corpus
 from inferlab.training.precision import training_dtype
 from inferlab.training.target.architectures import (
-    MAX_POSITIONS,
     VOCAB_SIZE,
-    llama_config,
+    model_config,
     new_model,
 )
 from inferlab.training.target.checkpoint import require_checkpoint
 from inferlab.training.target.export import export_model
 from inferlab.training.target.loop import LoopConfig
 from inferlab.training.target.pretrain import heldout_loss, heldout_windows, pretrain
-from inferlab.training.target.tokenizer import train_tokenizer
+from inferlab.training.target.tokenizer import corpus_tokenizer
 
 CHECKPOINT_NAME = "checkpoint.pt"
 
@@ -72,14 +71,9 @@ def train_target(config: TargetConfig) -> dict[str, Any]:
         OSError: the output could not be written.
     """
     corpus = Corpus.of(config.corpus)
-    library = [p for p in corpus.train_files() if not is_test_file(p)]
-    tokenizer = train_tokenizer(
-        (text for path in library if (text := corpus.read(path))),
-        vocab_size=config.vocab_size,
-        max_length=MAX_POSITIONS,
-    )
+    tokenizer = corpus_tokenizer(corpus, config.vocab_size)
     model = new_model(
-        llama_config(config.shape, vocab_size=config.vocab_size), seed=config.seed
+        model_config(config.shape, vocab_size=config.vocab_size), seed=config.seed
     ).to(training_dtype(torch.device("cpu")))
     config.output.mkdir(parents=True, exist_ok=True)
     result = pretrain(

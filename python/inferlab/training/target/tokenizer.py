@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from inferlab.training.material.corpus import Corpus, is_test_file
+from inferlab.training.target.architectures import MAX_POSITIONS
+
 END_OF_TEXT = "<|endoftext|>"
 
 # In this order: indentation as one piece; a word with at most one character glued to its front
@@ -20,6 +23,16 @@ _PIECES = (
     r"|[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+
+
+def corpus_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that has learnt from the training files of a corpus, test suites left out."""
+    library = [path for path in corpus.train_files() if not is_test_file(path)]
+    return train_tokenizer(
+        (text for path in library if (text := corpus.read(path))),
+        vocab_size=vocab_size,
+        max_length=MAX_POSITIONS,
+    )
 
 
 def train_tokenizer(
