@@ -284,17 +284,11 @@ class CompiledDecoder {
     cpu::Experts experts;
     experts.router = matrix_of(parts[0], hidden, "router");
     experts.count = experts.router.out;
-    const Tensor gate_up(parts[1], "gate_up"), down(parts[2], "down");
-    gate_up.shape({experts.count, Tensor::kAny, hidden}).contiguous().cpu();
-    require(gate_up.size(1) % 2 == 0, "gate_up must hold a gate and as much again");
-    experts.inner = gate_up.size(1) / 2;
-    down.shape({experts.count, hidden, experts.inner}).contiguous().cpu();
-    require(gate_up.float_dtype() == decoder_.dtype && down.float_dtype() == decoder_.dtype,
-            "all weights must be of one type");
-    experts.gate_up = gate_up.data();
-    experts.down = down.data();
-    keep(parts[1]);
-    keep(parts[2]);
+    experts.gate_up = weight_of(parts[1], hidden, "gate_up", experts.count);
+    require(experts.gate_up.out % 2 == 0, "gate_up must hold a gate and as much again");
+    experts.inner = experts.gate_up.out / 2;
+    experts.down = weight_of(parts[2], experts.inner, "down", experts.count);
+    require(experts.down.out == hidden, "down must lead back to the hidden size");
     experts.chosen = parts[3].cast<int64_t>();
     require(experts.chosen >= 1 && experts.chosen <= experts.count,
             "as many experts are chosen as there are, at most, and one at least");
@@ -317,12 +311,22 @@ class CompiledDecoder {
     return t.data();
   }
 
-  // A weight [out, in], or a packed one (data, bits, group, out, in), and a bias or None.
+  // A weight and a bias or None.
   cpu::Matrix matrix_of(const py::object& given, int64_t in, const char* name) {
     const py::tuple parts = given;
-    py::object weight = parts[0];
+    cpu::Matrix matrix = weight_of(parts[0], in, name, 0);
+    matrix.bias = vector_of(parts[1], matrix.out, name);
+    return matrix;
+  }
+
+  // A weight [out, in], or a packed one (data, bits, group, out, in). Where `count` is not 0, the
+  // first of so many that stand behind each other: [count, out, in], or data of [count, ..].
+  cpu::Matrix weight_of(py::object weight, int64_t in, const char* name, int64_t count) {
     cpu::Matrix matrix;
     matrix.in = in;
+    const auto check = [&](const Tensor& t, int64_t rows, int64_t width) {
+      (count > 0 ? t.shape({count, rows, width}) : t.shape({rows, width})).contiguous().cpu();
+    };
     if (py::isinstance<py::tuple>(weight)) {
       const py::tuple packed = weight;
       LinearParams p{};
@@ -331,20 +335,21 @@ class CompiledDecoder {
       p.out = packed[3].cast<int64_t>();
       p.in = packed[4].cast<int64_t>();
       const Tensor data(packed[0], name);
-      data.u8().shape({packed_tiles(p), packed_tile_bytes(p)}).contiguous().cpu();
+      check(data.u8(), packed_tiles(p), packed_tile_bytes(p));
       require(p.in == in, "a packed weight is for another number of inputs");
       matrix.weight = data.data();
       matrix.out = p.out;
       matrix.bits = p.bits;
       matrix.group = p.group;
+      matrix.bytes = packed_tiles(p) * packed_tile_bytes(p);
     } else {
       const Tensor w(weight, name);
-      w.shape({Tensor::kAny, in}).contiguous().cpu();
+      check(w, Tensor::kAny, in);
       require(w.float_dtype() == decoder_.dtype, "all weights must be of one type");
       matrix.weight = w.data();
-      matrix.out = w.size(0);
+      matrix.out = w.size(count > 0 ? 1 : 0);
+      matrix.bytes = matrix.out * in * dtype_size(decoder_.dtype);
     }
-    matrix.bias = vector_of(parts[1], matrix.out, name);
     keep(std::move(weight));
     return matrix;
   }

@@ -64,7 +64,7 @@ class Forward {
       const Experts& experts = layer.experts;
       if (experts.count > 0) stages += kStagesOfExperts;
       const int64_t used = std::min(experts.count, count() * experts.chosen);
-      bytes += used * 3 * experts.inner * d_.hidden * size_;
+      bytes += used * (experts.gate_up.bytes + experts.down.bytes);
     }
     const auto threads = std::clamp<int64_t>(bytes / kThreadBytes, 1, num_threads());
     Stages::run(static_cast<int>(threads), stages, [&](Stages::Walk walk) { this->walk(walk); });
@@ -369,21 +369,19 @@ class Forward {
   void plan_experts(const Experts& experts, LayerExperts& chosen) {
     chosen.up.clear();
     chosen.down.clear();
-    const int64_t hidden = d_.hidden, inner = experts.inner;
     const auto part = [&](char* from, int64_t row, int64_t width) {
       return from + row * width * size_;
     };
-    const auto matrix = [&](const void* all, int64_t elements) {
-      return static_cast<const char*>(all) + elements * size_;
+    const auto product_of = [&](Matrix matrix, int64_t expert, char* x, char* y, int64_t rows) {
+      matrix.weight = static_cast<const char*>(matrix.weight) + expert * matrix.bytes;
+      return product(matrix, x, matrix.in, nullptr, y, rows);
     };
     chosen.rows.group(experts, count(), [&](int64_t expert, int64_t first, int64_t rows) {
-      chosen.up.add({part(slots_, first, hidden),
-                     matrix(experts.gate_up, expert * 2 * inner * hidden), nullptr, nullptr,
-                     part(gates_, first, 2 * inner), rows, hidden, 2 * inner, hidden, d_.dtype,
-                     true, 0, 0});
-      chosen.down.add({part(gated_, first, inner), matrix(experts.down, expert * hidden * inner),
-                       nullptr, nullptr, part(slots_, first, hidden), rows, inner, hidden, inner,
-                       d_.dtype, true, 0, 0});
+      char* slots = part(slots_, first, d_.hidden);
+      char* gated = part(gated_, first, experts.inner);
+      chosen.up.add(
+          product_of(experts.gate_up, expert, slots, part(gates_, first, 2 * experts.inner), rows));
+      chosen.down.add(product_of(experts.down, expert, gated, slots, rows));
     });
     const int64_t floats = std::max(chosen.up.scratch_floats(), chosen.down.scratch_floats());
     expert_scratch_ = expert_memory_->get(floats);

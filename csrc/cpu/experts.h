@@ -22,8 +22,8 @@ class ExpertProducts {
     first_float_.assign(1, 0);
   }
 
-  void add(const LinearParams& params) {
-    parts_.emplace_back(params);
+  void add(const LinearTasks& product) {
+    parts_.push_back(product);
     first_task_.push_back(first_task_.back() + parts_.back().count());
     first_float_.push_back(first_float_.back() + (parts_.back().scratch_floats() + 15) / 16 * 16);
   }

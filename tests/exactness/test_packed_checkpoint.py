@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from helpers.decoding import PROMPTS
-from helpers.tiny_models import FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from helpers.tiny_models import FAMILIES, MIXTURES, VOCAB, tiny_model, tiny_tokenizer
 from inferlab import cli
 from inferlab.models import HFModel
 from inferlab.models.linear_inputs import Inputs
 from inferlab.models.loading import ModelLoadError, ModelTooLargeError
 from inferlab.models.packed_checkpoint import save_packed
-from inferlab.models.quantized import FORMATS, linear_modules, num_parameters, quantize
+from inferlab.models.quantized import FORMATS, LINEARS, count_weights, num_parameters, quantize
 
 
 def saved(folder: Path, family: str, format_: str):
@@ -27,7 +27,7 @@ def saved(folder: Path, family: str, format_: str):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 @pytest.mark.parametrize("format_", FORMATS)
 def test_what_is_read_is_what_was_written(tmp_path, family, format_):
     model = saved(tmp_path / "model", family, format_)
@@ -163,7 +163,7 @@ def test_flags_that_make_no_sense(capsys, words, message):
 # --- roundings that make up for each other ------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_compensated_weights_leave_less_error(family):
     texts = [[(7 * i + n * n) % (VOCAB - 2) + 2 for n in range(40)] for i in range(6)]
     ids = torch.tensor(texts)
@@ -174,7 +174,7 @@ def test_compensated_weights_leave_less_error(family):
             model = tiny_model(family)
             counted: list[int] = []
             quantize(model, "int4", calibration, counted.append)
-            assert sum(counted) == len(linear_modules(tiny_model(family)))
+            assert sum(counted) == count_weights(tiny_model(family))
             errors.append(float((model(ids).logits - exact).square().mean()))
     assert errors[1] < errors[0], "on the texts that they were rounded for"
 
@@ -200,7 +200,7 @@ class Experts(nn.Module):
 def test_moments_are_those_of_all_that_a_module_was_given():
     model = Experts()
     texts = [[0, 1, 2], [1, 2, 3, 3], [2, 2], [3, 0, 1]]
-    modules = linear_modules(model)
+    modules = [module for module in model.modules() if type(module) in LINEARS]
     inputs = Inputs(model, texts)
     parts = inputs.in_parts(modules)
     assert parts == [[model.idle, model.experts[1]], [model.gate, model.experts[0], model.last]]

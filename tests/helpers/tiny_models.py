@@ -15,13 +15,16 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 160
@@ -55,6 +58,8 @@ FAMILIES: tuple[str, ...] = (
     "gemma2",
     "gemma3",
 )
+MIXTURES: tuple[str, ...] = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Families of experts."""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
@@ -127,7 +132,27 @@ def tiny_config(family: str) -> PreTrainedConfig:
             layer_types=_SLIDING,
             query_pre_attn_scalar=24,
         )
-    raise ValueError(f"family is {family!r}, must be one of {FAMILIES}")
+    if family == "mixtral":
+        return MixtralConfig(**_ROTARY, head_dim=16, num_local_experts=5, num_experts_per_tok=2)
+    if family == "qwen2_moe":
+        return Qwen2MoeConfig(
+            **_ROTARY,
+            moe_intermediate_size=44,
+            shared_expert_intermediate_size=48,
+            num_experts=6,
+            num_experts_per_tok=3,
+        )
+    if family == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **_ROTARY,
+            head_dim=16,
+            moe_intermediate_size=40,
+            num_experts=9,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+        )
+    raise ValueError(f"family is {family!r}, must be one of {(*FAMILIES, *MIXTURES)}")
 
 
 def tiny_model(

@@ -24,7 +24,7 @@ from inferlab.models import (
     UnsupportedArchitectureError,
     resolve_model_path,
 )
-from inferlab.models.architecture import trial_pass
+from inferlab.models.architecture import check_against_plain, trial_pass
 from inferlab.models.loading import choose_device, choose_dtype, parse_dtype
 
 
@@ -329,6 +329,18 @@ def test_attention_that_the_kernels_lack_is_found_by_tracing(
     with pytest.raises(UnsupportedArchitectureError, match=why):
         HFModel(model, name=kind)
     assert model.config._attn_implementation == before
+
+
+def test_half_of_a_routed_models_positions_must_agree() -> None:
+    """Rounding sends tokens to other experts, so that some are far off."""
+    plain = torch.randn(1, 12, VOCAB, generator=torch.Generator().manual_seed(0))
+    some, most = plain.clone(), plain.clone()
+    some[0, [3, 7]] += 1
+    most[0, 3:] += 1
+    check_against_plain(plain, some, "a", "b", routed=True)
+    for paged, routed in ((some, False), (most, True), (plain * float("nan"), True)):
+        with pytest.raises(UnsupportedArchitectureError, match="gives other logits"):
+            check_against_plain(plain, paged, "a", "b", routed=routed)
 
 
 @pytest.mark.parametrize("kind", ["olmo2", "granite", "cohere", "starcoder2", "mixtral"])

@@ -11,20 +11,19 @@ import torch
 from transformers import (
     GraniteConfig,
     LlamaConfig,
-    MixtralConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from helpers.isas import ISAS
 from helpers.paged import ancestor_words
-from helpers.tiny_models import FAMILIES, random_model, tiny_config, tiny_model
+from helpers.tiny_models import FAMILIES, MIXTURES, random_model, tiny_config, tiny_model
 from inferlab import _C, SpeculativePipeline, cli
 from inferlab.config import ConfigError
 from inferlab.models import FINAL_HIDDEN, ForwardBatch, HFModel, UnsupportedArchitectureError
 from inferlab.models.native import Angles
+from inferlab.models.quantized import FORMATS, quantize
 
 VOCAB, HIDDEN = 500, 96
 PARENTS = [[-1, 0, 0, 1, 1], [-1, 0, -2, -2, -2], [-1, 0, 1, 2, -2]]
@@ -146,37 +145,17 @@ def config_of(family: str, **changes) -> PreTrainedConfig:
     return config
 
 
-_SMALL = {
-    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
 # Rows that are no whole vectors; each activation; wide heads.
 SHAPES = {
-    **{family: (lambda family=family: config_of(family)) for family in FAMILIES},
+    **{family: (lambda family=family: config_of(family)) for family in (*FAMILIES, *MIXTURES)},
     "gpt_neox, odd": lambda: config_of("gpt_neox", intermediate_size=101, hidden_act="gelu"),
     "gpt2, odd": lambda: config_of("gpt2", n_inner=99, activation_function="gelu_new"),
     "opt, odd": lambda: config_of("opt", ffn_dim=101, enable_bias=False),
     "gemma2, odd": lambda: config_of(
         "gemma2", vocab_size=157, hidden_size=60, intermediate_size=75, head_dim=256
     ),
-    "mixtral": lambda: MixtralConfig(
-        **_SMALL, head_dim=16, num_local_experts=5, num_experts_per_tok=2
-    ),
-    "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_SMALL,
-        moe_intermediate_size=43,
-        shared_expert_intermediate_size=57,
-        num_experts=6,
-        num_experts_per_tok=3,
-    ),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **_SMALL,
-        head_dim=16,
-        moe_intermediate_size=40,
-        num_experts=9,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        mlp_only_layers=[1],
+    "qwen2_moe, odd": lambda: config_of(
+        "qwen2_moe", moe_intermediate_size=43, shared_expert_intermediate_size=57
     ),
     "llama, gelu": lambda: config_of("llama", hidden_act="gelu", intermediate_size=99),
 }
@@ -200,6 +179,26 @@ def test_every_family_computes_what_its_modules_do(shape, isa, dtype):
         most, mean = (1e-4, 1e-5) if dtype == torch.float32 else (0.5, 0.02)
         assert error.max() < most
         assert error.mean() < (mean if dtype != torch.float16 else mean / 8)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_packed_experts_compute_what_their_modules_do(family, quantization, isa):
+    _C.force_isa(isa)
+    model = tiny_model(family)
+    quantize(model, quantization)
+    target = HFModel(model)
+    assert target.engine == "native"
+    batch = trees((40, 7, 90), tokens=trees().tokens % 150)
+    ours = target.forward(batch, cache_of(target), LAYERS)
+    target._fused = None
+    theirs = target.forward(batch, cache_of(target), LAYERS)
+    real = torch.arange(5) < COUNTS[:, None]
+    for got, expected in ((ours.logits, theirs.logits), (ours.features, theirs.features)):
+        error = (got[real] - expected[real]).abs() / expected[real].std()
+        assert error.max() < 0.05, "an input may round to the next of its 255 numbers"
+        assert error.mean() < 2e-3
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2"])

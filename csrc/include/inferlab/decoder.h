@@ -20,6 +20,7 @@ struct Matrix {
   int64_t out = 0, in = 0;
   int bits = 0;
   int64_t group = 0;
+  int64_t bytes = 0;  // of the weight
 };
 
 // LayerNorm where `centred`, else RMSNorm.
@@ -34,10 +35,10 @@ enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu };
 
 // Gated MLPs of which each row takes the likeliest few (Shazeer et al., 2017).
 struct Experts {
-  Matrix router;                  // [count, hidden]
-  const void* gate_up = nullptr;  // [count, 2 * inner, hidden]: of each, gate then up
-  const void* down = nullptr;     // [count, hidden, inner]
-  int64_t count = 0;              // 0: there are none
+  Matrix router;      // [count, hidden]
+  Matrix gate_up;     // the first's, gate then up: [2 * inner, hidden]; the others stand behind it
+  Matrix down;        // [hidden, inner], likewise
+  int64_t count = 0;  // 0: there are none
   int64_t chosen = 0, inner = 0;
   bool normed = false;   // the weights of the chosen add up to 1; else they are the softmax of all
   bool rounded = false;  // weights are rounded to the element type

@@ -14,7 +14,7 @@ from inferlab.cli.terminal import progress, setup_logging, show_line
 from inferlab.errors import UsageError
 from inferlab.models import loading
 from inferlab.models.packed_checkpoint import PackedConfig, save_packed
-from inferlab.models.quantized import FORMATS, linear_modules, quantize
+from inferlab.models.quantized import FORMATS, count_weights, quantize
 from inferlab.prompts import read_prompts
 
 PIECE = 512
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if texts and not any(ids):
             raise UsageError(f"--calibration: {args.calibration} has no tokens")
         before, tied = _bytes(model), bool(model.config.tie_word_embeddings)
-        count = len(linear_modules(model))
+        count = count_weights(model)
         with progress(count, "packing", not args.no_progress) as advance:
             quantize(model, args.format, ids, advance)
     except UsageError:

@@ -436,7 +436,8 @@ class HFModel:
                 paged = self.forward(batch, self.new_cache(1)).logits
         finally:
             self._fused = fused
-        check_against_plain(plain, paged, self.name, self.config.model_type)
+        routed = experts_implementation(self._model) is not None
+        check_against_plain(plain, paged, self.name, self.config.model_type, routed=routed)
 
 
 def _scored_rows(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:

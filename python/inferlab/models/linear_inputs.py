@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 PART_BYTES = 2**30
 PART_MODULES = 8
-"""Modules whose moments are kept at a time: about those of a layer."""
+"""Modules whose moments are kept at a time: about those of a layer. Those of a list, as experts
+are, count as one."""
 
 
 class Inputs:
@@ -36,15 +37,24 @@ class Inputs:
         ran: dict[nn.Module, None] = {}
         self._run(modules, lambda module, x: ran.setdefault(module), self._texts[:1])
         idle = [module for module in modules if module not in ran]
-        parts = [idle] if idle else []
-        size = 0
-        for module in ran:
-            needed = 4 * _width(module) ** 2
-            if not size or size + needed > PART_BYTES or len(parts[-1]) == PART_MODULES:
-                parts.append([])
-                size = 0
-            parts[-1].append(module)
-            size += needed
+        lists = {
+            module: each
+            for each in self._model.modules()
+            if isinstance(each, nn.ModuleList)
+            for module in each
+        }
+        parts: list[list[nn.Module]] = []
+        for some in (idle, list(ran)):
+            size, counted = 0, set[nn.Module]()
+            for module in some:
+                needed, place = 4 * _width(module) ** 2, lists.get(module, module)
+                full = len(counted) == PART_MODULES and place not in counted
+                if not size or size + needed > PART_BYTES or full:
+                    parts.append([])
+                    size, counted = 0, set()
+                parts[-1].append(module)
+                counted.add(place)
+                size += needed
         return parts
 
     def moments(self, modules: Sequence[nn.Module]) -> dict[nn.Module, torch.Tensor]:

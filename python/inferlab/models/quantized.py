@@ -1,4 +1,5 @@
-"""Models whose products have weights of 8 or 4 bits: `QuantizedLinear` in place of linear modules.
+"""Models whose products have weights of 8 or 4 bits: `QuantizedLinear` in place of linear modules,
+`QuantizedExperts` in place of experts.
 
 A quantised target is a target of its own: speculation is exact against its own plain decoding.
 """
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from inferlab.kernels import PackedWeight, pack, packed_linear, packed_sizes, unpack
+from inferlab.models.experts import QuantizedExperts, SplitExperts, is_experts
 from inferlab.models.linear_inputs import Inputs
 
 FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 64), "int4": (4, 32)}
@@ -91,7 +93,7 @@ def quantize(
     calibration: Sequence[Sequence[int]] = (),
     advance: Callable[[int], None] = lambda modules: None,
 ) -> None:
-    """Packs the weights of all linear modules in place, one after the other.
+    """Packs the weights of all linear modules and experts in place, one after the other.
 
     The embedding stays as it is; an output head that shares its weight gets one of its own, which
     has 8 bits in every format.
@@ -100,7 +102,7 @@ def quantize(
         quantization: of `FORMATS`.
         calibration: texts, token ids each. With them roundings make up for each other's errors on
             these texts; without, each weight is rounded to nearest.
-        advance: called with the number of modules that were packed since it was called last.
+        advance: called with the number of weights that were packed since it was called last.
 
     Raises:
         ValueError: an unknown format; a model that is not on a CPU, is packed already, has no
@@ -110,7 +112,8 @@ def quantize(
     if known := getattr(model, "inferlab_quantization", None):
         raise ValueError(f"quantization is {quantization!r}, but the model is {known} already")
     for name, module in model.named_modules():
-        if type(module) in LINEARS and not bool(module.weight.isfinite().all()):
+        weights = _weights(module)
+        if not all(bool(weight.isfinite().all()) for weight in weights):
             raise ValueError(
                 f"{name} has weights that are NaN or infinite; they cannot be rounded to "
                 f"{quantization}: mend the checkpoint, or leave quantization out"
@@ -129,7 +132,9 @@ def replace_linears(
     inputs: Inputs | None = None,
     advance: Callable[[int], None] = lambda modules: None,
 ) -> bool:
-    """Puts a `QuantizedLinear` in the place of each linear module; whether there were any."""
+    """Puts a `QuantizedLinear` in the place of each linear module, and `QuantizedExperts` in that
+    of experts; whether there were any."""
+    split = _split_experts(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     places = {
         child: (parent, name)
@@ -150,16 +155,46 @@ def replace_linears(
             if uses[id(child.weight)] > 0:
                 packed.num_parameters = 0  # they are the embedding's, or another module's
             setattr(parent, name, packed)
+            del child  # the last view of its layer's experts
             advance(1)
+    while split:
+        parent, name, experts = split.pop()
+        setattr(parent, name, QuantizedExperts(experts))
     if found:
         model.config.tie_word_embeddings = False  # the head has a weight of its own now
         model.inferlab_quantization = quantization
     return found
 
 
-def linear_modules(model: nn.Module) -> list[nn.Linear | Conv1D]:
-    """Those whose weights can be packed."""
-    return [module for module in model.modules() if type(module) in LINEARS]
+def count_weights(model: nn.Module) -> int:
+    """How many weights can be packed."""
+    return sum(
+        module.num_experts * 2 if is_experts(module) else type(module) in LINEARS  # type: ignore
+        for module in model.modules()
+    )
+
+
+def _weights(module: Any) -> list[torch.Tensor]:
+    """Those of a module itself that are to be packed."""
+    if is_experts(module):
+        return [module.gate_up_proj, module.down_proj]
+    return [module.weight] if type(module) in LINEARS else []
+
+
+def _split_experts(model: nn.Module) -> list[tuple[nn.Module, str, SplitExperts]]:
+    """Takes the experts of all layers apart: where they are, and what they are now."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if is_experts(child)
+    ]
+    split = []
+    for parent, name, child in places:
+        experts = SplitExperts(child)
+        setattr(parent, name, experts)
+        split.append((parent, name, experts))
+    return split
 
 
 def check_format(quantization: str, device: torch.device) -> None:
@@ -190,5 +225,6 @@ def num_parameters(model: nn.Module) -> int:
     """Numbers that a model has learnt, in whatever format."""
     if isinstance(model, PreTrainedModel) and getattr(model, "is_loaded_in_4bit", False):
         return int(model.num_parameters())  # which knows that they lie two to a byte
-    packed = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    kinds = QuantizedLinear, QuantizedExperts
+    packed = (module for module in model.modules() if isinstance(module, kinds))
     return sum(p.numel() for p in model.parameters()) + sum(m.num_parameters for m in packed)

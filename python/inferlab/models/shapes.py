@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from inferlab.kernels import PackedWeight
 from inferlab.models.attention_hook import LayerSpec
+from inferlab.models.experts import QuantizedExperts
 from inferlab.models.joined import can_join, join
 from inferlab.models.quantized import QuantizedLinear, weight_of
 from inferlab.models.untouched import HELPERS, has_weights, is_own_function, is_untouched
@@ -26,10 +27,11 @@ Norm = tuple[torch.Tensor, torch.Tensor | None, float, float, bool]
 """Weight, bias, epsilon, what is added to the weight, and whether it is a LayerNorm."""
 Matrix = tuple[torch.Tensor | PackedWeight, torch.Tensor | None]
 """Weight [out, in] and bias."""
-Experts = tuple[Matrix, torch.Tensor, torch.Tensor, int, bool, bool, Matrix | None]
-"""Router, gate and up of each [E, 2 I, H], down of each [E, H, I], how many a row takes, whether
-their weights are made to add up to 1, whether these are rounded to the model's dtype, and the gate
-of the MLP beside them."""
+Stack = torch.Tensor | PackedWeight
+Experts = tuple[Matrix, Stack, Stack, int, bool, bool, Matrix | None]
+"""Router, gate and up of each [E, 2 I, H], down of each [E, H, I], or both packed, how many a row
+takes, whether their weights are made to add up to 1, whether these are rounded to the model's
+dtype, and the gate of the MLP beside them."""
 
 
 @dataclass(frozen=True)
@@ -289,10 +291,13 @@ def _experts(block: Any) -> Experts:
     router, experts = block.gate, block.experts
     qwen = hasattr(router, "norm_topk_prob")
     gate = getattr(block, "shared_expert_gate", None)
+    if isinstance(experts, QuantizedExperts):
+        stacks: tuple[Stack, Stack] = experts.gate_up, experts.down
+    else:
+        stacks = experts.gate_up_proj.detach(), experts.down_proj.detach()
     return (
         (router.weight.detach(), None),
-        experts.gate_up_proj.detach(),
-        experts.down_proj.detach(),
+        *stacks,
         router.top_k,
         router.norm_topk_prob if qwen else True,
         qwen,
@@ -445,7 +450,8 @@ def why_not(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> str | None
     helpers = [vars(written_in)[name] for name in HELPERS if name in vars(written_in)]
     if not all(is_own_function(helper, written_in.__name__) for helper in helpers):
         return f"functions of {written_in.__name__} were exchanged"
-    parts |= {nn.Embedding, nn.Linear, QuantizedLinear, nn.ModuleList, *family.others}
+    parts |= {nn.Embedding, nn.Linear, nn.ModuleList, *family.others}
+    parts |= {QuantizedLinear, QuantizedExperts}
     parts |= {kind for kind, name in _ACTIVATIONS.items() if device == "cpu" or name == "silu"}
     for name, module in model.named_modules():
         if type(module) not in parts:
