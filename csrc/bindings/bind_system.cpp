@@ -108,6 +108,11 @@ void bind_system(py::module_& m) {
     t.contiguous().cpu();
     return cpu::advise_large_pages(t.ptr<void>(), t.numel() * dtype_size(t.float_dtype()));
   });
+  m.def("discard_pages", [](py::handle data) {
+    Tensor t(data, "data");
+    t.contiguous().cpu();
+    return cpu::discard_pages(t.ptr<void>(), t.bytes());
+  });
 
   // The noise itself, for known-answer tests, as each backend has it.
   m.attr("metal").attr("SIMD_WIDTH") = kMetalSimd;

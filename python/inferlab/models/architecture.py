@@ -167,6 +167,8 @@ def logits_width(model: Any) -> int:
 def _head_tensor(model: PreTrainedModel) -> torch.Tensor:
     """Some weight of the output head; torch's quantised linears have a method for it."""
     head: Any = model.get_output_embeddings()
+    if isinstance(head, QuantizedLinear):
+        return head.data
     weight = getattr(head, "weight", None)
     if callable(weight):
         weight = weight()

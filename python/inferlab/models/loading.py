@@ -23,6 +23,7 @@ from inferlab.models.architecture import check_config
 from inferlab.models.assets import resolve_model_path
 from inferlab.models.forked import use_threads_that_exist
 from inferlab.models.generation_defaults import check_file
+from inferlab.models.mapped import unmap
 from inferlab.models.other_formats import settings_of
 from inferlab.models.packed_checkpoint import PackedConfig, checksum
 from inferlab.models.quantized import check_format
@@ -162,6 +163,7 @@ def load(
             model = _load_weights(name, source, chosen, allow_pickle, **where, **common)
         if not where:
             model = model.to(target_device)
+    unmap(model)
 
     place = f"on {target_device}"
     if tensor_parallel > 1:
