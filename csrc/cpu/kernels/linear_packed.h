@@ -19,12 +19,12 @@ namespace inferlab::cpu::INFERLAB_ISA {
 struct PackedRows {
   int64_t width, groups;
   int64_t at_once;  // rows of a block: of equal size, as few rows leave the multipliers idle
-  int8_t* x;        // [blocks][width / 4][rows of the block][4]
+  int8_t* x;        // [blocks][width / 4][rows of the block][4], as add_group reads them
   float* scale;     // [rows, groups]
   int32_t* start;   // [rows, groups]
 
   static int64_t scratch_floats(const LinearParams& p) {
-    return p.rows * packed_groups(p) * (p.group / 4 + 2);
+    return p.rows * packed_groups(p) * (p.group * packed_input_bytes(p.bits) / 4 + 2);
   }
 
   PackedRows(const LinearParams& p, float* scratch)
@@ -32,7 +32,7 @@ struct PackedRows {
         groups(packed_groups(p)),
         at_once(rows_at_once(p.rows)),
         x(reinterpret_cast<int8_t*>(scratch)),
-        scale(scratch + p.rows * width / 4),
+        scale(scratch + p.rows * width * packed_input_bytes(p.bits) / 4),
         start(reinterpret_cast<int32_t*>(scale + p.rows * groups)) {}
 
   static int64_t rows_at_once(int64_t rows) {
@@ -81,19 +81,19 @@ struct PackedRows {
     // Smaller ones would be 127 times an infinite inverse; they add nothing.
     const bool counts = finite && most >= kLeast;
     const float inverse = counts ? 127.0f / most : 0.0f;
-    alignas(64) int8_t to[kMostGroup];
+    alignas(64) int8_t to[kMostGroup] = {};
     int32_t sum = 0;
-    for (i = 0; i < count; ++i) {
+    for (i = 0; counts && i < count; ++i) {
       // 1.5 * 2^23 leaves the nearest whole number, ties to even, in the low bits.
-      const float shifted = (counts ? wide[i] : 0.0f) * inverse + 12582912.0f;
-      const auto whole = static_cast<int32_t>(float_to_bits(shifted) - 0x4B400000u);
+      const auto whole =
+          static_cast<int32_t>(float_to_bits(wide[i] * inverse + 12582912.0f) - 0x4B400000u);
       to[i] = static_cast<int8_t>(whole);
       sum += whole;
     }
-    std::memset(to + count, 0, p.group - count);
     const int64_t first = row - row % at_once, together = std::min(at_once, p.rows - first);
-    int8_t* place = x + first * width + (g * p.group * together) + 4 * (row - first);
-    for (i = 0; i < p.group; i += 4, place += 4 * together) std::memcpy(place, to + i, 4);
+    const int64_t four = 4 * packed_input_bytes(p.bits);
+    int8_t* place = x + (first * width + g * p.group * together) * four / 4 + four * (row - first);
+    put_inputs(to, p.group, p.bits, place, four * together);
     // An input that is no number, or infinite, makes all outputs of its row NaN.
     scale[row * groups + g] = finite ? (counts ? most / 127.0f : 0.0f) : bits_to_float(0x7fc00000u);
     start[row * groups + g] = -(p.bits == 8 ? 128 : 8) * sum;
@@ -105,10 +105,6 @@ template <int kBits, bool kFast, int M, int V>
 inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t row,
                          const uint8_t* const* tiles, float* sums, int64_t stride) {
   constexpr int kVectors = 16 / kLanes;  // of a tile
-  constexpr int kAhead = 2048;           // bytes of W that are asked for before they are needed
-  // A sum waits some cycles for the one before: few rows have two of them under way.
-  constexpr bool kSplit = M <= 2;
-  constexpr int kRest = kSplit ? M : 1;
   const int64_t scale_bytes = packed_scale_bytes(p);
   const bf16* scales[V];
   const uint8_t* q[V];
@@ -124,52 +120,17 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = vset(0.0f);
   }
-  const int8_t* x = rows.x + row * rows.width;
-  for (int64_t g = 0; g < rows.groups; ++g) {
-    vi dot[M][V], rest[kRest][V];
-#pragma GCC unroll 2
-    for (int m = 0; m < kRest; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) rest[m][v] = vset(0);
-    }
+  constexpr int kInput = packed_input_bytes(kBits);
+  const int8_t* x = rows.x + row * rows.width * kInput;
+  for (int64_t g = 0; g < rows.groups; ++g, x += p.group * M * kInput) {
+    vi dot[M][V];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const vi start = vset(rows.start[(row + m) * rows.groups + g]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) dot[m][v] = start;
     }
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < p.group; k += 8, x += 8 * M) {
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        vb first = load_bytes(q[v]), second;
-        if constexpr (kBits == 8) {
-          second = load_bytes(q[v] + 64);
-        } else {
-          second = high_halves(first);
-          first = low_halves(first);
-        }
-        __builtin_prefetch(q[v] + kAhead);
-        if constexpr (kBits == 8) __builtin_prefetch(q[v] + kAhead + 64);
-        q[v] += 16 * kBits;
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          dot[m][v] = dot4<kFast>(dot[m][v], first, x + 4 * m);
-        }
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          vi& sum = kSplit ? rest[m % kRest][v] : dot[m][v];
-          sum = dot4<kFast>(sum, second, x + 4 * (M + m));
-        }
-      }
-    }
-    if constexpr (kSplit) {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) dot[m][v] = dot[m][v] + rest[m][v];
-      }
-    }
+    add_group<kBits, kFast>(dot, q, x, p.group);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const vf sx = vset(rows.scale[(row + m) * rows.groups + g]);
