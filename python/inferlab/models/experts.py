@@ -7,6 +7,7 @@ are given, finds each expert's two; then they are stacked again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,70 +36,43 @@ def is_experts(module: nn.Module) -> bool:
     return down.shape == (count, hidden, twice // 2) and hasattr(module, "act_fn")
 
 
-class Experts(nn.Module):
-    """The forward of gated experts, over products that subclasses have.
+class SplitExperts(nn.Module):
+    """Experts as linear modules, whose weights are views of ``source``'s.
 
     Attributes:
         num_experts: E.
         act_fn: of the gates.
-    """
-
-    def __init__(self, num_experts: int, act_fn: nn.Module) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.act_fn = act_fn
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Rows [R, H], and of each its experts [R, k] and their weights: [R, H]. Experts are added
-        in the order of their numbers; number E stands for none."""
-        out = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            rows, slots = torch.where(top_k_index == expert)
-            gate, up = self._up(expert, hidden_states[rows]).chunk(2, dim=-1)
-            said = self._down(expert, self.act_fn(gate) * up)
-            said = said * top_k_weights[rows, slots, None]
-            out.index_add_(0, rows, said.to(out.dtype))
-        return out
-
-    def _up(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _down(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-
-class SplitExperts(Experts):
-    """Experts as linear modules, of which ``source``'s weights are views.
-
-    Attributes:
         gate_up, down: a linear module for each expert, or what has been put in its place.
     """
 
     def __init__(self, source: Any) -> None:
-        super().__init__(source.gate_up_proj.shape[0], source.act_fn)
+        super().__init__()
+        self.num_experts: int = source.gate_up_proj.shape[0]
+        self.act_fn = source.act_fn
         self.gate_up = nn.ModuleList(map(_linear, source.gate_up_proj))
         self.down = nn.ModuleList(map(_linear, source.down_proj))
 
-    def _up(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        said: torch.Tensor = self.gate_up[expert](x)
-        return said
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See `mix`."""
 
-    def _down(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        said: torch.Tensor = self.down[expert](x)
-        return said
+        def expert(number: int, x: torch.Tensor) -> torch.Tensor:
+            gate, up = self.gate_up[number](x).chunk(2, dim=-1)
+            said: torch.Tensor = self.down[number](self.act_fn(gate) * up)
+            return said
+
+        return mix(expert, self.num_experts, hidden_states, top_k_index, top_k_weights)
 
 
-class QuantizedExperts(Experts):
+class QuantizedExperts(nn.Module):
     """Experts with packed weights, on a CPU.
 
     Args:
         split: experts of which all linear modules are packed.
 
     Attributes:
+        num_experts, act_fn: as they were.
         gate_up_data, down_data: [E, tiles, bytes] uint8, buffers: `PackedWeight.data` of each.
         num_parameters: of all weights.
     """
@@ -107,7 +81,8 @@ class QuantizedExperts(Experts):
     down_data: torch.Tensor
 
     def __init__(self, split: SplitExperts) -> None:
-        super().__init__(split.num_experts, split.act_fn)
+        super().__init__()
+        self.num_experts, self.act_fn = split.num_experts, split.act_fn
         up: list[Any] = list(split.gate_up)
         down: list[Any] = list(split.down)
         self._sizes = tuple(each[0].packed._replace(data=None) for each in (up, down))
@@ -125,15 +100,49 @@ class QuantizedExperts(Experts):
         """The same of what leads back."""
         return self._sizes[1]._replace(data=self.down_data)
 
-    def _up(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        return packed_linear(x, self.gate_up._replace(data=self.gate_up_data[expert]))
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See `mix`."""
+        gate_up, down = self.gate_up, self.down
 
-    def _down(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        return packed_linear(x, self.down._replace(data=self.down_data[expert]))
+        def expert(number: int, x: torch.Tensor) -> torch.Tensor:
+            both: torch.Tensor = packed_linear(x, gate_up._replace(data=gate_up.data[number]))
+            gate, up = both.chunk(2, dim=-1)
+            x = self.act_fn(gate) * up
+            said: torch.Tensor = packed_linear(x, down._replace(data=down.data[number]))
+            return said
+
+        return mix(expert, self.num_experts, hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
         up, down = self._sizes
         return f"{self.num_experts} of {up.in_features} x {down.in_features}, bits={up.bits}"
+
+
+def mix(
+    expert: Callable[[int, torch.Tensor], torch.Tensor],
+    num_experts: int,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What rows get of their experts, who are added in the order of their numbers.
+
+    Args:
+        expert: from a number and rows [r, H] to what it makes of them.
+        num_experts: E; this number in ``top_k_index`` stands for none.
+        hidden_states: [R, H].
+        top_k_index, top_k_weights: [R, k], the experts of each row and their weights.
+    """
+    out = torch.zeros_like(hidden_states)
+    for number in top_k_index.unique().tolist():
+        if number == num_experts:
+            continue
+        rows, slots = torch.where(top_k_index == number)
+        said = expert(number, hidden_states[rows]) * top_k_weights[rows, slots, None]
+        out.index_add_(0, rows, said.to(out.dtype))
+    return out
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
