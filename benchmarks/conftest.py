@@ -7,6 +7,7 @@
     ... --rows=FILE.jsonl                           saved row by row: a run that is killed keeps
                                                     what it has measured; for report.py too
     ... --row-seconds=0.3                           timed rounds of a row; 0: one round of each
+    ... --isa=avx2,avx512                           each row on the CPU with each of these
 
 How it is timed: measure.py. Bytes: floors.py. Columns: table.py.
 """
@@ -17,7 +18,7 @@ import datetime
 import json
 import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--row-seconds", type=float, default=0.8, metavar="S", help="timed rounds of a row; 0: one"
     )
+    known = ", ".join(_C.build_info()["isas"])
+    parser.addoption(
+        "--isa", metavar="NAME,..", help=f"a row on the CPU for each instruction set ({known})"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,6 +53,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_functions", "bench_")
     config.addinivalue_line("markers", "sweep: one of the many shapes; run with -m sweep")
     config.option.benchmark_quiet = True  # its table has no bytes; ours is printed instead
+    try:
+        for name in (config.getoption("--isa") or "auto").split(","):
+            _C.force_isa(name)
+    except ValueError as error:
+        raise pytest.UsageError(f"--isa: {error}") from None
+    _C.force_isa("auto")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = metafunc.config.getoption("--isa")
+    if names is not None and "kernel_bench" in metafunc.fixturenames:
+        metafunc.parametrize("_isa", names.split(","), indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,6 +95,17 @@ def _device(request: pytest.FixtureRequest) -> measure.Device:
     name = request.param
     _DEVICES[name] = measure.Host() if name == "cpu" else measure.Cuda()
     return _DEVICES[name]
+
+
+@pytest.fixture
+def _isa(request: pytest.FixtureRequest, _device: measure.Device) -> Iterator[str]:
+    """The instruction set of this row; "": the best that there is."""
+    name = getattr(request, "param", "")
+    if name and _device.name != "cpu":
+        pytest.skip("instruction sets are of CPUs")
+    _C.force_isa(name or "auto")
+    yield name
+    _C.force_isa("auto")
 
 
 @pytest.fixture
@@ -117,6 +145,7 @@ def kernel_bench(
     benchmark: Any,
     device: measure.Device,
     row_file: RowFile | None,
+    _isa: str,
 ) -> Callable[..., None]:
     """Times one op at one shape, and its rivals in turns with it."""
 
@@ -178,7 +207,7 @@ def kernel_bench(
         bandwidth = {k: v / 1e9 for k, v in device.bandwidth.items()} if kind else {}
         row = {
             "op": op,
-            "variant": variant,
+            "variant": f"{variant} {_isa}".strip(),
             "device": device.name,
             "shape": shape,
             "note": note,
