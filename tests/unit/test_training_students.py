@@ -23,6 +23,7 @@ from helpers.micro_training import (
 from inferlab.cli import train
 from inferlab.models import HFModel
 from inferlab.models.draft_heads import EagleHead, eagle_config, load_eagle, load_medusa
+from inferlab.specdec.calibration import measured_acceptance
 from inferlab.training import precision
 from inferlab.training.heads import losses, students, teach, trainer
 from inferlab.training.heads.unroll import unroll
@@ -83,7 +84,7 @@ def short_runs(monkeypatch):
     original = teach.RunConfig.__init__
 
     def init(self, **options):
-        defaults = {"save_every": 2, "eval_every": 3, "log_every": 1, "new_tokens": 12, "depth": 3}
+        defaults = {"save_every": 2, "eval_every": 3, "log_every": 1, "new_tokens": 40, "depth": 3}
         original(self, **{**defaults, **options})
 
     monkeypatch.setattr(teach.RunConfig, "__init__", init)
@@ -410,7 +411,7 @@ def test_a_model_is_its_own_best_draft(world, temperature):
     found = trial.chains(4)
     assert found.by_position == (1.0,) * 4
     # The first step drafts nothing, four steps keep all they draft.
-    assert found.length == trial.static(levels=4, nodes=8) == 21 / 5
+    assert found.length == trial.static(trial.rates(4, 8), levels=4, nodes=8) == 21 / 5
 
 
 def test_a_position_is_judged_where_those_before_it_were_right():
@@ -432,7 +433,8 @@ def test_an_untrained_head_is_tried(target, tmp_path):
     student.save(tmp_path)
     trial = Trial(target, student.mode, tmp_path, [[5, 6, 7], [9, 4]], new_tokens=40)
     assert len(trial.chains(3).by_position) == 3
-    for length in (trial.static(levels=3, nodes=8), trial.grown(levels=3, nodes=8)):
+    rates = trial.rates(3, 8)
+    for length in (trial.static(rates, levels=3, nodes=8), trial.grown(levels=3, nodes=8)):
         assert 1.0 <= length <= 4.0
 
 
@@ -455,6 +457,9 @@ def test_a_run_leaves_a_loadable_student(world, tmp_path, capsys, monkeypatch, k
     assert report["command"].startswith(f"inferlab train {kind.partition('-')[0]} --base-model")
     assert "--steps 6" in report["command"]
     assert report["command"] in (tmp_path / "README.md").read_text()
+    if kind != "draft":  # whose chains hold so long that these texts have few steps
+        assert measured_acceptance(str(tmp_path)), "who drafts with it knows what to expect"
+        assert json.loads((tmp_path / "acceptance.json").read_text())["temperature"] == 0.0
     if kind == "medusa":
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     base = micro_model(num_hidden_layers=8).bfloat16()

@@ -1,4 +1,5 @@
-"""What a finished student is told about: training.json and the model card."""
+"""What a finished student is told about: training.json, the model card, and which of its drafts are
+accepted."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from inferlab.models import HFModel
+from inferlab.specdec.calibration import write_acceptance
 from inferlab.training.heads.students import Student
 from inferlab.training.heads.teach import RunConfig, Taught, cut_heldout
 from inferlab.training.material.sources import Source
@@ -30,7 +32,9 @@ def student_report(
     source: Source,
     taught: Taught,
 ) -> dict[str, Any]:
-    """Measures the finished student in ``config.output`` and says how it was made.
+    """Measures the finished student in ``config.output`` and says how it was made. What it measured
+    at the first temperature goes beside the weights, as `inferlab calibrate` writes it: who drafts
+    with them knows what to expect.
 
     Target and student are loaded anew, in the dtype that they are served in.
     """
@@ -47,19 +51,24 @@ def student_report(
         )
         levels = min(config.depth, student.max_positions)
         chains = trial.chains(levels)
+        rates = trial.rates(levels, config.nodes)
         entry = {
             "temperature": temperature,
             "prompts": len(source.heldout),
             "new_tokens": config.new_tokens,
             "by_position": chains.by_position,
             "chain": chains.length,
-            "tree": trial.static(levels, config.nodes),
+            "tree": trial.static(rates, levels, config.nodes),
             "nodes": config.nodes,
         }
         if student.mode != "vanilla":
             deeper = min(GROWN_LEVELS, student.max_positions)
             entry["dynamic_tree"] = trial.grown(deeper, config.nodes)
         acceptance.append(entry)
+        if rates and temperature == TEMPERATURES[0]:
+            about = {key: entry[key] for key in ("temperature", "prompts", "new_tokens")}
+            about |= {"base_model": target.name, "draft_mode": student.mode}
+            write_acceptance(config.output, rates, about)
     losses = [entry["loss"] for entry in taught.history if "loss" in entry]
     recent = losses[-5:]
     return {

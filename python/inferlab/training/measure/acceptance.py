@@ -120,12 +120,16 @@ class Trial:
         found = self._decode(controller=counter, max_draft=levels, tree="chain")
         return Chains(counter.shares, found.mean_accepted_length)
 
-    def static(self, levels: int, nodes: int) -> float:
-        """Mean length with the best static tree of so many levels and nodes below the root."""
+    def rates(self, levels: int, nodes: int) -> list[list[float]]:
+        """Acceptance by depth and rank, as far as the best static tree of so many levels and nodes
+        below the root may need it; empty: the prompts were too few."""
         # A tree twice as large counts the ranks that may get into the best one.
         config = self._config.model_copy(update={"max_draft": levels})
         prompts = [prompt for prompt, _ in self._requests]
-        rates = acceptance_rates(config, prompts, nodes=2 * nodes, **self._models)
+        return acceptance_rates(config, prompts, nodes=2 * nodes, **self._models)
+
+    def static(self, rates: list[list[float]], levels: int, nodes: int) -> float:
+        """Mean length with the best static tree of so many levels and nodes by these rates."""
         best = TreeShape.best(rates or [list(ASSUMED_ACCEPTANCE)], nodes, levels)
         return self._decode(best, max_draft=levels).mean_accepted_length
 
