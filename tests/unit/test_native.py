@@ -161,6 +161,19 @@ SHAPES = {
 }
 
 
+def errors_of(target: HFModel) -> list[torch.Tensor]:
+    """How far logits and features are from those of the modules, in standard deviations."""
+    assert target.engine == "native"
+    batch = trees((40, 7, 90), tokens=trees().tokens % 150)
+    ours = target.forward(batch, cache_of(target), LAYERS)
+    target._fused = None
+    theirs = target.forward(batch, cache_of(target), LAYERS)
+    real = torch.arange(5) < COUNTS[:, None]
+    pairs = ((ours.logits, theirs.logits), (ours.features, theirs.features))
+    wide = [(got[real].float(), expected[real].float()) for got, expected in pairs]
+    return [(got - expected).abs() / expected.std() for got, expected in wide]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -168,14 +181,7 @@ def test_every_family_computes_what_its_modules_do(shape, isa, dtype):
     """In halves as far as rounding goes: the modules round in other places."""
     _C.force_isa(isa)
     target = HFModel(random_model(SHAPES[shape](), seed=5).to(dtype))
-    assert target.engine == "native"
-    batch = trees((40, 7, 90), tokens=trees().tokens % 150)
-    ours = target.forward(batch, cache_of(target), LAYERS)
-    target._fused = None
-    theirs = target.forward(batch, cache_of(target), LAYERS)
-    real = torch.arange(5) < COUNTS[:, None]
-    for got, expected in ((ours.logits, theirs.logits), (ours.features, theirs.features)):
-        error = (got[real].float() - expected[real].float()).abs() / expected[real].float().std()
+    for error in errors_of(target):
         most, mean = (1e-4, 1e-5) if dtype == torch.float32 else (0.5, 0.02)
         assert error.max() < most
         assert error.mean() < (mean if dtype != torch.float16 else mean / 8)
@@ -188,15 +194,7 @@ def test_packed_experts_compute_what_their_modules_do(family, quantization, isa)
     _C.force_isa(isa)
     model = tiny_model(family)
     quantize(model, quantization)
-    target = HFModel(model)
-    assert target.engine == "native"
-    batch = trees((40, 7, 90), tokens=trees().tokens % 150)
-    ours = target.forward(batch, cache_of(target), LAYERS)
-    target._fused = None
-    theirs = target.forward(batch, cache_of(target), LAYERS)
-    real = torch.arange(5) < COUNTS[:, None]
-    for got, expected in ((ours.logits, theirs.logits), (ours.features, theirs.features)):
-        error = (got[real] - expected[real]).abs() / expected[real].std()
+    for error in errors_of(HFModel(model)):
         assert error.max() < 0.05, "an input may round to the next of its 255 numbers"
         assert error.mean() < 2e-3
 

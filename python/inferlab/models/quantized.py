@@ -136,12 +136,7 @@ def replace_linears(
     of experts; whether there were any."""
     split = _split_experts(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    places = {
-        child: (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) in LINEARS
-    }
+    places = _places(model, lambda module: type(module) in LINEARS)
     uses = Counter(id(weight) for weight in (embedding.weight, *(c.weight for c in places)))
     found = bool(places)
     for part in [list(places)] if inputs is None else inputs.in_parts(list(places)):
@@ -167,11 +162,9 @@ def replace_linears(
 
 
 def count_weights(model: nn.Module) -> int:
-    """How many weights can be packed."""
-    return sum(
-        module.num_experts * 2 if is_experts(module) else type(module) in LINEARS  # type: ignore
-        for module in model.modules()
-    )
+    """How many weights can be packed; of experts, each one's."""
+    weights = (weight for module in model.modules() for weight in _weights(module))
+    return sum(len(weight) if weight.dim() == 3 else 1 for weight in weights)
 
 
 def _weights(module: Any) -> list[torch.Tensor]:
@@ -181,16 +174,22 @@ def _weights(module: Any) -> list[torch.Tensor]:
     return [module.weight] if type(module) in LINEARS else []
 
 
-def _split_experts(model: nn.Module) -> list[tuple[nn.Module, str, SplitExperts]]:
-    """Takes the experts of all layers apart: where they are, and what they are now."""
-    places = [
-        (parent, name, child)
+def _places(
+    model: nn.Module, wanted: Callable[[nn.Module], bool]
+) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Of the modules that are wanted: whose they are, and under what name."""
+    return {
+        child: (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if is_experts(child)
-    ]
+        if wanted(child)
+    }
+
+
+def _split_experts(model: nn.Module) -> list[tuple[nn.Module, str, SplitExperts]]:
+    """Takes the experts of all layers apart: where they are, and what they are now."""
     split = []
-    for parent, name, child in places:
+    for child, (parent, name) in _places(model, is_experts).items():
         experts = SplitExperts(child)
         setattr(parent, name, experts)
         split.append((parent, name, experts))
