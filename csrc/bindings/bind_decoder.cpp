@@ -319,8 +319,8 @@ class CompiledDecoder {
     return matrix;
   }
 
-  // A weight [out, in], or a packed one (data, bits, group, out, in). Where `count` is not 0, the
-  // first of so many that stand behind each other: [count, out, in], or data of [count, ..].
+  // A weight [out, in], or a packed one (data, bits, group, out, in, zeros). Where `count` is not
+  // 0, the first of so many that stand behind each other: [count, out, in], or data of [count, ..].
   cpu::Matrix weight_of(py::object weight, int64_t in, const char* name, int64_t count) {
     cpu::Matrix matrix;
     matrix.in = in;
@@ -334,6 +334,7 @@ class CompiledDecoder {
       p.group = packed[2].cast<int64_t>();
       p.out = packed[3].cast<int64_t>();
       p.in = packed[4].cast<int64_t>();
+      p.zeros = packed[5].cast<bool>();
       const Tensor data(packed[0], name);
       check(data.u8(), packed_tiles(p), packed_tile_bytes(p));
       require(p.in == in, "a packed weight is for another number of inputs");
@@ -341,6 +342,7 @@ class CompiledDecoder {
       matrix.out = p.out;
       matrix.bits = p.bits;
       matrix.group = p.group;
+      matrix.zeros = p.zeros;
       matrix.bytes = packed_tiles(p) * packed_tile_bytes(p);
     } else {
       const Tensor w(weight, name);

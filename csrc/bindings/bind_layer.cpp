@@ -121,6 +121,7 @@ void packed_linear(Call& c) {
   const Arg& x = c.in("x", T, {rows, in}).rows().decides();
   const Arg& weight = c.in("weight", kU8, {tiles, bytes});
   const int64_t bits = c.integer("bits"), group = c.integer("group");
+  const bool zeros = c.flag("zeros");
   const Arg& bias = c.in("bias", T, {outputs}).optional();
   const Arg& residual = c.in("residual", T, {rows, outputs}).optional();
   const Arg& y = c.out("out", T, {rows, outputs});
@@ -129,9 +130,11 @@ void packed_linear(Call& c) {
           [&] { return "bits is " + std::to_string(bits) + "; it must be 8 or 4"; });
   require(group == 32 || group == 64 || group == 128,
           [&] { return "group is " + std::to_string(group) + "; it must be 32, 64 or 128"; });
+  require(bits == 4 || !zeros, "zeros is set with 8 bits; only weights of 4 bits have them");
   LinearParams p = product_of(x, weight, bias, residual, y, T);
   p.bits = static_cast<int>(bits);
   p.group = group;
+  p.zeros = zeros;
   require(tiles == packed_tiles(p) && bytes == packed_tile_bytes(p), [&] {
     return "weight has shape " + weight.shape_str() + "; packed for " + std::to_string(p.out) +
            " outputs and " + std::to_string(p.in) + " inputs it must be [" +

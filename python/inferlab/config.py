@@ -210,8 +210,10 @@ class SpecdecConfig(Sampled):
     that they do not cover; ``hf``, the model's own modules; ``auto``, the first that can.
     ``quantization`` and ``draft_quantization`` pack the weights of the target and of the draft
     model when they are loaded: ``int8`` and ``int4`` on a CPU, the others by the packages
-    bitsandbytes and torchao. ``tensor_parallel`` shares the target out over so many
-    processes, each with a device of its own; left out it is as many as torchrun started, else 1.
+    bitsandbytes and torchao. Weights that come rounded (GPTQ, AWQ, compressed-tensors) are
+    multiplied with as they are on a CPU, where that loses nothing, with ``dense`` never.
+    ``tensor_parallel`` shares the target out over so many processes, each with a device of its own;
+    left out it is as many as torchrun started, else 1.
     ``device_map`` puts its layers on several devices in turn, as accelerate does it: auto,
     balanced, balanced_low_0, sequential, or the device of each module. ``kv_memory_mb`` counts on
     each device alone. Draft models lie on one device. ``record`` is the directory that each

@@ -100,7 +100,7 @@ DeviceMap = Annotated[
 ]
 DeviceKind = Literal["mps", "cuda", "cpu"]
 Quantization = Literal[
-    "none", "int8", "int4", "bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-int4"
+    "none", "dense", "int8", "int4", "bnb-8bit", "bnb-4bit", "torchao-int8", "torchao-int4"
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_long_dtype_name)

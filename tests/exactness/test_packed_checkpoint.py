@@ -79,7 +79,10 @@ def test_files_that_are_not_as_written_are_refused(tmp_path):
     file.write_bytes(whole)
     assert load_with().quantization == "int4"
     for changes, message in (
-        ({"version": 2}, "packed in version 2 of the layout, and this inferlab reads version 1"),
+        (
+            {"version": 3},
+            "packed in version 3 of the layout, and this inferlab reads version 2 and",
+        ),
         ({"format": "int3"}, "format is 'int3'; known are 'int8', 'int4'"),
         ({"sha256": {"model.safetensors": "0" * 64}}, "is damaged"),
         ({"sha256": 3}, "sha256 is 3; it must be a mapping"),

@@ -13,6 +13,7 @@ from torch import nn
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 GROUP = 16
+WIDE = 32  # groups of our products
 Tensors = dict[str, torch.Tensor]
 Written = tuple[Tensors, torch.Tensor]
 """The parts of a module as they are stored, and the fp32 weight that they stand for."""
@@ -43,12 +44,19 @@ def random_parts(
     return q, zeros, (torch.rand(outputs, groups) * 0.02 + 0.001).half()
 
 
-def gptq(bits: int, *, v2: bool = False, ordered: bool = True, symmetric: bool = False) -> Layout:
+def gptq(
+    bits: int,
+    *,
+    v2: bool = False,
+    ordered: bool = True,
+    symmetric: bool = False,
+    group: int = GROUP,
+) -> Layout:
     def write(weight: torch.Tensor) -> Written:
         outputs, inputs = weight.shape
-        groups = inputs // GROUP
+        groups = inputs // group
         q, zeros, scales = random_parts(outputs, groups, inputs, bits, symmetric)
-        group_of = torch.arange(inputs) // GROUP
+        group_of = torch.arange(inputs) // group
         if not ordered:
             group_of = group_of[torch.randperm(inputs)]
         stored = zeros if v2 else (zeros - 1) % 2**bits
@@ -60,32 +68,43 @@ def gptq(bits: int, *, v2: bool = False, ordered: bool = True, symmetric: bool =
         }
         return parts, scales.float()[:, group_of] * (q - zeros[:, group_of])
 
-    settings = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": not ordered}
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": not ordered}
     return write, settings | ({"checkpoint_format": "gptq_v2"} if v2 else {})
 
 
-def awq(weight: torch.Tensor) -> Written:
-    outputs, inputs = weight.shape
-    q, zeros, scales = random_parts(outputs, inputs // GROUP, inputs, 4, symmetric=False)
-
-    def interleaved(row: list[int]) -> list[int]:
-        order = (0, 2, 4, 6, 1, 3, 5, 7)
-        return words([row[at + place] for at in range(0, len(row), 8) for place in order], 4)
-
-    parts = {
-        "qweight": int32([interleaved(row) for row in q.t().tolist()]),
-        "qzeros": int32([interleaved(row) for row in zeros.t().tolist()]),
-        "scales": scales.t().contiguous(),
-    }
-    spread = scales.float().repeat_interleave(GROUP, 1)
-    return parts, spread * (q - zeros.repeat_interleave(GROUP, 1))
-
-
-def compressed(bits: int, *, groups: bool, symmetric: bool, ordered: bool = True) -> Layout:
+def awq(group: int = GROUP) -> Layout:
     def write(weight: torch.Tensor) -> Written:
         outputs, inputs = weight.shape
-        count = inputs // GROUP if groups else 1
+        q, zeros, scales = random_parts(outputs, inputs // group, inputs, 4, symmetric=False)
+
+        def interleaved(row: list[int]) -> list[int]:
+            order = (0, 2, 4, 6, 1, 3, 5, 7)
+            return words([row[at + place] for at in range(0, len(row), 8) for place in order], 4)
+
+        parts = {
+            "qweight": int32([interleaved(row) for row in q.t().tolist()]),
+            "qzeros": int32([interleaved(row) for row in zeros.t().tolist()]),
+            "scales": scales.t().contiguous(),
+        }
+        spread = scales.float().repeat_interleave(group, 1)
+        return parts, spread * (q - zeros.repeat_interleave(group, 1))
+
+    return write, {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+
+
+def compressed(
+    bits: int,
+    *,
+    group: int | None,
+    symmetric: bool,
+    ordered: bool = True,
+    dtype: torch.dtype = torch.float16,
+) -> Layout:
+    def write(weight: torch.Tensor) -> Written:
+        outputs, inputs = weight.shape
+        count = inputs // group if group else 1
         q, zeros, scales = random_parts(outputs, count, inputs, bits, symmetric)
+        scales = scales.to(dtype)
         group_of = torch.arange(inputs) * count // inputs
         if not ordered:
             group_of = group_of[torch.randperm(inputs)]
@@ -102,7 +121,7 @@ def compressed(bits: int, *, groups: bool, symmetric: bool, ordered: bool = True
         return parts, scales.float()[:, group_of] * (q - zeros[:, group_of])
 
     more = {"symmetric": symmetric} | ({} if ordered else {"actorder": "group"})
-    return write, compressed_settings("pack-quantized", bits, GROUP if groups else None, **more)
+    return write, compressed_settings("pack-quantized", bits, group, **more)
 
 
 def compressed_settings(form: str, bits: int, group: int | None, **more: object) -> Settings:
@@ -149,11 +168,11 @@ LAYOUTS: dict[str, Layout] = {
     "gptq 4, by activation": gptq(4, ordered=False),
     "gptq 8": gptq(8),
     "gptq v2": gptq(4, v2=True),
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
-    "packed 4": compressed(4, groups=True, symmetric=True),
-    "packed 4, zeros": compressed(4, groups=True, symmetric=False),
-    "packed 4, by activation": compressed(4, groups=True, symmetric=True, ordered=False),
-    "packed 8": compressed(8, groups=False, symmetric=True),
+    "awq": awq(),
+    "packed 4": compressed(4, group=GROUP, symmetric=True),
+    "packed 4, zeros": compressed(4, group=GROUP, symmetric=False),
+    "packed 4, by activation": compressed(4, group=GROUP, symmetric=True, ordered=False),
+    "packed 8": compressed(8, group=None, symmetric=True),
     "int8": (whole_bytes, compressed_settings("int-quantized", 8, None)),
     "float8": (
         float8(1, 10**6, "weight_scale"),
@@ -167,11 +186,27 @@ LAYOUTS: dict[str, Layout] = {
     "fp8 of the whole": (float8(0, 0, "weight_scale_inv"), FP8),
     "fbgemm": (float8(1, 10**6, "weight_scale"), {"quant_method": "fbgemm_fp8"}),
 }
+PACKED: dict[str, tuple[Layout, tuple[int, int, bool]]] = {
+    "gptq": (gptq(4, group=WIDE), (4, WIDE, True)),
+    "gptq v2, symmetric": (gptq(4, v2=True, symmetric=True, group=WIDE), (4, WIDE, True)),
+    "awq": (awq(WIDE), (4, WIDE, True)),
+    "packed 4": (
+        compressed(4, group=WIDE, symmetric=True, dtype=torch.bfloat16),
+        (4, WIDE, False),
+    ),
+    "packed 4, zeros": (compressed(4, group=WIDE, symmetric=False), (4, WIDE, True)),
+    "packed 4 of outputs": (compressed(4, group=None, symmetric=True), (4, 128, True)),
+    "packed 8": (
+        compressed(8, group=None, symmetric=True, dtype=torch.bfloat16),
+        (8, 64, False),
+    ),
+}
+"""Those that our products take as they are, and how: [bits, group, zeros]."""
 
 
-def write_checkpoint(folder: Path, layout: str, family: str = "llama") -> Tensors:
+def write_checkpoint(folder: Path, layout: str | Layout, family: str = "llama") -> Tensors:
     """A tiny model whose linear modules but the head are rounded; what its weights stand for."""
-    write, settings = LAYOUTS[layout]
+    write, settings = LAYOUTS[layout] if isinstance(layout, str) else layout
     model = tiny_model(family)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

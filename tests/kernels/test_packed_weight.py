@@ -22,7 +22,14 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def by_definition(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, bits: int, group: int):
+def by_definition(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bits: int,
+    group: int,
+):
     """y[m, n], number by number, in float64 from inputs that are rounded as floats are."""
     rows, inputs = x.shape
     y = torch.zeros(rows, len(q), dtype=torch.float64)
@@ -33,8 +40,9 @@ def by_definition(x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, bits: 
             inverse = np.float32(127.0) / most if most > 0 else np.float32(0)
             rounded = np.rint(part * inverse).astype(np.int64)
             for n in range(len(q)):
-                whole = (q[n, start : start + group].numpy() - 2 ** (bits - 1)) * rounded
-                scale = scales[n, 0 if bits == 8 else g]
+                place = n, 0 if bits == 8 else g
+                whole = (q[n, start : start + group].numpy() - int(zeros[place])) * rounded
+                scale = scales[place]
                 y[m, n] += float(scale) * float(most / np.float32(127)) * int(whole.sum())
     return y
 
@@ -50,13 +58,20 @@ def test_products_are_what_is_written_down(data):
     tiles, groups = -(-outputs // 16), -(-inputs // group)
     q = torch.from_numpy(rng.integers(0, 2**bits, (16 * tiles, groups * group)))
     scales = torch.from_numpy(rng.normal(size=(16 * tiles, 1 if bits == 8 else groups)) / 50)
-    packed = kernels.PackedWeight(lay_out(q, scales.bfloat16(), bits), bits, group, outputs, inputs)
+    zeros = torch.full(scales.shape, 2 ** (bits - 1))
+    told = bits == 4 and data.draw(st.booleans())
+    if told:
+        scales, zeros = scales.half(), torch.from_numpy(rng.integers(0, 256, scales.shape))
+    else:
+        scales = scales.bfloat16()
+    tiles_of = lay_out(q, scales, bits, zeros if told else None)
+    packed = kernels.PackedWeight(tiles_of, bits, group, outputs, inputs, told)
     wide = random(rows, inputs + apart, dtype=dtype)
     wide[:, inputs:] = float("nan")
     x = wide[:, :inputs]
     x[0, : inputs // 2] = 0  # whole groups of nothing
     expected = by_definition(
-        x.float(), q[:outputs, :inputs], scales.bfloat16()[:outputs].float(), bits, group
+        x.float(), q[:outputs, :inputs], scales[:outputs].float(), zeros[:outputs], bits, group
     )
     bias = random(outputs, dtype=dtype, seed=2) if data.draw(st.booleans()) else None
     residual = random(rows, outputs, dtype=dtype, seed=3) if data.draw(st.booleans()) else None
@@ -65,7 +80,7 @@ def test_products_are_what_is_written_down(data):
     if residual is not None:
         expected += residual.double()
     out = [torch.empty(rows, outputs, dtype=dtype)]
-    by_torch(x, packed.data, bits, group, bias, residual, out[0])
+    by_torch(x, packed.data, bits, group, told, bias, residual, out[0])
     for isa in ISAS:
         _C.force_isa(isa)
         try:
@@ -79,11 +94,15 @@ def test_products_are_what_is_written_down(data):
         assert torch.equal(own, out[1])
 
 
-@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 128)])
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 128), ("zeros", 32)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_threads(bits, group, dtype):
     most = 40
-    weight = kernels.pack(random(483, 160, seed=1), bits, group)
+    if bits == "zeros":
+        weight = kernels.pack_rounded(*rounded(483, 160, 4, 160 // group, zeros="any"), 4)
+        assert weight.zeros
+    else:
+        weight = kernels.pack(random(483, 160, seed=1), bits, group)
     x = random(most, 160, dtype=dtype)
     x[::7] *= 1e3
     alone = torch.cat([kernels.packed_linear(x[i : i + 1], weight) for i in range(most)])
@@ -199,6 +218,59 @@ def test_inputs_that_were_never_seen_are_rounded_to_nearest():
             pack(weight, 4, 32, wrong)
 
 
+def rounded(outputs: int, inputs: int, bits: int, groups: int, zeros: int | str = "middle"):
+    """q, zeros and fp16 scales of a weight that is rounded."""
+    torch.manual_seed(4)
+    q = torch.randint(0, 2**bits, (outputs, inputs))
+    told = torch.full((outputs, groups), 2 ** (bits - 1))
+    if zeros == "any":
+        told = torch.randint(0, 2**bits, (outputs, groups))
+    return q, told, (torch.rand(outputs, groups) * 0.02 + 0.001).half()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "groups", "group"),
+    [(64, 2, 32), (192, 1, 128), (96, 1, 128), (192, 3, 64), (384, 2, 64), (512, 2, 128)],
+)
+@pytest.mark.parametrize("zeros", ["any", "middle"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_rounded_already_loses_nothing(inputs, groups, group, zeros, dtype):
+    q, told, scales = rounded(33, inputs, 4, groups, zeros)
+    scales = scales.to(dtype)  # those of bf16 are fp16's, too, at this size
+    packed = kernels.pack_rounded(q, told, scales, 4)
+    assert (packed.group, packed.zeros) == (group, zeros == "any" or dtype is torch.float16)
+    size = inputs // groups
+    wide = scales.float().repeat_interleave(size, 1) * (q - told.repeat_interleave(size, 1))
+    assert torch.equal(unpack(packed), wide)
+    x = random(5, inputs)
+    out = kernels.packed_linear(x, packed)
+    assert (out - x @ wide.T).abs().max() < 0.02 * (x @ wide.T).abs().max()
+
+
+def test_of_8_bits_outputs_have_one_scale():
+    q, told, scales = rounded(20, 100, 8, 1)
+    scales = scales.bfloat16()
+    packed = kernels.pack_rounded(q, told, scales, 8)
+    assert (packed.bits, packed.zeros) == (8, False)
+    assert torch.equal(unpack(packed), scales.float() * (q - 128))
+
+
+def test_what_would_lose_something_is_not_packed():
+    q, told, scales = rounded(16, 96, 4, 2)
+    for changed in (
+        (q, told, scales.float() * 1.0001, 4),  # no scales of 16 bits
+        (q, told, scales.double() * 1e6, 4),
+        (q, told + 300, scales, 4),
+        (q, told - 9, scales, 4),
+        (q, told, scales, 3),
+        (*rounded(16, 96, 8, 1), 8),  # fp16's
+        (*rounded(16, 96, 8, 2), 8),
+        (*rounded(16, 48, 4, 3), 4),  # groups of 16
+        (*rounded(16, 100, 4, 3), 4),
+    ):
+        assert kernels.pack_rounded(*changed) is None
+
+
 def test_what_cannot_be_packed_or_multiplied_is_refused():
     x, packed = random(2, 40), kernels.pack(random(20, 40), 8, 32)
     nan = torch.full((2, 2), float("nan"))
@@ -217,6 +289,8 @@ def test_what_cannot_be_packed_or_multiplied_is_refused():
         ({"group": 48}, "group is 48; it must be 32, 64 or 128"),
         ({"out_features": 40}, r"weight has shape \[2, .*outputs and 40 inputs it must be \[3, "),
         ({"bits": 4}, "it must be"),
+        ({"zeros": True}, "zeros is set with 8 bits"),
+        ({"bits": 4, "zeros": True}, r"it must be \[2, "),
     ):
         with pytest.raises(ValueError, match=message):
             kernels.packed_linear(x, packed._replace(**changed))

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.rounded_checkpoints import LAYOUTS, set_config, write_checkpoint
+from helpers.rounded_checkpoints import LAYOUTS, PACKED, WIDE, gptq, set_config, write_checkpoint
 from helpers.tiny_models import tiny_tokenizer
 from inferlab import SpeculativePipeline
-from inferlab.models import HFModel, ModelLoadError
+from inferlab.kernels import unpack
+from inferlab.models import HFModel, ModelLoadError, ModelTooLargeError
+from inferlab.models.quantized import QuantizedLinear
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -25,6 +27,91 @@ def test_weights_are_what_the_layout_says(layout, tmp_path):
             assert torch.equal(found[name], weight.to(dtype)), name
     method = LAYOUTS[layout][1]["quant_method"]
     assert f"unpacked from {method}" in target.load_notes[0]
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_products_take_stays_packed(layout, dtype, tmp_path):
+    written, packing = PACKED[layout]
+    dense = write_checkpoint(tmp_path, written)
+    target = HFModel.load(tmp_path, device="cpu", dtype=dtype)
+    linears = {
+        name: module
+        for name, module in target.model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+    rounded = {name.removesuffix(".weight") for name in dense if "_proj" in name}
+    assert linears.keys() == rounded
+    for name, linear in linears.items():
+        assert (linear.bits, linear.group, linear.zeros) == packing
+        assert torch.equal(unpack(linear.packed), dense[f"{name}.weight"]), name
+    method = written[1]["quant_method"]
+    assert target.quantization == method
+    assert f"as they come from {method}" in target.load_notes[0]
+    # On request all is dense, and packing it anew begins with that.
+    unpacked = HFModel.load(tmp_path, device="cpu", dtype=dtype, quantization="dense")
+    found = unpacked.model.state_dict()
+    for name, weight in dense.items():
+        assert torch.equal(found[name], weight.to(dtype)), name
+    anew = HFModel.load(tmp_path, device="cpu", dtype=dtype, quantization="int8")
+    assert anew.quantization == "int8"
+
+
+@pytest.mark.parametrize("layout", ["gptq", "packed 4", "packed 8"])
+def test_packed_ones_decode_as_modules_would_and_can_be_saved(layout, tmp_path):
+    written, _ = PACKED[layout]
+    write_checkpoint(tmp_path / "model", written, "qwen2")
+    target = HFModel.load(tmp_path / "model", device="cpu", engine="native")
+    target.model.save_pretrained(tmp_path / "saved")
+    tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    again = HFModel.load(tmp_path / "saved", device="cpu", engine="hf")
+    assert again.quantization == target.quantization == written[1]["quant_method"]
+    for key, tensor in target.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], tensor)
+    plain, drafted, modules = (
+        SpeculativePipeline(target=model, draft_mode=mode).generate("abab", max_tokens=16)
+        for model, mode in ((target, "none"), (target, "ngram"), (again, "none"))
+    )
+    assert plain["token_ids"] == drafted["token_ids"] == modules["token_ids"]
+
+
+def test_modules_that_are_no_linears_are_refused(tmp_path):
+    written, _ = PACKED["gptq"]
+    write_checkpoint(tmp_path / "model", written)
+    HFModel.load(tmp_path / "model", device="cpu").model.save_pretrained(tmp_path / "saved")
+    tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    config = json.loads(file.read_text())
+    modules = config["quantization_config"]["modules"]
+    for wrong, message in (
+        (modules | {"model.layers.0": [4, 32, True]}, "model.layers.0 is packed, and Llama"),
+        (modules | {"lm_head": [4, 48, True]}, r"lm_head is packed as \[4, 48, True\]; it must"),
+        (modules | {"lm_head": 3}, "lm_head is packed as 3"),
+    ):
+        config["quantization_config"]["modules"] = wrong
+        file.write_text(json.dumps(config))
+        with pytest.raises(ModelLoadError, match=message):
+            HFModel.load(tmp_path / "saved", device="cpu")
+
+
+def test_one_layer_that_products_do_not_take_is_dense(tmp_path):
+    dense = write_checkpoint(tmp_path, gptq(4, group=WIDE))
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj"
+    stored = load_file(file)
+    stored[f"{name}.g_idx"] = stored[f"{name}.g_idx"].flip(0).contiguous()
+    save_file(stored, file, {"format": "pt"})
+    modules = dict(HFModel.load(tmp_path, device="cpu").model.named_modules())
+    assert type(modules[name]) is torch.nn.Linear
+    assert isinstance(modules["model.layers.0.mlp.up_proj"], QuantizedLinear)
+    assert modules[name].weight.shape == dense[f"{name}.weight"].shape
+
+
+def test_memory_that_is_allowed_is_that_of_the_weights_as_they_are(tmp_path):
+    write_checkpoint(tmp_path, gptq(4, group=WIDE))
+    limit = 0.9 * (tmp_path / "model.safetensors").stat().st_size / 2**20 + 0.1
+    HFModel.load(tmp_path, device="cpu", max_memory_mb=limit)
+    with pytest.raises(ModelTooLargeError, match=r"MB of gptq weights, over max_memory_mb = "):
+        HFModel.load(tmp_path, device="cpu", max_memory_mb=0.05)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "opt"])  # with biases

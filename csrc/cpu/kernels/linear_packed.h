@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "inferlab/packed_weight.h"
 #include "isa.h"
@@ -21,7 +22,7 @@ struct PackedRows {
   int64_t at_once;  // rows of a block: of equal size, as few rows leave the multipliers idle
   int8_t* x;        // [blocks][width / 4][rows of the block][4], as add_group reads them
   float* scale;     // [rows, groups]
-  int32_t* start;   // [rows, groups]
+  int32_t* start;   // [rows, groups]; where zeros differ, of 1
 
   static int64_t scratch_floats(const LinearParams& p) {
     return p.rows * packed_groups(p) * (p.group * packed_input_bytes(p.bits) / 4 + 2);
@@ -96,23 +97,33 @@ struct PackedRows {
     put_inputs(to, p.group, p.bits, place, four * together);
     // An input that is no number, or infinite, makes all outputs of its row NaN.
     scale[row * groups + g] = finite ? (counts ? most / 127.0f : 0.0f) : bits_to_float(0x7fc00000u);
-    start[row * groups + g] = -(p.bits == 8 ? 128 : 8) * sum;
+    start[row * groups + g] = -(p.zeros ? 1 : p.bits == 8 ? 128 : 8) * sum;
   }
 };
 
+// How weights are packed and multiplied.
+template <int kWeightBits, bool kHasZeros, bool kFastDot>
+struct Packing {
+  static constexpr int kBits = kWeightBits;
+  static constexpr bool kZeros = kHasZeros, kFast = kFastDot;
+  using Scale = std::conditional_t<kZeros, f16, bf16>;
+};
+
 // Outputs of M rows and V vectors of lanes: sums[m * stride + lane of all vectors].
-template <int kBits, bool kFast, int M, int V>
+template <typename By, int M, int V>
 inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t row,
                          const uint8_t* const* tiles, float* sums, int64_t stride) {
   constexpr int kVectors = 16 / kLanes;  // of a tile
   const int64_t scale_bytes = packed_scale_bytes(p);
-  const bf16* scales[V];
+  const typename By::Scale* scales[V];
+  const uint8_t* zeros[V];
   const uint8_t* q[V];
   vf acc[M][V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const uint8_t* tile = tiles[v / kVectors];
-    scales[v] = reinterpret_cast<const bf16*>(tile) + v % kVectors * kLanes;
+    scales[v] = reinterpret_cast<const typename By::Scale*>(tile) + v % kVectors * kLanes;
+    zeros[v] = tile + rows.groups * kPackedOutputs * 2 + v % kVectors * kLanes;
     q[v] = tile + scale_bytes + v % kVectors * kLanes * 4;
   }
 #pragma GCC unroll 16
@@ -120,7 +131,7 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = vset(0.0f);
   }
-  constexpr int kInput = packed_input_bytes(kBits);
+  constexpr int kInput = packed_input_bytes(By::kBits);
   const int8_t* x = rows.x + row * rows.width * kInput;
   for (int64_t g = 0; g < rows.groups; ++g, x += p.group * M * kInput) {
     vi dot[M][V];
@@ -128,15 +139,21 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
     for (int m = 0; m < M; ++m) {
       const vi start = vset(rows.start[(row + m) * rows.groups + g]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) dot[m][v] = start;
+      for (int v = 0; v < V; ++v) {
+        if constexpr (By::kZeros) {
+          dot[m][v] = start * widen_bytes(zeros[v] + g * kPackedOutputs);
+        } else {
+          dot[m][v] = start;
+        }
+      }
     }
-    add_group<kBits, kFast>(dot, q, x, p.group);
+    add_group<By::kBits, By::kFast>(dot, q, x, p.group);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const vf sx = vset(rows.scale[(row + m) * rows.groups + g]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        if constexpr (kBits == 8) {
+        if constexpr (By::kBits == 8) {
           acc[m][v] = vfma(to_floats(dot[m][v]), sx, acc[m][v]);
         } else {
           const vf scale = vload(scales[v] + g * kPackedOutputs);
@@ -149,24 +166,24 @@ inline void packed_block(const LinearParams& p, const PackedRows& rows, int64_t 
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const vf sum = kBits == 8 ? acc[m][v] * vload(scales[v]) : acc[m][v];
+      const vf sum = By::kBits == 8 ? acc[m][v] * vload(scales[v]) : acc[m][v];
       vstore(sums + m * stride + v * kLanes, sum);
     }
   }
 }
 
 // `count` <= M rows.
-template <int kBits, bool kFast, int V, int M>
+template <typename By, int V, int M>
 inline void packed_rows(const LinearParams& p, const PackedRows& rows, int64_t row, int64_t count,
                         const uint8_t* const* tiles, float* sums, int64_t stride) {
   if (count == M) {
-    packed_block<kBits, kFast, M, V>(p, rows, row, tiles, sums, stride);
+    packed_block<By, M, V>(p, rows, row, tiles, sums, stride);
   } else if constexpr (M > 1) {
-    packed_rows<kBits, kFast, V, M - 1>(p, rows, row, count, tiles, sums, stride);
+    packed_rows<By, V, M - 1>(p, rows, row, count, tiles, sums, stride);
   }
 }
 
-template <int kBits, bool kFast>
+template <typename By>
 void packed_tiles_of(const LinearParams& p, const float* scratch, int64_t begin, int64_t end) {
   constexpr int kVectors = 16 / kLanes;
   constexpr int kPair = 2 * static_cast<int>(kPackedOutputs);
@@ -183,9 +200,9 @@ void packed_tiles_of(const LinearParams& p, const float* scratch, int64_t begin,
     for (int64_t row = 0; row < p.rows; row += rows.at_once) {
       const int64_t count = std::min(rows.at_once, p.rows - row);
       if (pair) {
-        packed_rows<kBits, kFast, 2 * kVectors, kPairRows>(p, rows, row, count, tiles, sums, kPair);
+        packed_rows<By, 2 * kVectors, kPairRows>(p, rows, row, count, tiles, sums, kPair);
       } else {
-        packed_rows<kBits, kFast, kVectors, kPackedRows>(p, rows, row, count, tiles, sums, kPair);
+        packed_rows<By, kVectors, kPackedRows>(p, rows, row, count, tiles, sums, kPair);
       }
       with_dtype(p.dtype, [&](auto zero) {
         for (int64_t r = 0; r < count; ++r) {
@@ -197,17 +214,18 @@ void packed_tiles_of(const LinearParams& p, const float* scratch, int64_t begin,
   }
 }
 
+template <int kBits, bool kZeros>
+void packed_outputs_of(const LinearParams& p, const float* scratch, int64_t begin, int64_t end) {
+  has_fast_dot() ? packed_tiles_of<Packing<kBits, kZeros, true>>(p, scratch, begin, end)
+                 : packed_tiles_of<Packing<kBits, kZeros, false>>(p, scratch, begin, end);
+}
+
 // Outputs [begin, end) of all rows; begin is the first of a tile.
 inline void packed_outputs(const LinearParams& p, const float* scratch, int64_t begin,
                            int64_t end) {
-  const bool fast = has_fast_dot();
-  if (p.bits == 8) {
-    fast ? packed_tiles_of<8, true>(p, scratch, begin, end)
-         : packed_tiles_of<8, false>(p, scratch, begin, end);
-  } else {
-    fast ? packed_tiles_of<4, true>(p, scratch, begin, end)
-         : packed_tiles_of<4, false>(p, scratch, begin, end);
-  }
+  if (p.bits == 8) return packed_outputs_of<8, false>(p, scratch, begin, end);
+  p.zeros ? packed_outputs_of<4, true>(p, scratch, begin, end)
+          : packed_outputs_of<4, false>(p, scratch, begin, end);
 }
 
 }  // namespace inferlab::cpu::INFERLAB_ISA

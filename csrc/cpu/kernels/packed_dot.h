@@ -21,6 +21,10 @@ struct vb {
 };
 inline vi vset(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline vi operator*(vi a, vi b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline vi widen_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline vf to_floats(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline vb load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline vb low_halves(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
@@ -66,6 +70,10 @@ struct vi {
   __m256i v;
 };
 inline vi vset(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline vi operator*(vi a, vi b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline vi widen_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
 inline vf to_floats(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline bool has_fast_dot() { return false; }
 
@@ -85,6 +93,11 @@ inline vi operator+(vi a, vi b) {
   for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
   return a;
 }
+inline vi operator*(vi a, vi b) {
+  for (int i = 0; i < 4; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline vi widen_bytes(const uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
 inline vf to_floats(vi a) {
   vf r;
   for (int i = 0; i < 4; ++i) r.v[i] = static_cast<float>(a.v[i]);

@@ -20,6 +20,7 @@ struct Matrix {
   int64_t out = 0, in = 0;
   int bits = 0;
   int64_t group = 0;
+  bool zeros = false;
   int64_t bytes = 0;  // of the weight
 };
 

@@ -25,6 +25,7 @@ struct LinearParams {
   // groups of so many inputs. 0: as it is.
   int bits = 0;
   int64_t group = 0;
+  bool zeros = false;  // packed with zeros of groups
 };
 
 namespace cpu {

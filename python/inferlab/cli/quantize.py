@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             max_memory_mb=args.max_memory_mb,
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
+            dense=True,
         )
         model = loaded.model
         if PackedConfig.of(model.config) is not None:

@@ -89,8 +89,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         choices=one_of("quantization"),
-        help="the target's weights, packed when it is loaded: int8 and int4 on a CPU, the others "
-        "by bitsandbytes and torchao (none)",
+        help="the target's weights, packed when it is loaded: int8 and int4 on a CPU, bnb and "
+        "torchao by these packages; dense: those that come rounded (GPTQ, AWQ, ...) are not packed "
+        "as they are (none)",
     )
     group.add_argument(
         "--draft-quantization",

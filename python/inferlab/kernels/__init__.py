@@ -12,7 +12,7 @@ from inferlab.kernels.kv import (
     kv_gather,
 )
 from inferlab.kernels.layer import linear, packed_linear, rms_norm, rope_append, silu_mul
-from inferlab.kernels.packed_weight import PackedWeight, pack, packed_sizes, unpack
+from inferlab.kernels.packed_weight import PackedWeight, pack, pack_rounded, packed_sizes, unpack
 from inferlab.kernels.sample import sample, sample_workspace
 from inferlab.kernels.sampling_params import SamplingTensors
 from inferlab.kernels.verify import verify_tree_match, verify_tree_rejection
@@ -37,6 +37,7 @@ __all__ = [
     "kv_gather",
     "linear",
     "pack",
+    "pack_rounded",
     "packed_linear",
     "packed_sizes",
     "paged_tree_attention",

@@ -116,7 +116,8 @@ def packed_linear(
             f"x has shape {list(x.shape)}; the weight is packed for {weight.in_features} inputs"
         )
     out = empty((x.shape[0], weight.out_features), x)
-    run(x, "packed_linear", x, weight.data, weight.bits, weight.group, bias, residual, out)
+    sizes = weight.bits, weight.group, weight.zeros
+    run(x, "packed_linear", x, weight.data, *sizes, bias, residual, out)
     return out
 
 

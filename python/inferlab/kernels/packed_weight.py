@@ -15,14 +15,16 @@ ROWS_AT_ONCE = 512  # outputs that are widened to fp32 together
 
 
 class PackedWeight(NamedTuple):
-    """A weight [out, in] as ``scale * (q - 2**(bits - 1))``.
+    """A weight [out, in] as ``scale * (q - zero)``, zero ``2**(bits - 1)`` or told.
 
     Attributes:
-        data: [tiles, bytes] uint8, sixteen outputs a tile: scales, then q in the order of reading.
+        data: [tiles, bytes] uint8, sixteen outputs a tile: scales, zeros, if they are told, then q
+            in the order of reading.
         bits: of q, 8 or 4.
         group: inputs that are rounded together: of x always, of the weight in 4 bits. In 8 bits an
             output has one scale.
         out_features, in_features: as they were.
+        zeros: of 4 bits, scales are fp16 and each has a zero of its own; else bf16.
     """
 
     data: torch.Tensor
@@ -30,6 +32,7 @@ class PackedWeight(NamedTuple):
     group: int
     out_features: int
     in_features: int
+    zeros: bool = False
 
     @property
     def num_scales(self) -> int:
@@ -39,7 +42,7 @@ class PackedWeight(NamedTuple):
     @property
     def scale_bytes(self) -> int:
         """Of a tile, up to where q begins."""
-        return -(-self.num_scales * OUTPUTS * 2 // 64) * 64
+        return -(-self.num_scales * OUTPUTS * (3 if self.zeros else 2) // 64) * 64
 
 
 def pack(
@@ -77,10 +80,58 @@ def pack(
     return PackedWeight(torch.cat(parts), bits, group, outputs, inputs)
 
 
-def packed_sizes(weight: torch.Tensor, bits: int, group: int = 32) -> PackedWeight:
-    """What `pack` would give, not filled, on the weight's device."""
+def pack_rounded(
+    q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, bits: int
+) -> PackedWeight | None:
+    """Packs what is rounded already: ``scales * (q - zeros)``, of groups of inputs of equal length.
+
+    Args:
+        q: [out, in], whole numbers from 0 to 2**bits - 1.
+        zeros, scales: [out, S], of each group; zeros whole numbers.
+
+    Returns:
+        None where the layout cannot hold it without loss: of 8 bits zeros other than 128, more than
+        one group or scales that are not bf16's; of 4, groups that are no multiple of 32 inputs, or
+        neither bf16's scales with zeros of 8 nor fp16's with some from 0 to 255; other bits.
+    """
+    outputs, inputs = q.shape
+    count = scales.shape[1]
+    size = inputs // count
+    usual = bool((zeros == 2 ** (bits - 1)).all()) and _holds(scales, torch.bfloat16)
+    told = _holds(scales, torch.float16) and bool(((zeros >= 0) & (zeros < 256)).all())
+    if bits == 8 and count == 1 and usual:
+        group, repeated = 64, 1
+    elif bits == 4 and inputs % count == 0 and (usual or told):
+        group = GROUPS[-1] if count == 1 else max((g for g in GROUPS if size % g == 0), default=0)
+        if group == 0:
+            return None
+        repeated = -(-size // group)
+    else:
+        return None
+    scales = scales.to(torch.bfloat16 if usual else torch.float16).repeat_interleave(repeated, 1)
+    zeros = zeros.to(torch.int32).repeat_interleave(repeated, 1)
+    more = -outputs % OUTPUTS
+    scales = torch.nn.functional.pad(scales, (0, 0, 0, more))
+    q = torch.nn.functional.pad(q, (0, -inputs % group, 0, more))
+    # Beyond the last input q may be anything: these are 0. So are scales beyond the last output.
+    zeros = torch.nn.functional.pad(zeros, (0, 0, 0, more))
+    data = lay_out(q, scales, bits, None if usual else zeros)
+    return PackedWeight(data, bits, group, outputs, inputs, not usual)
+
+
+def _holds(numbers: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether they are finite numbers of a dtype."""
+    there = numbers.to(dtype)
+    return bool(there.isfinite().all()) and torch.equal(there.double(), numbers.double())
+
+
+def packed_sizes(
+    weight: torch.Tensor, bits: int, group: int = 32, zeros: bool = False
+) -> PackedWeight:
+    """What `pack` would give (of ``zeros``, `pack_rounded`), not filled, on the weight's device."""
     outputs, inputs = weight.shape
-    sizes = PackedWeight(weight.new_empty(0, dtype=torch.uint8), bits, group, outputs, inputs)
+    nothing = weight.new_empty(0, dtype=torch.uint8)
+    sizes = PackedWeight(nothing, bits, group, outputs, inputs, zeros)
     size = sizes.scale_bytes + -(-inputs // group) * group * OUTPUTS * bits // 8
     return sizes._replace(data=sizes.data.new_empty(-(-outputs // OUTPUTS), size))
 
@@ -143,12 +194,20 @@ def _compensated(
     return q, scales
 
 
-def lay_out(q: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+def lay_out(
+    q: torch.Tensor, scales: torch.Tensor, bits: int, zeros: torch.Tensor | None = None
+) -> torch.Tensor:
     """The bytes of tiles: q [outputs, inputs], whole numbers from 0 on, and scales [outputs, S]
-    bf16, both padded to whole tiles and groups."""
+    bf16, or fp16 with as many zeros from 0 on, all padded to whole tiles and groups."""
     tiles = len(q) // OUTPUTS
-    of_tiles = scales.view(tiles, OUTPUTS, -1).transpose(1, 2).reshape(tiles, -1)
-    head = of_tiles.contiguous().view(torch.uint8)
+
+    def by_tiles(numbers: torch.Tensor) -> torch.Tensor:
+        of_tiles = numbers.view(tiles, OUTPUTS, -1).transpose(1, 2).reshape(tiles, -1)
+        return of_tiles.contiguous().view(torch.uint8)
+
+    head = by_tiles(scales)
+    if zeros is not None:
+        head = torch.cat((head, by_tiles(zeros.to(torch.uint8))), dim=1)
     head = torch.nn.functional.pad(head, (0, -head.shape[1] % 64))
     q = q.to(torch.uint8).view(tiles, OUTPUTS, -1, 4)
     if bits == 4:
@@ -158,17 +217,28 @@ def lay_out(q: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
     """What a packed weight stands for: [out, in] fp32."""
-    scales, q = parts(packed)
-    wide = (q - 2 ** (packed.bits - 1)).float().view(len(q), packed.num_scales, -1)
+    scales, zeros, q = parts(packed)
+    wide = (q.view(len(q), packed.num_scales, -1) - zeros[:, :, None]).float()
     wide = (wide * scales.float()[:, :, None]).view(q.shape)
     return wide[: packed.out_features, : packed.in_features]
 
 
-def parts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales [outputs, S] bf16 and q [outputs, inputs] int32 of whole tiles and groups."""
+def parts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales [outputs, S], bf16 or fp16, zeros as many, and q [outputs, inputs], both int32, of
+    whole tiles and groups."""
     tiles, count = len(packed.data), packed.num_scales
-    scales = packed.data[:, : count * OUTPUTS * 2].contiguous().view(torch.bfloat16)
-    scales = scales.view(tiles, count, OUTPUTS).transpose(1, 2).reshape(tiles * OUTPUTS, count)
+
+    def by_outputs(numbers: torch.Tensor) -> torch.Tensor:
+        of_tiles = numbers.view(tiles, count, OUTPUTS).transpose(1, 2)
+        return of_tiles.reshape(tiles * OUTPUTS, count)
+
+    stored = packed.data[:, : count * OUTPUTS * 2].contiguous()
+    scales = by_outputs(stored.view(torch.float16 if packed.zeros else torch.bfloat16))
+    if packed.zeros:
+        after = packed.data[:, count * OUTPUTS * 2 : count * OUTPUTS * 3]
+        zeros = by_outputs(after.to(torch.int32))
+    else:
+        zeros = torch.full(scales.shape, 2 ** (packed.bits - 1), dtype=torch.int32)
     q = (
         packed.data[:, packed.scale_bytes :]
         .view(tiles, -1, OUTPUTS, 4)
@@ -177,7 +247,7 @@ def parts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     )
     if packed.bits == 4:
         q = torch.stack((q & 15, q >> 4), dim=3).flatten(2, 3)
-    return scales, q.reshape(tiles * OUTPUTS, -1)
+    return scales, zeros, q.reshape(tiles * OUTPUTS, -1)
 
 
 def _scales(groups: torch.Tensor, bits: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ from inferlab.models.kv_cache import KVCache
 from inferlab.models.native import NativeDecoder
 from inferlab.models.other_formats import PACKAGES, check_other_format
 from inferlab.models.packing import Packing
-from inferlab.models.quantized import check_format, num_parameters, quantize
+from inferlab.models.quantized import DENSE, check_format, num_parameters, quantize
 from inferlab.models.rotary import context_length, length_rotary, reread_length
 from inferlab.models.shapes import shape_of, why_not
 from inferlab.models.stable import StableProducts, experts_implementation, turn
@@ -156,11 +156,13 @@ class HFModel:
     ) -> HFModel:
         """Loads a bundled model, a local directory or a hub id (see `loading.load`), and packs its
         weights where ``quantization`` names a format: of ours (`quantized.quantize`) or of another
-        package (`other_formats`)."""
-        others = quantization if quantization in PACKAGES else None
-        if quantization is not None:
+        package (`other_formats`). "dense": weights that come rounded (`unpacking`) are made dense,
+        also where they could be multiplied with as they are."""
+        packed = None if quantization == DENSE else quantization
+        others = packed if packed in PACKAGES else None
+        if packed is not None:
             check = check_format if others is None else check_other_format
-            check(quantization, loading.choose_device(device, device_priority))
+            check(packed, loading.choose_device(device, device_priority))
         loaded = loading.load(
             name_or_path,
             device=device,
@@ -171,9 +173,10 @@ class HFModel:
             allow_pickle=allow_pickle,
             device_map=device_map,
             quantization=others,
+            dense=quantization is not None,
         )
-        if quantization is not None and others is None:
-            quantize(loaded.model, quantization)
+        if packed is not None and others is None:
+            quantize(loaded.model, packed)
         target = cls(loaded.model, loaded.tokenizer, name=str(name_or_path), engine=engine)
         target.load_notes = loaded.notes
         return target

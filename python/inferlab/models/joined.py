@@ -59,4 +59,4 @@ def can_join(linears: Sequence[Any]) -> bool:
     if not isinstance(first, QuantizedLinear):
         return True
     whole = all(each.out_features % PACKED_OUTPUTS == 0 for each in linears[:-1])
-    return whole and len({(each.bits, each.group) for each in linears}) == 1
+    return whole and len({(each.bits, each.group, each.zeros) for each in linears}) == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import __version__ as TRANSFORMERS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -26,8 +27,14 @@ from inferlab.models.generation_defaults import check_file
 from inferlab.models.mapped import unmap
 from inferlab.models.other_formats import settings_of
 from inferlab.models.packed_checkpoint import PackedConfig, checksum
-from inferlab.models.quantized import check_format
-from inferlab.models.unpacking import Settings, UnknownLayoutError, read_dense, rounded_by
+from inferlab.models.quantized import check_device
+from inferlab.models.unpacking import (
+    Settings,
+    UnknownLayoutError,
+    Weights,
+    read_weights,
+    rounded_by,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +81,7 @@ def load(
     device_map: str | Mapping[str, int | str] | None = None,
     tensor_parallel: int = 1,
     quantization: str | None = None,
+    dense: bool = False,
 ) -> LoadedModel:
     """Loads a causal LM and its tokenizer.
 
@@ -90,6 +98,8 @@ def load(
             "sequential", or device by module); `device` does not count then.
         tensor_parallel: reads this rank's part of so many; the ranks have met before.
         quantization: of `other_formats.PACKAGES`: a format that weights get while they are read.
+        dense: weights that come rounded (`unpacking`) are made dense, also where they could be
+            multiplied with as they are.
 
     Raises:
         FileNotFoundError: a directory that does not exist.
@@ -128,7 +138,7 @@ def load(
             learnt.tie_word_embeddings = True
         parameters = count_parameters(learnt, trust_remote_code)
         chosen, why = choose_dtype(wanted_dtype, config)
-        if packed is None:
+        if packed is None and rounded is None:
             _check_memory(name, parameters, chosen, max_memory_mb)
         if isinstance(source, Path):
             _check_weight_files(name, source, allow_pickle)
@@ -158,7 +168,13 @@ def load(
         _check_generation_config(name, source)
         tokenizer = _load_tokenizer(name, source, trust_remote_code=trust_remote_code)
         if rounded is not None:
-            model = _load_dense(name, source, model_class, config, rounded, chosen, **where)
+            packable: set[str] = set()
+            if target_device.type == "cpu" and not where and not dense:
+                packable = _linears(_skeleton(config, trust_remote_code))
+            weights = _read_rounded(name, source, rounded, chosen, packable)
+            size = sum(tensor.nbytes for tensor in weights.tensors.values())
+            _check_size(name, size, rounded["quant_method"], max_memory_mb)
+            model = _load_rounded(name, source, model_class, config, weights, chosen, **where)
         else:
             model = _load_weights(name, source, chosen, allow_pickle, **where, **common)
         if not where:
@@ -172,7 +188,8 @@ def load(
         place = f"on {', '.join(_places(model))}"
     model.inferlab_quantization = quantization or _stored_format(model)
     if rounded is not None:
-        why += f"; unpacked from {rounded['quant_method']}"
+        done = "as they come" if weights.packed else "unpacked"
+        why += f"; {done} from {rounded['quant_method']}"
     notes = (
         f"{name}: {parameters / 1e6:.1f} M parameters, {_dtype_name(chosen)} ({why}), {place}",
     )
@@ -323,6 +340,14 @@ def _check_memory(name: str, parameters: int, dtype: torch.dtype, limit_mb: floa
         )
 
 
+def _check_size(name: str, size: int, format_: str, limit_mb: float | None) -> None:
+    if limit_mb is not None and size / 2**20 > limit_mb:
+        raise ModelTooLargeError(
+            f"{name}: {size / 2**20:.0f} MB of {format_} weights, over max_memory_mb = "
+            f"{limit_mb:g}; raise it, or use a smaller model"
+        )
+
+
 def _packed_as(name: str, config: Any, device: torch.device) -> PackedConfig | None:
     """How a checkpoint's weights are packed; None: they are not, as far as inferlab knows."""
     try:
@@ -330,7 +355,7 @@ def _packed_as(name: str, config: Any, device: torch.device) -> PackedConfig | N
     except ValueError as error:
         raise ModelLoadError(f"{name}: {error}") from None
     if packed is not None:
-        check_format(packed.format, device)
+        check_device(packed.format, device)
     return packed
 
 
@@ -338,12 +363,7 @@ def _check_packed(
     name: str, packed: PackedConfig, files: Sequence[Path], limit_mb: float | None
 ) -> None:
     """Refuses packed weights that are not as they were written, or too large."""
-    size_mb = sum(file.stat().st_size for file in files) / 2**20
-    if limit_mb is not None and size_mb > limit_mb:
-        raise ModelTooLargeError(
-            f"{name}: {size_mb:.0f} MB of {packed.format} weights, over max_memory_mb = "
-            f"{limit_mb:g}; raise it, or use a smaller model"
-        )
+    _check_size(name, sum(file.stat().st_size for file in files), packed.format, limit_mb)
     for file in files:
         if packed.sha256 and checksum(file) != packed.sha256.get(file.name):
             raise ModelLoadError(
@@ -468,16 +488,15 @@ def _rounded_by(name: str, config: Any) -> Settings | None:
         raise ModelLoadError(f"{name}: {error}") from None
 
 
-def _load_dense(
-    name: str,
-    source: Path | str,
-    model_class: Any,
-    config: Any,
-    rounded: Settings,
-    dtype: torch.dtype,
-    **where: Any,
-) -> Any:
-    """A model of a checkpoint whose weights come rounded, with dense ones."""
+def _linears(skeleton: Any) -> set[str]:
+    """Modules whose weights can be packed."""
+    return {name for name, module in skeleton.named_modules() if type(module) is nn.Linear}
+
+
+def _read_rounded(
+    name: str, source: Path | str, rounded: Settings, dtype: torch.dtype, packable: set[str]
+) -> Weights:
+    """See `unpacking.read_weights`."""
     folder = source if isinstance(source, Path) else _hub_folder(name, source)
     files = _safetensors_files(name, folder)
     if not files:
@@ -485,22 +504,45 @@ def _load_dense(
             f"{name}: {rounded['quant_method']} weights are read from safetensors, and {folder} "
             "has none"
         )
-    dense = copy.deepcopy(config)
-    del dense.quantization_config
     try:
-        weights = read_dense(files, rounded, dtype)
+        return read_weights(files, rounded, dtype, packable)
     except UnknownLayoutError as error:
         raise ModelLoadError(f"{name}: {error}") from error
+
+
+def _load_rounded(
+    name: str,
+    source: Path | str,
+    model_class: Any,
+    config: Any,
+    weights: Weights,
+    dtype: torch.dtype,
+    **where: Any,
+) -> Any:
+    """A model of weights that came rounded."""
+    own = copy.deepcopy(config)
+    method = own.quantization_config["quant_method"]
+    del own.quantization_config
+    if weights.packed:
+        packed = {module: (of.bits, of.group, of.zeros) for module, of in weights.packed.items()}
+        own.quantization_config = PackedConfig(method, modules=packed).to_dict()
     model, unknown = _whole(
         name,
         lambda: model_class.from_pretrained(
-            None, config=dense, state_dict=weights, dtype=dtype, output_loading_info=True, **where
+            None,
+            config=own,
+            state_dict=weights.tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            **where,
         ),
     )
     # Some writers add biases of zeros to modules that have none.
-    if lost := [key for key in unknown if key.endswith(".bias") and bool(weights[key].any())]:
+    tensors = weights.tensors
+    if lost := [key for key in unknown if key.endswith(".bias") and bool(tensors[key].any())]:
         raise ModelLoadError(f"{name}: {type(model).__name__} has no {lost[0]}, which is not zero")
-    model.name_or_path = dense._name_or_path = str(source)
+    model.name_or_path = own._name_or_path = str(source)
+    folder = source if isinstance(source, Path) else _hub_folder(name, source)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -3,8 +3,10 @@
 ``config.json`` has a ``quantization_config``: ``quant_method`` "inferlab", ``format`` (see
 `inferlab.models.quantized`), ``version`` of this layout, ``tied``: the head's weight was the
 embedding's, and ``sha256`` of each file of weights, which are safetensors; without sums nothing is
-compared. In these files a packed weight is ``NAME.data``, uint8, laid out as
-``inferlab/packed_weight.h`` says; all else is as it was.
+compared. Where weights were rounded by others, ``format`` is their name, and ``modules`` says which
+are packed and how: [bits, group, zeros] of each (`inferlab.kernels.PackedWeight`). In these files a
+packed weight is ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says; all else is as
+it was.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,18 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from inferlab.models.quantized import FORMATS, QuantizedLinear, replace_linears
+from inferlab.kernels.packed_weight import BITS, GROUPS
+from inferlab.models.quantized import (
+    FORMATS,
+    Packing,
+    QuantizedLinear,
+    place_packed,
+    replace_linears,
+)
 
 METHOD = "inferlab"
-VERSION = 1
+VERSION = 2
+"""1: without ``modules``."""
 
 
 @register_quantization_config(METHOD)
@@ -41,21 +52,23 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         version: int = VERSION,
         tied: bool = False,
         sha256: dict[str, str] | None = None,
+        modules: Mapping[str, Packing] | None = None,
         **others: Any,
     ) -> None:
-        if version != VERSION:
+        if version not in range(1, VERSION + 1):
             raise ValueError(
                 f"the weights are packed in version {version} of the layout, and this inferlab "
-                f"reads version {VERSION}: load them with the inferlab that wrote them, or run "
-                "inferlab quantize again"
+                f"reads version {VERSION} and before: load them with the inferlab that wrote them, "
+                "or run inferlab quantize again"
             )
-        if format not in FORMATS:
+        if format not in FORMATS and not modules:
             raise ValueError(f"format is {format!r}; known are {', '.join(map(repr, FORMATS))}")
         if not isinstance(sha256 or {}, dict):
             raise ValueError(f"sha256 is {sha256!r}; it must be a mapping from files to sums")
         self.quant_method = METHOD
         self.format, self.version, self.tied = format, version, tied
         self.sha256 = sha256 or {}
+        self.modules = {name: _packing(name, of) for name, of in (modules or {}).items()}
 
     @classmethod
     def of(cls, config: Any) -> PackedConfig | None:
@@ -70,14 +83,25 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"its quantization_config cannot be read: {error}") from None
 
 
+def _packing(name: str, of: Any) -> Packing:
+    if isinstance(of, Sequence) and len(of) == 3 and of[0] in BITS and of[1] in GROUPS:
+        return of[0], of[1], bool(of[2])
+    raise ValueError(f"{name} is packed as {of!r}; it must be [bits, group, zeros]")
+
+
 @register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     """Reads weights that are packed already."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        replace_linears(model, self.quantization_config.format)
+        packed = self.quantization_config
+        if packed.modules:
+            place_packed(model, packed.modules)
+            model.inferlab_quantization = packed.format  # type: ignore[assignment]
+            return
+        replace_linears(model, packed.format)
         head = model.get_output_embeddings()
-        if self.quantization_config.tied and isinstance(head, QuantizedLinear):
+        if packed.tied and isinstance(head, QuantizedLinear):
             head.num_parameters = 0
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ A quantised target is a target of its own: speculation is exact against its own 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,12 @@ from inferlab.models.linear_inputs import Inputs
 
 FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 64), "int4": (4, 32)}
 """Bits of a weight, and how many inputs are rounded together."""
+Packing = tuple[int, int, bool]
+"""Bits, how many inputs are rounded together, whether groups have zeros of their own."""
 LINEARS = (nn.Linear, Conv1D)
 """Whose weights can be packed; as they are, no subclasses."""
+DENSE = "dense"
+"""In place of a format: weights that come rounded are not packed."""
 HEAD_FORMAT = "int8"  # what 4 bits leave of an output head is too little
 
 
@@ -45,7 +49,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.out_features, packed.in_features
-        self.bits, self.group = packed.bits, packed.group
+        self.bits, self.group, self.zeros = packed.bits, packed.group, packed.zeros
         self.num_parameters = packed.out_features * packed.in_features
         self.register_buffer("data", packed.data)
         # What `half`, `to` and the like make of it is the dtype of the rest.
@@ -69,7 +73,7 @@ class QuantizedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """What `kernels.packed_linear` takes."""
         sizes = self.out_features, self.in_features
-        return PackedWeight(self.data, self.bits, self.group, *sizes)
+        return PackedWeight(self.data, self.bits, self.group, *sizes, self.zeros)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -161,6 +165,21 @@ def replace_linears(
     return found
 
 
+def place_packed(model: PreTrainedModel, packed: Mapping[str, Packing]) -> None:
+    """Puts a `QuantizedLinear` that is not filled in the place of each linear module that is named.
+
+    Raises:
+        ValueError: a module that is not there, or is not linear.
+    """
+    modules = dict(model.named_modules())
+    for name, packing in packed.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"{name} is packed, and {type(model).__name__} has no such linear")
+        sizes = packed_sizes(linear.weight, *packing)
+        model.set_submodule(name, QuantizedLinear(sizes, linear.bias, linear.weight.dtype))
+
+
 def count_weights(model: nn.Module) -> int:
     """How many weights can be packed; of experts, each one's."""
     weights = (weight for module in model.modules() for weight in _weights(module))
@@ -205,6 +224,15 @@ def check_format(quantization: str, device: torch.device) -> None:
     if quantization not in FORMATS:
         formats = " or ".join(map(repr, FORMATS))
         raise ValueError(f"quantization is {quantization!r}; it must be {formats}")
+    check_device(quantization, device)
+
+
+def check_device(quantization: str, device: torch.device) -> None:
+    """Whether packed weights can be multiplied with on a device.
+
+    Raises:
+        ValueError: they cannot.
+    """
     if device.type != "cpu":
         raise ValueError(
             f"quantization is {quantization!r}, which is of CPUs, and the model is on {device}; "

@@ -1,9 +1,9 @@
-"""Checkpoints whose weights come rounded, by GPTQ, AWQ, compressed-tensors or to FP8, read as dense
-weights.
+"""Checkpoints whose weights come rounded, by GPTQ, AWQ, compressed-tensors or to FP8.
 
-What a stored weight stands for is scale * (q - zero), computed in fp32 and rounded once to the
-model's dtype; inputs of products are not rounded, also where a checkpoint's own engine would. The
-packages that made them are not needed. Layouts, as their makers document and write them:
+What a stored weight stands for is scale * (q - zero). It is packed as our products take it where
+that loses nothing (`inferlab.kernels.pack_rounded`), else made dense, in fp32, rounded once to the
+model's dtype; inputs of dense products are not rounded, also where a checkpoint's own engine would.
+The packages that made them are not needed. Layouts, as their makers document and write them:
 
 * ``gptq`` (AutoGPTQ, GPTQModel): ``qweight`` [in * bits / 32, out] int32, a stream of bits along
   the inputs, lowest first; ``qzeros`` [groups, out * bits / 32], which hold zero - 1 unless
@@ -20,13 +20,15 @@ packages that made them are not needed. Layouts, as their makers document and wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+
+from inferlab.kernels import PackedWeight, pack_rounded
 
 Settings = Mapping[str, Any]
 Parts = Mapping[str, torch.Tensor]
@@ -66,21 +68,80 @@ def rounded_by(config: Any) -> Settings | None:
     return said
 
 
-def read_dense(
-    files: Sequence[Path], settings: Settings, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint, dense.
+class Rounded(NamedTuple):
+    """A weight [out, in] as ``scales * (q - zeros)``.
+
+    Attributes:
+        q: [out, in], whole numbers from 0 to 2**bits - 1.
+        zeros, scales: [out, S], of groups of inputs.
+        group_of: [in], the group of each input; None: all are as long, in order.
+    """
+
+    q: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    bits: int
+    group_of: torch.Tensor | None = None
+
+    def dense(self) -> torch.Tensor:
+        """[out, in] fp32"""
+        if self.group_of is not None:
+            group_of = self.group_of.long()
+            return self.scales.float()[:, group_of] * (self.q - self.zeros[:, group_of])
+        by_group = self.q.float().unflatten(1, (self.scales.shape[1], -1))
+        return by_group.sub_(self.zeros[:, :, None]).mul_(self.scales[:, :, None]).flatten(1)
+
+    def packed(self) -> PackedWeight | None:
+        """As our products take it; None where that would lose something."""
+        if self.group_of is not None:
+            return None
+        return pack_rounded(self.q, self.zeros, self.scales, self.bits)
+
+
+class Dense(NamedTuple):
+    """A weight [out, in] that is no such product, fp32."""
+
+    weight: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """[out, in] fp32"""
+        return self.weight
+
+    def packed(self) -> None:
+        """As our products take it: not."""
+
+
+Read = tuple[Rounded | Dense, Iterator[str]]
+"""A module's weight, and which of its parts are no part of it."""
+
+
+class Weights(NamedTuple):
+    """Those of a checkpoint, by name; of packed ones the bytes are ``MODULE.data``.
+
+    Attributes:
+        packed: by module, without the bytes.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    packed: dict[str, PackedWeight]
+
+
+def read_weights(
+    files: Sequence[Path], settings: Settings, dtype: torch.dtype, packable: Container[str] = ()
+) -> Weights:
+    """All weights of a checkpoint, packed or dense.
 
     Args:
         files: safetensors.
         settings: of `rounded_by`.
-        dtype: of the weights that were rounded; all others are as they are stored.
+        dtype: of the dense ones that were rounded; all others are as they are stored.
+        packable: modules whose weights are packed, where that loses nothing.
 
     Raises:
         UnknownLayoutError: a weight that cannot be read; names it.
     """
-    ends, unpack = METHODS[settings["quant_method"]]
-    dense: dict[str, torch.Tensor] = {}
+    ends, read = METHODS[settings["quant_method"]]
+    found = Weights({}, {})
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
@@ -89,22 +150,27 @@ def read_dense(
             module, _, part = name.rpartition(".")
             groups.setdefault(module, {})[part] = name
         for module, names in groups.items():
-            is_rounded = any(end in names for end in ends)
             parts = {part: where[name].get_tensor(name) for part, name in names.items()}
-            if is_rounded:
+            if any(end in names for end in ends):
                 try:
-                    weight, rest = unpack(parts, settings)
+                    weight, rest = read(parts, settings)
+                    packed = weight.packed() if module in packable else None
+                    if packed is None:
+                        stored = {"weight": weight.dense().to(dtype).contiguous()}
                 except KeyError as error:
                     raise UnknownLayoutError(f"{module} has no {error.args[0]}") from error
                 except (RuntimeError, ValueError, IndexError) as error:
                     raise UnknownLayoutError(f"{module}: {error}") from error
-                parts = {"weight": weight.to(dtype), **{part: parts[part] for part in rest}}
+                if packed is not None:
+                    stored = {"data": packed.data}
+                    found.packed[module] = packed._replace(data=packed.data.new_empty(0))
+                parts = stored | {part: parts[part] for part in rest}
             for part, tensor in parts.items():
-                dense[f"{module}.{part}" if module else part] = tensor
-    return dense
+                found.tensors[f"{module}.{part}" if module else part] = tensor
+    return found
 
 
-def _gptq(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterator[str]]:
+def _gptq(parts: Parts, settings: Settings) -> Read:
     packed, scales, zeros = parts["qweight"], parts["scales"], parts["qzeros"]
     group_of = parts.get("g_idx")
     if group_of is None:
@@ -116,29 +182,26 @@ def _gptq(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterator[str]
     zero = _bits_of(zeros, bits)[:, : scales.shape[1]]
     if (settings.get("checkpoint_format") or "gptq") == "gptq":
         zero = (zero + 1) & (2**bits - 1)
-    weight = _of_groups(_bits_of(packed, bits, dim=0), zero, scales, group_of)
-    return weight.t().contiguous(), _others(parts, "qweight", "qzeros", "scales", "g_idx")
+    q = _bits_of(packed, bits, dim=0)
+    weight = Rounded(q.t(), zero.t(), scales.t(), bits, _out_of_order(group_of, len(scales)))
+    return weight, _others(parts, "qweight", "qzeros", "scales", "g_idx")
 
 
-def _awq(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterator[str]]:
+def _awq(parts: Parts, settings: Settings) -> Read:
     scales = parts["scales"]
     zero = _awq_order(parts["qzeros"]) if "qzeros" in parts else torch.full_like(scales, 8)
-    weight = _of_groups(_awq_order(parts["qweight"]), zero, scales, None)
-    return weight.t().contiguous(), _others(parts, "qweight", "qzeros", "scales")
+    weight = Rounded(_awq_order(parts["qweight"]).t(), zero.t(), scales.t(), 4)
+    return weight, _others(parts, "qweight", "qzeros", "scales")
 
 
-def _of_groups(
-    q: torch.Tensor, zero: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor | None
-) -> torch.Tensor:
-    """q [in, out], zeros and scales [groups, out], and the group of each input, where they are not
-    of equal length and in order -> [in, out] fp32."""
-    inputs, groups = len(q), len(scales)
+def _out_of_order(group_of: torch.Tensor | None, groups: int) -> torch.Tensor | None:
+    """The group of each input, unless they are of equal length and in order."""
+    if group_of is None:
+        return None
+    inputs = len(group_of)
     in_order = torch.arange(inputs) * groups // inputs
-    if group_of is not None and not torch.equal(group_of.long(), in_order):
-        group_of = group_of.long()
-        return scales.float()[group_of] * (q - zero[group_of])
-    by_group = q.float().view(groups, inputs // groups, -1)
-    return by_group.sub_(zero[:, None]).mul_(scales.float()[:, None]).flatten(0, 1)
+    even = inputs % groups == 0 and torch.equal(group_of.long(), in_order)
+    return None if even else group_of
 
 
 def _awq_order(packed: torch.Tensor) -> torch.Tensor:
@@ -149,8 +212,12 @@ def _awq_order(packed: torch.Tensor) -> torch.Tensor:
     return ordered.flatten(1)
 
 
-def _compressed(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterator[str]]:
+def _compressed(parts: Parts, settings: Settings) -> Read:
     scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
+    rest = (
+        part for part in parts
+        if part == "bias" or not part.startswith(("weight", "input_", "output_"))
+    )  # fmt: skip
     if "weight_packed" in parts:
         packed = parts["weight_packed"]
         if packed.dtype != torch.int32:
@@ -161,21 +228,22 @@ def _compressed(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterato
         if zero is not None and zero.dtype == torch.int32 and len(zero) != rows:
             zero = _whole_bits_of(zero.t(), bits).t()[:rows] - 2 ** (bits - 1)
     else:
-        stored = parts["weight"]
-    values = stored.float()
+        stored, bits = parts["weight"], 8
     group_of = parts.get("weight_g_idx")
-    if group_of is not None and bool((group_of >= 0).all()):
-        over = scale.float()[:, group_of.long()]
-        shift = None if zero is None else zero.float()[:, group_of.long()]
-    else:
-        block = _block(settings, values.shape, scale.shape)
-        over = _spread(scale, values.shape, block)
-        shift = None if zero is None else _spread(zero, values.shape, block)
-    weight = over * (values if shift is None else values - shift)
-    return weight, (
-        part for part in parts
-        if part == "bias" or not part.startswith(("weight", "input_", "output_"))
-    )  # fmt: skip
+    if group_of is None or not bool((group_of >= 0).all()):
+        group_of = None
+        rows, columns = _block(settings, stored.shape, scale.shape)
+        groups = -(-stored.shape[1] // columns)
+        if rows > 1 or stored.is_floating_point():
+            over = _spread(scale, stored.shape, (rows, columns))
+            shift = 0.0 if zero is None else _spread(zero, stored.shape, (rows, columns))
+            return Dense(over * (stored.float() - shift)), rest
+        if stored.shape[1] % groups:
+            group_of = torch.arange(stored.shape[1]) // columns
+    middle = 2 ** (bits - 1)
+    zeros = torch.zeros_like(scale, dtype=torch.int32) if zero is None else zero.int()
+    scale, zeros = (of.reshape(len(of), -1) for of in (scale, zeros))
+    return Rounded(stored.int() + middle, zeros + middle, scale, bits, group_of), rest
 
 
 def _block(settings: Settings, shape: Sequence[int], of: Sequence[int]) -> tuple[int, int]:
@@ -193,7 +261,7 @@ def _block(settings: Settings, shape: Sequence[int], of: Sequence[int]) -> tuple
     return shape[0] // counts[0], shape[1] // counts[1]
 
 
-def _fp8(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterator[str]]:
+def _fp8(parts: Parts, settings: Settings) -> Read:
     scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
     values = parts["weight"].float()
     rows, columns = settings.get("weight_block_size") or (128, 128)
@@ -201,7 +269,7 @@ def _fp8(parts: Parts, settings: Settings) -> tuple[torch.Tensor, Iterator[str]]
         rows, columns = 1, values.shape[1]
     weight = values * _spread(scale, values.shape, (rows, columns))
     used = ("weight", "weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
-    return weight, _others(parts, *used)
+    return Dense(weight), _others(parts, *used)
 
 
 def _spread(scale: torch.Tensor, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:
@@ -251,8 +319,7 @@ def _others(parts: Parts, *used: str) -> Iterator[str]:
     return (part for part in parts if part not in used)
 
 
-Unpack = Callable[[Parts, Settings], tuple[torch.Tensor, Iterator[str]]]
-METHODS: dict[str, tuple[tuple[str, ...], Unpack]] = {
+METHODS: dict[str, tuple[tuple[str, ...], Callable[[Parts, Settings], Read]]] = {
     "gptq": (("qweight",), _gptq),
     "awq": (("qweight",), _awq),
     "compressed-tensors": (("weight_scale",), _compressed),

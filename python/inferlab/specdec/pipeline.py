@@ -21,6 +21,7 @@ from inferlab.errors import Interrupted
 from inferlab.machine import processor_name, usable_cores
 from inferlab.models import FakeLM, TargetModel, allowed_vocab, format_of, unknown_ids
 from inferlab.models.generation_defaults import Followed, followed, warn_of_not_followed
+from inferlab.models.quantized import DENSE
 from inferlab.records import Speculation
 from inferlab.scheduler import Request
 from inferlab.specdec.assembly import plan_drafter
@@ -88,8 +89,8 @@ class SpeculativePipeline:
         target, draft: loaded models to use in place of ``base_model`` and ``draft_model``.
         shape: a static tree of any form, in place of ``tree``.
         quantization, draft_quantization: ``int8`` or ``int4``: the weights of target and draft
-            model are packed when they are loaded (on a CPU); ``none``: as they are. Not for models
-            that are given as objects.
+            model are packed when they are loaded (on a CPU); ``none``: as they are; ``dense``:
+            those that come rounded are made dense. Not for models that are given as objects.
         tensor_parallel: how many processes the target is shared out over, each with a device of
             its own. This process leads, and starts the others; under torchrun they are there, do
             as rank 0 says, and never come back from this call.
@@ -184,7 +185,10 @@ class SpeculativePipeline:
             )
         for key, given_model in (("quantization", target), ("draft_quantization", draft)):
             wanted = getattr(config, key)
-            if given_model is not None and wanted not in ("none", given_model.quantization):
+            if given_model is not None and wanted not in (
+                "none",
+                given_model.quantization or DENSE,
+            ):
                 raise ValueError(
                     f"{key} is {wanted!r}, but a model was given that is not: load it with "
                     f"HFModel.load(..., quantization={wanted!r}), or leave {key} out"

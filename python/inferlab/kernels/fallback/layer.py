@@ -45,12 +45,13 @@ def packed_linear(
     weight: torch.Tensor,
     bits: int,
     group: int,
+    zeros: bool,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """As `inferlab.kernels.packed_linear`, by the framework's product with the unpacked weight."""
-    packed = PackedWeight(weight, bits, group, out.shape[1], x.shape[1])
+    packed = PackedWeight(weight, bits, group, out.shape[1], x.shape[1], zeros)
     wide = rounded_to_8_bits(x.float(), group) @ unpack(packed).t()
     if bias is not None:
         wide += bias.float()

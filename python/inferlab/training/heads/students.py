@@ -198,7 +198,8 @@ def new_draft(
         )
         return new_model(config, seed=seed).to(target.device)
     try:
-        loaded = loading.load(init_from, dtype="bfloat16", device=str(target.device))
+        where = str(target.device)
+        loaded = loading.load(init_from, dtype="bfloat16", device=where, dense=True)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"--init-from {init_from}: {error}") from error
     if loaded.tokenizer.get_vocab() != target.tokenizer.get_vocab():
