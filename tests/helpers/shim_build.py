@@ -11,6 +11,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
+CPU = CSRC / "cpu"
 SHIM = ROOT / "tests" / "native" / "shim"
 CACHE = ROOT / "build" / "shim"
 COMPILER = os.environ.get("CXX", "g++")
@@ -103,6 +105,37 @@ def build_program(source: Path, variant: str) -> Path:
     kernels = [_kernel(path, variant, CUDA) for path in (source, CUDA / "device.cu")]
     objects = _compile_all([*kernels, _runtime(variant)])
     return _link(objects, VARIANTS[variant][0], f"{variant}-", source.stem)
+
+
+def build_cpu_program(source: Path, variant: str, cpu_dir: Path = CPU) -> Path:
+    """A program of one C++ source and all of csrc/cpu, for every instruction set that there is.
+
+    Args:
+        cpu_dir: may be a changed copy of csrc/cpu.
+    """
+    flags = [*BASE, *WARNINGS, *VARIANTS[variant][0]]
+    include = [cpu_dir, CSRC, CSRC / "include"]
+    jobs = [Job(path, flags, include) for path in (source, *sorted(cpu_dir.glob("*.cpp")))]
+    for isa, own in _isas().items():
+        names = [f"-DINFERLAB_ISA={isa}", f"-DINFERLAB_ISA_{isa.upper()}=1"]
+        unsure = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # see cmake/Simd.cmake
+        jobs += [
+            Job(path, [*flags, *unsure, *own, *names], include)
+            for path in sorted((cpu_dir / "kernels").glob("*.cpp"))
+        ]
+    links = [*VARIANTS[variant][0], "-pthread", "-ldl"]
+    return _link(_compile_all(jobs), links, f"{variant}-", source.stem)
+
+
+def _isas() -> dict[str, list[str]]:
+    """Flags of each instruction set, as cmake/Simd.cmake has them for this processor."""
+    text = (ROOT / "cmake" / "Simd.cmake").read_text()
+    flags: dict[str, list[str]] = {}
+    for isa, own in re.findall(r"set\(flags_(\w+) ([^)]*)\)", text):
+        words = own.replace('"', "").split()
+        flags[isa] = [f for word in words for f in flags.get(word[8:-1], [word])]
+    is_x86 = platform.machine() in ("x86_64", "AMD64", "amd64")
+    return {isa: own for isa, own in flags.items() if (isa != "generic") == is_x86}
 
 
 def build_library(source: Path, flags: list[str], variant: str) -> Path:
