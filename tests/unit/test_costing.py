@@ -117,6 +117,16 @@ def test_a_pipeline_measures_itself_and_its_drafter_and_is_not_touched(folder):
     assert len(list(folder.iterdir())) == 1
 
 
+def test_a_result_tells_of_its_own_calls_decisions(folder):
+    pipeline = SpeculativePipeline(implementation="fake", controller="cost", max_new_tokens=20)
+    for texts in (["a text"], ["another", "a third", "a fourth"]):
+        results = pipeline.generate(texts, ignore_eos=True)
+        steps = sum(results[-1]["controller"]["steps_by_nodes"].values())
+        assert 0 < steps <= 20
+    everything = pipeline.controller.describe()["steps_by_nodes"]
+    assert sum(everything.values()) > steps
+
+
 def test_costs_are_kept_by_what_they_hang_on(folder):
     calls = []
 

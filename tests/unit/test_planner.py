@@ -407,6 +407,11 @@ def test_it_says_what_it_did():
         "as it really was"
     )
     assert "x plain decoding" in said["verdict"]
+    before, steps = controller.tally(), len(world.chosen)
+    assert controller.describe(before)["verdict"] == "no step was decoded"
+    world.run(controller, 50)
+    said = controller.describe(before)
+    assert sum(said["steps_by_nodes"].values()) == len(world.chosen) - steps
     report = Report()
     report.count(0, 1, 15.0, 15.0, steps=15)
     report.count(8, 1, 2.0, 5.0)
@@ -418,6 +423,10 @@ def test_it_says_what_it_did():
     controller = CostController(8, useless.costs())
     useless.run(controller, 100, 4)
     assert controller.describe()["verdict"].startswith("drafting did not pay at batch 4: ")
+    before = controller.tally()
+    useless.run(controller, 100, 2)
+    assert "at batch 2: " in controller.describe(before)["verdict"]
+    assert "at batch 4: " in controller.describe()["verdict"]
 
 
 def test_with_no_room_to_draft_nothing_is_drafted():

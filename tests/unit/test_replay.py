@@ -219,7 +219,7 @@ class Watching(Controller):
     def observe(self, step):
         self.heard.append(step)
 
-    def describe(self):
+    def describe(self, since=None):
         return {"controller": "watching"}
 
 

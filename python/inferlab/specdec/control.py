@@ -173,5 +173,13 @@ class Controller(ABC):
         return
 
     @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """For reports: ``controller``, its name, and what it was set to."""
+    def describe(self, since: Any = None) -> dict[str, Any]:
+        """For reports: ``controller``, its name, what it was set to, and what it decided.
+
+        Args:
+            since: of `tally`, what it decided before is left out; None: all of it is told.
+        """
+
+    def tally(self) -> Any:
+        """What it has decided so far, for `describe`."""
+        return None

@@ -25,7 +25,7 @@ class FixedController(Controller):
     def choose(self, outlook: Outlook) -> Choice:
         return Choice(Budget(self.max_k, MAX_TREE_NODES))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, since: Any = None) -> dict[str, Any]:
         return {"controller": "fixed", "k": self.max_k}
 
 
@@ -62,7 +62,7 @@ class AdaptiveController(Controller):
         elif rate < self.target_acceptance:
             self.k = max(self.k - 1, self.min_k)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, since: Any = None) -> dict[str, Any]:
         return {
             "controller": "adaptive",
             "k": self.k,

@@ -75,7 +75,7 @@ class Scripted(Controller):
     def observe(self, step: StepObservation) -> None:
         self.rows = step.rows
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, since: Any = None) -> dict[str, Any]:
         return {"controller": "scripted"}
 
 

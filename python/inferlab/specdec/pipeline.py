@@ -511,9 +511,11 @@ class SpeculativePipeline:
         self, prompts: list[Prompt], requests: list[Request], with_text: bool = True
     ) -> Generator[Piece]:
         results: list[SpecdecResult | None] = [None] * len(requests)
+        before = self.controller.tally()
 
         def result_of(index: int) -> SpecdecResult:
-            result = self._mapping(prompts[index], requests[index])
+            controller = self.controller.describe(before)
+            result = self._mapping(prompts[index], requests[index], controller)
             results[index] = result
             return result
 
@@ -625,14 +627,16 @@ class SpeculativePipeline:
             raise ValueError("prompt is empty; it must have at least one token")
         return ids
 
-    def _mapping(self, prompt: Prompt, request: Request) -> SpecdecResult:
+    def _mapping(
+        self, prompt: Prompt, request: Request, controller: dict[str, Any]
+    ) -> SpecdecResult:
         result = self.engine.result(request)
         speculation = Speculation(
             impl=self.config.implementation,
             draft_mode=self.config.draft_mode,
             draft_model=self.draft_name,
             policy=self.policy.describe(),
-            controller=self.controller.describe(),
+            controller=controller,
             lossless=self.policy.lossless,
             stats=result.stats,
         )

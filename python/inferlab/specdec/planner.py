@@ -108,12 +108,16 @@ class CostController(Controller):
         spent = sum(steps_ms)
         self._report.count(0, batch_size, spent, spent, len(steps_ms))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, since: Any = None) -> dict[str, Any]:
+        report = self._report.since(since)
         return {
             "controller": "cost",
             "max_k": self.max_k,
-            **self._report.describe(self._planner.promised, drafts=len(self._rungs) > 1),
+            **report.describe(self._planner.promised, drafts=len(self._rungs) > 1),
         }
+
+    def tally(self) -> Report:
+        return self._report.since()
 
     def _climb(self, outlook: Outlook) -> None:
         """Takes up a drafter's ladder, cut to ``max_k`` levels, where it is another one."""

@@ -10,23 +10,35 @@ class Report:
     """What was decided, and what came of it."""
 
     def __init__(self) -> None:
-        self._steps: Counter[int] = Counter()  # by nodes for each sequence
+        self._steps: Counter[tuple[int, int]] = Counter()  # by nodes for each of so many sequences
         self._spent = self._plain = 0.0  # ms of all steps, and of plain ones for as many tokens
-        self._largest = 0
 
     def count(
         self, nodes: int, batch_size: int, ms: float, plain_ms: float, steps: int = 1
     ) -> None:
         """Steps that took so long, and plain ones for as many tokens."""
-        self._steps[nodes] += steps
+        self._steps[nodes, batch_size] += steps
         self._spent += ms
         self._plain += plain_ms
-        self._largest = max(self._largest, batch_size)
+
+    def since(self, before: Report | None = None) -> Report:
+        """What came after a report was as it was ``before``; None: all, as it is now."""
+        after = Report()
+        after._steps.update(self._steps)
+        after._spent, after._plain = self._spent, self._plain
+        if before is not None:
+            after._steps.subtract(before._steps)
+            after._spent -= before._spent
+            after._plain -= before._plain
+        return after
 
     def describe(self, promised: float, *, drafts: bool = True) -> dict[str, Any]:
         """``promised``: the speedup that was predicted last; ``drafts``: there was who drafts."""
-        total = self._steps.total()
-        drafted = total - self._steps[0]
+        by_nodes: Counter[int] = Counter()
+        for (nodes, _), steps in self._steps.items():
+            by_nodes[nodes] += steps
+        total = by_nodes.total()
+        drafted = total - by_nodes[0]
         gain = self._plain / self._spent if self._spent else 1.0
         if not total:
             verdict = "no step was decoded"
@@ -38,14 +50,15 @@ class Report:
                 f"not certain enough before; {gain:.2f} x plain decoding"
             )
         elif drafted * 2 < total:
+            largest = max(size for (_, size), steps in self._steps.items() if steps)
             verdict = (
-                f"drafting did not pay at batch {self._largest}: {promised:.2f} x predicted; "
+                f"drafting did not pay at batch {largest}: {promised:.2f} x predicted; "
                 f"{total - drafted} of {total} steps decoded plainly"
             )
         else:
             verdict = f"drafted in {drafted} of {total} steps: {gain:.2f} x plain decoding"
         return {
-            "steps_by_nodes": {str(nodes): n for nodes, n in sorted(self._steps.items()) if n},
+            "steps_by_nodes": {str(nodes): n for nodes, n in sorted(by_nodes.items()) if n},
             "predicted_speedup": round(promised, 3),
             "speedup": round(gain, 3),
             "verdict": verdict,
