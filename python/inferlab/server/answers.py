@@ -25,6 +25,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Json = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 _REASONS = {"stop_string": "stop"}
 
 
@@ -231,6 +232,7 @@ class Answer:
             "created": int(time.time()),
             "model": model,
         }
+        self._chunk_head = self._head | {"object": form.chunk_object}
 
     def abort(self) -> None:
         """Ends what has not ended."""
@@ -316,10 +318,6 @@ class Answer:
             figures["metrics"] = {"speculative_decoding": speculation_of(requests)}
         return figures
 
-    @property
-    def _chunk_head(self) -> Json:
-        return self._head | {"object": self._form.chunk_object}
-
     def _chunk(
         self,
         index: int,
@@ -389,5 +387,5 @@ class EventStream(Response):
 
 def write_event(content: Json, kind: str | None = None) -> bytes:
     """A server-sent event."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _encode(content)
     return (f"event: {kind}\ndata: {text}\n\n" if kind else f"data: {text}\n\n").encode()
