@@ -333,7 +333,8 @@ class SpecdecConfig(Sampled):
         if misfit:
             tree = list(self.tree) if isinstance(self.tree, tuple) else self.tree
             raise ValueError(f"tree: {tree!r} is not for draft_mode: {self.draft_mode!r}; {misfit}")
-        if self.min_k > self.max_k:
+        adapts = self.controller == "adaptive" or "min_k" in self.model_fields_set
+        if adapts and self.min_k > self.max_k:
             raise ValueError(
                 f"min_k: {self.min_k} is not allowed; must be at most max_k ({self.max_k})"
             )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from inferlab.errors import UsageError
+from inferlab.output import check_output
+
+SUFFIXES = (".svg", ".png", ".pdf")
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -18,6 +22,18 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise ValueError("matplotlib is missing; pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_plot(path: str | Path, flag: str) -> None:
+    """Refuses the file of a ``flag`` that cannot be drawn before the work is done.
+
+    Raises:
+        UsageError: its suffix is none of SUFFIXES, it cannot be written, or matplotlib is missing.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        raise UsageError(f"{flag}: {path} must end in {' or '.join(SUFFIXES)}")
+    check_output(path, flag)
+    check_drawable(flag)
 
 
 def check_drawable(what: str) -> None:

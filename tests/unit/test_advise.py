@@ -12,6 +12,7 @@ import pytest
 
 from inferlab import SpeculativePipeline, cli
 from inferlab.benchmarks.advice import (
+    LIKELY,
     Setting,
     Weigher,
     acceptance_of,
@@ -98,6 +99,19 @@ def test_fewer_levels_and_other_batches_are_cut_from_the_record(replays):
     assert lengths == pytest.approx([2.0, 20 / 7, 20 / 6, 5.0])
     assert weigher.best(1).setting.levels == 4
     assert weigher.best(3).batch == 3, "the texts fill it up"
+
+
+def test_of_many_settings_those_that_may_be_fastest_are_replayed(replays, monkeypatch):
+    settings = [Setting("vanilla", levels, nodes) for levels in (1, 2, 3, 4) for nodes in (1, 2, 4)]
+    weigher = Weigher("vanilla", *replays, settings)
+    fastest = max(weigher.weigh(1), key=lambda found: found.speedup)
+    asked = []
+    run = weigher._drafted.run
+    monkeypatch.setattr(
+        weigher._drafted, "run", lambda *given, **named: asked.append(1) or run(*given, **named)
+    )
+    assert weigher.best(1).speedup == fastest.speedup
+    assert len(asked) == LIKELY < len(settings)
 
 
 def test_an_interval_has_both_errors():
@@ -220,7 +234,7 @@ def test_a_mode_that_never_pays_is_drawn(capsys, tmp_path, fake):
         (("--controller", "cost"), "--controller: has no meaning here"),
         (("--tree-nodes", "3"), "--tree-nodes: has no meaning here"),
         (("--iterations", "2"), "--iterations: is of --verify; give that too"),
-        (("--plot", "a.pdf"), "--plot: a.pdf must end in .svg or .png"),
+        (("--plot", "a.gif"), "--plot: a.gif must end in .svg or .png or .pdf"),
         (("--plot", "nowhere/a.svg"), "--plot: nowhere/a.svg: its directory does not exist"),
         (("--json", "nowhere/a.json"), "--json: nowhere/a.json: its directory does not exist"),
         (("--batch", "1,x"), "argument --batch: '1,x' is not a list of numbers: 1,4,16"),

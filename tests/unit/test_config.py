@@ -209,6 +209,7 @@ BAD_SPECDEC = [
     ("stop: ['']", "stop: [''] is not allowed; must be a list of texts"),
     ("device_priority: [tpu]", "device_priority: ['tpu'] is not allowed"),
     ("base_model: ''", "base_model: '' is not allowed; must be a hub id or a directory"),
+    ("{controller: adaptive, max_k: 0}", "min_k: 1 is not allowed; must be at most max_k (0)"),
     ("min_k: 9", "min_k: 9 is not allowed; must be at most max_k (8)"),
     ("min_new_tokens: 65", "min_new_tokens: 65 is not allowed; must be at most max_new_tokens"),
     ("medusa: 3", "medusa: 3 is not allowed; must be a mapping with the keys enabled,"),

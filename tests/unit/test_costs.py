@@ -113,6 +113,7 @@ def edited(**step) -> str:
         *("", "[]", "{}", '{"version": 0}', '{"version": 1, "step": {}}', "[" * 100_000),
         *(edited(rows=[]), edited(own=[1.0]), edited(own=["a", 2.0]), edited(per_key=-5.0)),
         edited(own=[float("nan"), 1.0]),
+        *(edited(error="abc"), edited(own=[True, 2.0]), edited(rows=[0, 2]), edited(own=[0, 0])),
         CostModel(StepCosts((1,), (1.0,))).to_json().replace('"table": []', '"table": [[1, []]]'),
     ],
     ids=lambda text: text[:12],

@@ -11,6 +11,7 @@ import pytest
 from inferlab._C.planner import STEPS, TEXTS, Account, course, lead
 
 from helpers.simulation import CHAIN, World
+from inferlab import SpeculativePipeline
 from inferlab.specdec.acceptance import SURE, Acceptance, Known, kinds_of
 from inferlab.specdec.control import Outlook, StepObservation
 from inferlab.specdec.costs import CostModel, DraftCosts, DraftTime, StepCosts, StepTime
@@ -427,6 +428,31 @@ def test_it_says_what_it_did():
     useless.run(controller, 100, 2)
     assert "at batch 2: " in controller.describe(before)["verdict"]
     assert "at batch 4: " in controller.describe()["verdict"]
+
+
+def test_steps_are_told_by_the_nodes_that_were_verified():
+    controller = CostController(8)
+    controller.choose(Outlook(CHAIN, [0, 1], 32.0, [64, 64]))
+    for rows in (2, 3, 4, 7):  # of two sequences, of which a step drafts 8 for each at most
+        walks = [[], []]
+        controller.observe(StepObservation(2, Budget(8, 8), 3.0, [0, 0], walks, rows=rows))
+    assert controller.describe()["steps_by_nodes"] == {"0": 1, "1": 2, "3": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "most"),
+    [({"k": 2}, 2), ({"k": 0}, 0), ({"k": 12}, 12), ({"k": 4, "max_k": 6}, 6), ({}, 8)],
+)
+def test_k_bounds_it(given, most):
+    fake = {"implementation": "fake", "controller": "cost", "cost_cache": False}
+    assert SpeculativePipeline(**fake, **given).controller.max_k == most
+
+
+def test_what_is_no_number_or_no_costs_is_refused():
+    with pytest.raises(ValueError, match="max_k is '8'"):
+        CostController("8")
+    with pytest.raises(TypeError, match="costs is 3; it must be a CostModel, or None"):
+        CostController(8, 3)
 
 
 def test_with_no_room_to_draft_nothing_is_drafted():

@@ -31,6 +31,7 @@ from inferlab.specdec.recorded import (
     read_recording,
 )
 from inferlab.specdec.recording import _parents
+from inferlab.specdec.replay import Replay
 from inferlab.specdec.token_odds import at_each_node, token_odds
 from inferlab.specdec.tree import DraftTree
 
@@ -269,6 +270,10 @@ def test_folders_that_are_something_else_are_refused(tmp_path):
         fake(tmp_path / "notes.txt")
     with pytest.raises(UsageError, match=r"^record: .*below is a file or below one"):
         fake(tmp_path / "notes.txt" / "below")
+    with pytest.raises(UsageError, match=r"^record: .* cannot be made: embedded null byte; name a"):
+        fake(f"{tmp_path}/a\0b")
+    with pytest.raises(TypeError, match=r"^record is 3; it must be a text or a path"):
+        SpeculativePipeline(implementation="fake", record=3)
 
 
 def test_two_processes_do_not_share_a_run(tmp_path, monkeypatch):
@@ -355,6 +360,89 @@ def test_damaged_files_are_named(run, spoil, message):
     spoil(run)
     with pytest.raises(UsageError, match=rf"^DIR: .*{message}"):
         read_recording(run)
+
+
+def change(run, name, place, value):
+    """Sets an entry of the first part."""
+    with safe_open(parts(run)[0], framework="np") as file:
+        column = file.get_tensor(name)
+    column[place] = value
+    rewrite(parts(run)[0], **{name: column})
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("row.root", -1, 2**31 - 1, "row.root has steps that do not begin where the text had come"),
+        ("row.root", 0, 0, "row.root has steps that do not begin where"),
+        ("row.request", 1, 77, "row.request has requests that are not in request.id"),
+        ("row.limit", 1, 0, "row.limit has entries that are not at least 1"),
+        ("row.accepted", 2, 500, "row.accepted has more tokens than the tree has nodes"),
+        ("node.rank", slice(None), 0, "node.rank has a tree whose nodes are not in one order"),
+        ("node.probability", -1, 7, "node.probability has entries that are not from 0 to 1"),
+        ("node.drafted", -1, -1, "node.drafted has entries that are not from 0 to 1"),
+        ("node.kind", -1, 40, "node.kind has kinds above 11"),
+        ("step.kind", 1, 9, "step.kind has entries that are not 0, 1 or 2"),
+        ("step.ms", (1, 2), np.nan, "step.ms has entries that are not times"),
+        ("step.ms", (1, 2), -1e9, "step.ms has entries that are not times"),
+        ("step.ms", (1, 2), np.inf, "step.ms has entries that are not times"),
+        ("step.at_s", 0, np.nan, "step.at_s has entries that are not times"),
+        ("request.most", 0, 0, "request.most has entries that are not at least 1"),
+        ("request.prompt", 0, -3, "request.prompt has entries that are not at least 1"),
+    ],
+)
+def test_values_that_cannot_be_are_damage(run, name, place, value, message):
+    read_recording(run)
+    change(run, name, place, value)
+    with pytest.raises(UsageError, match=rf"^DIR: .* is damaged: {message}.*; record anew$"):
+        read_recording(run)
+
+
+def test_a_part_that_is_there_twice_is_damage(run):
+    shutil.copy(parts(run)[0], run / f"part-{len(parts(run)) + 1:05d}.safetensors")
+    with pytest.raises(UsageError, match=r"is damaged: request.id has a request twice"):
+        read_recording(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda about: [], "about: "),
+        (lambda about: None, "about: "),
+        (lambda about: {k: v for k, v in about.items() if k != "tree"}, "about.tree: "),
+        (lambda about: about | {"tree": 3}, "about.tree: "),
+        (lambda about: about | {"tree": about["tree"] | {"form": "bush"}}, "about.tree.form: "),
+        (lambda about: about | {"machine": ["cpu"]}, "about.machine: "),
+        (lambda about: about | {"ladder": [[1]]}, "about.ladder.0: "),
+        (lambda about: about | {"known": "x"}, "about.known: "),
+        (lambda about: about | {"temperature": "warm"}, "about.temperature: "),
+        (lambda about: about | {"policy": {}}, "about.policy.policy: "),
+    ],
+)
+def test_facts_that_cannot_be_are_damage(run, change, where):
+    with safe_open(parts(run)[0], framework="np") as file:
+        about = json.loads(file.metadata()["about"])
+    rewrite(parts(run)[0], {"about": json.dumps(change(about))})
+    with pytest.raises(UsageError, match=rf"^DIR: .*part-00001.* is damaged: {where}.*; record"):
+        read_recording(run)
+
+
+def test_costs_of_another_version_are_fitted_anew(run, caplog):
+    with safe_open(parts(run)[0], framework="np") as file:
+        about = json.loads(file.metadata()["about"])
+    rewrite(parts(run)[0], {"about": json.dumps(about | {"costs": '{"version": 1}'})})
+    replay = Replay(read_recording(run))
+    assert not replay.times.measured
+    assert "are not read: version is 1" in caplog.text
+
+
+def test_walks_that_come_out_otherwise_are_told(run, capsys):
+    assert Replay(read_recording(run)).recorded().disagree == 0
+    change(run, "node.choice", slice(None), -1)
+    assert cli.main(["replay", str(run)]) == 0
+    assert "recorded walks come out otherwise" in capsys.readouterr().out
+    assert cli.main(["replay", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["disagree"] > 0
 
 
 def test_a_parent_behind_its_child_is_damage(run):

@@ -146,6 +146,8 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
         (["--output", "x"], "--output: has no meaning beside --reliability"),
         (["--controller", "cost"], "--controller: has no meaning here"),
         (["--draft-mode", "none"], "--draft-mode: 'none' drafts nothing"),
+        (["--K", "0"], "--K: 0 drafts nothing that may be accepted; must be at least 1"),
+        (["--plot", "x.foo"], "--plot: x.foo must end in .svg or .png or .pdf"),
         (["--plot", "missing/x.png"], "--plot: missing/x.png: its directory does not exist"),
     ],
 )

@@ -40,6 +40,8 @@ WORTH = 1.05
 LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 NODES = (2, 4, 8, 16, 32, 64, 128)
 """Of settings that are weighed, where the recorded drafts are that large; and those themselves."""
+LIKELY = 6
+"""So many of a mode's settings are replayed for a batch size."""
 NORMAL_95, NORMAL_50 = 1.960, 0.674
 """Standard deviations on either side of the mean that hold 95 % and half of a normal variable."""
 
@@ -196,33 +198,61 @@ class Weigher:
 
     def best(self, batch: int, rough: bool = True) -> Forecast | None:
         """Of the setting that is fastest at a batch size; None where nothing was drafted."""
-        return max(self.weigh(batch, rough), key=lambda found: found.speedup, default=None)
+        plain = self._plain_run(batch).tokens_per_second
+        runs = [(setting, self._run(setting, batch)) for setting in self._likely(batch)]
+        if not runs:
+            return None
+        setting, run = max(runs, key=lambda found: found[1].tokens_per_second)
+        return self._forecast(setting, batch, run, plain, rough)
 
     def weigh(self, batch: int, rough: bool = True) -> Iterator[Forecast]:
         """Of every setting; ``rough``: see `Forecast`."""
+        plain = self._plain_run(batch).tokens_per_second
+        for setting in self.settings:
+            yield self._forecast(setting, batch, self._run(setting, batch), plain, rough)
+
+    def _likely(self, batch: int) -> Sequence[Setting]:
+        """The settings that may be the fastest: replays take their time, so that of many those that
+        are fastest in mid-decoding are replayed."""
+        if len(self.settings) <= LIKELY:
+            return self.settings
+
+        def rate(setting: Setting) -> float:
+            nodes = MAX_TREE_NODES if setting.nodes is None else setting.nodes
+            (cell,) = self._drafted.grid([setting.levels], [nodes], [batch])
+            return cell.tokens_per_second
+
+        return sorted(self.settings, key=rate, reverse=True)[:LIKELY]
+
+    def _run(self, setting: Setting, batch: int) -> Replayed:
+        nodes = MAX_TREE_NODES if setting.nodes is None else setting.nodes
+        return self._drafted.run(Always(setting.levels, nodes), together=batch)
+
+    def _plain_run(self, batch: int) -> Replayed:
         if batch not in self._plain_runs:
             self._plain_runs[batch] = self._plain.run(Always(0), together=batch)
-        plain = self._plain_runs[batch]
-        for setting in self.settings:
-            nodes = MAX_TREE_NODES if setting.nodes is None else setting.nodes
-            run = self._drafted.run(Always(setting.levels, nodes), together=batch)
-            speedup = run.tokens_per_second / plain.tokens_per_second
-            length = run.decoding_length
-            needed = length / speedup
-            samples = [
-                len(walks) / sum(1 + walked.accepted for walked in walks)
-                for walks in run.by_request.values()
-            ]
-            yield Forecast(
-                setting=setting,
-                batch=batch,
-                speedup=speedup,
-                interval=speedup_interval(speedup, samples, self.error),
-                tokens_per_second=run.tokens_per_second,
-                length=length,
-                needed_length=needed,
-                acceptance=acceptance_of(length, setting.levels) or 0.0,
-                needed_acceptance=acceptance_of(needed, setting.levels),
-                rough=rough,
-                exact=run.covered,
-            )
+        return self._plain_runs[batch]
+
+    def _forecast(
+        self, setting: Setting, batch: int, run: Replayed, plain: float, rough: bool
+    ) -> Forecast:
+        speedup = run.tokens_per_second / plain
+        length = run.decoding_length
+        needed = length / speedup
+        samples = [
+            len(walks) / sum(1 + walked.accepted for walked in walks)
+            for walks in run.by_request.values()
+        ]
+        return Forecast(
+            setting=setting,
+            batch=batch,
+            speedup=speedup,
+            interval=speedup_interval(speedup, samples, self.error),
+            tokens_per_second=run.tokens_per_second,
+            length=length,
+            needed_length=needed,
+            acceptance=acceptance_of(length, setting.levels) or 0.0,
+            needed_acceptance=acceptance_of(needed, setting.levels),
+            rough=rough,
+            exact=run.covered,
+        )

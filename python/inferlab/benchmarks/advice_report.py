@@ -13,7 +13,6 @@ from inferlab.benchmarks.advice import Forecast
 from inferlab.benchmarks.advisor import Advice, Verified
 from inferlab.plots import new_figure
 
-PLOTS = (".svg", ".png")
 HEADS = ("batch", "mode", "K", "nodes", "x plain (95 %)", "tokens/s", "length", "needed",
          "acceptance", "needed")  # fmt: skip
 
@@ -176,7 +175,7 @@ def draw(advice: Advice, path: Path) -> bytes:
     size: drafting pays where the second is above the first.
 
     Args:
-        path: its suffix, one of PLOTS, is the format.
+        path: its suffix, one of `plots.SUFFIXES`, is the format.
 
     Raises:
         ValueError: matplotlib is missing.

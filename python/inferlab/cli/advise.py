@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from inferlab.benchmarks.advice_report import PLOTS, AdviceStats, as_json, draw, report
+from inferlab.benchmarks.advice_report import AdviceStats, as_json, draw, report
 from inferlab.benchmarks.advisor import BATCHES, Advisor
 from inferlab.cli import specdec_flags
 from inferlab.cli.flags import add_config_argument, add_log_arguments
@@ -17,7 +17,7 @@ from inferlab.cli.terminal import clean_stdout, progress, setup_logging
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.errors import UsageError
 from inferlab.output import check_output, print_json, replace_file, write_json
-from inferlab.plots import check_drawable
+from inferlab.plots import check_plot
 
 Output = AdviceStats
 
@@ -131,10 +131,7 @@ def _configured(args: argparse.Namespace) -> tuple[SpecdecConfig, list[str] | No
     if args.iterations is not None and not args.verify:
         raise UsageError("--iterations: is of --verify; give that too")
     if args.plot is not None:
-        if Path(args.plot).suffix not in PLOTS:
-            raise UsageError(f"--plot: {args.plot} must end in {' or '.join(PLOTS)}")
-        check_output(args.plot, "--plot")
-        check_drawable("--plot")
+        check_plot(args.plot, "--plot")
     if args.json not in (None, STDOUT):
         check_output(args.json, "--json")
     modes, args.draft_mode = args.draft_mode, None

@@ -16,8 +16,7 @@ from inferlab.cli.terminal import setup_logging
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import UsageError
-from inferlab.output import check_output
-from inferlab.plots import check_drawable
+from inferlab.plots import check_plot
 from inferlab.prompts import read_prompts
 from inferlab.specdec.calibration import write_acceptance
 from inferlab.specdec.pipeline import SpeculativePipeline
@@ -28,6 +27,7 @@ from inferlab.training.measure.reliability import Reliability, draw_reliability,
 TREES = ("--tree", "--tree-nodes", "--tree-width")
 CONTROLLERS = ("--controller", "--adaptive-K", "--min-k", "--max-k", "--target-acceptance")
 """Flags of `inferlab specdec` that say how much to draft."""
+NUM_PROMPTS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="(files of the standard library; held-out ones with --reliability)",
     )
-    parser.add_argument("--num-prompts", type=int, default=60, metavar="N", help="(60)")
+    parser.add_argument("--num-prompts", type=int, metavar="N", help=f"({NUM_PROMPTS})")
     parser.add_argument(
         "--output", metavar="DIR", help="folder of the draft's weights, which the rates go to"
     )
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuses flags that mean nothing for what is asked."""
     if args.costs:
-        _refuse(args, ("--output", "--prompts"), "beside --costs, which measures times only")
+        texts = ("--output", "--prompts", "--num-prompts")
+        _refuse(args, texts, "beside --costs, which measures times only")
     elif args.reliability:
         _refuse(args, ("--output",), "beside --reliability, which keeps nothing; see --plot")
         _refuse(args, CONTROLLERS, "here; every step drafts the largest tree of --K levels")
@@ -87,8 +88,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.plot is not None:
         if not args.reliability:
             raise UsageError("--plot: has no meaning without --reliability, which it draws")
-        check_output(args.plot, "--plot")
-        check_drawable("--plot")
+        check_plot(args.plot, "--plot")
 
 
 def _refuse(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:
@@ -99,13 +99,12 @@ def _refuse(args: argparse.Namespace, flags: Sequence[str], why: str) -> None:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Those of ``--prompts``, else bundled ones."""
-    if args.num_prompts < 1:
-        raise UsageError(f"--num-prompts: {args.num_prompts} is not allowed; must be at least 1")
+    count = NUM_PROMPTS if args.num_prompts is None else args.num_prompts
+    if count < 1:
+        raise UsageError(f"--num-prompts: {count} is not allowed; must be at least 1")
     if args.prompts is None:
-        if args.reliability:
-            return heldout_prompts(args.num_prompts)
-        return training_prompts(Corpus.of(), args.num_prompts)
-    given = read_prompts(args.prompts)[: args.num_prompts]
+        return heldout_prompts(count) if args.reliability else training_prompts(Corpus.of(), count)
+    given = read_prompts(args.prompts)[:count]
     for prompt in given:
         try:
             prompt.check()
@@ -118,6 +117,7 @@ def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
     folder = Path(args.output)
     if not folder.is_dir():
         raise UsageError(f"--output: {folder} is no folder; name the one that holds the weights")
+    _check_drafts(config)
     prompts = _prompts(args)
     setup_logging(config.log_level, args.verbose)
     rates = acceptance_rates(config, prompts)
@@ -136,6 +136,13 @@ def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
     return EXIT_OK
 
 
+def _check_drafts(config: SpecdecConfig) -> None:
+    if not DRAFT_MODES[config.draft_mode].plan:
+        raise UsageError(f"--draft-mode: {config.draft_mode!r} drafts nothing that may be accepted")
+    if config.levels < 1:
+        raise UsageError("--K: 0 drafts nothing that may be accepted; must be at least 1")
+
+
 def _too_few(config: SpecdecConfig, prompts: Sequence[str]) -> UsageError:
     return UsageError(
         f"--num-prompts: {len(prompts)} prompts of {config.max_new_tokens} tokens were too few "
@@ -144,8 +151,7 @@ def _too_few(config: SpecdecConfig, prompts: Sequence[str]) -> UsageError:
 
 
 def _run_reliability(args: argparse.Namespace, config: SpecdecConfig) -> int:
-    if not DRAFT_MODES[config.draft_mode].plan:
-        raise UsageError(f"--draft-mode: {config.draft_mode!r} drafts nothing that may be accepted")
+    _check_drafts(config)
     prompts = _prompts(args)
     setup_logging(config.log_level, args.verbose)
     found = reliability(config, prompts)

@@ -35,6 +35,7 @@ class Run(TypedDict):
     bytes_per_node: float
     costs: str  # "measured" on the machine, or "fitted" to the recorded steps
     costs_off: float
+    disagree: int  # walks that come out otherwise than recorded
 
 
 class Line(TypedDict):
@@ -118,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     replay = Replay(read_recording(Path(args.dir)))
     with clean_stdout(args.json) as out:
         rule = _rule(args, replay)
-        lines = [_line("recorded", replay.recorded())]
+        as_it_was = replay.recorded()
+        lines = [_line("recorded", as_it_was)]
         cells: list[Cell] = []
         if args.grid:
             cells = _grid(args, replay, rule)
@@ -135,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
                 "bytes_per_node": recording.num_bytes / max(recording.num_nodes, 1),
                 "costs": "measured" if times.measured else "fitted",
                 "costs_off": times.off,
+                "disagree": as_it_was.disagree,
             },
             "policy": _describe_rule(rule),
             "settings": lines,
@@ -305,6 +308,11 @@ def _show(output: Output, replay: Replay) -> None:
             )
     else:
         _show_grid(output["grid"])
+    if run_["disagree"]:
+        print(
+            f"{run_['disagree']} recorded walks come out otherwise when they are walked again: the "
+            "record is not what was decoded."
+        )
     shares = [line["exact"] for line in output["settings"]] + [p["exact"] for p in output["grid"]]
     if min(shares) < 1:
         print(_WHERE_NOT)

@@ -121,3 +121,5 @@ def _show(result: dict[str, Any], shown: bool = False) -> None:
             "ms: " + ", ".join(f"{k} {ms:.1f}" for k, ms in result["timings_ms"].items()),
         ]
     )
+    if "verdict" in result["controller"]:
+        show_line([result["controller"]["verdict"]])

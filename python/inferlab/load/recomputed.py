@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
+from inferlab.load.levels import gauge, level_of
 from inferlab.load.metrics import load_figures
 from inferlab.load.outputs import LoadStats
-from inferlab.load.sweep import gauge, level_of
 from inferlab.output import differences
 from inferlab.records import record_of
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
+from inferlab.load.levels import gauge, level_of
 from inferlab.load.measure import Measured, measure_load
-from inferlab.load.outputs import Distribution, LoadStats, SweepLevel, SweepStats
+from inferlab.load.outputs import LoadStats, SweepLevel, SweepStats
 from inferlab.load.plan import LoadPlan
 from inferlab.records import RequestRecord
 
@@ -75,38 +76,3 @@ def at_level(plan: LoadPlan, level: float) -> LoadPlan:
     users = int(level)
     count = None if plan.count is None else max(plan.count, users)
     return replace(plan, concurrency=users, count=count)
-
-
-def level_of(level: float, stats: LoadStats, best: float | None) -> SweepLevel:
-    """A load as a row.
-
-    Args:
-        best: tokens per second of the best level before; None: it is the first.
-    """
-    throughput, goodput = stats["throughput"], stats["goodput"]
-    ttft, tpot = (stats["distributions"].get(name) for name in ("ttft_ms", "tpot_ms"))
-    row: SweepLevel = {
-        "level": level,
-        "requests_per_s": throughput["requests_per_s"],
-        "output_tokens_per_s": throughput["output_tokens_per_s"],
-        "gain": None,
-        "ttft_p50_ms": _of(ttft, "p50"),
-        "ttft_p99_ms": _of(ttft, "p99"),
-        "tpot_p50_ms": _of(tpot, "p50"),
-        "tpot_p99_ms": _of(tpot, "p99"),
-        "goodput_per_s": None if goodput is None else goodput["requests_per_s"],
-        "failed": stats["requests"]["failed"],
-    }
-    if best:
-        row["gain"] = gauge(row) / best - 1
-    return row
-
-
-def gauge(row: SweepLevel) -> float:
-    """What a level gives: output tokens per second, or requests where tokens are not known."""
-    tokens = row["output_tokens_per_s"]
-    return row["requests_per_s"] if tokens is None else tokens
-
-
-def _of(found: Distribution | None, key: Literal["p50", "p99"]) -> float | None:
-    return None if found is None else found[key]

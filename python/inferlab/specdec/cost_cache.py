@@ -65,7 +65,7 @@ def kept_costs(
     text = json.dumps(facts, sort_keys=True, default=str)
     name = hashlib.sha256(text.encode()).hexdigest()[:32]
     file = user_cache_path("inferlab") / "costs" / f"{name}.json"
-    if keep and not anew:
+    if keep and not anew and file.is_file():
         try:
             return CostModel.from_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -220,6 +220,11 @@ class CostModel:
             fields = json.loads(text)
             if fields["version"] != VERSION:
                 raise ValueError(f"version is {fields['version']}, not {VERSION}")
+            _check_numbers([fields["step"], fields["draft"], fields.get("reading", [])])
+            if not all(n >= 1 for n in fields["step"]["rows"]) or not all(
+                ms > 0 for ms in fields["step"]["own"]
+            ):
+                raise ValueError("no costs: rows and their times must be above 0")
             step = StepCosts(**{k: _frozen(v) for k, v in fields["step"].items()})
             draft = DraftCosts(**{k: _frozen(v) for k, v in fields["draft"].items()})
             model = cls(step, draft, _frozen(fields.get("reading", [])))
@@ -262,6 +267,15 @@ def _non_negative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
             break
         del left[int(part.argmin())]
     return found
+
+
+def _check_numbers(value: Any) -> None:
+    """Raises TypeError for what holds other things than finite numbers."""
+    if isinstance(value, (dict, list)):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_numbers(one)
+    elif type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no number")
 
 
 def _frozen(value: Any) -> Any:

@@ -144,8 +144,8 @@ class SpeculativePipeline:
                     f"names and directories are {name}"
                 )
         overrides.update(
-            base_model=os.fspath(base_model) if base_model is not None else None,
-            draft_model=os.fspath(draft_model) if draft_model is not None else None,
+            base_model=_path("base_model", base_model),
+            draft_model=_path("draft_model", draft_model),
             draft_mode=draft_mode,
             implementation=implementation,
             policy=policy if isinstance(policy, str) else None,
@@ -155,7 +155,7 @@ class SpeculativePipeline:
             dtype=dtype,
             seed=seed,
             agree_k=agree_k,
-            record=os.fspath(record) if record is not None else None,
+            record=_path("record", record),
             quantization=quantization,
             draft_quantization=draft_quantization,
             tensor_parallel=tensor_parallel,
@@ -661,7 +661,10 @@ class SpeculativePipeline:
         widths = c.tree if isinstance(c.tree, tuple) else None
         if c.controller_name == "fixed":
             return make_controller("fixed", k=len(widths) if widths is not None else c.levels)
-        max_k = min(c.max_k, len(widths)) if widths is not None else c.max_k
+        bounded = c.max_draft is not None and "max_k" not in c.model_fields_set
+        max_k = c.levels if bounded else c.max_k
+        if widths is not None:
+            max_k = min(max_k, len(widths))
         return make_controller(
             c.controller_name,
             min_k=min(c.min_k, max_k),
@@ -723,6 +726,15 @@ _COST_SETTINGS = {
 _PARAMETERS = {field.name for field in fields(SamplingParams)} | {
     *("do_sample", "messages", "grammar")
 }
+
+
+def _path(name: str, given: str | os.PathLike[str] | None) -> str | None:
+    if given is None:
+        return None
+    path = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise TypeError(f"{name} is {given!r}; it must be a text or a path")
+    return path
 
 
 def _as_list(prompt: Any) -> tuple[bool, list[Prompt]]:

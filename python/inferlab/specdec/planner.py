@@ -31,7 +31,10 @@ class CostController(Controller):
     """
 
     def __init__(self, max_k: int = 8, costs: CostModel | None = None) -> None:
-        check("max_k", max_k, 0 <= max_k <= MAX_DRAFT, f"an integer from 0 to {MAX_DRAFT}")
+        whole = isinstance(max_k, int) and 0 <= max_k <= MAX_DRAFT
+        check("max_k", max_k, whole, f"an integer from 0 to {MAX_DRAFT}")
+        if costs is not None and not isinstance(costs, CostModel):
+            raise TypeError(f"costs is {costs!r}; it must be a CostModel, or None")
         self.max_k = max_k
         self._report = Report()
         self._lock = threading.Lock()
@@ -101,7 +104,9 @@ class CostController(Controller):
             step.heard,
             step.came_true,
         )
-        self._report.count(step.budget.nodes, step.batch_size, step.step_ms, plain_ms)
+        size = step.batch_size
+        rows = step.rows or size * (1 + step.budget.nodes)
+        self._report.count(-(-(rows - size) // size), size, step.step_ms, plain_ms)
 
     def rested(self, batch_size: int, steps_ms: Sequence[float], heard: bool) -> None:
         self._planner.rested(batch_size, steps_ms, heard)

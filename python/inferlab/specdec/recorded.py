@@ -65,6 +65,7 @@ from safetensors.numpy import save
 
 from inferlab.errors import UsageError
 from inferlab.output import replace_file
+from inferlab.specdec.recorded_checks import problem_of_about, problem_of_part, problem_of_run
 
 VERSION = 2
 KEY = "inferlab_recording"
@@ -143,8 +144,11 @@ def check_folder(folder: Path, name: str = "record") -> list[str]:
         there = sorted(entry.name for entry in folder.iterdir())
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"{name}: {folder} is a file or below one; name a directory") from None
-    except OSError as error:
-        raise UsageError(f"{name}: {folder}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # which is what a NUL in a name raises
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"{name}: {str(folder)!r} cannot be made: {why}; name a directory that can"
+        ) from None
     others = [entry for entry in there if not _RUN.fullmatch(entry)]
     if others:
         raise UsageError(
@@ -201,7 +205,10 @@ def find_run(folder: Path) -> Path:
         if _parts(run):
             return run
     if runs or _RUN.fullmatch(folder.name):
-        raise UsageError(f"DIR: {folder} holds no steps: nothing was decoded while it was recorded")
+        raise UsageError(
+            f"DIR: {folder} holds no steps: nothing was decoded while it was recorded, or nothing "
+            f"of it could be written"
+        )
     raise UsageError(
         f"DIR: {folder} holds no recording; make one with: inferlab specdec --record {folder} ..."
     )
@@ -221,6 +228,8 @@ def read_recording(folder: Path) -> Recording:
     read = [_read_part(path) for _, path in parts]
     columns = {name: np.concatenate([part[name] for part, _ in read]) for name in COLUMNS}
     about = read[0][1]
+    if problem := problem_of_run(columns, about):
+        raise UsageError(f"DIR: {run} is damaged: {problem}; record anew")
     return Recording(run, about, columns, sum(path.stat().st_size for _, path in parts))
 
 
@@ -249,37 +258,7 @@ def _read_part(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             columns = {name: file.get_tensor(name) for name in COLUMNS}
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UsageError(f"{damaged}: {error}; record anew") from None
-    problem = _problem(columns)
+    problem = problem_of_about(about) or problem_of_part(columns, COLUMNS, len(PHASES))
     if problem:
         raise UsageError(f"{damaged}: {problem}; record anew")
     return columns, about
-
-
-def _problem(columns: Mapping[str, np.ndarray]) -> str | None:
-    """What of a part contradicts itself."""
-    for name, kind in COLUMNS.items():
-        column = columns[name]
-        if column.dtype != kind:
-            return f"{name} is {column.dtype}, not {np.dtype(kind)}"
-        if column.shape[1:] != ((len(PHASES),) if name == "step.ms" else ()):
-            return f"{name} has the shape {column.shape}"
-        table = name.partition(".")[0]
-        first = next(n for n in COLUMNS if n.startswith(f"{table}."))
-        if len(column) != len(columns[first]):
-            return f"{name} has {len(column)} entries, {first} has {len(columns[first])}"
-    for count, counted in (
-        ("step.rows", "row.request"),
-        ("row.nodes", "node.token"),
-        ("row.emitted", "emitted.token"),
-    ):
-        total = int(columns[count].sum(dtype=np.int64))
-        if total != len(columns[counted]):
-            return f"{count} counts {total}, there are {len(columns[counted])}"
-    nodes = columns["row.nodes"].astype(np.int64)
-    if len(nodes) and nodes.min() < 1:
-        return "row.nodes has a tree without a root"
-    starts = np.repeat(np.cumsum(nodes) - nodes, nodes)
-    own = np.arange(len(starts)) - starts
-    if np.any(columns["node.parent"] > np.maximum(own - 1, 0)):
-        return "node.parent has a parent behind its child"
-    return None

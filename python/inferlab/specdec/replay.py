@@ -16,6 +16,7 @@ Requests run as they were recorded: one begins when those have ended that had en
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from inferlab.specdec.recorded import Recording
 from inferlab.specdec.replay_askers import Asker
 from inferlab.specdec.replay_run import Replayed, Rows, Run, Walked, typical
 from inferlab.specdec.replay_times import Times
+
+logger = logging.getLogger(__name__)
 
 
 class Cell(NamedTuple):
@@ -52,7 +55,8 @@ class Replay:
 
     Args:
         recording: of `inferlab.specdec.recorded.read_recording`.
-        costs: of the machine; None: those in the recording, else fitted to it.
+        costs: of the machine; None: those in the recording, else, and where these cannot be read,
+            fitted to it.
     """
 
     def __init__(self, recording: Recording, costs: CostModel | None = None) -> None:
@@ -60,8 +64,11 @@ class Replay:
         self.about = recording.about
         self.trees = Trees(recording)
         kept = self.about.get("costs")
-        if costs is None and kept is not None:
-            costs = CostModel.from_json(kept)
+        if costs is None and isinstance(kept, str):
+            try:
+                costs = CostModel.from_json(kept)
+            except ValueError as error:  # of another version; they can be fitted
+                logger.warning("the costs in %s are not read: %s", recording.folder, error)
         self.times = Times(recording, self.trees, costs)
         self._cuts: dict[tuple[int, int, Rule], Rows] = {}
         self._kinds: dict[int, list[list[int]]] = {}

@@ -16,7 +16,11 @@ class Report:
     def count(
         self, nodes: int, batch_size: int, ms: float, plain_ms: float, steps: int = 1
     ) -> None:
-        """Steps that took so long, and plain ones for as many tokens."""
+        """Steps that took so long, and plain ones for as many tokens.
+
+        Args:
+            nodes: that were verified for each sequence, in the mean, rounded up.
+        """
         self._steps[nodes, batch_size] += steps
         self._spent += ms
         self._plain += plain_ms
