@@ -5,7 +5,7 @@
 
 Writes OUTPUT/target and OUTPUT/draft, models as others are, for measurements that want weights
 that have learnt something and are larger than the bundled ones. The corpus is the standard library
-of this interpreter, or the .py files of a folder.
+of this interpreter, or the texts of a folder (.py, .txt, .md, .rst).
 
 An hour of two cores is a few hundred updates. So a target learns its embeddings and a quarter of
 its layers first, as a model of its own; then each of these layers is followed by copies of itself

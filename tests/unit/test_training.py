@@ -105,6 +105,16 @@ def test_heldout_prompts_rejects(arguments):
         corpus.heldout_prompts(**arguments)
 
 
+def test_a_folder_has_texts_of_any_domain(tmp_path):
+    for number in range(60):
+        suffix = (".txt", ".md", ".rst", ".py")[number % 4]
+        (tmp_path / f"text{number}{suffix}").write_text(f"Chapter {number}")
+    (tmp_path / "picture.png").write_bytes(b"no text")
+    found = corpus.Corpus.of(tmp_path)
+    assert len(found.paths) == 60
+    assert found.read("text0.txt") == "Chapter 0"
+
+
 def test_empty_corpus_names_flag_and_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"--corpus .*name a folder"):
         corpus.Corpus.of(tmp_path)

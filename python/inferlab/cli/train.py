@@ -67,7 +67,7 @@ def _add_students(kinds: Any) -> None:
             default="corpus",
             metavar="FILE",
             help="a .txt file, or a .jsonl file with text, prompt, messages or turns in each line; "
-            "the target continues it (default: corpus, the .py files of --corpus)",
+            "the target continues it (default: corpus, the texts of --corpus)",
         )
         parser.add_argument(
             "--init-from", metavar="MODEL", help="weights to start from (default: fresh ones)"
@@ -125,7 +125,8 @@ def _add_common(parser: argparse.ArgumentParser, *, steps: int, lr: float | None
     parser.add_argument(
         "--corpus",
         metavar="DIR",
-        help="folder of .py files (default: the standard library of this interpreter)",
+        help="folder of texts, .py, .txt, .md or .rst (default: the standard library of this "
+        "interpreter)",
     )
     parser.add_argument("--steps", type=int, default=steps, help="updates (default: %(default)s)")
     parser.add_argument(

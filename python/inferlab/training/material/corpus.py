@@ -1,4 +1,5 @@
-"""The training corpus: the running interpreter's standard library, read in place.
+"""The training corpus: the running interpreter's standard library, or texts of a folder, read in
+place.
 
 The split is by file, never by line: a file is held out when a hash of its relative path falls in
 the lowest `HELDOUT_FRACTION` of the hash range, so the same file is held out on every machine and
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HELDOUT_FRACTION = 0.05
+SUFFIXES = (".py", ".txt", ".md", ".rst")
+"""Of the texts of a folder."""
 
 # Not Python prose: character tables, generated help topics, and build settings of one machine.
 _SKIPPED_DIRS = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data"})
@@ -24,7 +27,7 @@ _TEST_DIRS = frozenset({"test", "tests", "idle_test"})
 
 @dataclass(frozen=True)
 class Corpus:
-    """Python source files below one folder.
+    """Text files below one folder.
 
     Attributes:
         root: folder that all paths are relative to.
@@ -36,12 +39,13 @@ class Corpus:
 
     @classmethod
     def of(cls, root: Path | None = None) -> Corpus:
-        """The `.py` files below `root`, by default those of the standard library.
+        """The texts below `root`, by default the `.py` files of the standard library.
 
         Raises:
             ValueError: no usable file was found, or nothing would be left to train on or to hold
                 out.
         """
+        suffixes = SUFFIXES[:1] if root is None else SUFFIXES
         root = stdlib_root() if root is None else Path(root)
         paths: list[str] = []
         for folder, subfolders, names in os.walk(root):
@@ -49,14 +53,14 @@ class Corpus:
             paths += [
                 (Path(folder) / name).relative_to(root).as_posix()
                 for name in names
-                if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIX)
+                if name.endswith(suffixes) and not name.startswith(_SKIPPED_PREFIX)
             ]
         corpus = cls(root, tuple(sorted(paths)))
         if not corpus.train_files() or not corpus.heldout_files():
             raise ValueError(
                 f"--corpus {root}: {len(corpus.train_files())} training and "
-                f"{len(corpus.heldout_files())} held-out .py files found, at least 1 of each "
-                "needed; name a folder with more Python sources, or leave --corpus out to use the "
+                f"{len(corpus.heldout_files())} held-out texts found ({', '.join(SUFFIXES)}), at "
+                "least 1 of each needed; name a folder with more, or leave --corpus out to use the "
                 "interpreter's standard library"
             )
         return corpus

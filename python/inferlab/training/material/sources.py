@@ -81,7 +81,7 @@ def corpus_source(
         name=f"--data corpus ({corpus.root})",
         title=f"the source code of Python's standard library, {platform.python_version()}"
         if corpus.root == stdlib_root()
-        else f"the .py files of {corpus.root.name}",
+        else f"the texts of {corpus.root.name}",
         fingerprint=digest.hexdigest(),
         prompts=[],
         heldout=[
