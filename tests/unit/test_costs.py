@@ -227,6 +227,19 @@ def test_costs_that_no_controller_can_use_are_no_costs(before, after):
         CostModel.from_json(text.replace(before, after))
 
 
+@pytest.mark.parametrize(
+    ("reading", "size"),
+    [
+        (((31, 10.0), (124, 40.0)), 32),  # in proportion
+        (((31, 10.0), (64, 11.0), (124, 21.0)), 64),
+        (((31, 10.0), (124, 11.0)), 128),  # weights are what is read
+    ],
+)
+def test_texts_are_read_in_the_smallest_parts_that_cost_little(reading, size):
+    step = StepCosts((1, 8), (1.0, 3.0))
+    assert CostModel(step, reading=reading).read_at_once() == size
+
+
 def test_reading_takes_what_was_measured():
     step = StepCosts((1, 64, 128), (1.0, 2.0, 5.0), per_key=0.01, per_product=0.001)
     model = CostModel(step, reading=((31, 2.0), (496, 20.0)))

@@ -16,8 +16,9 @@ from inferlab.scheduler.request import Request
 READ_TOKENS = 512
 """Tokens that a step reads at most, of all texts together."""
 READ_BESIDE = 128
-"""The same in a server on CPUs while others decode, or come to their first token. Rows beyond 64
-take as long each, however many there are: to read in small parts costs next to nothing."""
+"""The same in a server on CPUs while others decode, or come to their first token, where it is not
+known what reading costs. Rows beyond 64 take as long each, however many there are: to read in small
+parts costs next to nothing."""
 SHORT_READ = 64
 """Texts with no more tokens to read are read before longer ones."""
 SPARE_PAGES = 7

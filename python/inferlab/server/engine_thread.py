@@ -71,6 +71,7 @@ class EngineThread:
         engine: it should be idle.
         max_waiting: requests that may wait beside a full batch; more are refused.
         on_finish: told of each request that has ended, in the engine's thread.
+        read_beside: of a model on a CPU, see `inferlab.scheduler.Scheduler`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class EngineThread:
         engine: Engine,
         max_waiting: int = 1024,
         on_finish: Callable[[Request], None] = lambda request: None,
+        read_beside: int = READ_BESIDE,
     ) -> None:
         self._engine = engine
         self._max_batch = engine.scheduler.max_batch
@@ -94,7 +96,7 @@ class EngineThread:
         self._told: list[Ticket] = []  # whose owners are to be woken
         engine.before_forward = self._wake_owners
         if engine.target.device.type == "cpu":
-            engine.scheduler.read_beside = READ_BESIDE
+            engine.scheduler.read_beside = read_beside
         self._thread = threading.Thread(target=self._run, name="inferlab-engine", daemon=True)
 
     def start(self) -> None:

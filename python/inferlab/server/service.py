@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
-from inferlab.scheduler import Request
+from inferlab.scheduler import READ_BESIDE, Request
 from inferlab.server.answers import Answer, ChatForm, EventStream, Extras, Form, TextForm
 from inferlab.server.calls import Call, ClientGone, Waker
 from inferlab.server.engine_thread import EngineThread, QueueFull, Unavailable
@@ -53,8 +53,12 @@ class Service:
         self.model = settings.model_name or pipeline.target.name
         self.created = int(time.time())
         self.metrics = Metrics(self.model)
+        costs = pipeline.known_costs
         self.engine = EngineThread(
-            pipeline.engine, settings.max_waiting, on_finish=self.metrics.finished
+            pipeline.engine,
+            settings.max_waiting,
+            on_finish=self.metrics.finished,
+            read_beside=READ_BESIDE if costs is None else costs.read_at_once(),
         )
         self.metrics.watch(self.engine)
         tokenizer = pipeline.target.tokenizer

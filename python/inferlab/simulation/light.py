@@ -76,7 +76,7 @@ class LightReplica(Replica):
         self.world, self.work = world, work
         setting = world.setting
         self._max_batch, self._read_tokens = setting.max_batch, setting.read_tokens
-        self._read_beside = min(setting.read_beside, setting.read_tokens)
+        self._read_beside = min(world.read_beside, setting.read_tokens)
         self._page, self._pages, self._slots = setting.page_size, world.pages, setting.slots
         self._beyond = setting.slots - 1 + (setting.page_size - 1) / 2  # tokens of its last pages
         self._shares = setting.shares

@@ -25,7 +25,7 @@ class ScheduledReplica(Replica):
             setting.slots,
             setting.read_tokens,
             setting.shares,
-            read_beside=setting.read_beside,
+            read_beside=world.read_beside,
         )
         self._plan = Plan()
         self._levels = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from inferlab.errors import UsageError
-from inferlab.scheduler import READ_BESIDE, READ_TOKENS
+from inferlab.scheduler import READ_TOKENS
 
 PAYS = "pays"
 """As many levels as the cost model says to pay, by batch."""
@@ -22,7 +22,8 @@ class Setting:
         levels: that are drafted in each step; `PAYS`; 0: plain decoding.
         max_k: of `PAYS`.
         max_batch, read_tokens, read_beside, pages, page_size, shares: of each replica, see
-            `inferlab.scheduler.Scheduler`; ``pages`` None: twice as many as a full batch needs.
+            `inferlab.scheduler.Scheduler`; ``pages`` None: twice as many as a full batch needs;
+            ``read_beside`` None: as servers have it, by the cost model.
         tree_slots: slots that a step's tree may fill; None: as many as ``levels`` need.
         bound: of "prefix": a replica takes a group's requests up to so many times the mean load.
     """
@@ -33,7 +34,7 @@ class Setting:
     max_k: int = 8
     max_batch: int = 32
     read_tokens: int = READ_TOKENS
-    read_beside: int = READ_BESIDE
+    read_beside: int | None = None
     pages: int | None = None
     page_size: int = 16
     shares: bool = True

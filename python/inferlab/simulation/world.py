@@ -60,7 +60,7 @@ class World:
     """One run.
 
     Attributes:
-        pages: of each replica.
+        pages, read_beside: of each replica.
         prompt, output, trace, group, shared: of each request, see `Requests`.
         queued: when each began to wait, in seconds.
         first, ended: when each had its first and its last token; `NEVER`: not yet.
@@ -71,6 +71,7 @@ class World:
     ) -> None:
         self.setting, self.acceptance, self.prices = setting, acceptance, prices
         self.drafting = Drafting(setting, acceptance, prices)
+        self.read_beside = setting.read_beside or prices.costs.read_at_once()
         self.prompt: list[int] = requests.prompt.tolist()
         self.output: list[int] = requests.output.tolist()
         self.trace: list[int] = (requests.trace % acceptance.traces).tolist()

@@ -32,6 +32,8 @@ VERSION = 6
 """Of the file format, and of how times are measured."""
 READ_BEHIND = 64
 """Tokens that those that are read see in the mean, where reading is measured."""
+READ_SIZES = (32, 64, 128)
+NEARLY = 0.85
 
 
 class StepTime(NamedTuple):
@@ -205,6 +207,13 @@ class CostModel:
             ms *= tokens / sizes[-1]
         beyond = max(context - READ_BEHIND, 0.0)
         return ms + (self.step.per_key * texts + self.step.per_product * tokens) * beyond
+
+    def read_at_once(self) -> int:
+        """The fewest tokens, of READ_SIZES, of which nearly as many are read per millisecond as of
+        any: a text that is read in parts of so many holds up others least."""
+        rates = [tokens / self.reading_ms(1, tokens, READ_BEHIND) for tokens in READ_SIZES]
+        nearly = NEARLY * max(rates)
+        return next(size for size, rate in zip(READ_SIZES, rates, strict=True) if rate >= nearly)
 
     def planner(self, measured: bool = True) -> Any:
         """The compiled one that decides by these: ``csrc/planner/planner.h``."""

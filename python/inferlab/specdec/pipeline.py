@@ -296,6 +296,13 @@ class SpeculativePipeline:
             "costs": costs.to_json() if costs is not None else None,
         }
 
+    @property
+    def known_costs(self) -> CostModel | None:
+        """What steps cost, as far as the controller knows it."""
+        controller = self.controller
+        known = isinstance(controller, CostController) and controller.costs is not UNMEASURED
+        return controller.costs if known else None  # type: ignore[attr-defined]
+
     def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:
         """Plain and drafted steps measured now, each with the ms that ``costs`` predicts; what
         drafting takes is not part of either."""
