@@ -69,6 +69,7 @@ class Job:
     flags: list[str]
     include: list[Path]
     system: tuple[str, ...] = ()  # include paths whose files do not count as ours
+    compiler: str = COMPILER
 
 
 def build(variant: str = "plain", cuda_dir: Path = CUDA, units: Sequence[str] = ()) -> Path:
@@ -107,34 +108,45 @@ def build_program(source: Path, variant: str) -> Path:
     return _link(objects, VARIANTS[variant][0], f"{variant}-", source.stem)
 
 
-def build_cpu_program(source: Path, variant: str, cpu_dir: Path = CPU) -> Path:
+def build_cpu_program(
+    source: Path, variant: str, cpu_dir: Path = CPU, machine: str = platform.machine()
+) -> Path:
     """A program of one C++ source and all of csrc/cpu, for every instruction set that there is.
 
     Args:
         cpu_dir: may be a changed copy of csrc/cpu.
+        machine: that it is for; of another one than this the program holds all its libraries.
     """
+    is_here = machine == platform.machine()
+    compiler = COMPILER if is_here else cross_compiler(machine)
     flags = [*BASE, *WARNINGS, *VARIANTS[variant][0]]
     include = [cpu_dir, CSRC, CSRC / "include"]
-    jobs = [Job(path, flags, include) for path in (source, *sorted(cpu_dir.glob("*.cpp")))]
-    for isa, own in _isas().items():
+    sources = (source, *sorted(cpu_dir.glob("*.cpp")))
+    jobs = [Job(path, flags, include, compiler=compiler) for path in sources]
+    for isa, own in _isas(machine).items():
         names = [f"-DINFERLAB_ISA={isa}", f"-DINFERLAB_ISA_{isa.upper()}=1"]
         unsure = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # see cmake/Simd.cmake
         jobs += [
-            Job(path, [*flags, *unsure, *own, *names], include)
+            Job(path, [*flags, *unsure, *own, *names], include, compiler=compiler)
             for path in sorted((cpu_dir / "kernels").glob("*.cpp"))
         ]
-    links = [*VARIANTS[variant][0], "-pthread", "-ldl"]
-    return _link(_compile_all(jobs), links, f"{variant}-", source.stem)
+    links = [*VARIANTS[variant][0], "-pthread", "-ldl", *([] if is_here else ["-static"])]
+    return _link(_compile_all(jobs), links, f"{variant}-{machine}-", source.stem, compiler)
 
 
-def _isas() -> dict[str, list[str]]:
-    """Flags of each instruction set, as cmake/Simd.cmake has them for this processor."""
+def cross_compiler(machine: str) -> str:
+    """The compiler for another machine, by Debian's name."""
+    return f"{machine}-linux-gnu-g++"
+
+
+def _isas(machine: str) -> dict[str, list[str]]:
+    """Flags of each instruction set, as cmake/Simd.cmake has them for a processor."""
     text = (ROOT / "cmake" / "Simd.cmake").read_text()
     flags: dict[str, list[str]] = {}
     for isa, own in re.findall(r"set\(flags_(\w+) ([^)]*)\)", text):
         words = own.replace('"', "").split()
         flags[isa] = [f for word in words for f in flags.get(word[8:-1], [word])]
-    is_x86 = platform.machine() in ("x86_64", "AMD64", "amd64")
+    is_x86 = machine in ("x86_64", "AMD64", "amd64")
     return {isa: own for isa, own in flags.items() if (isa != "generic") == is_x86}
 
 
@@ -201,12 +213,12 @@ def _compile_all(jobs: list[Job]) -> list[Path]:
 
 def _compile(job: Job) -> Path:
     # Not the folders' names: a copy of a source is the same source.
-    key = hashlib.sha256(" ".join([COMPILER, *job.flags]).encode())
+    key = hashlib.sha256(" ".join([job.compiler, *job.flags]).encode())
     for path in sorted(_sources(job.source, job.include), key=lambda p: p.name):
         key.update(path.name.encode() + path.read_bytes())
     target = CACHE / "objects" / f"{job.source.stem}-{key.hexdigest()[:16]}.o"
     include = [f"-I{path}" for path in (*job.include, *job.system)]
-    _make(target, [COMPILER, *job.flags, *include, "-c", job.source])
+    _make(target, [job.compiler, *job.flags, *include, "-c", job.source])
     return target
 
 
@@ -224,10 +236,12 @@ def _sources(source: Path, include: list[Path]) -> set[Path]:
     return seen
 
 
-def _link(objects: list[Path], flags: Iterable[str], prefix: str, name: str) -> Path:
+def _link(
+    objects: list[Path], flags: Iterable[str], prefix: str, name: str, compiler: str = COMPILER
+) -> Path:
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     target = CACHE / f"{prefix}{key}" / name
-    _make(target, [COMPILER, *objects, *flags])
+    _make(target, [compiler, *objects, *flags])
     return target
 
 

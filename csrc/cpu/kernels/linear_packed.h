@@ -97,7 +97,7 @@ struct PackedRows {
     put_inputs(to, p.group, p.bits, place, four * together);
     // An input that is no number, or infinite, makes all outputs of its row NaN.
     scale[row * groups + g] = finite ? (counts ? most / 127.0f : 0.0f) : bits_to_float(0x7fc00000u);
-    start[row * groups + g] = -(p.zeros ? 1 : p.bits == 8 ? 128 : 8) * sum;
+    start[row * groups + g] = -(p.zeros ? 1 : p.bits == 8 ? kZeroOfBytes : 8) * sum;
   }
 };
 

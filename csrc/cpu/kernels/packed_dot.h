@@ -6,12 +6,21 @@
 
 #include "simd.h"
 
+#if defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+#endif
+
 namespace inferlab::cpu::INFERLAB_ISA {
 
 #if defined(INFERLAB_ISA_AVX512)
 
 constexpr int kPackedRows = 12;  // of a block: 12 sums in fp32 and as many in whole numbers
 constexpr int kPairRows = 6;     // of one with two tiles
+constexpr int kZeroOfBytes = 128;
 
 struct vi {
   __m512i v;
@@ -27,6 +36,7 @@ inline vi widen_bytes(const uint8_t* p) {
 }
 inline vf to_floats(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline vb load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline vb whole_bytes(vb a) { return a; }
 inline vb low_halves(vb a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline vb high_halves(vb a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
@@ -65,6 +75,7 @@ inline vi dot4(vi acc, vb w, const int8_t* x) {
 
 constexpr int kPackedRows = 4;
 constexpr int kPairRows = 1;
+constexpr int kZeroOfBytes = 128;
 
 struct vi {
   __m256i v;
@@ -77,10 +88,74 @@ inline vi widen_bytes(const uint8_t* p) {
 inline vf to_floats(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline bool has_fast_dot() { return false; }
 
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+constexpr int kPackedRows = 4;
+constexpr int kPairRows = 1;
+constexpr int kZeroOfBytes = 0;  // taken off them: products are of signed bytes
+
+struct vi {
+  int32x4_t v;
+};
+struct vb {
+  uint8x16_t v;
+};
+inline vi vset(int32_t x) { return {vdupq_n_s32(x)}; }
+inline vi operator+(vi a, vi b) { return {vaddq_s32(a.v, b.v)}; }
+inline vi operator*(vi a, vi b) { return {vmulq_s32(a.v, b.v)}; }
+inline vi widen_bytes(const uint8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  const uint16x8_t words = vmovl_u8(vcreate_u8(four));
+  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(words)))};
+}
+inline vf to_floats(vi a) {
+  vf r;
+  vst1q_f32(r.v, vcvtq_f32_s32(a.v));
+  return r;
+}
+inline vb load_bytes(const uint8_t* p) { return {vld1q_u8(p)}; }
+inline vb whole_bytes(vb a) { return {veorq_u8(a.v, vdupq_n_u8(128))}; }
+inline vb low_halves(vb a) { return {vandq_u8(a.v, vdupq_n_u8(15))}; }
+inline vb high_halves(vb a) { return {vshrq_n_u8(a.v, 4)}; }
+inline bool has_fast_dot() {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;
+#elif defined(__linux__)
+  static const bool has = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+  return has;
+#else
+  return false;
+#endif
+}
+
+// acc[i] + sum of w[4 i + j] x[j] over j < 4.
+template <bool kFast>
+inline vi dot4(vi acc, vb bytes, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  const int8x16_t w = vreinterpretq_s8_u8(bytes.v);
+  const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  if constexpr (kFast) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    acc.v = vdotq_s32(acc.v, w, all);
+#else
+    // The instruction by its name: the rest of the file is for processors without it, too.
+    asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(acc.v) : "w"(w), "w"(all));
+#endif
+    return acc;
+  } else {
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(all)));
+    const int32x4_t high = vpaddlq_s16(vmull_high_s8(w, all));
+    return {vaddq_s32(acc.v, vpaddq_s32(low, high))};
+  }
+}
+
 #else
 
 constexpr int kPackedRows = 2;
 constexpr int kPairRows = 1;
+constexpr int kZeroOfBytes = 128;
 
 struct vi {
   int32_t v[4];
@@ -108,6 +183,7 @@ inline vb load_bytes(const uint8_t* p) {
   std::memcpy(r.v, p, 16);
   return r;
 }
+inline vb whole_bytes(vb a) { return a; }
 inline vb low_halves(vb a) {
   for (uint8_t& byte : a.v) byte &= 15;
   return a;
@@ -254,7 +330,8 @@ inline void add_group(vi (&sums)[M][V], const uint8_t* (&q)[V], const int8_t* x,
     for (int v = 0; v < V; ++v) {
       vb first = load_bytes(q[v]), second;
       if constexpr (kBits == 8) {
-        second = load_bytes(q[v] + 64);
+        first = whole_bytes(first);
+        second = whole_bytes(load_bytes(q[v] + 64));
       } else {
         second = high_halves(first);
         first = low_halves(first);

@@ -23,6 +23,7 @@
 #include "inferlab/linear.h"
 
 namespace inferlab {
+inline namespace INFERLAB_INLINE_NAMESPACE {
 
 constexpr int64_t kPackedOutputs = 16;  // of a tile
 
@@ -38,4 +39,5 @@ inline int64_t packed_tile_bytes(const LinearParams& p) {
   return packed_scale_bytes(p) + packed_groups(p) * p.group * kPackedOutputs * p.bits / 8;
 }
 
+}  // namespace INFERLAB_INLINE_NAMESPACE
 }  // namespace inferlab
