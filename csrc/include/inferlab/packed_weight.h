@@ -12,10 +12,9 @@
 // are fp32, in the order of g.
 //
 // Outputs stand in tiles of 16. Of each tile first the scales, [groups][16], and zeros, as bytes,
-// likewise, up to a multiple of 64 bytes; then q: in 8 bits
-// [in / 4][16 outputs][4 inputs]; in 4 bits [in / 8][16][4], byte i has input i in its low half and
-// input 4 + i in its high one. Beyond the last output and input nothing of it
-// counts.
+// likewise, up to a multiple of 64 bytes; then q: in 8 bits [in / 4][16 outputs][4 inputs]; in 4
+// bits [in / 8][16][4], byte i has input i in its low half and input 4 + i in its high one. Beyond
+// the last output and input nothing of it counts.
 #pragma once
 
 #include <cstdint>
