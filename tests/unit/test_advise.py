@@ -258,6 +258,9 @@ def test_a_prompt_that_cannot_be_run_is_named(capsys, tmp_path):
     file.write_text('{"prompt": "a"}\n{"prompt": " "}\n')
     assert run("--impl", "fake", "--prompts", str(file)) == 2
     assert f"error: {file}:2: prompt is empty" in capsys.readouterr().err
+    file.write_text('{"prompt": "a"}\n{"prompt": "' + "ab " * 9000 + '"}\n')
+    assert run("--impl", "fake", "--prompts", str(file)) == 2
+    assert f"error: {file}:2: prompt (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["advise"], ["calibrate", "--reliability"]])

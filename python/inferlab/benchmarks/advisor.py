@@ -167,7 +167,10 @@ class Advisor:
         Raises:
             ValueError: no prompts, or one that cannot be decoded.
         """
-        self._check(prompts)
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one")
+        for prompt in prompts:
+            self.check(prompt)
         report = on_group or (lambda _: None)
         most = {mode: self._most(mode) for mode in self.modes}
         recorded = self._record(most, mixed_batches(prompts, self.batch_sizes), report)
@@ -338,11 +341,9 @@ class Advisor:
         predicted = self._plain_costs.ms(len(results), tokens, tokens / 2)
         return len(results), predicted, ran["timings_ms"]["prefill"]
 
-    def _check(self, prompts: Sequence[str]) -> None:
-        if not prompts:
-            raise ValueError("prompts is empty; give at least one")
-        for prompt in prompts:
-            self._plain.check(prompt)
+    def check(self, prompt: str) -> None:
+        """Raises ValueError for a prompt that cannot be decoded."""
+        self._plain.check(prompt)
 
     def _settings(self, num_prompts: int) -> dict[str, Any]:
         c = self.config

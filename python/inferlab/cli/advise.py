@@ -97,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
     shows = not (args.no_progress or on_stdout)
     with clean_stdout(on_stdout) as out:
         advisor = Advisor(config, modes, args.batch)
+        for prompt in prompts:
+            try:
+                advisor.check(prompt.text)
+            except ValueError as error:
+                raise UsageError(f"{prompt.where or '--prompt'}: {error}") from None
         with progress(advisor.num_groups(len(texts)), "batches", shows) as advance:
             advice = advisor.run(texts, advance)
         verified = None
