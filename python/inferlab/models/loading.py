@@ -136,7 +136,8 @@ def load(
         if packed is not None and packed.tied:
             learnt = copy.deepcopy(config)
             learnt.tie_word_embeddings = True
-        parameters = count_parameters(learnt, trust_remote_code)
+        skeleton = _skeleton(learnt, trust_remote_code)
+        parameters = sum(weight.numel() for weight in skeleton.parameters())
         chosen, why = choose_dtype(wanted_dtype, config)
         if packed is None and rounded is None:
             _check_memory(name, parameters, chosen, max_memory_mb)
@@ -155,12 +156,11 @@ def load(
         where: dict[str, Any] = {}
         if tensor_parallel > 1:
             _check_sharable(name, config, target_device)
-            skeleton = _skeleton(config, trust_remote_code)
             where = {"distributed_config": _shared_out(skeleton, tensor_parallel, name)}
         elif isinstance(device_map, str):
             where = {"device_map": device_map}
         elif device_map is not None:
-            _check_device_map(device_map, _skeleton(config, trust_remote_code), name)
+            _check_device_map(device_map, skeleton, name)
             where = {"device_map": dict(device_map)}
         elif quantization is not None or _is_others(config, rounded):  # they cannot be moved later
             where = {"device_map": {"": target_device}}
@@ -170,7 +170,7 @@ def load(
         if rounded is not None:
             packable: set[str] = set()
             if target_device.type == "cpu" and not where and not dense:
-                packable = _linears(_skeleton(config, trust_remote_code))
+                packable = _linears(skeleton)
             weights = _read_rounded(name, source, rounded, chosen, packable)
             size = sum(tensor.nbytes for tensor in weights.tensors.values())
             _check_size(name, size, rounded["quant_method"], max_memory_mb)
@@ -268,12 +268,8 @@ def choose_dtype(wanted: torch.dtype | None, config: Any) -> tuple[torch.dtype, 
     return stored, "as stored"
 
 
-def count_parameters(config: Any, trust_remote_code: bool = False) -> int:
-    """Number of distinct weights, from shapes alone: nothing is read or allocated."""
-    return sum(p.numel() for p in _skeleton(config, trust_remote_code).parameters())
-
-
 def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """The model's modules and shapes: nothing is read or allocated."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
