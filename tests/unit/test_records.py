@@ -249,6 +249,17 @@ def test_certify(capsys, tmp_path):
     printed(capsys, "certify", "quality", *real, "--quantizations", "int8", "--policies", "typical")
 
 
+def test_calibrate(capsys, tmp_path):
+    few = ("--num-prompts", "2", "--max-tokens", "12", "--K", "3")
+    told = printed(capsys, "calibrate", "--costs", "--impl", "fake", "--no-cost-cache")
+    assert told["steps"]
+    assert told["off_p90"] >= told["off_median"]
+    told = printed(capsys, "calibrate", "--reliability", *few)
+    assert sum(row["nodes"] for row in told["bins"]) == told["nodes"] > 0
+    told = printed(capsys, "calibrate", "--output", str(tmp_path), *few)
+    assert 1 <= len(told["rates"]) <= 3
+
+
 def test_replay(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(SpeculativePipeline, "costs", lambda self: None)
     printed(capsys, "specdec", *FAKE, "--prompt", "a b", "--record", str(tmp_path))

@@ -4,30 +4,92 @@ many are as predicted, or what steps cost."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from inferlab.cli import specdec_flags
 from inferlab.cli.flags import add_config_argument, add_log_arguments
 from inferlab.cli.parser import EXIT_OK
-from inferlab.cli.terminal import setup_logging
+from inferlab.cli.terminal import clean_stdout, setup_logging
 from inferlab.config import SpecdecConfig, load_config
 from inferlab.draft_modes import DRAFT_MODES
 from inferlab.errors import UsageError
+from inferlab.output import print_json
 from inferlab.plots import check_plot
 from inferlab.prompts import read_prompts
 from inferlab.specdec.calibration import write_acceptance
 from inferlab.specdec.pipeline import SpeculativePipeline
 from inferlab.training.material.corpus import Corpus, heldout_prompts, training_prompts
 from inferlab.training.measure.rates import acceptance_rates
-from inferlab.training.measure.reliability import Reliability, draw_reliability, reliability
+from inferlab.training.measure.reliability import draw_reliability, reliability
 
 TREES = ("--tree", "--tree-nodes", "--tree-width")
 CONTROLLERS = ("--controller", "--adaptive-K", "--min-k", "--max-k", "--target-acceptance")
 """Flags of `inferlab specdec` that say how much to draft."""
 NUM_PROMPTS = 60
+
+
+class RatesOutput(TypedDict):
+    """What is written beside the weights: ``rates`` by level, of each rank."""
+
+    rates: list[list[float]]
+    about: dict[str, Any]
+
+
+class BinRow(TypedDict):
+    """Nodes whose predicted chances are in [low, high): their mean chance, and the share that was
+    accepted."""
+
+    low: float
+    high: float
+    nodes: int
+    predicted: float
+    accepted: float
+
+
+class ReliabilityOutput(TypedDict):
+    """``--reliability``; ``error``: the expected calibration error, ``likely_error``: of the nodes
+    whose chance was 0.1 or more."""
+
+    draft_mode: str
+    prompts: int
+    max_new_tokens: int
+    temperature: float
+    heldout: bool
+    bins: list[BinRow]
+    nodes: int
+    error: float
+    likely_nodes: int
+    likely_error: float
+
+
+class StepRow(TypedDict):
+    """A step: ``nodes`` of each sequence, the root included, behind ``context`` tokens."""
+
+    batch: int
+    nodes: int
+    context: int
+    ms: float
+    predicted_ms: float
+
+
+class CostsOutput(TypedDict):
+    """``--costs``: the model, and steps that it was checked with; how far it was off, relative to
+    what was measured."""
+
+    costs: dict[str, Any]
+    steps: list[StepRow]
+    off_median: float
+    off_p90: float
+
+
+Output = RatesOutput | ReliabilityOutput | CostsOutput
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure what steps cost instead, and print how well it is predicted",
     )
+    parser.add_argument("--json", action="store_true", help="print it as JSON on stdout")
     add_log_arguments(parser)
     add_config_argument(parser, "configs/specdec.yaml")
     specdec_flags.add_model_arguments(parser)
@@ -65,9 +128,16 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     overrides, names = specdec_flags.given_overrides(args)
     config = load_config(SpecdecConfig, args.config, overrides, names=names)
-    if args.costs:
-        return _run_costs(args, config)
-    return _run_reliability(args, config) if args.reliability else _run_acceptance(args, config)
+    setup_logging(config.log_level, args.verbose)
+    with clean_stdout(args.json) as out:
+        tell = partial(print_json, out=out) if args.json else None
+        if args.costs:
+            (tell or _show_costs)(_measure_costs(config))
+        elif args.reliability:
+            (tell or _show_reliability)(_measure_reliability(args, config))
+        else:
+            (tell or _show_rates)(_measure_rates(args, config))
+    return EXIT_OK
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -113,13 +183,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return [prompt.text for prompt in given]
 
 
-def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
+def _measure_rates(args: argparse.Namespace, config: SpecdecConfig) -> RatesOutput:
     folder = Path(args.output)
     if not folder.is_dir():
         raise UsageError(f"--output: {folder} is no folder; name the one that holds the weights")
     _check_drafts(config)
     prompts = _prompts(args)
-    setup_logging(config.log_level, args.verbose)
     rates = acceptance_rates(config, prompts)
     if not rates:
         raise _too_few(config, prompts)
@@ -131,9 +200,12 @@ def _run_acceptance(args: argparse.Namespace, config: SpecdecConfig) -> int:
         "new_tokens": config.max_new_tokens,
     }
     write_acceptance(folder, rates, about)
-    for depth, row in enumerate(rates, start=1):
+    return {"rates": [list(row) for row in rates], "about": about}
+
+
+def _show_rates(found: RatesOutput) -> None:
+    for depth, row in enumerate(found["rates"], start=1):
         print(f"level {depth}: " + " ".join(f"{rate:.3f}" for rate in row))
-    return EXIT_OK
 
 
 def _check_drafts(config: SpecdecConfig) -> None:
@@ -150,39 +222,57 @@ def _too_few(config: SpecdecConfig, prompts: Sequence[str]) -> UsageError:
     )
 
 
-def _run_reliability(args: argparse.Namespace, config: SpecdecConfig) -> int:
+def _measure_reliability(args: argparse.Namespace, config: SpecdecConfig) -> ReliabilityOutput:
     _check_drafts(config)
     prompts = _prompts(args)
-    setup_logging(config.log_level, args.verbose)
     found = reliability(config, prompts)
     if not found.nodes:
         raise _too_few(config, prompts)
-    texts = "prompts" if args.prompts is not None else "held-out prompts"
-    print(
-        f"{config.draft_mode}: {len(prompts)} {texts} of {config.max_new_tokens} tokens, "
-        f"temperature {config.effective_temperature:g}"
-    )
-    _print_reliability(found)
     if args.plot is not None:
         draw_reliability(Path(args.plot), found, title=config.draft_mode)
-    return EXIT_OK
+    return {
+        "draft_mode": config.draft_mode,
+        "prompts": len(prompts),
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.effective_temperature,
+        "heldout": args.prompts is None,
+        "bins": [
+            {
+                "low": row.low,
+                "high": row.high,
+                "nodes": row.nodes,
+                "predicted": row.predicted,
+                "accepted": row.accepted,
+            }
+            for row in found.bins
+        ],
+        "nodes": found.nodes,
+        "error": found.error(),
+        "likely_nodes": sum(row.nodes for row in found.bins[1:]),
+        "likely_error": found.error(0.1),
+    }
 
 
-def _print_reliability(found: Reliability) -> None:
+def _show_reliability(found: ReliabilityOutput) -> None:
+    texts = "held-out prompts" if found["heldout"] else "prompts"
+    print(
+        f"{found['draft_mode']}: {found['prompts']} {texts} of {found['max_new_tokens']} tokens, "
+        f"temperature {found['temperature']:g}"
+    )
     print("chance      nodes  predicted  accepted    off")
-    for b in found.bins:
-        row = f"{b.low:.1f} - {b.high:.1f} {b.nodes:7}"
-        if b.nodes:
-            off = b.accepted - b.predicted
-            row += f"  {b.predicted:9.3f} {b.accepted:9.3f} {off:+6.3f}"
+    for b in found["bins"]:
+        row = f"{b['low']:.1f} - {b['high']:.1f} {b['nodes']:7}"
+        if b["nodes"]:
+            off = b["accepted"] - b["predicted"]
+            row += f"  {b['predicted']:9.3f} {b['accepted']:9.3f} {off:+6.3f}"
         print(row)
-    print(f"expected calibration error: {found.error():.3f} over {found.nodes} nodes", end="")
-    likely = sum(b.nodes for b in found.bins[1:])
-    print(f", {found.error(0.1):.3f} over the {likely} whose chance was 0.1 or more")
+    print(
+        f"expected calibration error: {found['error']:.3f} over {found['nodes']} nodes, "
+        f"{found['likely_error']:.3f} over the {found['likely_nodes']} whose chance was 0.1 or more"
+    )
 
 
-def _run_costs(args: argparse.Namespace, config: SpecdecConfig) -> int:
-    setup_logging(config.log_level, args.verbose)
+def _measure_costs(config: SpecdecConfig) -> CostsOutput:
     pipeline = SpeculativePipeline(config=config)
     costs = pipeline.costs(anew=True)
     if costs is None:
@@ -197,15 +287,33 @@ def _run_costs(args: argparse.Namespace, config: SpecdecConfig) -> int:
             f"--costs: the context of {pipeline.target.name} or its K/V cache has no room for the "
             "texts that costs are checked with"
         )
-    print("batch nodes context  measured predicted    off")
-    for step, predicted in checked:
-        print(
-            f"{step.batch:5} {step.nodes:5} {step.context:7} {step.ms:6.2f} ms {predicted:6.2f} ms "
-            f"{predicted / step.ms - 1:+6.0%}"
-        )
     off = sorted(abs(predicted / step.ms - 1) for step, predicted in checked)
-    high = off[int(0.9 * len(off))]
-    print(f"off by {median(off):.0%} in the median, {high:.0%} at the 90th percentile")
-    for batch, row in costs.draft.table:
+    return {
+        "costs": json.loads(costs.to_json()),
+        "steps": [
+            {
+                "batch": step.batch,
+                "nodes": step.nodes,
+                "context": step.context,
+                "ms": step.ms,
+                "predicted_ms": predicted,
+            }
+            for step, predicted in checked
+        ],
+        "off_median": median(off),
+        "off_p90": off[int(0.9 * len(off))],
+    }
+
+
+def _show_costs(found: CostsOutput) -> None:
+    print("batch nodes context  measured predicted    off")
+    for step in found["steps"]:
+        ms, predicted = step["ms"], step["predicted_ms"]
+        print(
+            f"{step['batch']:5} {step['nodes']:5} {step['context']:7} {ms:6.2f} ms "
+            f"{predicted:6.2f} ms {predicted / ms - 1:+6.0%}"
+        )
+    median_, high = found["off_median"], found["off_p90"]
+    print(f"off by {median_:.0%} in the median, {high:.0%} at the 90th percentile")
+    for batch, row in found["costs"]["draft"]["table"]:
         print(f"drafting for {batch}: " + ", ".join(f"{n} nodes {ms:.2f} ms" for n, ms in row))
-    return EXIT_OK

@@ -18,8 +18,7 @@ from inferlab.records import RequestRecord
 RECORD = "record"
 COMMANDS = (
     *("specdec", "baseline", "advise", "bench", "bench compare", "certify", "ping", "replay"),
-    "simulate",
-    "doctor",
+    *("simulate", "calibrate", "doctor"),
 )
 """Commands that print JSON: their modules have a type ``Output``."""
 
