@@ -250,7 +250,7 @@ def test_certify(capsys, tmp_path):
 
 
 def test_calibrate(capsys, tmp_path):
-    few = ("--num-prompts", "2", "--max-tokens", "12", "--K", "3")
+    few = ("--num-prompts", "6", "--max-tokens", "40", "--K", "3")
     told = printed(capsys, "calibrate", "--costs", "--impl", "fake", "--no-cost-cache")
     assert told["steps"]
     assert told["off_p90"] >= told["off_median"]
