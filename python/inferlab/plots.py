@@ -33,16 +33,7 @@ def check_plot(path: str | Path, flag: str) -> None:
     if Path(path).suffix not in SUFFIXES:
         raise UsageError(f"{flag}: {path} must end in {' or '.join(SUFFIXES)}")
     check_output(path, flag)
-    check_drawable(flag)
-
-
-def check_drawable(what: str) -> None:
-    """Before the work whose figure is asked for.
-
-    Raises:
-        UsageError: matplotlib is missing; begins with ``what``.
-    """
     try:
         new_figure(1, 1)
     except ValueError as error:
-        raise UsageError(f"{what}: {error}") from error
+        raise UsageError(f"{flag}: {error}") from error

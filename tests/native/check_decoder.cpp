@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "check_random.h"
 #include "inferlab/decoder.h"
 #include "inferlab/packed_weight.h"
 #include "isa.h"
@@ -21,15 +22,6 @@ namespace {
 
 constexpr int64_t kHidden = 192, kInner = 320, kVocab = 500, kLayers = 3, kHeads = 4, kDim = 32;
 constexpr int64_t kKvHeads = 2, kBatch = 3, kPages = 24, kPageSize = 8, kMaxPages = 8;
-
-struct Random {
-  uint64_t state = 1;
-  uint32_t next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state >> 33);
-  }
-  float number() { return static_cast<float>(next() % 2001) / 1000.0f - 1.0f; }
-};
 
 void store(DType dtype, void* to, int64_t at, float value) {
   if (dtype == DType::kF32) static_cast<float*>(to)[at] = value;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "check_random.h"
 #include "inferlab/linear.h"
 #include "inferlab/packed_weight.h"
 #include "isa.h"
@@ -12,15 +13,6 @@
 using namespace inferlab;
 
 namespace {
-
-struct Random {
-  uint64_t state = 7;
-  uint32_t next() {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    return static_cast<uint32_t>(state >> 33);
-  }
-  float number() { return static_cast<float>(next() % 2001) / 1000.0f - 1.0f; }
-};
 
 struct Case {
   int bits;

@@ -60,6 +60,11 @@ class Setting:
     nodes: int | None = None
 
     @property
+    def most_nodes(self) -> int:
+        """``nodes``, or all that there are."""
+        return MAX_TREE_NODES if self.nodes is None else self.nodes
+
+    @property
     def changes(self) -> dict[str, Any]:
         """The keys of SpecdecConfig that make it."""
         return {
@@ -218,15 +223,13 @@ class Weigher:
             return self.settings
 
         def rate(setting: Setting) -> float:
-            nodes = MAX_TREE_NODES if setting.nodes is None else setting.nodes
-            (cell,) = self._drafted.grid([setting.levels], [nodes], [batch])
+            (cell,) = self._drafted.grid([setting.levels], [setting.most_nodes], [batch])
             return cell.tokens_per_second
 
         return sorted(self.settings, key=rate, reverse=True)[:LIKELY]
 
     def _run(self, setting: Setting, batch: int) -> Replayed:
-        nodes = MAX_TREE_NODES if setting.nodes is None else setting.nodes
-        return self._drafted.run(Always(setting.levels, nodes), together=batch)
+        return self._drafted.run(Always(setting.levels, setting.most_nodes), together=batch)
 
     def _plain_run(self, batch: int) -> Replayed:
         if batch not in self._plain_runs:

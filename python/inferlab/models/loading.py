@@ -171,10 +171,12 @@ def load(
             packable: set[str] = set()
             if target_device.type == "cpu" and not where and not dense:
                 packable = _linears(skeleton)
-            weights = _read_rounded(name, source, rounded, chosen, packable)
+            folder = source if isinstance(source, Path) else _hub_folder(name, source)
+            weights = _read_rounded(name, folder, rounded, chosen, packable)
             size = sum(tensor.nbytes for tensor in weights.tensors.values())
             _check_size(name, size, rounded["quant_method"], max_memory_mb)
-            model = _load_rounded(name, source, model_class, config, weights, chosen, **where)
+            model = _load_rounded(name, folder, model_class, config, weights, chosen, **where)
+            model.name_or_path = model.config._name_or_path = str(source)
         else:
             model = _load_weights(name, source, chosen, allow_pickle, **where, **common)
         if not where:
@@ -490,10 +492,9 @@ def _linears(skeleton: Any) -> set[str]:
 
 
 def _read_rounded(
-    name: str, source: Path | str, rounded: Settings, dtype: torch.dtype, packable: set[str]
+    name: str, folder: Path, rounded: Settings, dtype: torch.dtype, packable: set[str]
 ) -> Weights:
     """See `unpacking.read_weights`."""
-    folder = source if isinstance(source, Path) else _hub_folder(name, source)
     files = _safetensors_files(name, folder)
     if not files:
         raise ModelLoadError(
@@ -508,7 +509,7 @@ def _read_rounded(
 
 def _load_rounded(
     name: str,
-    source: Path | str,
+    folder: Path,
     model_class: Any,
     config: Any,
     weights: Weights,
@@ -537,8 +538,6 @@ def _load_rounded(
     tensors = weights.tensors
     if lost := [key for key in unknown if key.endswith(".bias") and bool(tensors[key].any())]:
         raise ModelLoadError(f"{name}: {type(model).__name__} has no {lost[0]}, which is not zero")
-    model.name_or_path = own._name_or_path = str(source)
-    folder = source if isinstance(source, Path) else _hub_folder(name, source)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -208,7 +208,7 @@ class SpeculativePipeline:
             config, self.target, self.policy, self._max_levels(), draft, shape
         )
         self.engine = self._make_engine()
-        plans = isinstance(self.controller, CostController) and self.controller.costs is UNMEASURED
+        plans = isinstance(self.controller, CostController) and self.known_costs is None
         costs = None
         if (plans and self._plan is not None) or config.record is not None:
             costs = self.costs()
@@ -300,8 +300,9 @@ class SpeculativePipeline:
     def known_costs(self) -> CostModel | None:
         """What steps cost, as far as the controller knows it."""
         controller = self.controller
-        known = isinstance(controller, CostController) and controller.costs is not UNMEASURED
-        return controller.costs if known else None  # type: ignore[attr-defined]
+        if isinstance(controller, CostController) and controller.costs is not UNMEASURED:
+            return controller.costs
+        return None
 
     def check_costs(self, costs: CostModel) -> list[tuple[StepTime, float]]:
         """Plain and drafted steps measured now, each with the ms that ``costs`` predicts; what
