@@ -34,8 +34,12 @@ from inferlab.types import SamplingParams
 
 SHORT, LONG = 32, 192
 """Tokens before the measured steps."""
-GRID = ((1, SHORT, 64), (1, LONG, 8), (4, SHORT, 16), (4, LONG, 4), (16, SHORT, 8))
-"""Sequences, their context, and the nodes up to which trees of 2^i are measured."""
+GRID = ((1, SHORT, 64), (4, SHORT, 16), (1, LONG, 8), (16, SHORT, 8), (4, LONG, 4))
+"""Sequences, their context, and the nodes up to which trees of 2^i are measured: first what tells
+most for its time."""
+LEAST_NODES = 16
+"""Of one sequence trees up to as many are measured in any case: where steps are memory-bound, fewer
+would not show what a row costs."""
 TREE_DEPTH = 8
 """Of trees of random tokens."""
 PLAIN_STEPS = 4
@@ -47,6 +51,8 @@ MOST_TOKENS = 512
 PASSES, ENOUGH_S = 4, 0.7
 """All is measured so often, unless more time has passed, and the least counts: machines are
 disturbed for longer than a step takes, and times are compared with each other."""
+MOST_S = 2.0
+"""Behind it no more of the grid is begun: what is left out is on the lines of what is not."""
 CUDA_PASSES = 3
 """At least: steps are captured in the second one."""
 
@@ -241,15 +247,22 @@ def measure(
     levels = bench.drafter.max_depth
     steps, keeping, drafts, found, kept = Least(), Least(), Least(), Least(), Least()
     drafted: list[tuple[int, Timed]] = []
+    ends = time.perf_counter() + MOST_S
+
+    def late() -> bool:
+        return bool(steps) and time.perf_counter() > ends
+
     for _ in _passes(target.device):
         for batch, context, most in GRID:
-            if batch > max_batch:
+            if batch > max_batch or late():
                 continue
             budgets = [NO_DRAFT] * PLAIN_STEPS
             budgets += [of_nodes(2**i, levels) for i in range(1, most.bit_length())]
             for budget, _, ms, phases in _fitting(bench.steps(batch, context, budgets)):
                 steps.keep((batch, 1 + budget.nodes, context), ms - phases["draft"])
                 keeping.keep(batch, phases["commit"])
+                if late() and 1 + budget.nodes >= min(LEAST_NODES, most):
+                    break
             if own is not None and context == SHORT and batch in keeping:
                 for step in _drafted(own, batch, max_k):
                     key = batch, step.budget.nodes
@@ -258,7 +271,7 @@ def measure(
                     if step.rows > batch:  # a drafter may find nothing, which takes less
                         found.keep(key, step.phases["draft"])
                         drafted.append((batch, step))
-                if batch == 1:  # reading takes its time, however short the text
+                if batch == 1 and not late():  # reading takes its time, however short the text
                     first = [b for b in own.drafter.ladder() if b.levels <= max_k][:1]
                     list(_fitting(own.steps(1, LONG, [NO_DRAFT, *first])))
     if not steps:
