@@ -42,7 +42,8 @@ void check_values(const AttentionParams& p, const Tensor& table, const Tensor& s
 }
 
 // What the size of the workspace depends on too.
-AttentionParams attention_shapes(const Tensor& q, const Tensor& k_pages, const Tensor& table) {
+AttentionParams attention_shapes(const Tensor& q, const Tensor& k_pages, const Tensor& table,
+                                 DType dtype, PageFormat format) {
   AttentionParams p{};
   p.batch = q.size(0);
   p.nodes = q.size(1);
@@ -52,8 +53,9 @@ AttentionParams attention_shapes(const Tensor& q, const Tensor& k_pages, const T
   p.pages = k_pages.size(0);
   p.max_pages = table.size(1);
   p.page_size = paged_layout(k_pages).page_size;
-  p.dtype = k_pages.float_dtype();
-  require(p.head_dim >= 8 && p.head_dim <= 256 && p.head_dim % 8 == 0, [&] {
+  p.dtype = dtype;
+  p.format = format;
+  require(p.head_dim >= 8 && p.head_dim <= kMaxHeadDim && p.head_dim % 8 == 0, [&] {
     return "q has head dimension " + std::to_string(p.head_dim) +
            "; it must be a multiple of 8 in [8, 256]";
   });
@@ -80,20 +82,22 @@ int64_t workspace_bytes(const AttentionParams& p, const Place& place) {
 void attention_workspace_bytes(Call& c) {
   Dim B("B"), N("N"), Hq("Hq"), Hkv("Hkv"), D("D"), P("P"), S("page_size"), M("max_pages");
   Element T;
+  Stored pages(T);
   const Arg& q = c.in("q", T, {B, N, Hq, D}).rows();
-  const Arg& k_pages = c.in("k_pages", T, {P, S, Hkv, D}).decides();
+  const Arg& k_pages = c.in("k_pages", pages, {P, S, Hkv, D}).decides();
   const Arg& table = c.in("block_table", kI32, {B, M}).rows();
   if (!c.ready()) return;
-  c.answer(workspace_bytes(attention_shapes(q, k_pages, table), c.place()));
+  c.answer(workspace_bytes(attention_shapes(q, k_pages, table, T, pages.format()), c.place()));
 }
 
 void paged_tree_attention(Call& c) {
   Dim B("B"), N("N"), Hq("Hq"), Hkv("Hkv"), D("D"), P("P"), S("page_size"), M("max_pages");
   Dim words("W");
   Element T;
+  Stored pages(T);
   const Arg& q = c.in("q", T, {B, N, Hq, D}).rows();
-  const Arg& k_pages = c.in("k_pages", T, {P, S, Hkv, D}).decides();
-  const Arg& v_pages = c.in("v_pages", T, {P, S, Hkv, D});
+  const Arg& k_pages = c.in("k_pages", pages, {P, S, Hkv, D}).decides();
+  const Arg& v_pages = c.in("v_pages", pages, {P, S, Hkv, D});
   const Arg& table = c.in("block_table", kI32, {B, M}).rows();
   const Arg& seq_lens = c.in("seq_lens", kI32, {B});
   const Arg& ancestors = c.in("ancestors", kI64, {B, N, words}).optional();
@@ -109,7 +113,7 @@ void paged_tree_attention(Call& c) {
     return "window is " + std::to_string(window) + ", softcap " + std::to_string(softcap) +
            ", node_offset " + std::to_string(node_offset) + "; each must be >= 0 (0: off)";
   });
-  AttentionParams p = attention_shapes(q, k_pages, table);
+  AttentionParams p = attention_shapes(q, k_pages, table, T, pages.format());
   p.q = q.data();
   for (int i = 0; i < 3; ++i) p.q_stride[i] = q.stride(i);
   p.k_pages = k_pages.data();

@@ -364,13 +364,18 @@ class CompiledDecoder {
                   cpu::DecoderPass& p) const {
     const auto layers = static_cast<int64_t>(decoder_.layers.size());
     const cpu::DecoderLayer& layer = decoder_.layers.front();
+    p.format = keys.page_format();
+    const bool same = p.format == PageFormat::kSame;
+    const int64_t bytes = page_head_bytes(p.format, layer.head_dim, decoder_.dtype);
+    const int64_t width = same ? layer.head_dim : bytes;
     for (const Tensor* pages : {&keys, &values}) {
       pages->dims(5)
-          .shape({Tensor::kAny, keys.size(1), keys.size(2), layer.kv_heads, layer.head_dim})
+          .shape({Tensor::kAny, keys.size(1), keys.size(2), layer.kv_heads, width})
           .contiguous()
           .cpu();
-      require(pages->size(0) >= layers && pages->float_dtype() == decoder_.dtype,
-              "the pages are of another model");
+      const bool fits = same ? pages->float_dtype() == decoder_.dtype
+                             : pages->page_format() == p.format && layer.head_dim <= kMaxHeadDim;
+      require(pages->size(0) >= layers && fits, "the pages are of another model");
     }
     table.i32().dims(2).shape({p.batch, Tensor::kAny}).last_dim_contiguous().cpu();
     p.k_pages = keys.data();

@@ -20,10 +20,11 @@ int64_t word(std::initializer_list<const Tensor*> tensors, std::initializer_list
 void kv_append(Call& c) {
   Dim B("B"), N("N"), H("Hkv"), D("D"), P("P"), S("page_size"), M("max_pages");
   Element T;
+  Stored pages(T);
   const Arg& k = c.in("k", T, {B, N, H, D}).rows();
   const Arg& v = c.in("v", T, {B, N, H, D}).rows();
-  const Arg& k_pages = c.out("k_pages", T, {P, S, H, D}).decides();
-  const Arg& v_pages = c.out("v_pages", T, {P, S, H, D});
+  const Arg& k_pages = c.out("k_pages", pages, {P, S, H, D}).decides();
+  const Arg& v_pages = c.out("v_pages", pages, {P, S, H, D});
   const Arg& table = c.in("block_table", kI32, {B, M}).rows();
   const Arg& seq_lens = c.in("seq_lens", kI32, {B});
   const int64_t node_offset = c.integer("node_offset");
@@ -53,6 +54,8 @@ void kv_append(Call& c) {
   p.max_pages = M;
   p.node_offset = node_offset;
   p.head_bytes = D * s;
+  p.dtype = T;
+  p.format = pages.format();
   if (c.on_cpu()) check_new_rows(table, seq_lens, p, layout);
   if (k.numel() == 0) return;
   c.cpu([&] { return cpu::kv_append(p); });
@@ -87,7 +90,7 @@ void check_accepted(const KvCompactParams& p, const Tensor& table, const PagedLa
 
 void kv_compact(Call& c) {
   Dim L("L"), P("P"), S("page_size"), H("Hkv"), D("D"), B("B"), M("max_pages"), steps("S");
-  Element T;
+  Stored T;
   const Arg& k_cache = c.out("k_cache", T, {L, P, S, H, D});
   const Arg& v_cache = c.out("v_cache", T, {L, P, S, H, D});
   const Arg& table = c.in("block_table", kI32, {B, M}).rows();
@@ -110,7 +113,7 @@ void kv_compact(Call& c) {
   p.max_pages = M;
   p.batch = B;
   p.steps = steps;
-  p.row_bytes = H * D * dtype_size(T);
+  p.row_bytes = H * D * T.bytes();
   if (c.on_cpu()) {
     check_seq_lens(seq_lens);
     check_accepted(p, table, layout);
@@ -125,7 +128,7 @@ void kv_compact(Call& c) {
 
 void kv_gather(Call& c) {
   Dim P("P"), S("page_size"), H("Hkv"), D("D"), B("B"), M("max_pages"), max_len("max_len");
-  Element T;
+  Stored T;
   const Arg& pages = c.in("pages", T, {P, S, H, D});
   const Arg& table = c.in("block_table", kI32, {B, M}).rows();
   const Arg& seq_lens = c.in("seq_lens", kI32, {B});
@@ -143,7 +146,7 @@ void kv_gather(Call& c) {
   p.pages = P;
   p.page_size = S;
   p.max_pages = M;
-  p.row_bytes = H * D * dtype_size(T);
+  p.row_bytes = H * D * T.bytes();
   if (c.on_cpu()) {
     check_seq_lens(seq_lens);
     for (int64_t b = 0; b < B; ++b) {
@@ -188,7 +191,7 @@ void check_moves(const KvCopyPagesParams& p) {
 
 void kv_copy_pages(Call& c) {
   Dim L("L"), P("P"), S("page_size"), H("Hkv"), D("D"), moves("M");
-  Element T;
+  Stored T;
   const Arg& k_cache = c.out("k_cache", T, {L, P, S, H, D});
   const Arg& v_cache = c.out("v_cache", T, {L, P, S, H, D});
   const Arg& src = c.in("src", kI32, {moves});
@@ -203,7 +206,7 @@ void kv_copy_pages(Call& c) {
   p.layers = L;
   p.pages = P;
   p.moves = moves;
-  p.page_bytes = layout.page_size * H * D * dtype_size(T);
+  p.page_bytes = layout.page_size * H * D * T.bytes();
   if (k_cache.numel() == 0) return;
   if (c.on_cpu()) check_moves(p);
   c.cpu([&] { return cpu::kv_copy_pages(p); });

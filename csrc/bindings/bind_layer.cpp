@@ -157,13 +157,14 @@ void rope_append(Call& c) {
   Dim B("B"), N("N"), Hq("Hq"), Hkv("Hkv"), D("D"), P("P"), S("page_size"), M("max_pages");
   Dim angles("B or 1"), rotary("rotary");
   Element T;
+  Stored pages(T);
   const Arg& q = c.out("q", T, {B, N, Hq, D}).strided();
   const Arg& k = c.in("k", T, {B, N, Hkv, D}).strided();
   const Arg& v = c.in("v", T, {B, N, Hkv, D}).strided();
   const Arg& cos = c.in("cos", T, {angles, N, rotary});
   const Arg& sin = c.in("sin", T, {angles, N, rotary});
-  const Arg& k_pages = c.out("k_pages", T, {P, S, Hkv, D}).decides();
-  const Arg& v_pages = c.out("v_pages", T, {P, S, Hkv, D});
+  const Arg& k_pages = c.out("k_pages", pages, {P, S, Hkv, D}).decides();
+  const Arg& v_pages = c.out("v_pages", pages, {P, S, Hkv, D});
   const Arg& table = c.in("block_table", kI32, {B, M}).rows();
   const Arg& seq_lens = c.in("seq_lens", kI32, {B});
   const int64_t node_offset = c.integer("node_offset");
@@ -177,6 +178,10 @@ void rope_append(Call& c) {
   require(rotary % 2 == 0 && rotary <= D, [&] {
     return "cos has " + std::to_string(rotary) +
            " channels; it must be even and at most the head dimension, " + std::to_string(D);
+  });
+  require(pages.format() == PageFormat::kSame || D <= kMaxHeadDim, [&] {
+    return "k has head dimension " + std::to_string(D) +
+           "; for pages of 8 bits it must be at most " + std::to_string(kMaxHeadDim);
   });
   check_offset(node_offset);
   RopeAppendParams p{};
@@ -206,6 +211,7 @@ void rope_append(Call& c) {
   p.max_pages = M;
   p.node_offset = node_offset;
   p.dtype = T;
+  p.format = pages.format();
   if (c.on_cpu()) check_new_rows(table, seq_lens, p, layout);
   c.cpu([&] { return cpu::rope_append(p); });
   c.cuda([&](void* stream) { return cuda::rope_append(p, stream); });

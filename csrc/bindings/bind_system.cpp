@@ -106,7 +106,7 @@ void bind_system(py::module_& m) {
   m.def("advise_large_pages", [](py::handle data) {
     Tensor t(data, "data");
     t.contiguous().cpu();
-    return cpu::advise_large_pages(t.ptr<void>(), t.numel() * dtype_size(t.float_dtype()));
+    return cpu::advise_large_pages(t.ptr<void>(), t.bytes());
   });
   m.def("discard_pages", [](py::handle data) {
     Tensor t(data, "data");

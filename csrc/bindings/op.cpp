@@ -157,19 +157,39 @@ void Call::check(const Arg& arg) {
   if (arg.layout_ == Arg::kLastDim) arg.last_dim_contiguous();
 }
 
-void Call::check_type(const Arg& arg) {
-  if (Element* element = arg.type_.element) {
-    const DType type = arg.float_dtype();
-    if (element->like_ == nullptr) {
-      element->like_ = &arg;
-      element->value_ = type;
-    } else if (type != element->value_) {
-      throw py::type_error(std::string(arg.name()) + " has dtype " + arg.dtype_str() +
-                           "; it must be that of " + element->like_->name() + ", " +
-                           element->like_->dtype_str());
-    }
-    return;
+void Call::fail_type(const Arg& arg, const Tensor& like) {
+  throw py::type_error(std::string(arg.name()) + " has dtype " + arg.dtype_str() +
+                       "; it must be that of " + like.name() + ", " + like.dtype_str());
+}
+
+void Call::check_element(const Arg& arg, Element& element) {
+  const DType type = arg.float_dtype();
+  if (element.like_ == nullptr) {
+    element.like_ = &arg;
+    element.value_ = type;
+  } else if (type != element.value_) {
+    fail_type(arg, *element.like_);
   }
+}
+
+void Call::check_stored(const Arg& arg, Stored& stored) {
+  const PageFormat format = arg.page_format();
+  if (stored.like_ == nullptr) {
+    stored.like_ = &arg;
+    stored.format_ = format;
+  } else if (format != stored.format_) {
+    fail_type(arg, *stored.like_);
+  }
+  if (format == PageFormat::kSame) return check_element(arg, *stored.element_);
+  require(on_cpu(), [&] {
+    return std::string(arg.name()) + " has dtype " + arg.dtype_str() +
+           "; pages of 8 bits are of the CPU's kernels alone";
+  });
+}
+
+void Call::check_type(const Arg& arg) {
+  if (arg.type_.element != nullptr) return check_element(arg, *arg.type_.element);
+  if (arg.type_.stored != nullptr) return check_stored(arg, *arg.type_.stored);
   switch (arg.type_.fixed) {
     case kI32:
       arg.i32();
@@ -214,7 +234,8 @@ void Call::check_shape(const Arg& arg) {
   }
   for (int i = 0; ok && i < named; ++i) {
     const Size& want = arg.shape_[arg.dims_ - named + i];
-    const int64_t have = arg.size(front + i);
+    int64_t have = arg.size(front + i);
+    if (arg.type_.stored != nullptr && i == named - 1) have = arg.type_.stored->numbers(have);
     ok = want.dim != nullptr ? agrees(want.dim->value_, have) : want.number == have;
   }
   if (!ok) fail_shape(arg);

@@ -18,6 +18,7 @@
 // same lines run without arguments, up to ready(), and make the op's schema for torch.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <string>
@@ -74,12 +75,39 @@ class Element {
   DType value_ = DType::kF32;
 };
 
+// What K/V pages are made of, shared by several arguments: an Element, or on the CPU 8 bits.
+class Stored {
+ public:
+  Stored() : element_(&own_) {}  // pages alone, whose rows are moved as they are
+  // Pages that are written from `e` or read into it, and of it themselves if not of 8 bits; then D,
+  // their last size, is without a scale.
+  explicit Stored(Element& e) : element_(&e), counts_numbers_(true) {}
+  PageFormat format() const { return format_; }
+  int64_t bytes() const { return format_ == PageFormat::kSame ? dtype_size(*element_) : 1; }
+
+ private:
+  friend class Call;
+  // Of a head, whose row is so wide.
+  int64_t numbers(int64_t width) const {
+    const bool scaled = counts_numbers_ && format_ == PageFormat::kInt8;
+    return scaled ? std::max<int64_t>(width - kPageScaleBytes, 0) : width;
+  }
+
+  Element own_;
+  Element* element_;
+  bool counts_numbers_ = false;
+  const Tensor* like_ = nullptr;
+  PageFormat format_ = PageFormat::kSame;
+};
+
 enum Fixed { kI32, kI64, kF32, kU8 };  // kI64: or uint64, for bit words and seeds
 
 struct Type {
   Type(Element& e) : element(&e) {}
+  Type(Stored& s) : stored(&s) {}
   Type(Fixed f) : fixed(f) {}
   Element* element = nullptr;
+  Stored* stored = nullptr;
   Fixed fixed = kI32;
 };
 
@@ -195,6 +223,9 @@ class Call {
   void check_same_device() const;
   void check(const Arg& arg);
   void check_type(const Arg& arg);
+  void check_element(const Arg& arg, Element& element);
+  void check_stored(const Arg& arg, Stored& stored);
+  [[noreturn]] static void fail_type(const Arg& arg, const Tensor& like);
   void check_shape(const Arg& arg);
   [[noreturn]] void fail_shape(const Arg& arg) const;
   void replace(Arg& arg, py::object object);

@@ -327,6 +327,12 @@ DType Tensor::float_dtype() const {
   return DType::kF32;
 }
 
+PageFormat Tensor::page_format() const {
+  if (tensor_.dtype.bits != 8) return PageFormat::kSame;
+  if (tensor_.dtype.code == dlpack::kInt) return PageFormat::kInt8;
+  return tensor_.dtype.code == dlpack::kUInt ? PageFormat::kE4M3 : PageFormat::kSame;
+}
+
 void* current_cuda_stream(py::handle tensor, int device_id) {
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(tensor.ptr()));
   if (api == nullptr || api->current_work_stream == nullptr) return torch_stream(device_id);

@@ -10,7 +10,7 @@
 
 #include "dlpack_abi.h"
 #include "inferlab/cuda_device.h"
-#include "inferlab/dtype.h"
+#include "inferlab/page_format.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
@@ -69,6 +69,8 @@ class Tensor {
   const Tensor& f32() const;
   const Tensor& u8() const;   // scratch memory
   DType float_dtype() const;  // f32, f16 or bf16; TypeError otherwise
+  // Of K/V pages: int8 is kInt8, uint8 kE4M3, all else kSame.
+  PageFormat page_format() const;
 
  protected:
   const char* name_ = "";

@@ -47,7 +47,7 @@ AttentionTasks::AttentionTasks(const AttentionParams& p, const int64_t* row_star
     positions += seen;
     longest = std::max(longest, end);
   }
-  const int64_t bytes = positions * p.kv_heads * p.head_dim * 2 * dtype_size(p.dtype);
+  const int64_t bytes = positions * p.kv_heads * 2 * page_head_bytes(p.format, p.head_dim, p.dtype);
   const int64_t products = positions * p.nodes * p.q_heads * p.head_dim * 2;
   work_ = (bytes + products) / 32;
   nodes_per_block_ = std::clamp<int64_t>(kRowsPerBlock / group, 1, p.nodes);
@@ -58,8 +58,8 @@ AttentionTasks::AttentionTasks(const AttentionParams& p, const int64_t* row_star
   const int64_t rows = nodes_per_block_ * group;
   blocks_ = (p.nodes + nodes_per_block_ - 1) / nodes_per_block_;
   splits_ = (longest + kSplit - 1) / kSplit;
-  const bool amx =
-      active_isa() == Isa::kAmx && p.dtype == DType::kBF16 && p.head_dim % kAmxChannels == 0;
+  const bool amx = active_isa() == Isa::kAmx && p.dtype == DType::kBF16 &&
+                   p.format == PageFormat::kSame && p.head_dim % kAmxChannels == 0;
   heads_per_task_ =
       std::clamp<int64_t>((amx ? kAmxRowsPerTask : kRowsPerTask) / rows, 1, p.kv_heads);
   const int64_t units = p.batch * blocks_ * splits_;

@@ -204,6 +204,7 @@ class Forward {
     rope.page_size = p_.page_size;
     rope.node_offset = p_.node_offset;
     rope.dtype = d_.dtype;
+    rope.format = p_.format;
 
     AttentionParams attention{};
     attention.q = qkv_;
@@ -231,6 +232,7 @@ class Forward {
     attention.scale = layer.scale;
     attention.softcap = layer.softcap;
     attention.dtype = d_.dtype;
+    attention.format = p_.format;
     tasks.attention = AttentionTasks(attention, starts_.data());
   }
 

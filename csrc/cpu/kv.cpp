@@ -16,6 +16,7 @@
 namespace inferlab::cpu {
 
 INFERLAB_DECLARE_KERNEL(void, copy_bytes, char*, const char*, int64_t, bool)
+INFERLAB_DECLARE_KERNEL(void, write_row, const KvAppendParams&, const void*, int64_t, char*)
 INFERLAB_DECLARE_KERNEL(void, finish_stores)
 
 namespace {
@@ -35,13 +36,18 @@ int64_t slot_offset(const int32_t* table_row, int64_t slot, int page_shift, int6
 }  // namespace
 
 Status kv_append(const KvAppendParams& p) {
-  const int64_t row_bytes = p.heads * p.head_bytes;
-  const int64_t total = 2 * p.batch * p.nodes * row_bytes;
+  const int64_t element = dtype_size(p.dtype);
+  const int64_t row_bytes = p.heads * page_head_bytes(p.format, p.head_bytes / element, p.dtype);
+  const int64_t total = 2 * p.batch * p.nodes * p.heads * p.head_bytes;
   const bool streaming = total >= kStreamBytes;
   const int shift = shift_of(p.page_size);
   const int64_t per_task = std::max<int64_t>(1, kTaskBytes / (2 * row_bytes));
   const int64_t spans = (p.nodes + per_task - 1) / per_task;
   const auto copy = [&](char* dst, const char* src, int64_t head_stride) {
+    if (p.format != PageFormat::kSame) {
+      INFERLAB_DISPATCH(write_row, p, src, head_stride / element, dst);
+      return;
+    }
     if (head_stride == p.head_bytes) {
       INFERLAB_DISPATCH(copy_bytes, dst, src, row_bytes, streaming);
       return;

@@ -212,6 +212,9 @@ class SpecdecConfig(Sampled):
     model when they are loaded: ``int8`` and ``int4`` on a CPU, the others by the packages
     bitsandbytes and torchao. Weights that come rounded (GPTQ, AWQ, compressed-tensors) are
     multiplied with as they are on a CPU, where that loses nothing, with ``dense`` never.
+    ``kv_cache_dtype``: how the target's keys and values are kept, on a CPU: as they are (``auto``),
+    in int8 with a scale for each token and head, or in float8 (e4m3), which takes half the pages'
+    memory; the target is another one then, as with packed weights.
     ``tensor_parallel`` shares the target out over so many processes, each with a device of its own;
     left out it is as many as torchrun started, else 1.
     ``device_map`` puts its layers on several devices in turn, as accelerate does it: auto,
@@ -269,6 +272,7 @@ class SpecdecConfig(Sampled):
     engine: Literal["auto", "native", "hf"] = "auto"
     quantization: Quantization = "none"
     draft_quantization: Quantization = "none"
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] | None = None
     device_map: DeviceMap | None = None
     page_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = 16
@@ -316,6 +320,7 @@ class SpecdecConfig(Sampled):
             ("engine", "auto"),
             ("quantization", "none"),
             ("draft_quantization", "none"),
+            ("kv_cache_dtype", "auto"),
         ):
             if self.implementation == "fake" and getattr(self, key) != usual:
                 raise ValueError(

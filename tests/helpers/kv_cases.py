@@ -7,6 +7,16 @@ from typing import Any
 
 import torch
 
+from inferlab.kernels.reference.kv import as_stored
+
+BITS_8 = {"int8": torch.int8, "fp8": torch.uint8}
+"""What pages of 8 bits are told by."""
+
+
+def pages_of(rows: torch.Tensor, stored: str | None) -> torch.Tensor:
+    """Pages that hold these numbers; None: as they are."""
+    return rows if stored is None else as_stored(rows, torch.empty(0, dtype=BITS_8[stored]))
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -106,6 +116,7 @@ def attention_case(
     dim: int = 64,
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    stored: str | None = None,
     tree: bool = True,
     ragged: bool = False,
     node_offset: int = 0,
@@ -127,8 +138,8 @@ def attention_case(
     q = torch.randn(len(lens), kv_heads * group, nodes, dim, generator=g).to(dtype).transpose(1, 2)
     return AttentionCase(
         q=q,
-        k_pages=poisoned_pages(table, used, shape, dtype, g),
-        v_pages=poisoned_pages(table, used, shape, dtype, g),
+        k_pages=pages_of(poisoned_pages(table, used, shape, dtype, g), stored),
+        v_pages=pages_of(poisoned_pages(table, used, shape, dtype, g), stored),
         block_table=table,
         seq_lens=torch.tensor(lens, dtype=torch.int32),
         ancestors=words,

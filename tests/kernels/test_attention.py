@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.isas import ISAS
-from helpers.kv_cases import ancestor_words, attention_case, path_of, random_parents
+from helpers.kv_cases import (
+    BITS_8,
+    ancestor_words,
+    attention_case,
+    pages_of,
+    path_of,
+    random_parents,
+)
 from inferlab import _C
 from inferlab.kernels import paged_tree_attention, reference
 from inferlab.kernels.reference.attention import visible_slots
@@ -46,6 +53,7 @@ def check(op, case):
     dim=st.sampled_from([8, 32, 40, 64, 80, 96, 128, 256]),
     page_size=st.sampled_from([1, 2, 16, 64]),
     dtype=st.sampled_from(list(TOLERANCE)),
+    stored=st.sampled_from([None, None, *BITS_8]),
     tree=st.booleans(),
     ragged=st.booleans(),
     node_offset=st.sampled_from([0, 0, 3]),
@@ -71,6 +79,9 @@ def test_matches_the_reference(seed, lens, nodes, isa, threads, **shape):
         ([0], 530, {"tree": False, "kv_heads": 1, "dim": 32}),
         ([0, 90], 40, {"tree": False, "kv_heads": 1, "group": 71, "dim": 32}),  # as Falcon has it
         ([3000], 1, {"kv_heads": 8, "group": 1, "dtype": torch.bfloat16}),
+        ([1500, 3, 2047], 3, {"stored": "int8", "dtype": torch.bfloat16}),
+        ([700], 256, {"dim": 32, "stored": "int8"}),
+        ([700], 256, {"dim": 32, "stored": "fp8"}),
     ],
 )
 def test_long_and_large(lens, nodes, options, isa):
@@ -84,7 +95,16 @@ def test_long_and_large(lens, nodes, options, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("options", [{}, {"tree": False}, {"window": 300, "softcap": 3.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tree": False},
+        {"window": 300, "softcap": 3.0},
+        {"stored": "int8"},
+        {"stored": "fp8", "window": 300},
+    ],
+)
 def test_a_row_is_the_same_alone_and_in_a_batch(options, dtype, isa):
     _C.force_isa(isa)
     case = attention_case(2, [1300, 37, 250], 19, dim=40, dtype=dtype, **options)
@@ -104,9 +124,10 @@ def test_a_row_is_the_same_alone_and_in_a_batch(options, dtype, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("lens", "nodes"), [([5000], 1), ([2100, 30], 9), ([300] * 5, 70)])
-def test_threads_do_not_change_the_bits(lens, nodes, isa):
+@pytest.mark.parametrize("stored", [None, *BITS_8])
+def test_threads_do_not_change_the_bits(lens, nodes, stored, isa):
     _C.force_isa(isa)
-    case = attention_case(3, lens, nodes)
+    case = attention_case(3, lens, nodes, stored=stored)
     results = []
     for threads in (1, 2, 3, 8):
         _C.set_num_threads(threads)
@@ -118,7 +139,8 @@ def test_threads_do_not_change_the_bits(lens, nodes, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [0, 20, 250, 255, 256, 1020])
 @pytest.mark.parametrize("window", [0, 9])
-def test_a_tree_row_is_the_same_as_plain_decoding(length, window, dtype, isa):
+@pytest.mark.parametrize("stored", [None, *BITS_8])
+def test_a_tree_row_is_the_same_as_plain_decoding(length, window, dtype, stored, isa):
     """The path's K/V committed and the node decoded alone: the bits are those of the tree."""
     _C.force_isa(isa)
     g = torch.Generator().manual_seed(4)
@@ -133,7 +155,7 @@ def test_a_tree_row_is_the_same_as_plain_decoding(length, window, dtype, isa):
         pages[0][: len(rows)], pages[1][: len(rows)] = k[rows], v[rows]
         return paged_tree_attention(
             row_q,
-            *(p.view(count, page_size, heads, dim) for p in pages),
+            *(pages_of(p.view(count, page_size, heads, dim), stored) for p in pages),
             table,
             torch.tensor([seq_len], dtype=torch.int32),
             words,
@@ -181,6 +203,32 @@ def test_a_nan_in_a_seen_key_is_not_lost():
     out = case.run(paged_tree_attention)
     assert out[0, 0, :2].isnan().all()
     assert out[0, 0, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_e4m3_is_widened_to_what_it_is(isa):
+    """Of one seen key all weight goes to its value."""
+    _C.force_isa(isa)
+    codes = torch.arange(256, dtype=torch.uint8)
+    for dim in (8, 24, 64, 256):
+        for row in codes.view(-1, dim) if 256 % dim == 0 else codes[:240].view(-1, dim):
+            q = torch.zeros(1, 1, 1, dim)
+            keys = torch.zeros(1, 1, 1, dim, dtype=torch.uint8)
+            values = row.view(1, 1, 1, dim)
+            table, length = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+            out = paged_tree_attention(q, keys, values, table, length, None, scale=1.0)
+            expected = row.view(torch.float8_e4m3fn).float()
+            torch.testing.assert_close(out[0, 0, 0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("stored", list(BITS_8))
+def test_pages_of_8_bits_are_the_cpus_and_both_alike(stored):
+    case = attention_case(6, [40], 1, stored=stored)
+    with pytest.raises(TypeError, match=r"v_pages has dtype float32; it must be that of k_pages"):
+        replace(case, v_pages=case.v_pages.float()).run(paged_tree_attention)
+    wider = torch.cat([case.k_pages, case.k_pages[..., :8]], -1)
+    with pytest.raises(ValueError, match="q has shape"):
+        replace(case, k_pages=wider, v_pages=wider).run(paged_tree_attention)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -24,6 +24,21 @@ def test_pools_group_layers_of_one_shape() -> None:
     assert cache.pools[0].k[0].max() == 0
 
 
+@pytest.mark.parametrize(("stored", "bytes_per_head"), [("int8", 36), ("fp8", 32)])
+def test_pages_of_8_bits_take_half(stored: str, bytes_per_head: int) -> None:
+    cache = KVCache([(2, 32)] * 3, 4, dtype=torch.bfloat16, kv_cache_dtype=stored)
+    assert cache.bytes_per_token == 3 * 2 * 2 * bytes_per_head
+    assert cache.nbytes == sum(p.k.nbytes + p.v.nbytes for p in cache.pools)
+    assert cache.dtype == torch.bfloat16
+
+
+def test_formats_of_pages_that_there_are_not_are_named() -> None:
+    with pytest.raises(ValueError, match=r"kv_cache_dtype is 'int4'; it must be auto, int8 or fp8"):
+        KVCache([(2, 32)], 4, kv_cache_dtype="int4")
+    with pytest.raises(ValueError, match=r"kv_cache_dtype is 'fp8', which the CPU's kernels read"):
+        KVCache([(2, 32)], 4, kv_cache_dtype="fp8", device="meta")
+
+
 def test_compaction_and_page_copies_reach_every_pool() -> None:
     cache = KVCache([(1, 8), (2, 8)], num_pages=4, page_size=2)
     for pool in cache.pools:

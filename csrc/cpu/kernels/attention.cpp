@@ -12,7 +12,8 @@
 // (attention_by_tiles.h) where the processor has it.
 //
 // Mapping: one thread per task. Bytes: K and V of the positions once per task, 2 * positions *
-// heads * D * s; q and out are small beside them.
+// heads * D * s (s = 1, and 4 / D of the scale, for pages in 8 bits); q and out are small beside
+// them.
 #include <algorithm>
 
 #include "attention_by_vectors.h"
@@ -24,7 +25,7 @@
 namespace inferlab::cpu::INFERLAB_ISA {
 namespace {
 
-// Way: how chunks are computed, ByVectors<T> or ByTiles.
+// Way: how chunks are computed, ByVectors<T, P> or ByTiles.
 template <typename Way>
 class Block {
   using T = typename Way::Element;
@@ -113,7 +114,7 @@ class Block {
   const AttentionParams& p_;
   const AttentionTask& t_;
   Scratch scratch_;
-  Rows<T> rows_;
+  Rows<T, typename Way::Stored> rows_;
   const State split_, row_;
 };
 
@@ -121,9 +122,21 @@ class Block {
 template <typename F>
 void with_block(const AttentionParams& p, const AttentionTask& t, const F& f) {
 #if defined(INFERLAB_ISA_AVX512)
-  if (p.dtype == DType::kBF16 && ByTiles::usable(p.head_dim)) return f(Block<ByTiles>(p, t));
+  if (p.dtype == DType::kBF16 && p.format == PageFormat::kSame && ByTiles::usable(p.head_dim)) {
+    return f(Block<ByTiles>(p, t));
+  }
 #endif
-  with_dtype(p.dtype, [&](auto type) { f(Block<ByVectors<decltype(type)>>(p, t)); });
+  with_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    switch (p.format) {
+      case PageFormat::kSame:
+        return f(Block<ByVectors<T, T>>(p, t));
+      case PageFormat::kInt8:
+        return f(Block<ByVectors<T, int8_t>>(p, t));
+      case PageFormat::kE4M3:
+        return f(Block<ByVectors<T, e4m3>>(p, t));
+    }
+  });
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ namespace inferlab::cpu::INFERLAB_ISA {
 class ByTiles {
  public:
   using Element = bf16;
+  using Stored = bf16;
 
   static bool usable(int64_t head_dim) { return TileProducts::usable(head_dim); }
   static int64_t place(int64_t d) { return tile_place(d); }
@@ -24,7 +25,7 @@ class ByTiles {
   // Tiles of 16 rows read past a head's last row and drop what comes of it. So up to 15 rows more
   // of the scratch must follow scores, found.acc and even_, whatever they hold: behind even_ there
   // is at least what only ByVectors takes.
-  ByTiles(const Rows<bf16>& rows, Scratch& scratch)
+  ByTiles(const Rows<bf16, bf16>& rows, Scratch& scratch)
       : rows_(rows),
         stride_(rows.stride),
         sum_lines_(std::max(kBlock - 32 * rows.per_head / rows.p.head_dim, kBlock / 2)),
@@ -175,7 +176,7 @@ class ByTiles {
   float* head_even(int64_t h) const { return even_ + h * rows_.per_head * kScoreStride; }
   float* head_sums(int64_t h) const { return rows_.found.acc + h * rows_.per_head * stride_; }
 
-  const Rows<bf16>& rows_;
+  const Rows<bf16, bf16>& rows_;
   const int64_t stride_;
   // Softmax asks for a line with each vector, since it reads none, and sums ask for so many less.
   const int64_t sum_lines_;

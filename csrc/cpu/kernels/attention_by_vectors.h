@@ -1,6 +1,7 @@
 // A chunk of attention by vectors, for every type. Keys and values are taken in tiles that stay in
 // L1 while the rows pass over them (attention_tiles.h), then each node's own ancestors, through a
-// list of its own. For many rows a tile of 16-bit numbers is first converted, once for all of them.
+// list of its own. For many rows a tile of 16-bit numbers is first converted, once for all of them;
+// one of 8-bit numbers always is.
 //
 // Each tile prefetches the one that comes after it, values after the chunk's last keys and the next
 // chunk's keys after the last values. A key that a row does not see is not in the row's range: it
@@ -14,19 +15,21 @@
 
 namespace inferlab::cpu::INFERLAB_ISA {
 
-template <typename T>
+// T: the type of q and the output; P: of K and V.
+template <typename T, typename P>
 class ByVectors {
  public:
   using Element = T;
+  using Stored = P;
 
   // Where channel d stands in a row's sums.
   static int64_t place(int64_t d) { return d; }
 
-  ByVectors(const Rows<T>& rows, Scratch& scratch)
+  ByVectors(const Rows<T, P>& rows, Scratch& scratch)
       : rows_(rows),
         dim_(rows.p.head_dim),
         stride_(rows.stride),
-        convert_(!std::is_same_v<T, float> && rows.per_head >= kManyRows),
+        convert_(kNarrow || (!std::is_same_v<P, float> && rows.per_head >= kManyRows)),
         q_(scratch.take(rows.count * stride_)),
         tile_(scratch.take((kTile + kMaxLanes) * stride_)),
         tile_offsets_(scratch.take<int64_t>(kTile + kMaxLanes)) {
@@ -57,7 +60,7 @@ class ByVectors {
     for (int64_t i = shared.begin; i < shared.end; i += step) {
       const bool more = i + step < shared.end;
       for (int64_t h = 0; h < rows_.heads; ++h) {
-        const Ahead<T> ahead{more ? rows_.keys(h) : rows_.values(h),
+        const Ahead<P> ahead{more ? rows_.keys(h) : rows_.values(h),
                              rows_.offsets + (more ? step : shared.begin - i)};
         score_shared(h, {i, std::min(i + step, shared.end)}, ahead);
       }
@@ -73,7 +76,7 @@ class ByVectors {
     for (int64_t i = shared.begin; i < shared.end; i += step) {
       const bool more = i + step < shared.end;
       for (int64_t h = 0; h < rows_.heads; ++h) {
-        const Ahead<T> ahead{more           ? rows_.values(h)
+        const Ahead<P> ahead{more           ? rows_.values(h)
                              : next.empty() ? nullptr
                                             : rows_.keys(h),
                              more ? rows_.offsets + step : rows_.next_offsets - i};
@@ -96,8 +99,8 @@ class ByVectors {
     for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
   }
 
-  void score_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
-    const T* keys = rows_.keys(h);
+  void score_shared(int64_t h, Range tile, const Ahead<P>& ahead) {
+    const P* keys = rows_.keys(h);
     const int64_t first = h * rows_.per_head;
     if (convert_) convert_rows(keys, rows_.offsets, tile, dim_, stride_, ahead, tile_);
     in_groups<kKeyRows>(first, first + rows_.per_head, [&](int64_t r, auto count) {
@@ -110,23 +113,41 @@ class ByVectors {
       if (convert_) {
         score_rows<count>(q_ + r * stride_, stride_, tile_, tile_offsets_, seen.begin - tile.begin,
                           seen.end - tile.begin, stride_, scores + tile.begin);
-      } else {
+      } else if constexpr (!kNarrow) {
         score_rows<count>(q_ + r * stride_, stride_, keys, rows_.offsets, seen.begin, seen.end,
-                          dim_, scores, r == first ? ahead : Ahead<T>{});
+                          dim_, scores, r == first ? ahead : Ahead<P>{});
       }
     });
   }
 
-  void score_own(int64_t h, int64_t node) {
+  // f(keys or values, their offsets, their dimension, their places in the chunk) of a node's own
+  // ancestors: as they lie, or converted, a tile at a time.
+  template <typename F>
+  void own_tiles(const P* from, int64_t node, const F& f) {
     const Range own = rows_.own[node];
+    const int64_t* list = rows_.own_list(node);
+    if constexpr (!kNarrow) {
+      f(from, list, dim_, own);
+    } else {
+      for (int64_t i = own.begin; i < own.end; i += kTile) {
+        const Range tile{i, std::min(i + kTile, own.end)};
+        convert_rows(from, list, {i - own.begin, tile.end - own.begin}, dim_, stride_, {}, tile_);
+        f(tile_, tile_offsets_, stride_, tile);
+      }
+    }
+  }
+
+  void score_own(int64_t h, int64_t node) {
     const int64_t first = h * rows_.per_head + node * rows_.group;
-    in_groups<kKeyRows>(first, first + rows_.group, [&](int64_t r, auto count) {
-      score_rows<count>(q_ + r * stride_, stride_, rows_.keys(h), rows_.own_list(node), 0,
-                        own.end - own.begin, dim_, rows_.scores + r * kScoreStride + own.begin);
+    own_tiles(rows_.keys(h), node, [&](const auto* keys, auto* offsets, int64_t dim, Range places) {
+      in_groups<kKeyRows>(first, first + rows_.group, [&](int64_t r, auto count) {
+        score_rows<count>(q_ + r * stride_, stride_, keys, offsets, 0, places.end - places.begin,
+                          dim, rows_.scores + r * kScoreStride + places.begin);
+      });
     });
   }
 
-  void sum_shared(int64_t h, Range tile, const Ahead<T>& ahead) {
+  void sum_shared(int64_t h, Range tile, const Ahead<P>& ahead) {
     if (convert_) convert_rows(rows_.values(h), rows_.offsets, tile, dim_, stride_, ahead, tile_);
     const int64_t first = h * rows_.per_head;
     in_groups<kValueRows>(first, first + rows_.per_head, [&](int64_t r, auto count) {
@@ -138,7 +159,7 @@ class ByVectors {
       for (int i = 0; count > 1 && i < count; ++i) {
         sum_rows<1>(h, r + i, tile, intersect(here[i], {tile.begin, common.begin}));
       }
-      sum_rows<count>(h, r, tile, common, r == first ? ahead : Ahead<T>{});
+      sum_rows<count>(h, r, tile, common, r == first ? ahead : Ahead<P>{});
       for (int i = 0; count > 1 && i < count; ++i) {
         sum_rows<1>(h, r + i, tile, intersect(here[i], {common.end, tile.end}));
       }
@@ -146,29 +167,32 @@ class ByVectors {
   }
 
   template <int R>
-  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, const Ahead<T>& ahead = {}) {
+  void sum_rows(int64_t h, int64_t r, Range tile, Range keys, const Ahead<P>& ahead = {}) {
     float* acc = rows_.found.acc + r * stride_;
     const float* weights = rows_.scores + r * kScoreStride;
     if (convert_) {
       value_rows<R>(acc, stride_, weights + tile.begin, tile_, tile_offsets_,
                     keys.begin - tile.begin, keys.end - tile.begin, stride_);
-    } else {
+    } else if constexpr (!kNarrow) {
       value_rows<R>(acc, stride_, weights, rows_.values(h), rows_.offsets, keys.begin, keys.end,
                     dim_, ahead);
     }
   }
 
   void sum_own(int64_t h, int64_t node) {
-    const Range own = rows_.own[node];
     const int64_t first = h * rows_.per_head + node * rows_.group;
-    in_groups<kValueRows>(first, first + rows_.group, [&](int64_t r, auto count) {
-      value_rows<count>(rows_.found.acc + r * stride_, stride_,
-                        rows_.scores + r * kScoreStride + own.begin, rows_.values(h),
-                        rows_.own_list(node), 0, own.end - own.begin, dim_);
+    own_tiles(rows_.values(h), node, [&](const auto* x, auto* offsets, int64_t dim, Range places) {
+      in_groups<kValueRows>(first, first + rows_.group, [&](int64_t r, auto count) {
+        value_rows<count>(rows_.found.acc + r * stride_, stride_,
+                          rows_.scores + r * kScoreStride + places.begin, x, offsets, 0,
+                          places.end - places.begin, dim);
+      });
     });
   }
 
-  const Rows<T>& rows_;
+  static constexpr bool kNarrow = sizeof(P) == 1;
+
+  const Rows<T, P>& rows_;
   const int64_t dim_, stride_;
   const bool convert_;
   float* const q_;     // [rows, stride]: q * scale

@@ -35,8 +35,8 @@ struct Chunk {
   int64_t own;   // places from here on are a row's own ancestors
 };
 
-// The rows of a task, by KV head, node, query head; T: the type of q, K, V and the output.
-template <typename T>
+// The rows of a task, by KV head, node, query head. T: the type of q and the output; P: of K and V.
+template <typename T, typename P>
 struct Rows {
   Rows(const AttentionParams& params, const AttentionTask& task, Scratch& scratch)
       : p(params),
@@ -47,7 +47,9 @@ struct Rows {
         per_head(nodes * group),
         count(heads * per_head),
         stride(padded(p.head_dim)),
-        slot_elems(p.kv_heads * p.head_dim),
+        head_elems(page_head_bytes(p.format, p.head_dim, p.dtype) /
+                   static_cast<int64_t>(sizeof(P))),
+        slot_elems(p.kv_heads * head_elems),
         // For few rows what counts is that a tile's pages and the next one's have their addresses
         // at hand (TLB).
         tile_keys(per_head >= kManyRows ? kTile : kTile / 2),
@@ -68,11 +70,11 @@ struct Rows {
   State state_at(float* f) const { return {f, f + count, f + padded(2 * count)}; }
   State take_state(Scratch& scratch) const { return state_at(scratch.take(state_floats())); }
 
-  const T* keys(int64_t h) const {
-    return static_cast<const T*>(p.k_pages) + (t.head_begin + h) * p.head_dim;
+  const P* keys(int64_t h) const {
+    return static_cast<const P*>(p.k_pages) + (t.head_begin + h) * head_elems;
   }
-  const T* values(int64_t h) const {
-    return static_cast<const T*>(p.v_pages) + (t.head_begin + h) * p.head_dim;
+  const P* values(int64_t h) const {
+    return static_cast<const P*>(p.v_pages) + (t.head_begin + h) * head_elems;
   }
   int64_t* own_list(int64_t node) const { return own_offsets + node * own_list_length(p.words); }
 
@@ -140,7 +142,7 @@ struct Rows {
   const AttentionTask& t;
   const int64_t group, heads, nodes;
   const int64_t per_head, count;  // rows of one KV head, and of all
-  const int64_t stride, slot_elems;
+  const int64_t stride, head_elems, slot_elems;
   const int64_t tile_keys;
   const int page_shift;
   const int32_t* const table;

@@ -1,6 +1,7 @@
 // What attention needs beyond simd.h: sums of many vectors at once, half vectors, tanh.
 #pragma once
 
+#include "inferlab/page_format.h"
 #include "simd.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {
@@ -61,6 +62,55 @@ inline vf vsum_each(const vf* a) {
   return r;
 }
 
+#endif
+
+// Numbers of a page of 8 bits. e4m3 becomes f16 by its bits, 2^8 too small.
+#if defined(INFERLAB_ISA_AVX512) || defined(INFERLAB_ISA_AVX2)
+inline __m128i load_8_bytes(const void* p) {
+  return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+}
+inline __m128i load_16_bytes(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+#endif
+#if defined(INFERLAB_ISA_AVX512)
+inline vf from_int8(__m128i x) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x))}; }
+inline vf from_e4m3(__m128i x) {
+  const __m256i w = _mm256_cvtepu8_epi16(x), rest = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f)),
+                                       _mm256_set1_epi16(0x7e00));
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(w, rest), 8);
+  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(rest, 7), _mm256_or_si256(sign, nan));
+  return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(0x1p8f))};
+}
+inline vf vload(const int8_t* p) { return from_int8(load_16_bytes(p)); }
+inline vf vload(const e4m3* p) { return from_e4m3(load_16_bytes(p)); }
+inline vf vload_half(const int8_t* p) { return from_int8(load_8_bytes(p)); }
+inline vf vload_half(const e4m3* p) { return from_e4m3(load_8_bytes(p)); }
+#elif defined(INFERLAB_ISA_AVX2)
+inline vf vload(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8_bytes(p)))};
+}
+inline vf vload(const e4m3* p) {
+  const __m128i w = _mm_cvtepu8_epi16(load_8_bytes(p)),
+                rest = _mm_and_si128(w, _mm_set1_epi16(0x7f));
+  const __m128i nan =
+      _mm_and_si128(_mm_cmpeq_epi16(rest, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7e00));
+  const __m128i sign = _mm_slli_epi16(_mm_xor_si128(w, rest), 8);
+  const __m128i half = _mm_or_si128(_mm_slli_epi16(rest, 7), _mm_or_si128(sign, nan));
+  return {_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(0x1p8f))};
+}
+#else
+inline vf vload(const int8_t* p) {
+  vf r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
+inline vf vload(const e4m3* p) {
+  vf r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = to_float(p[i]);
+  return r;
+}
 #endif
 
 // Loads the 8 elements that are left of a row when D is a multiple of 8 but not of kLanes.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "layer_rows.h"
+#include "page_head.h"
 #include "simd.h"
 
 namespace inferlab::cpu::INFERLAB_ISA {
@@ -207,12 +208,24 @@ void rope_append(const RopeAppendParams& p, const RopeRow& row) {
   const T* v = static_cast<const T*>(p.v) + row.v;
   const int64_t slot = p.seq_lens[row.b] + p.node_offset + row.n;
   const int64_t page = p.block_table[row.b * p.table_stride + slot / p.page_size];
-  const int64_t into = (page * p.page_size + slot % p.page_size) * p.kv_heads * p.head_dim;
-  T* k_out = static_cast<T*>(p.k_pages) + into;
+  const int64_t place = (page * p.page_size + slot % p.page_size) * p.kv_heads;
+  if (p.format != PageFormat::kSame) {
+    const int64_t bytes = page_head_bytes(p.format, p.head_dim, p.dtype);
+    char* k_out = static_cast<char*>(p.k_pages) + place * bytes;
+    char* v_out = static_cast<char*>(p.v_pages) + place * bytes;
+    for (int64_t h = 0; h < p.kv_heads; ++h) {
+      T turned[kMaxHeadDim];
+      rotate(k + h * row.head_stride, cos, sin, turned, half, p.head_dim);
+      write_head(turned, p.head_dim, p.format, k_out + h * bytes);
+      write_head(v + h * row.head_stride, p.head_dim, p.format, v_out + h * bytes);
+    }
+    return;
+  }
+  T* k_out = static_cast<T*>(p.k_pages) + place * p.head_dim;
   for (int64_t h = 0; h < p.kv_heads; ++h) {
     rotate(k + h * row.head_stride, cos, sin, k_out + h * p.head_dim, half, p.head_dim);
   }
-  T* v_out = static_cast<T*>(p.v_pages) + into;
+  T* v_out = static_cast<T*>(p.v_pages) + place * p.head_dim;
   const bool together = row.head_stride == p.head_dim;
   const int64_t pieces = together ? 1 : p.kv_heads;
   const int64_t length = together ? p.kv_heads * p.head_dim : p.head_dim;

@@ -8,7 +8,7 @@
 // p. With a window w only the last w positions, the row's own included, are seen.
 #pragma once
 
-#include "inferlab/dtype.h"
+#include "inferlab/page_format.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
@@ -32,7 +32,8 @@ struct AttentionParams {
   int64_t window;  // 0: none
   float scale;
   float softcap;  // 0: none
-  DType dtype;    // of q, pages and out
+  DType dtype;    // of q and out, and of pages in kSame
+  PageFormat format;
 };
 
 #if !defined(__METAL_VERSION__)

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "inferlab/dtype.h"
+#include "inferlab/page_format.h"
 #include "inferlab/status.h"
 
 namespace inferlab::cpu {
@@ -76,7 +76,7 @@ struct Decoder {
   Matrix head;
   float softcap = 0;          // of the logits; 0: none
   int64_t num_angles = 1;     // kinds of angles that layers have
-  DType dtype = DType::kF32;  // of weights that are not packed, pages and results
+  DType dtype = DType::kF32;  // of weights that are not packed, of results, of pages in kSame
 };
 
 struct DecoderPass {
@@ -96,6 +96,7 @@ struct DecoderPass {
   void* k_pages = nullptr;  // [L, P, page_size, Hkv, D]
   void* v_pages = nullptr;
   int64_t layer_bytes = 0, pages = 0, page_size = 0;
+  PageFormat format = PageFormat::kSame;
   bool all_scored = true;  // else these [S] rows of B * N, real ones: their logits are wanted
   const int64_t* scored = nullptr;
   int64_t num_scored = 0;

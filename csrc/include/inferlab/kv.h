@@ -4,7 +4,7 @@
 // on a page outside the pool is neither read nor written.
 #pragma once
 
-#include "inferlab/portable.h"
+#include "inferlab/page_format.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
@@ -22,7 +22,9 @@ struct KvAppendParams {
   Ptr<const int32_t> seq_lens;     // [B]
   Ptr<const int32_t> num_nodes;    // [B] or null: all N
   int64_t batch, nodes, heads, pages, page_size, max_pages, node_offset;
-  int64_t head_bytes;  // D elements
+  int64_t head_bytes;  // D elements, of k and v
+  DType dtype;         // of k and v
+  PageFormat format;
 };
 
 // Slot seq_lens[b] + accepted[b][j] -> slot seq_lens[b] + j, for j < num_accepted[b], in every

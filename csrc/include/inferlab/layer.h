@@ -3,7 +3,7 @@
 // the element type where the unfused layer rounds.
 #pragma once
 
-#include "inferlab/dtype.h"
+#include "inferlab/page_format.h"
 #include "inferlab/status.h"
 
 namespace inferlab {
@@ -47,7 +47,8 @@ struct RopeAppendParams {
   Ptr<const int32_t> num_nodes;  // [B] or null: all N
   int64_t batch, nodes, q_heads, kv_heads, head_dim, rotary;
   int64_t pages, page_size, max_pages, node_offset;
-  DType dtype;
+  DType dtype;  // of all but pages in 8 bits
+  PageFormat format;
 };
 
 #if !defined(__METAL_VERSION__)

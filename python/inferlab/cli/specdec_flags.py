@@ -53,6 +53,7 @@ FLAGS = {
     "--engine": "engine",
     "--quantization": "quantization",
     "--draft-quantization": "draft_quantization",
+    "--kv-cache-dtype": "kv_cache_dtype",
     "--tensor-parallel": "tensor_parallel",
     "--device-map": "device_map",
     "--max-memory-mb": "max_memory_mb",
@@ -97,6 +98,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-quantization",
         choices=one_of("draft_quantization"),
         help="the draft model's (none)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=one_of("kv_cache_dtype"),
+        help="the target's keys and values, on a CPU: as they are, or in 8 bits, which takes half "
+        "the memory (auto)",
     )
     group.add_argument(
         "--tensor-parallel",

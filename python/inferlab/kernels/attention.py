@@ -38,7 +38,8 @@ def paged_tree_attention(
     Args:
         q: [B, N, Hq, D], the pages' dtype; any strides with D contiguous. D a multiple of 8 in
             [8, 256]; Hq a multiple of Hkv.
-        k_pages, v_pages: [P, page_size, Hkv, D] f32, f16 or bf16, contiguous.
+        k_pages, v_pages: [P, page_size, Hkv, D] f32, f16 or bf16, contiguous; or of 8 bits, on the
+            CPU (see `kernels.kv`).
         block_table: [B, max_pages] i32 page ids; entries behind the used slots are not read.
         seq_lens: [B] i32, committed tokens per sequence = position of the root.
         ancestors: [B, N, W] i64 bit words (`build_tree`), or None: causal, node i sees nodes <= i.

@@ -1,7 +1,11 @@
 """The paged KV cache: write new rows, keep the accepted ones, read back, copy pages.
 
 Pages are `[P, page_size, Hkv, D]` (f32, f16 or bf16, page_size a power of two); a cache of all
-layers is `[L, P, page_size, Hkv, D]`. `block_table[B, max_pages] i32` holds a sequence's page ids
+layers is `[L, P, page_size, Hkv, D]`. On the CPU pages may hold a head's D numbers in 8 bits each:
+int8 `[P, page_size, Hkv, D + 4]`, D codes and the bytes of the float32 they are multiplied with
+(the head's largest magnitude / 127), or uint8 `[P, page_size, Hkv, D]`, float8 e4m3 (at most 448).
+`kv_append` and `rope_append` round, `paged_tree_attention` widens, all else moves pages as they
+are. `block_table[B, max_pages] i32` holds a sequence's page ids
 (-1: unused); slot s of a sequence is row `s % page_size` of page `block_table[b, s // page_size]`.
 Arguments are torch tensors or NumPy arrays.
 
@@ -43,7 +47,8 @@ def kv_append(
     """Writes row n of sequence b to slot `seq_lens[b] + node_offset + n`, in place.
 
     Args:
-        k, v: [B, N, Hkv, D], the pages' dtype; any strides with D contiguous.
+        k, v: [B, N, Hkv, D], the pages' dtype (f32, f16 or bf16 for pages of 8 bits); any strides
+            with D contiguous. Of what is not finite int8 pages make the whole head NaN.
         k_pages, v_pages: [P, page_size, Hkv, D], contiguous; written.
         block_table: [B, max_pages] i32.
         seq_lens: [B] i32, committed tokens per sequence.

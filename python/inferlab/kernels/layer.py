@@ -143,9 +143,9 @@ def rope_append(
     Args:
         q: [B, N, Hq, D], rotated in place; contiguous in its last two dimensions.
         k, v: [B, N, Hkv, D], likewise; not changed.
-        cos, sin: [B or 1, N, rotary], contiguous, the pages' dtype.
-        k_pages, v_pages: [P, page_size, Hkv, D], contiguous; row n of sequence b is written to slot
-            ``seq_lens[b] + node_offset + n``.
+        cos, sin: [B or 1, N, rotary], contiguous, q's dtype.
+        k_pages, v_pages: [P, page_size, Hkv, D], contiguous, q's dtype or of 8 bits (see
+            `kernels.kv`); row n of sequence b is written to slot ``seq_lens[b] + node_offset + n``.
         block_table: [B, max_pages] i32.
         seq_lens: [B] i32, committed tokens.
         node_offset: rows already behind the committed ones.

@@ -94,7 +94,7 @@ class Pass:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if self.packing is not None:
             query, key, value = (self.packing.pad(x[0]) for x in (query, key, value))
-        padding = k_pages.shape[-1] - dim
+        padding = self.layers[layer].cached_dim - dim
         if padding:
             query, key, value = (pad(x, (0, padding)) for x in (query, key, value))
         kv_append(

@@ -28,6 +28,7 @@ class TargetModel(Protocol):
         tokenizer: a Hugging Face tokenizer or None.
         num_parameters: number of distinct weights.
         quantization: the format of packed weights; None: they are of ``dtype``.
+        kv_cache_dtype: of the pages of its caches; "auto": ``dtype``.
         embed: from token ids [..] to what enters the first layer, [.., H]; None without weights.
         head: from `FINAL_HIDDEN` [.., H] to logits [.., V]; None without weights.
     """
@@ -43,6 +44,7 @@ class TargetModel(Protocol):
     tokenizer: Any
     num_parameters: int
     quantization: str | None
+    kv_cache_dtype: str
 
     @property
     def embed(self) -> torch.nn.Module | None: ...
@@ -99,10 +101,13 @@ def plain_model(model: TargetModel, use: str) -> AbstractContextManager[Any]:
 
 
 def format_of(model: TargetModel) -> str:
-    """The element type of a model and, where its weights are packed, their format."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    packed = model.quantization
-    return dtype if packed is None else f"{dtype}, {packed} weights"
+    """The element type of a model and, where they are of others, of its weights and its K/V."""
+    parts = [str(model.dtype).removeprefix("torch.")]
+    if model.quantization is not None:
+        parts.append(f"{model.quantization} weights")
+    if model.kv_cache_dtype != "auto":
+        parts.append(f"{model.kv_cache_dtype} K/V")
+    return ", ".join(parts)
 
 
 def allowed_vocab(model: TargetModel) -> int:

@@ -69,6 +69,7 @@ class FakeLM:
         self.dtype = torch.float32
         self.num_parameters = 0
         self.quantization: str | None = None
+        self.kv_cache_dtype = "auto"
         self.seed = seed
         self.agreement = agreement
         has_tokenizer = vocab_size >= MIN_VOCAB

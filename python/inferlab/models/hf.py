@@ -30,7 +30,7 @@ from inferlab.models.base import allowed_vocab, known_ids
 from inferlab.models.forward import FINAL_HIDDEN, ForwardBatch, ForwardOutput
 from inferlab.models.fused import FusedDecoder
 from inferlab.models.graphs import ForwardGraphs
-from inferlab.models.kv_cache import KVCache
+from inferlab.models.kv_cache import KVCache, check_page_format
 from inferlab.models.native import NativeDecoder
 from inferlab.models.other_formats import PACKAGES, check_other_format
 from inferlab.models.packing import Packing
@@ -78,6 +78,7 @@ class HFModel:
         *,
         name: str | None = None,
         engine: str = "auto",
+        kv_cache_dtype: str = "auto",
     ) -> None:
         check("engine", engine, engine in ENGINES, f"one of {', '.join(ENGINES)}")
         self._asked_engine = engine
@@ -97,6 +98,8 @@ class HFModel:
         # Forwards hook modules, replay graphs and may change rotary tables: one at a time.
         self._lock = threading.RLock()
         self.device: torch.device = execution_device(model, self.name)
+        check_page_format(kv_cache_dtype, self.device)
+        self.kv_cache_dtype = kv_cache_dtype
         self.tokenizer_vocab_size: int | None = None if tokenizer is None else known_ids(tokenizer)
         self.reread_length: int | None = reread_length(self.config)
         self.dtype: torch.dtype = model.dtype
@@ -153,13 +156,16 @@ class HFModel:
         device_map: str | Mapping[str, int | str] | None = None,
         quantization: str | None = None,
         engine: str = "auto",
+        kv_cache_dtype: str = "auto",
     ) -> HFModel:
         """Loads a bundled model, a local directory or a hub id (see `loading.load`), and packs its
         weights where ``quantization`` names a format: of ours (`quantized.quantize`) or of another
         package (`other_formats`). "dense": weights that come rounded (`unpacking`) are made dense,
-        also where they could be multiplied with as they are."""
+        also where they could be multiplied with as they are. ``kv_cache_dtype`` is of the pages of
+        its caches (`kv_cache.PAGE_FORMATS`)."""
         packed = None if quantization == DENSE else quantization
         others = packed if packed in PACKAGES else None
+        check_page_format(kv_cache_dtype, loading.choose_device(device, device_priority))
         if packed is not None:
             check = check_format if others is None else check_other_format
             check(packed, loading.choose_device(device, device_priority))
@@ -177,12 +183,21 @@ class HFModel:
         )
         if packed is not None and others is None:
             quantize(loaded.model, packed)
-        target = cls(loaded.model, loaded.tokenizer, name=str(name_or_path), engine=engine)
+        target = cls(
+            loaded.model,
+            loaded.tokenizer,
+            name=str(name_or_path),
+            engine=engine,
+            kv_cache_dtype=kv_cache_dtype,
+        )
         target.load_notes = loaded.notes
         return target
 
     def new_cache(self, num_pages: int, page_size: int = 16) -> KVCache:
-        """A zeroed cache of `num_pages` pages per layer, in the model's dtype and device."""
+        """A zeroed cache of `num_pages` pages per layer, on the model's device."""
+        return self._cache_of(num_pages, page_size, self.kv_cache_dtype)
+
+    def _cache_of(self, num_pages: int, page_size: int, kv_cache_dtype: str) -> KVCache:
         shapes = [(spec.num_kv_heads, spec.cached_dim) for spec in self.layers]
         return KVCache(
             shapes,
@@ -191,6 +206,7 @@ class HFModel:
             dtype=self.dtype,
             device=self.device,
             devices=self._plan.devices,
+            kv_cache_dtype=kv_cache_dtype,
         )
 
     @property
@@ -436,7 +452,7 @@ class HFModel:
         fused, self._fused = self._fused, None
         try:
             with trial_pass(self.name, self.config.model_type):
-                paged = self.forward(batch, self.new_cache(1)).logits
+                paged = self.forward(batch, self._cache_of(1, 16, "auto")).logits
         finally:
             self._fused = fused
         routed = experts_implementation(self._model) is not None

@@ -11,8 +11,25 @@ import torch
 from inferlab.kernels import advise_large_pages, kv_compact, kv_copy_pages
 
 
+class PageFormat(NamedTuple):
+    """How pages hold the numbers of a head in 8 bits each.
+
+    Attributes:
+        dtype: what the kernels know the format by.
+        scale_bytes: behind each head's numbers.
+    """
+
+    dtype: torch.dtype
+    scale_bytes: int
+
+
+PAGE_FORMATS = {"int8": PageFormat(torch.int8, 4), "fp8": PageFormat(torch.uint8, 0)}
+"""By name: int8 with a float32 scale for each token and head, and float8 e4m3 without one."""
+
+
 class Pool(NamedTuple):
-    """Layers of one shape, stacked: k and v are [L, P, page_size, Hkv, D]."""
+    """Layers of one shape, stacked: k and v are [L, P, page_size, Hkv, D]; with a `PageFormat` D is
+    the bytes of a head."""
 
     layers: tuple[int, ...]
     k: torch.Tensor
@@ -31,9 +48,12 @@ class KVCache:
         page_size: tokens per page, a power of two.
         dtype, device: of the pages.
         devices: of each layer's pages, where they are not all on ``device``.
+        kv_cache_dtype: of `PAGE_FORMATS`: pages hold what is of ``dtype`` in 8 bits; "auto": as it
+            is.
 
     Raises:
-        ValueError: no layers, a page count below 1, or a page size that is not a power of two.
+        ValueError: no layers, a page count below 1, a page size that is not a power of two, or a
+            format that is not known, or not on this device.
         MemoryError: the pages do not fit; says how many were asked for and their size.
     """
 
@@ -46,7 +66,9 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         devices: Sequence[torch.device] = (),
+        kv_cache_dtype: str = "auto",
     ) -> None:
+        check_page_format(kv_cache_dtype, torch.device(device))
         if not shapes:
             raise ValueError("shapes is empty: a cache needs at least one layer")
         if num_pages < 1:
@@ -57,7 +79,8 @@ class KVCache:
         self.page_size = page_size
         self.dtype = dtype
         self.device = torch.device(device)
-        per_layer = [2 * heads * dim * dtype.itemsize for heads, dim in shapes]
+        stored, scale_bytes = PAGE_FORMATS.get(kv_cache_dtype, PageFormat(dtype, 0))
+        per_layer = [2 * heads * (dim + scale_bytes) * stored.itemsize for heads, dim in shapes]
         self.bytes_per_token: int = sum(per_layer)
         self.nbytes: int = self.bytes_per_token * page_size * num_pages
 
@@ -69,8 +92,8 @@ class KVCache:
         pools: list[Pool] = []
         try:
             for (heads, dim, place), layers in alike.items():
-                size = (len(layers), num_pages, page_size, heads, dim)
-                k, v = (torch.empty(size, dtype=dtype, device=place) for _ in range(2))
+                size = (len(layers), num_pages, page_size, heads, dim + scale_bytes)
+                k, v = (torch.empty(size, dtype=stored, device=place) for _ in range(2))
                 for part in (k, v):
                     if part.is_cpu:
                         advise_large_pages(part)  # before the first write, which takes the pages
@@ -128,6 +151,21 @@ class KVCache:
             f"{self.nbytes / 2**20:.0f} MB on {self.device} ({self.bytes_per_token} bytes per "
             f"token) and {why}; "
             "lower the number of pages, the batch size or the maximum length"
+        )
+
+
+def check_page_format(name: str, device: torch.device) -> None:
+    """Raises ValueError where pages cannot be of this format."""
+    if name == "auto":
+        return
+    if name not in PAGE_FORMATS:
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}; it must be auto, {' or '.join(PAGE_FORMATS)}"
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, which the CPU's kernels read, and the model is on "
+            f"{device}; leave it out, or set device to 'cpu'"
         )
 
 

@@ -27,6 +27,7 @@ class NativeDecoder:
     def __init__(self, shape: ModelShape, limit: int | None) -> None:
         head = shape.head
         self._vocab, self._hidden = head.out_features, head.in_features
+        self._dtype = shape.embedding.dtype
         self._angles = Angles(shape.rotary, shape.norm[0], limit, shape.kinds)
         self._compiled = _C.Decoder(
             embedding=shape.embedding,
@@ -59,7 +60,7 @@ class NativeDecoder:
         (pool,) = cache.pools
         size, nodes = batch.tokens.shape
         scored = batch.scored
-        dtype = pool.k.dtype
+        dtype = self._dtype
         rows = (size, nodes) if scored is None else (len(scored), 1)
         logits = torch.empty((*rows, self._vocab), dtype=dtype)
         features = None

@@ -193,6 +193,12 @@ class SpeculativePipeline:
                     f"{key} is {wanted!r}, but a model was given that is not: load it with "
                     f"HFModel.load(..., quantization={wanted!r}), or leave {key} out"
                 )
+        if target is not None and config.kv_cache_dtype not in ("auto", target.kv_cache_dtype):
+            raise ValueError(
+                f"kv_cache_dtype is {config.kv_cache_dtype!r}, but target is a model whose K/V is "
+                f"{target.kv_cache_dtype!r}: load it with HFModel.load(..., kv_cache_dtype="
+                f"{config.kv_cache_dtype!r}), or leave kv_cache_dtype out"
+            )
         self.target = target if target is not None else self._load_target()
         self._checkpoint = Followed()  # what the target's own generation_config asks for
         plain = self.target.plain()

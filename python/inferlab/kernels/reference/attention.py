@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inferlab.kernels.reference.kv import gather_slots
+from inferlab.kernels.reference.kv import as_numbers, gather_slots
 
 
 def slots_of_row(length: int, bits: int | None, node: int, window: int) -> list[int]:
@@ -65,7 +65,7 @@ def paged_tree_attention(
 ) -> torch.Tensor:
     """As `inferlab.kernels.paged_tree_attention`, computed in `compute_dtype`."""
     out = torch.zeros(q.shape, dtype=q.dtype)
-    k, v = (gather_slots(pages, block_table) for pages in (k_pages, v_pages))
+    k, v = (as_numbers(gather_slots(pages, block_table)) for pages in (k_pages, v_pages))
     visible = visible_slots(
         seq_lens,
         ancestors,

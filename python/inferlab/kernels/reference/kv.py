@@ -15,6 +15,32 @@ def gather_slots(pages: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor
     return pages[block_table.long().clamp(min=0)].flatten(1, 2)
 
 
+def as_stored(x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Heads [.., D] as such pages hold them, [.., D] or, with a scale, [.., D + 4]."""
+    if pages.dtype == torch.uint8:
+        kept = torch.where(x.isfinite(), x.float().clamp(-448, 448), torch.nan)
+        return kept.to(torch.float8_e4m3fn).view(torch.uint8)
+    if pages.dtype != torch.int8:
+        return x
+    x = x.float()
+    largest, codes = x.abs().amax(-1, keepdim=True), torch.tensor(127.0)
+    kept = largest > 1e-30
+    rounded = torch.round(x * torch.where(kept, codes / largest, 0)).to(torch.int8)
+    scale = torch.where(kept, largest / codes, 0)
+    scale[~x.isfinite().all(-1)] = float("nan")
+    return torch.cat([rounded, scale.view(torch.int8)], dim=-1)
+
+
+def as_numbers(stored: torch.Tensor) -> torch.Tensor:
+    """The other way round: the numbers that were rounded, [.., D]."""
+    if stored.dtype == torch.uint8:
+        return stored.view(torch.float8_e4m3fn).float()
+    if stored.dtype != torch.int8:
+        return stored
+    scale = stored[..., -4:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return stored[..., :-4].float() * scale
+
+
 def kv_append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -31,8 +57,8 @@ def kv_append(
         for n in range(count):
             slot = int(seq_lens[b]) + node_offset + n
             page, row = place_of(block_table, b, slot, k_pages.shape[1])
-            k_pages[page, row] = k[b, n]
-            v_pages[page, row] = v[b, n]
+            k_pages[page, row] = as_stored(k[b, n], k_pages)
+            v_pages[page, row] = as_stored(v[b, n], v_pages)
 
 
 def kv_compact(

@@ -45,6 +45,7 @@ class ShardedModel:
     tokenizer: Any
     num_parameters: int
     quantization: str | None
+    kv_cache_dtype: str
 
     def __init__(self, ranks: Ranks, key: int, part: HFModel) -> None:
         vars(self).update({fact: getattr(part, fact) for fact in TargetModel.__annotations__})

@@ -117,20 +117,30 @@ def load_target(config: SpecdecConfig) -> TargetModel:
     """The target, on one device or several."""
     ranks = config.tensor_parallel or launched_as()[1]
     if ranks > 1:
-        return ShardedModel.load(config.base_model, ranks, **_conditions(config))
-    return load_model(config, config.base_model, config.quantization, config.device_map)
+        return ShardedModel.load(
+            config.base_model, ranks, kv_cache_dtype=config.kv_cache_dtype, **_conditions(config)
+        )
+    return load_model(
+        config,
+        config.base_model,
+        config.quantization,
+        device_map=config.device_map,
+        kv_cache_dtype=config.kv_cache_dtype,
+    )
 
 
-def load_model(
-    config: SpecdecConfig, name: str, quantization: str, device_map: Any = None
-) -> HFModel:
-    """A model on the device, in the dtype and under the conditions of the configuration."""
+def load_model(config: SpecdecConfig, name: str, quantization: str, **options: Any) -> HFModel:
+    """A model on the device, in the dtype and under the conditions of the configuration.
+
+    Args:
+        options: others of `HFModel.load`.
+    """
     return HFModel.load(
         name,
         **_conditions(config),
-        device_map=device_map,
         quantization=None if quantization == "none" else quantization,
         engine=config.engine,
+        **options,
     )
 
 
