@@ -319,8 +319,9 @@ class CompiledDecoder {
     return matrix;
   }
 
-  // A weight [out, in], or a packed one (data, bits, group, out, in, zeros). Where `count` is not
-  // 0, the first of so many that stand behind each other: [count, out, in], or data of [count, ..].
+  // A weight [out, in], or a packed one (data, bits, group, out, in, zeros, order). Where `count`
+  // is not 0, the first of so many that stand behind each other: [count, out, in], or data of
+  // [count, ..].
   cpu::Matrix weight_of(py::object weight, int64_t in, const char* name, int64_t count) {
     cpu::Matrix matrix;
     matrix.in = in;
@@ -343,6 +344,10 @@ class CompiledDecoder {
       matrix.bits = p.bits;
       matrix.group = p.group;
       matrix.zeros = p.zeros;
+      if (!packed[6].is_none()) {
+        const Tensor order(packed[6], "order");
+        matrix.order = order.i32().shape({in}).contiguous().cpu().places().ptr<const int32_t>();
+      }
       matrix.bytes = packed_tiles(p) * packed_tile_bytes(p);
     } else {
       const Tensor w(weight, name);

@@ -122,6 +122,7 @@ void packed_linear(Call& c) {
   const Arg& weight = c.in("weight", kU8, {tiles, bytes});
   const int64_t bits = c.integer("bits"), group = c.integer("group");
   const bool zeros = c.flag("zeros");
+  const Arg& order = c.in("order", kI32, {in}).optional();
   const Arg& bias = c.in("bias", T, {outputs}).optional();
   const Arg& residual = c.in("residual", T, {rows, outputs}).optional();
   const Arg& y = c.out("out", T, {rows, outputs});
@@ -135,6 +136,8 @@ void packed_linear(Call& c) {
   p.bits = static_cast<int>(bits);
   p.group = group;
   p.zeros = zeros;
+  p.order = order.ptr<const int32_t>();
+  if (order.given() && c.on_cpu()) order.places();
   require(tiles == packed_tiles(p) && bytes == packed_tile_bytes(p), [&] {
     return "weight has shape " + weight.shape_str() + "; packed for " + std::to_string(p.out) +
            " outputs and " + std::to_string(p.in) + " inputs it must be [" +

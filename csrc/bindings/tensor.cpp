@@ -319,6 +319,19 @@ const Tensor& Tensor::u8() const {
   return *this;
 }
 
+const Tensor& Tensor::places() const {
+  i32();
+  for (int64_t i = 0; i < size(0); ++i) {
+    const int32_t place = ptr<const int32_t>()[i];
+    if (place < 0 || place >= size(0)) {
+      throw py::value_error(std::string(name_) + "[" + std::to_string(i) + "] is " +
+                            std::to_string(place) + "; it must be in [0, " +
+                            std::to_string(size(0)) + ")");
+    }
+  }
+  return *this;
+}
+
 DType Tensor::float_dtype() const {
   if (tensor_.dtype.code == dlpack::kFloat && tensor_.dtype.bits == 32) return DType::kF32;
   if (tensor_.dtype.code == dlpack::kFloat && tensor_.dtype.bits == 16) return DType::kF16;

@@ -152,7 +152,8 @@ class Forward {
   LinearTasks product(const Matrix& matrix, const void* x, int64_t x_stride, const void* residual,
                       void* y, int64_t rows) const {
     return LinearTasks({x, matrix.weight, matrix.bias, residual, y, rows, matrix.in, matrix.out,
-                        x_stride, d_.dtype, true, matrix.bits, matrix.group, matrix.zeros});
+                        x_stride, d_.dtype, true, matrix.bits, matrix.group, matrix.zeros,
+                        matrix.order});
   }
 
   void plan(int64_t index) {

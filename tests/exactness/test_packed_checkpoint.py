@@ -80,8 +80,8 @@ def test_files_that_are_not_as_written_are_refused(tmp_path):
     assert load_with().quantization == "int4"
     for changes, message in (
         (
-            {"version": 3},
-            "packed in version 3 of the layout, and this inferlab reads version 2 and",
+            {"version": 4},
+            "packed in version 4 of the layout, and this inferlab reads version 3 and",
         ),
         ({"format": "int3"}, "format is 'int3'; known are 'int8', 'int4'"),
         ({"sha256": {"model.safetensors": "0" * 64}}, "is damaged"),

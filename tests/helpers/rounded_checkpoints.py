@@ -44,6 +44,11 @@ def random_parts(
     return q, zeros, (torch.rand(outputs, groups) * 0.02 + 0.001).half()
 
 
+def shuffled(inputs: int) -> torch.Tensor:
+    """An order of inputs, the same for all modules that have so many."""
+    return torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
+
+
 def gptq(
     bits: int,
     *,
@@ -58,7 +63,7 @@ def gptq(
         q, zeros, scales = random_parts(outputs, groups, inputs, bits, symmetric)
         group_of = torch.arange(inputs) // group
         if not ordered:
-            group_of = group_of[torch.randperm(inputs)]
+            group_of = group_of[shuffled(inputs)]
         stored = zeros if v2 else (zeros - 1) % 2**bits
         parts = {
             "qweight": int32([words(row, bits) for row in q.tolist()]).t().contiguous(),
@@ -107,7 +112,7 @@ def compressed(
         scales = scales.to(dtype)
         group_of = torch.arange(inputs) * count // inputs
         if not ordered:
-            group_of = group_of[torch.randperm(inputs)]
+            group_of = group_of[shuffled(inputs)]
         parts = {
             "weight_packed": int32([words(row, bits) for row in q.tolist()]),
             "weight_scale": scales,
@@ -188,6 +193,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 PACKED: dict[str, tuple[Layout, tuple[int, int, bool]]] = {
     "gptq": (gptq(4, group=WIDE), (4, WIDE, True)),
+    "gptq, by activation": (gptq(4, group=WIDE, ordered=False), (4, WIDE, True)),
     "gptq v2, symmetric": (gptq(4, v2=True, symmetric=True, group=WIDE), (4, WIDE, True)),
     "awq": (awq(WIDE), (4, WIDE, True)),
     "packed 4": (
@@ -195,6 +201,10 @@ PACKED: dict[str, tuple[Layout, tuple[int, int, bool]]] = {
         (4, WIDE, False),
     ),
     "packed 4, zeros": (compressed(4, group=WIDE, symmetric=False), (4, WIDE, True)),
+    "packed 4, by activation": (
+        compressed(4, group=WIDE, symmetric=True, ordered=False, dtype=torch.bfloat16),
+        (4, WIDE, False),
+    ),
     "packed 4 of outputs": (compressed(4, group=None, symmetric=True), (4, 128, True)),
     "packed 8": (
         compressed(8, group=None, symmetric=True, dtype=torch.bfloat16),

@@ -61,7 +61,7 @@ def test_a_launch_on_metal_has_the_tensors_in_order_and_the_parameters():
         assert buffer is tensor
     assert buffers[6] is X  # stands in for num_nodes
     assert len(buffers) == 8
-    assert buffers[7][-1] == 32  # head_bytes, the struct's last word
+    assert buffers[7][-2] == 32  # head_bytes, in front of the two types, which are one word
 
 
 def test_metal_reads_tensors_of_any_device_by_their_attributes():

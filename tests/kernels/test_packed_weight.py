@@ -65,13 +65,20 @@ def test_products_are_what_is_written_down(data):
     else:
         scales = scales.bfloat16()
     tiles_of = lay_out(q, scales, bits, zeros if told else None)
-    packed = kernels.PackedWeight(tiles_of, bits, group, outputs, inputs, told)
+    order = torch.from_numpy(rng.permutation(inputs)).int() if data.draw(st.booleans()) else None
+    packed = kernels.PackedWeight(tiles_of, bits, group, outputs, inputs, told, order)
     wide = random(rows, inputs + apart, dtype=dtype)
     wide[:, inputs:] = float("nan")
     x = wide[:, :inputs]
     x[0, : inputs // 2] = 0  # whole groups of nothing
+    ordered = x if order is None else x[:, order.long()]
     expected = by_definition(
-        x.float(), q[:outputs, :inputs], scales[:outputs].float(), zeros[:outputs], bits, group
+        ordered.float(),
+        q[:outputs, :inputs],
+        scales[:outputs].float(),
+        zeros[:outputs],
+        bits,
+        group,
     )
     bias = random(outputs, dtype=dtype, seed=2) if data.draw(st.booleans()) else None
     residual = random(rows, outputs, dtype=dtype, seed=3) if data.draw(st.booleans()) else None
@@ -80,7 +87,7 @@ def test_products_are_what_is_written_down(data):
     if residual is not None:
         expected += residual.double()
     out = [torch.empty(rows, outputs, dtype=dtype)]
-    by_torch(x, packed.data, bits, group, told, bias, residual, out[0])
+    by_torch(x, packed.data, bits, group, told, order, bias, residual, out[0])
     for isa in ISAS:
         _C.force_isa(isa)
         try:
@@ -291,6 +298,8 @@ def test_what_cannot_be_packed_or_multiplied_is_refused():
         ({"bits": 4}, "it must be"),
         ({"zeros": True}, "zeros is set with 8 bits"),
         ({"bits": 4, "zeros": True}, r"it must be \[2, "),
+        ({"order": torch.full((40,), 40, dtype=torch.int32)}, r"order\[0\] is 40; .* \[0, 40\)"),
+        ({"order": torch.zeros(39, dtype=torch.int32)}, "order has shape"),
     ):
         with pytest.raises(ValueError, match=message):
             kernels.packed_linear(x, packed._replace(**changed))

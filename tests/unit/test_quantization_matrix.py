@@ -28,12 +28,18 @@ def test_every_format_of_target_and_draft_is_measured(tmp_path, capsys):
     assert "differs after" in shown
     stats = json.loads((tmp_path / "matrix.json").read_text())
     assert (tmp_path / "matrix.png").stat().st_size > 1000
-    assert list(stats["targets"]) == list(FORMATS) == ["none", "int8", "int4"]
+    assert list(FORMATS) == ["none", "int8", "int4"]
+    assert list(stats["targets"]) == [*FORMATS, "none, int8 K/V", "none, fp8 K/V"]
     assert [(p["target"], p["draft"]) for p in stats["pairs"]] == [
         (target, draft) for target in FORMATS for draft in FORMATS
     ]
-    none, int8, int4 = stats["targets"].values()
+    none, int8, int4, *kept = stats["targets"].values()
     assert none["weights_mb"] > int8["weights_mb"] > int4["weights_mb"] > 0
+    for of, bytes_per_head, rel in zip(kept, (36, 32), (0.02, 0.05), strict=True):
+        assert of["weights_mb"] == none["weights_mb"]
+        assert of["kv_bytes_per_token"] * 64 == none["kv_bytes_per_token"] * bytes_per_head
+        assert of["perplexity"] == pytest.approx(none["perplexity"], rel=rel)
+        assert of["perplexity"] != none["perplexity"]
     assert none["x_unquantized"] is None
     assert none["same_tokens"] == none["compared"] == 1
     assert none["first_difference"] is None
@@ -54,7 +60,7 @@ def test_a_drafter_without_a_model_has_no_formats():
     matrix = QuantizationMatrix(config)
     calls = []
     stats = matrix.run(["a b a b a b"], calls.append)
-    assert sum(calls) == matrix.num_runs(1) == 6
+    assert sum(calls) == matrix.num_runs(1) == 8
     assert [(p["target"], p["draft"], p["draft_mb"]) for p in stats["pairs"]] == [
         (target, "none", None) for target in FORMATS
     ]
@@ -81,8 +87,8 @@ def test_prompts_of_one_token_have_no_perplexity_and_short_contexts_no_long_forw
     )
     rows = []
     stats = matrix.run(["a"], keep=rows.append)
-    assert len(rows) == 6
-    assert [of["perplexity"] for of in stats["targets"].values()] == [None] * 3
+    assert len(rows) == 8
+    assert [of["perplexity"] for of in stats["targets"].values()] == [None] * 5
     assert all(list(of["forward_ms"]) == ["1", "8"] for of in stats["targets"].values())
     print_report(matrix_report(stats))
 

@@ -12,7 +12,12 @@ from helpers.rounded_checkpoints import LAYOUTS, PACKED, WIDE, gptq, set_config,
 from helpers.tiny_models import tiny_tokenizer
 from inferlab import SpeculativePipeline
 from inferlab.kernels import unpack
-from inferlab.models import HFModel, ModelLoadError, ModelTooLargeError
+from inferlab.models import (
+    HFModel,
+    ModelLoadError,
+    ModelTooLargeError,
+    UnsupportedArchitectureError,
+)
 from inferlab.models.quantized import QuantizedLinear
 
 
@@ -44,6 +49,7 @@ def test_what_products_take_stays_packed(layout, dtype, tmp_path):
     assert linears.keys() == rounded
     for name, linear in linears.items():
         assert (linear.bits, linear.group, linear.zeros) == packing
+        assert (linear.order is not None) == ("by activation" in layout)
         assert torch.equal(unpack(linear.packed), dense[f"{name}.weight"]), name
     method = written[1]["quant_method"]
     assert target.quantization == method
@@ -57,7 +63,7 @@ def test_what_products_take_stays_packed(layout, dtype, tmp_path):
     assert anew.quantization == "int8"
 
 
-@pytest.mark.parametrize("layout", ["gptq", "packed 4", "packed 8"])
+@pytest.mark.parametrize("layout", ["gptq", "gptq, by activation", "packed 4", "packed 8"])
 def test_packed_ones_decode_as_modules_would_and_can_be_saved(layout, tmp_path):
     written, _ = PACKED[layout]
     write_checkpoint(tmp_path / "model", written, "qwen2")
@@ -86,6 +92,7 @@ def test_modules_that_are_no_linears_are_refused(tmp_path):
     for wrong, message in (
         (modules | {"model.layers.0": [4, 32, True]}, "model.layers.0 is packed, and Llama"),
         (modules | {"lm_head": [4, 48, True]}, r"lm_head is packed as \[4, 48, True\]; it must"),
+        (modules | {"lm_head": [4]}, r"lm_head is packed as \[4\]; it must"),
         (modules | {"lm_head": 3}, "lm_head is packed as 3"),
     ):
         config["quantization_config"]["modules"] = wrong
@@ -98,12 +105,28 @@ def test_one_layer_that_products_do_not_take_is_dense(tmp_path):
     dense = write_checkpoint(tmp_path, gptq(4, group=WIDE))
     file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.down_proj"
     stored = load_file(file)
-    stored[f"{name}.g_idx"] = stored[f"{name}.g_idx"].flip(0).contiguous()
+    stored[f"{name}.g_idx"][0] = stored[f"{name}.g_idx"][-1]  # groups of different sizes
     save_file(stored, file, {"format": "pt"})
     modules = dict(HFModel.load(tmp_path, device="cpu").model.named_modules())
     assert type(modules[name]) is torch.nn.Linear
     assert isinstance(modules["model.layers.0.mlp.up_proj"], QuantizedLinear)
     assert modules[name].weight.shape == dense[f"{name}.weight"].shape
+
+
+def test_projections_in_orders_of_their_own_run_by_modules(tmp_path):
+    write_checkpoint(tmp_path, PACKED["gptq, by activation"][0])
+    file, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.k_proj"
+    stored = load_file(file)
+    before = SpeculativePipeline(base_model=str(tmp_path), draft_mode="none")
+    assert before.target.engine == "native"
+    stored[f"{name}.g_idx"] = stored[f"{name}.g_idx"].flip(0).contiguous()
+    save_file(stored, file, {"format": "pt"})
+    with pytest.raises(UnsupportedArchitectureError, match="projections of .* have different"):
+        HFModel.load(tmp_path, device="cpu", engine="native")
+    after = SpeculativePipeline(base_model=str(tmp_path), draft_mode="ngram")
+    assert after.target.engine == "hf"
+    assert after.target.quantization == "gptq"
+    assert after.generate("abab", max_tokens=8)["num_tokens"] == 8
 
 
 def test_memory_that_is_allowed_is_that_of_the_weights_as_they_are(tmp_path):

@@ -24,8 +24,10 @@ struct PackedRows {
   float* scale;     // [rows, groups]
   int32_t* start;   // [rows, groups]; where zeros differ, of 1
 
+  // With room for one row in order, whatever it is of.
   static int64_t scratch_floats(const LinearParams& p) {
-    return p.rows * packed_groups(p) * (p.group * packed_input_bytes(p.bits) / 4 + 2);
+    return p.rows * packed_groups(p) * (p.group * packed_input_bytes(p.bits) / 4 + 2) +
+           (p.order != nullptr ? p.in : 0);
   }
 
   PackedRows(const LinearParams& p, float* scratch)
@@ -46,6 +48,11 @@ struct PackedRows {
       using T = decltype(zero);
       for (int64_t row = 0; row < p.rows; ++row) {
         const T* from = static_cast<const T*>(p.x) + row * p.x_stride;
+        if (p.order != nullptr) {
+          T* ordered = reinterpret_cast<T*>(start + p.rows * groups);
+          for (int64_t i = 0; i < p.in; ++i) ordered[i] = from[p.order[i]];
+          from = ordered;
+        }
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t count = std::min(p.group, p.in - g * p.group);
           round_group(p, from + g * p.group, count, row, g);

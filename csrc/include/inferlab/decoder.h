@@ -21,6 +21,7 @@ struct Matrix {
   int bits = 0;
   int64_t group = 0;
   bool zeros = false;
+  const int32_t* order = nullptr;
   int64_t bytes = 0;  // of the weight
 };
 

@@ -26,6 +26,9 @@ struct LinearParams {
   int bits = 0;
   int64_t group = 0;
   bool zeros = false;  // packed with zeros of groups
+  // Packed: [in], which of x stands at each input of the weight, as GPTQ orders them by activation;
+  // null: they stand as they come.
+  const int32_t* order = nullptr;
 };
 
 namespace cpu {

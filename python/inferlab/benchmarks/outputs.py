@@ -283,6 +283,7 @@ class TargetFigures(TypedDict):
     where it does not, after how many new tokens (median)."""
 
     weights_mb: float
+    kv_bytes_per_token: int
     forward_ms: dict[str, float]
     perplexity: float | None
     tokens_per_second: float

@@ -11,9 +11,10 @@ import torch
 
 from inferlab.baseline import LocalBaselineRunner
 from inferlab.benchmarks.measure import Run
-from inferlab.models import TargetModel, plain_model
+from inferlab.models import ForwardBatch, TargetModel, plain_model
 
 _ROWS_AT_ONCE = 128
+_PAGE_SIZE = 16
 
 
 @torch.inference_mode()
@@ -33,7 +34,23 @@ def log_probabilities(model: Any, prompt_ids: Sequence[int], new_ids: Sequence[i
     ids = torch.tensor([[*prompt_ids, *new_ids]], device=model.device)
     # Row i predicts token i + 1; the last token predicts nothing that is judged.
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt_ids) - 1 :]
-    targets = ids[0, len(prompt_ids) :]
+    return _chosen(logits, ids[0, len(prompt_ids) :])
+
+
+def own_log_probabilities(target: TargetModel, ids: Sequence[int]) -> list[float]:
+    """The same of all tokens but the first, by the engine's own forward: with its products, and
+    with keys and values as its pages hold them."""
+    whole = torch.tensor([list(ids)], device=target.device)
+    tokens, pages = whole[:, :-1], -(-len(ids) // _PAGE_SIZE)
+    table = torch.arange(pages, dtype=torch.int32, device=target.device)[None]
+    positions = torch.arange(tokens.shape[1], device=target.device)[None]
+    batch = ForwardBatch(tokens, positions, table.new_zeros(1), table)
+    output = target.forward(batch, target.new_cache(pages, _PAGE_SIZE))
+    return _chosen(output.logits[0], whole[0, 1:])
+
+
+def _chosen(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """Log-probabilities of tokens [N] by rows [N, V]."""
     parts = []
     for rows, wanted in zip(logits.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE), strict=True):
         parts.append(rows.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0])

@@ -1,4 +1,4 @@
-"""Formats of weights side by side: `inferlab bench --quantization-matrix`.
+"""Formats of weights and of K/V side by side: `inferlab bench --quantization-matrix`.
 
 Every format of the target alone, and with every format of its draft model, take turns on each
 prompt. A target of another format is another target: its tokens are compared with the unquantised
@@ -27,15 +27,18 @@ from inferlab.benchmarks.outputs import (
     TargetFigures,
 )
 from inferlab.benchmarks.peers import hf
-from inferlab.benchmarks.perplexity import log_probabilities, perplexity
+from inferlab.benchmarks.perplexity import own_log_probabilities, perplexity
 from inferlab.benchmarks.runners import BatchRunner
 from inferlab.config import SpecdecConfig
 from inferlab.errors import describe_error
-from inferlab.models import ForwardBatch, format_of, plain_model, quantized
+from inferlab.models import ForwardBatch, format_of, quantized
+from inferlab.models.kv_cache import PAGE_FORMATS
 from inferlab.specdec.pipeline import SpeculativePipeline
 
 NONE = "none"
 FORMATS = (NONE, *quantized.FORMATS)
+KV_FORMATS = {f"{NONE}, {name} K/V": name for name in PAGE_FORMATS}
+"""Of the target's pages, with its weights as they are."""
 PREFIX = 64  # tokens behind it
 ROUNDS = 15
 
@@ -60,11 +63,14 @@ class QuantizationMatrix:
         self._plain: dict[str, SpeculativePipeline] = {}
         self._pairs: dict[tuple[str, str], SpeculativePipeline] = {}
         drafts: dict[str, Any] = {}
+        alone = {"draft_mode": "none", "tree": None, "kv_cache_dtype": "auto"}
         for target in FORMATS:
-            wanted = {"quantization": target, "draft_mode": "none", "tree": None}
+            wanted = {**alone, "quantization": target}
             self._plain[target] = SpeculativePipeline(config=config.model_copy(update=wanted))
             for draft in FORMATS if self._has_draft else (NONE,):
-                update = {"quantization": target, "draft_quantization": draft}
+                update = {
+                    "quantization": target, "draft_quantization": draft, "kv_cache_dtype": "auto"
+                }  # fmt: skip
                 pair = SpeculativePipeline(
                     config=config.model_copy(update=update),
                     target=self._plain[target].target,
@@ -72,6 +78,12 @@ class QuantizationMatrix:
                 )
                 drafts[draft] = pair.draft_model
                 self._pairs[target, draft] = pair
+        unquantized: Any = self._plain[NONE].target
+        for name, stored in KV_FORMATS.items():
+            wanted = {**alone, "quantization": NONE, "kv_cache_dtype": stored}
+            self._plain[name] = SpeculativePipeline(
+                config=config.model_copy(update=wanted), target=unquantized.with_pages_of(stored)
+            )
 
     def num_runs(self, num_prompts: int) -> int:
         """How many runs `run` makes, warm-up included."""
@@ -145,11 +157,10 @@ class QuantizationMatrix:
     ) -> TargetFigures:
         target = self._plain[name].target
         scores: list[float] = []
-        with plain_model(target, "perplexity") as model:
-            for prompt in prompts:
-                ids = target.tokenizer.encode(prompt)
-                if len(ids) > 1:
-                    scores += log_probabilities(model, ids[:1], ids[1:])
+        for prompt in prompts:
+            ids = target.tokenizer.encode(prompt)
+            if len(ids) > 1:
+                scores += own_log_probabilities(target, ids)
         same, first = 0, []
         for index in range(len(prompts)):
             own, other = _tokens(measured, name, index), _tokens(measured, NONE, index)
@@ -161,6 +172,7 @@ class QuantizationMatrix:
             first += [] if place is None else [place]
         return {
             "weights_mb": weights_mb(target),
+            "kv_bytes_per_token": target.new_cache(1).bytes_per_token,
             "forward_ms": forward_ms,
             "perplexity": perplexity(scores) if scores else None,
             "tokens_per_second": _tokens_per_second(measured, _alone(name)),

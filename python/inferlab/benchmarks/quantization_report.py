@@ -48,6 +48,7 @@ def _targets(stats: Mapping[str, Any]) -> Table:
             (
                 name,
                 f"{of['weights_mb']:.1f}",
+                f"{of['kv_bytes_per_token']}",
                 *(fixed(of["forward_ms"].get(str(n))) for n in FORWARD_ROWS),
                 fixed(of["perplexity"]),
                 f"{of['tokens_per_second']:.0f}",
@@ -57,8 +58,8 @@ def _targets(stats: Mapping[str, Any]) -> Table:
             )
         )
     forwards = [f"{rows} rows, ms" for rows in FORWARD_ROWS]
-    columns = ("target", "weights, MB", *forwards, "perplexity", "tokens/s", "x unquantized",
-               "same tokens", "differs after")  # fmt: skip
+    columns = ("target", "weights, MB", "K/V, bytes a token", *forwards, "perplexity", "tokens/s",
+               "x unquantized", "same tokens", "differs after")  # fmt: skip
     return Table(columns, rows, "targets; speed and tokens from runs[]")
 
 

@@ -102,7 +102,7 @@ def _run_matrix(args: argparse.Namespace) -> int:
     """``--quantization-matrix``: the tables of all formats."""
     for flag in (
         "--compare-baseline", "--eval-perplexity", "--stream", "--modes", "--batch", "--record",
-        "--profile", "--quantization", "--draft-quantization",
+        "--profile", "--quantization", "--draft-quantization", "--kv-cache-dtype",
     ):  # fmt: skip
         if getattr(args, flag[2:].replace("-", "_")):
             raise UsageError(f"{flag}: has no meaning with --quantization-matrix")

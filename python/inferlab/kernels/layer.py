@@ -116,7 +116,7 @@ def packed_linear(
             f"x has shape {list(x.shape)}; the weight is packed for {weight.in_features} inputs"
         )
     out = empty((x.shape[0], weight.out_features), x)
-    sizes = weight.bits, weight.group, weight.zeros
+    sizes = weight.bits, weight.group, weight.zeros, weight.order
     run(x, "packed_linear", x, weight.data, *sizes, bias, residual, out)
     return out
 

@@ -25,6 +25,7 @@ class PackedWeight(NamedTuple):
             output has one scale.
         out_features, in_features: as they were.
         zeros: of 4 bits, scales are fp16 and each has a zero of its own; else bf16.
+        order: [in] int32, which input of x stands at each one of ``data``; None: as they come.
     """
 
     data: torch.Tensor
@@ -33,6 +34,7 @@ class PackedWeight(NamedTuple):
     out_features: int
     in_features: int
     zeros: bool = False
+    order: torch.Tensor | None = None
 
     @property
     def num_scales(self) -> int:
@@ -126,14 +128,15 @@ def _holds(numbers: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def packed_sizes(
-    weight: torch.Tensor, bits: int, group: int = 32, zeros: bool = False
+    weight: torch.Tensor, bits: int, group: int = 32, zeros: bool = False, ordered: bool = False
 ) -> PackedWeight:
     """What `pack` would give (of ``zeros``, `pack_rounded`), not filled, on the weight's device."""
     outputs, inputs = weight.shape
     nothing = weight.new_empty(0, dtype=torch.uint8)
     sizes = PackedWeight(nothing, bits, group, outputs, inputs, zeros)
     size = sizes.scale_bytes + -(-inputs // group) * group * OUTPUTS * bits // 8
-    return sizes._replace(data=sizes.data.new_empty(-(-outputs // OUTPUTS), size))
+    order = weight.new_empty(inputs, dtype=torch.int32) if ordered else None
+    return sizes._replace(data=sizes.data.new_empty(-(-outputs // OUTPUTS), size), order=order)
 
 
 def _packed(
@@ -220,7 +223,10 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
     scales, zeros, q = parts(packed)
     wide = (q.view(len(q), packed.num_scales, -1) - zeros[:, :, None]).float()
     wide = (wide * scales.float()[:, :, None]).view(q.shape)
-    return wide[: packed.out_features, : packed.in_features]
+    wide = wide[: packed.out_features, : packed.in_features]
+    if packed.order is None:
+        return wide
+    return torch.empty_like(wide).index_copy_(1, packed.order.long(), wide)
 
 
 def parts(packed: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -208,6 +209,13 @@ class HFModel:
             devices=self._plan.devices,
             kv_cache_dtype=kv_cache_dtype,
         )
+
+    def with_pages_of(self, kv_cache_dtype: str) -> HFModel:
+        """The same model, weights and all, with caches of another format."""
+        check_page_format(kv_cache_dtype, self.device)
+        other = copy.copy(self)
+        other.kv_cache_dtype = kv_cache_dtype
+        return other
 
     @property
     def is_spread(self) -> bool:

@@ -521,7 +521,10 @@ def _load_rounded(
     method = own.quantization_config["quant_method"]
     del own.quantization_config
     if weights.packed:
-        packed = {module: (of.bits, of.group, of.zeros) for module, of in weights.packed.items()}
+        packed = {
+            module: (of.bits, of.group, of.zeros, of.order is not None)
+            for module, of in weights.packed.items()
+        }
         own.quantization_config = PackedConfig(method, modules=packed).to_dict()
     model, unknown = _whole(
         name,

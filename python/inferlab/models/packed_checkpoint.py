@@ -4,9 +4,9 @@
 `inferlab.models.quantized`), ``version`` of this layout, ``tied``: the head's weight was the
 embedding's, and ``sha256`` of each file of weights, which are safetensors; without sums nothing is
 compared. Where weights were rounded by others, ``format`` is their name, and ``modules`` says which
-are packed and how: [bits, group, zeros] of each (`inferlab.kernels.PackedWeight`). In these files a
-packed weight is ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says; all else is as
-it was.
+are packed and how: [bits, group, zeros, ordered] of each (`inferlab.kernels.PackedWeight`). In these
+files a packed weight is ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says, and
+``NAME.order``, int32, where it is ordered; all else is as it was.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from inferlab.models.quantized import (
 )
 
 METHOD = "inferlab"
-VERSION = 2
-"""1: without ``modules``."""
+VERSION = 3
+"""1: without ``modules``; 2: none of them ordered."""
 
 
 @register_quantization_config(METHOD)
@@ -84,9 +84,10 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _packing(name: str, of: Any) -> Packing:
-    if isinstance(of, Sequence) and len(of) == 3 and of[0] in BITS and of[1] in GROUPS:
-        return of[0], of[1], bool(of[2])
-    raise ValueError(f"{name} is packed as {of!r}; it must be [bits, group, zeros]")
+    known = isinstance(of, Sequence) and len(of) in (3, 4)
+    if known and of[0] in BITS and of[1] in GROUPS:
+        return of[0], of[1], bool(of[2]), bool(*of[3:])
+    raise ValueError(f"{name} is packed as {of!r}; it must be [bits, group, zeros, ordered]")
 
 
 @register_quantizer(METHOD)

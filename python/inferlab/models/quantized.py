@@ -21,8 +21,9 @@ from inferlab.models.linear_inputs import Inputs
 
 FORMATS: dict[str, tuple[int, int]] = {"int8": (8, 64), "int4": (4, 32)}
 """Bits of a weight, and how many inputs are rounded together."""
-Packing = tuple[int, int, bool]
-"""Bits, how many inputs are rounded together, whether groups have zeros of their own."""
+Packing = tuple[int, int, bool, bool]
+"""Bits, how many inputs are rounded together, whether groups have zeros of their own, and whether
+inputs stand in another order."""
 LINEARS = (nn.Linear, Conv1D)
 """Whose weights can be packed; as they are, no subclasses."""
 DENSE = "dense"
@@ -39,11 +40,12 @@ class QuantizedLinear(nn.Module):
         dtype: of the model.
 
     Attributes:
-        data: the packed weight's bytes, a buffer.
+        data, order: the packed weight's, buffers.
         num_parameters: of the weight.
     """
 
     data: torch.Tensor
+    order: torch.Tensor | None
     like: torch.Tensor
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -52,6 +54,7 @@ class QuantizedLinear(nn.Module):
         self.bits, self.group, self.zeros = packed.bits, packed.group, packed.zeros
         self.num_parameters = packed.out_features * packed.in_features
         self.register_buffer("data", packed.data)
+        self.register_buffer("order", packed.order)
         # What `half`, `to` and the like make of it is the dtype of the rest.
         like = torch.empty(0, dtype=dtype, device=packed.data.device)
         self.register_buffer("like", like, persistent=False)
@@ -73,7 +76,7 @@ class QuantizedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """What `kernels.packed_linear` takes."""
         sizes = self.out_features, self.in_features
-        return PackedWeight(self.data, self.bits, self.group, *sizes, self.zeros)
+        return PackedWeight(self.data, self.bits, self.group, *sizes, self.zeros, self.order)
 
     @property
     def weight(self) -> torch.Tensor:

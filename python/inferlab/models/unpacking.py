@@ -93,9 +93,14 @@ class Rounded(NamedTuple):
 
     def packed(self) -> PackedWeight | None:
         """As our products take it; None where that would lose something."""
-        if self.group_of is not None:
+        if self.group_of is None:
+            return pack_rounded(self.q, self.zeros, self.scales, self.bits)
+        order = torch.argsort(self.group_of, stable=True)
+        size = len(order) // self.scales.shape[1]
+        if _out_of_order(self.group_of[order], self.scales.shape[1]) is not None or size == 0:
             return None
-        return pack_rounded(self.q, self.zeros, self.scales, self.bits)
+        packed = pack_rounded(self.q[:, order], self.zeros, self.scales, self.bits)
+        return None if packed is None else packed._replace(order=order.int())
 
 
 class Dense(NamedTuple):
@@ -116,7 +121,7 @@ Read = tuple[Rounded | Dense, Iterator[str]]
 
 
 class Weights(NamedTuple):
-    """Those of a checkpoint, by name; of packed ones the bytes are ``MODULE.data``.
+    """Those of a checkpoint, by name; of packed ones ``MODULE.data`` and ``MODULE.order``.
 
     Attributes:
         packed: by module, without the bytes.
@@ -163,6 +168,8 @@ def read_weights(
                     raise UnknownLayoutError(f"{module}: {error}") from error
                 if packed is not None:
                     stored = {"data": packed.data}
+                    if packed.order is not None:
+                        stored["order"] = packed.order
                     found.packed[module] = packed._replace(data=packed.data.new_empty(0))
                 parts = stored | {part: parts[part] for part in rest}
             for part, tensor in parts.items():

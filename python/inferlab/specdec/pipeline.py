@@ -252,7 +252,7 @@ class SpeculativePipeline:
         """What steps of this pipeline cost, by batch, nodes and context; None where the target's
         context or the K/V cache have no room to measure.
 
-        Measured when a machine first meets a model and a drafter (about a second for small ones),
+        Measured when a machine first meets a model and a drafter (one to a few seconds),
         and kept in the user's cache directory.
 
         Args:

@@ -46,13 +46,15 @@ def packed_linear(
     bits: int,
     group: int,
     zeros: bool,
+    order: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """As `inferlab.kernels.packed_linear`, by the framework's product with the unpacked weight."""
     packed = PackedWeight(weight, bits, group, out.shape[1], x.shape[1], zeros)
-    wide = rounded_to_8_bits(x.float(), group) @ unpack(packed).t()
+    ordered = x if order is None else x[:, order.long()]
+    wide = rounded_to_8_bits(ordered.float(), group) @ unpack(packed).t()
     if bias is not None:
         wide += bias.float()
     out.copy_(wide)
