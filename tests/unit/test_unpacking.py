@@ -121,7 +121,7 @@ def test_projections_in_orders_of_their_own_run_by_modules(tmp_path):
     assert before.target.engine == "native"
     stored[f"{name}.g_idx"] = stored[f"{name}.g_idx"].flip(0).contiguous()
     save_file(stored, file, {"format": "pt"})
-    with pytest.raises(UnsupportedArchitectureError, match="projections of .* have different"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"projections of .* have different"):
         HFModel.load(tmp_path, device="cpu", engine="native")
     after = SpeculativePipeline(base_model=str(tmp_path), draft_mode="ngram")
     assert after.target.engine == "hf"
