@@ -1,7 +1,8 @@
 // A chunk of attention by vectors, for every type. Keys and values are taken in tiles that stay in
 // L1 while the rows pass over them (attention_tiles.h), then each node's own ancestors, through a
-// list of its own. For many rows a tile of 16-bit numbers is first converted, once for all of them;
-// one of 8-bit numbers always is.
+// list of its own. For many rows a tile of 16-bit or 8-bit numbers is first converted, once for all
+// of them. What int8 are multiplied with comes behind: scores are, when they are there, and weights
+// before they meet the values.
 //
 // Each tile prefetches the one that comes after it, values after the chunk's last keys and the next
 // chunk's keys after the last values. A key that a row does not see is not in the row's range: it
@@ -29,7 +30,8 @@ class ByVectors {
       : rows_(rows),
         dim_(rows.p.head_dim),
         stride_(rows.stride),
-        convert_(kNarrow || (!std::is_same_v<P, float> && rows.per_head >= kManyRows)),
+        convert_(!std::is_same_v<P, float> &&
+                 rows.per_head >= (std::is_same_v<P, e4m3> ? kSomeRows : kManyRows)),
         q_(scratch.take(rows.count * stride_)),
         tile_(scratch.take((kTile + kMaxLanes) * stride_)),
         tile_offsets_(scratch.take<int64_t>(kTile + kMaxLanes)) {
@@ -99,6 +101,22 @@ class ByVectors {
     for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
   }
 
+  // int8: columns `places` of the scores or weights of some rows times what the numbers of their
+  // keys or values are to be multiplied with; offsets[0] is of the first.
+  void scale_columns(const P* from, const int64_t* offsets, Range places, int64_t first_row,
+                     int64_t count) {
+    if constexpr (std::is_same_v<P, int8_t>) {
+      float scales[kChunk];
+      for (int64_t i = 0; i < places.end - places.begin; ++i) {
+        std::memcpy(scales + i, from + offsets[i] + dim_, sizeof *scales);
+      }
+      for (int64_t r = first_row; r < first_row + count; ++r) {
+        float* columns = rows_.scores + r * kScoreStride + places.begin;
+        for (int64_t i = 0; i < places.end - places.begin; ++i) columns[i] *= scales[i];
+      }
+    }
+  }
+
   void score_shared(int64_t h, Range tile, const Ahead<P>& ahead) {
     const P* keys = rows_.keys(h);
     const int64_t first = h * rows_.per_head;
@@ -113,43 +131,28 @@ class ByVectors {
       if (convert_) {
         score_rows<count>(q_ + r * stride_, stride_, tile_, tile_offsets_, seen.begin - tile.begin,
                           seen.end - tile.begin, stride_, scores + tile.begin);
-      } else if constexpr (!kNarrow) {
+      } else {
         score_rows<count>(q_ + r * stride_, stride_, keys, rows_.offsets, seen.begin, seen.end,
                           dim_, scores, r == first ? ahead : Ahead<P>{});
       }
     });
-  }
-
-  // f(keys or values, their offsets, their dimension, their places in the chunk) of a node's own
-  // ancestors: as they lie, or converted, a tile at a time.
-  template <typename F>
-  void own_tiles(const P* from, int64_t node, const F& f) {
-    const Range own = rows_.own[node];
-    const int64_t* list = rows_.own_list(node);
-    if constexpr (!kNarrow) {
-      f(from, list, dim_, own);
-    } else {
-      for (int64_t i = own.begin; i < own.end; i += kTile) {
-        const Range tile{i, std::min(i + kTile, own.end)};
-        convert_rows(from, list, {i - own.begin, tile.end - own.begin}, dim_, stride_, {}, tile_);
-        f(tile_, tile_offsets_, stride_, tile);
-      }
-    }
+    scale_columns(keys, rows_.offsets + tile.begin, tile, first, rows_.per_head);
   }
 
   void score_own(int64_t h, int64_t node) {
+    const Range own = rows_.own[node];
     const int64_t first = h * rows_.per_head + node * rows_.group;
-    own_tiles(rows_.keys(h), node, [&](const auto* keys, auto* offsets, int64_t dim, Range places) {
-      in_groups<kKeyRows>(first, first + rows_.group, [&](int64_t r, auto count) {
-        score_rows<count>(q_ + r * stride_, stride_, keys, offsets, 0, places.end - places.begin,
-                          dim, rows_.scores + r * kScoreStride + places.begin);
-      });
+    in_groups<kKeyRows>(first, first + rows_.group, [&](int64_t r, auto count) {
+      score_rows<count>(q_ + r * stride_, stride_, rows_.keys(h), rows_.own_list(node), 0,
+                        own.end - own.begin, dim_, rows_.scores + r * kScoreStride + own.begin);
     });
+    scale_columns(rows_.keys(h), rows_.own_list(node), own, first, rows_.group);
   }
 
   void sum_shared(int64_t h, Range tile, const Ahead<P>& ahead) {
     if (convert_) convert_rows(rows_.values(h), rows_.offsets, tile, dim_, stride_, ahead, tile_);
     const int64_t first = h * rows_.per_head;
+    scale_columns(rows_.values(h), rows_.offsets + tile.begin, tile, first, rows_.per_head);
     in_groups<kValueRows>(first, first + rows_.per_head, [&](int64_t r, auto count) {
       const Range* here = rows_.here + r;
       // Together what all of the rows see; what only some see, before and after it, row by row.
@@ -173,24 +176,22 @@ class ByVectors {
     if (convert_) {
       value_rows<R>(acc, stride_, weights + tile.begin, tile_, tile_offsets_,
                     keys.begin - tile.begin, keys.end - tile.begin, stride_);
-    } else if constexpr (!kNarrow) {
+    } else {
       value_rows<R>(acc, stride_, weights, rows_.values(h), rows_.offsets, keys.begin, keys.end,
                     dim_, ahead);
     }
   }
 
   void sum_own(int64_t h, int64_t node) {
+    const Range own = rows_.own[node];
     const int64_t first = h * rows_.per_head + node * rows_.group;
-    own_tiles(rows_.values(h), node, [&](const auto* x, auto* offsets, int64_t dim, Range places) {
-      in_groups<kValueRows>(first, first + rows_.group, [&](int64_t r, auto count) {
-        value_rows<count>(rows_.found.acc + r * stride_, stride_,
-                          rows_.scores + r * kScoreStride + places.begin, x, offsets, 0,
-                          places.end - places.begin, dim);
-      });
+    scale_columns(rows_.values(h), rows_.own_list(node), own, first, rows_.group);
+    in_groups<kValueRows>(first, first + rows_.group, [&](int64_t r, auto count) {
+      value_rows<count>(rows_.found.acc + r * stride_, stride_,
+                        rows_.scores + r * kScoreStride + own.begin, rows_.values(h),
+                        rows_.own_list(node), 0, own.end - own.begin, dim_);
     });
   }
-
-  static constexpr bool kNarrow = sizeof(P) == 1;
 
   const Rows<T, P>& rows_;
   const int64_t dim_, stride_;

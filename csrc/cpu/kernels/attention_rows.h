@@ -11,6 +11,7 @@
 namespace inferlab::cpu::INFERLAB_ISA {
 
 constexpr int64_t kManyRows = 8;  // of one head: from here on a tile of keys is used often
+constexpr int64_t kSomeRows = 3;  // the same where it takes long to convert
 
 // A task's memory (attention_scratch_floats), handed out in whole cache lines.
 class Scratch {

@@ -48,13 +48,6 @@ struct Ahead {
 // wait for a value hold up the asking behind them, and meanwhile the memory idles.
 constexpr int64_t kNear = 16;
 
-// Behind a head's int8 stands what they are multiplied with.
-inline vf page_scale(const int8_t* head, int64_t dim) {
-  float scale;
-  std::memcpy(&scale, head + dim, sizeof scale);
-  return vset(scale);
-}
-
 // Rows of keys or values of 8 or 16 bits in fp32, padded with zeros to `stride`.
 template <typename P>
 void convert_rows(const P* from, const int64_t* offsets, Range rows, int64_t dim, int64_t stride,
@@ -62,15 +55,11 @@ void convert_rows(const P* from, const int64_t* offsets, Range rows, int64_t dim
   for (int64_t i = rows.begin; i < rows.end; ++i, to += stride) {
     const P* x = from + offsets[i];
     if (ahead.base != nullptr) ahead.ask(i, 0, dim);
-    const auto scaled = [&](vf loaded) {
-      if constexpr (std::is_same_v<P, int8_t>) return loaded * page_scale(x, dim);
-      return loaded;
-    };
     int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) vstore(to + d, scaled(vload(x + d)));
+    for (; d + kLanes <= dim; d += kLanes) vstore(to + d, vload(x + d));
 #if defined(INFERLAB_ISA_AVX512)
     if (d < dim) {
-      vstore(to + d, scaled(vload_half(x + d)));
+      vstore(to + d, vload_half(x + d));
       d += kLanes;
     }
 #endif
