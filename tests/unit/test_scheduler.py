@@ -293,7 +293,10 @@ def test_first_tokens_do_not_wait_for_long_texts():
 @pytest.mark.parametrize(
     ("unread", "running", "shares"),
     [
-        ([300, 700], 2, [(0, 300), (1, 212)]),  # nobody waits for these
+        ([300, 700], 2, [(0, 256)]),  # the second one's first token does not come sooner
+        ([700, 100, 80], 3, [(0, 16), (2, 80), (1, 100)]),  # a long one came before
+        ([700, 600], 2, [(0, 16), (1, 240)]),
+        ([700], 1, [(0, 256)]),
         ([300, 700], 3, [(0, 128)]),
         ([700, 20, 30, 40], 4, [(1, 20), (2, 30), (0, 30)]),
         ([700, 100, 300], 5, [(0, 16), (1, 100), (2, 12)]),

@@ -239,7 +239,7 @@ def test_the_real_model_plans_as_the_engine_does():
     """One text of 1,000 tokens, by hand."""
     outcome = run(
         Load(1, Arrivals(clients=1), Lengths("fixed", 1001, 1001), Lengths("fixed", 3, 3)),
-        Setting(read_tokens=600),
+        Setting(read_tokens=600, read_beside=600),
         model="real",
     )
     step = COSTS.step

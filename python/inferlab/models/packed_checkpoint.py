@@ -4,9 +4,9 @@
 `inferlab.models.quantized`), ``version`` of this layout, ``tied``: the head's weight was the
 embedding's, and ``sha256`` of each file of weights, which are safetensors; without sums nothing is
 compared. Where weights were rounded by others, ``format`` is their name, and ``modules`` says which
-are packed and how: [bits, group, zeros, ordered] of each (`inferlab.kernels.PackedWeight`). In these
-files a packed weight is ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says, and
-``NAME.order``, int32, where it is ordered; all else is as it was.
+are packed and how: [bits, group, zeros, ordered] of each (`inferlab.kernels.PackedWeight`). There
+packed weights are ``NAME.data``, uint8, laid out as ``inferlab/packed_weight.h`` says, beside
+``NAME.order``, int32, where they are ordered; all else is as it was.
 """
 
 from __future__ import annotations

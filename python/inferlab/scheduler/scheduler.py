@@ -253,7 +253,8 @@ def share_out(
 
     Where less is read beside others, so that first tokens do not wait for long texts, what is soon
     read goes first of these as well, the oldest always on, if slowly, and a step that reads short
-    texts ends with its half.
+    texts ends with its half. If all that run are long, the shortest are read, few tokens all the
+    same: others may come meanwhile, and wait for the step to end.
 
     Args:
         unread: tokens of each text that is still to be read, the oldest first.
@@ -263,7 +264,9 @@ def share_out(
     most = min(SHORT_READ, beside // 2)
     short = [place for place, size in enumerate(unread) if size <= most]
     long = [place for place, size in enumerate(unread) if size > most]
-    hurries = beside < alone and len(long) < running
+    if beside < alone and 0 < len(long) == running:
+        return _soonest(unread, min(alone, max(2 * beside, READ_BESIDE)), max(beside // 8, 1))
+    hurries = beside < alone
     budget = beside if hurries else alone
     left = budget // 2 if long else budget
     shares: dict[int, int] = {}
@@ -283,6 +286,21 @@ def share_out(
         if count > 0:
             shares[place] = shares.get(place, 0) + count
             left -= count
+    return list(shares.items())
+
+
+def _soonest(unread: Sequence[int], most: int, least: int) -> list[tuple[int, int]]:
+    """As many texts as end within ``most`` tokens, and ``least`` of the oldest; of the shortest as
+    much as there is room for, where none ends."""
+    shares = {0: min(least, unread[0])}
+    left = most - shares[0]
+    by_size = sorted(range(len(unread)), key=unread.__getitem__)
+    for place in by_size:
+        count = unread[place] - shares.get(place, 0)
+        if count > left and place != by_size[0]:
+            break
+        shares[place] = shares.get(place, 0) + min(count, left)
+        left -= min(count, left)
     return list(shares.items())
 
 
