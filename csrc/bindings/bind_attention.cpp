@@ -109,10 +109,11 @@ void paged_tree_attention(Call& c) {
   const int64_t node_offset = c.integer("node_offset");
   Arg& workspace = c.workspace();
   if (!c.ready()) return;
-  require(window >= 0 && softcap >= 0.0 && node_offset >= 0, [&] {
+  require(window >= 0 && softcap >= 0.0, [&] {
     return "window is " + std::to_string(window) + ", softcap " + std::to_string(softcap) +
-           ", node_offset " + std::to_string(node_offset) + "; each must be >= 0 (0: off)";
+           "; each must be >= 0 (0: off)";
   });
+  check_offset(node_offset);
   AttentionParams p = attention_shapes(q, k_pages, table, T, pages.format());
   p.q = q.data();
   for (int i = 0; i < 3; ++i) p.q_stride[i] = q.stride(i);

@@ -346,7 +346,7 @@ class CompiledDecoder {
       matrix.zeros = p.zeros;
       if (!packed[6].is_none()) {
         const Tensor order(packed[6], "order");
-        matrix.order = order.i32().shape({in}).contiguous().cpu().places().ptr<const int32_t>();
+        matrix.order = order.i32().shape({in}).contiguous().cpu().order().ptr<const int32_t>();
       }
       matrix.bytes = packed_tiles(p) * packed_tile_bytes(p);
     } else {

@@ -137,7 +137,7 @@ void packed_linear(Call& c) {
   p.group = group;
   p.zeros = zeros;
   p.order = order.ptr<const int32_t>();
-  if (order.given() && c.on_cpu()) order.places();
+  if (order.given() && c.on_cpu()) order.order();
   require(tiles == packed_tiles(p) && bytes == packed_tile_bytes(p), [&] {
     return "weight has shape " + weight.shape_str() + "; packed for " + std::to_string(p.out) +
            " outputs and " + std::to_string(p.in) + " inputs it must be [" +
@@ -178,9 +178,10 @@ void rope_append(Call& c) {
     return "cos has shape " + cos.shape_str() + "; it must be [" + std::to_string(B) + " or 1, " +
            std::to_string(N) + ", rotary]";
   });
-  require(rotary % 2 == 0 && rotary <= D, [&] {
+  require(rotary % 2 == 0 && rotary > 0 && rotary <= D, [&] {
     return "cos has " + std::to_string(rotary) +
-           " channels; it must be even and at most the head dimension, " + std::to_string(D);
+           " channels; it must be even, above 0 and at most the head dimension, " +
+           std::to_string(D);
   });
   require(pages.format() == PageFormat::kSame || D <= kMaxHeadDim, [&] {
     return "k has head dimension " + std::to_string(D) +

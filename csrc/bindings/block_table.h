@@ -3,6 +3,7 @@
 // exist.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "tensor.h"
@@ -47,8 +48,9 @@ inline void check_num_nodes(const int32_t* num_nodes, int64_t batch, int64_t row
 }
 
 inline void check_offset(int64_t node_offset) {
-  require(node_offset >= 0,
-          [&] { return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0"; });
+  require(node_offset >= 0 && node_offset <= INT32_MAX, [&] {
+    return "node_offset is " + std::to_string(node_offset) + "; it must be >= 0 and below 2^31";
+  });
 }
 
 // Slots [begin, end) of sequence b must stand in the table, on pages in [0, P).

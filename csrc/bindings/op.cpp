@@ -181,6 +181,10 @@ void Call::check_stored(const Arg& arg, Stored& stored) {
     fail_type(arg, *stored.like_);
   }
   if (format == PageFormat::kSame) return check_element(arg, *stored.element_);
+  require(arg.ndim() == 0 || stored.numbers(arg.size(arg.ndim() - 1)) >= 0, [&] {
+    return std::string(arg.name()) + " has shape " + arg.shape_str() +
+           "; its last dimension must hold numbers and the 4 bytes of their scale";
+  });
   require(on_cpu(), [&] {
     return std::string(arg.name()) + " has dtype " + arg.dtype_str() +
            "; pages of 8 bits are of the CPU's kernels alone";

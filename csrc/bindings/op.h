@@ -18,7 +18,6 @@
 // same lines run without arguments, up to ready(), and make the op's schema for torch.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <string>
@@ -90,7 +89,7 @@ class Stored {
   // Of a head, whose row is so wide.
   int64_t numbers(int64_t width) const {
     const bool scaled = counts_numbers_ && format_ == PageFormat::kInt8;
-    return scaled ? std::max<int64_t>(width - kPageScaleBytes, 0) : width;
+    return scaled ? width - kPageScaleBytes : width;
   }
 
   Element own_;

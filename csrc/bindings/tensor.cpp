@@ -319,15 +319,17 @@ const Tensor& Tensor::u8() const {
   return *this;
 }
 
-const Tensor& Tensor::places() const {
+const Tensor& Tensor::order() const {
   i32();
+  std::vector<bool> seen(static_cast<size_t>(size(0)));
   for (int64_t i = 0; i < size(0); ++i) {
     const int32_t place = ptr<const int32_t>()[i];
-    if (place < 0 || place >= size(0)) {
+    if (place < 0 || place >= size(0) || seen[place]) {
       throw py::value_error(std::string(name_) + "[" + std::to_string(i) + "] is " +
-                            std::to_string(place) + "; it must be in [0, " +
-                            std::to_string(size(0)) + ")");
+                            std::to_string(place) + "; each number in [0, " +
+                            std::to_string(size(0)) + ") must be there once");
     }
+    seen[place] = true;
   }
   return *this;
 }

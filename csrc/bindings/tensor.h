@@ -67,10 +67,9 @@ class Tensor {
   const Tensor& i32() const;
   const Tensor& i64() const;  // int64 or uint64: bit words and seeds are stored in either
   const Tensor& f32() const;
-  const Tensor& u8() const;  // scratch memory
-  // int32 in [0, size of the first dimension): which element stands where.
-  const Tensor& places() const;
-  DType float_dtype() const;  // f32, f16 or bf16; TypeError otherwise
+  const Tensor& u8() const;     // scratch memory
+  const Tensor& order() const;  // int32, each number below its size once
+  DType float_dtype() const;    // f32, f16 or bf16; TypeError otherwise
   // Of K/V pages: int8 is kInt8, uint8 kE4M3, all else kSame.
   PageFormat page_format() const;
 

@@ -67,6 +67,8 @@ def on_two(folder, models, modes):
     """Of each model, runs by mode and temperature: one for each prompt."""
     asked = {name: (path, modes[name], TEMPERATURES) for name, path in models.items()}
     asked["bundled"] = ("inferlab/tiny", [PLAIN, *BUNDLED], TEMPERATURES)
+    kept = {"kv_cache_dtype": "int8"}
+    asked["int8 K/V"] = (models["llama"], [PLAIN | kept, TREES | kept], TEMPERATURES)
     return ranks.run("helpers.sharded_runs:all_sharded", 2, folder, asked)
 
 
@@ -78,13 +80,16 @@ def tokens_and_logprobs(runs):
     return [(ids, logprobs) for ids, logprobs, _ in runs]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "bundled"])
+@pytest.mark.parametrize("name", [*FAMILIES, "bundled", "int8 K/V"])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_drafts_change_no_bit(on_two, name, temperature):
     plain, *drafted = of_temperature(on_two[name], TEMPERATURES.index(temperature))
     assert drafted
     for runs in drafted:
         assert tokens_and_logprobs(runs) == tokens_and_logprobs(plain)
+    if name == "int8 K/V":
+        as_it_is = of_temperature(on_two["llama"], TEMPERATURES.index(temperature))[0]
+        assert tokens_and_logprobs(plain) != tokens_and_logprobs(as_it_is)
     if name == "bundled":  # trained drafts: much is accepted
         assert all(sum(accepted for *_, accepted in runs) > 0 for runs in drafted)
 

@@ -226,6 +226,9 @@ def test_pages_of_8_bits_are_the_cpus_and_both_alike(stored):
     case = attention_case(6, [40], 1, stored=stored)
     with pytest.raises(TypeError, match=r"v_pages has dtype float32; it must be that of k_pages"):
         replace(case, v_pages=case.v_pages.float()).run(paged_tree_attention)
+    if stored == "int8":
+        with pytest.raises(ValueError, match=r"k_pages has shape .* the 4 bytes of their scale"):
+            replace(case, k_pages=case.k_pages[..., :3].contiguous()).run(paged_tree_attention)
     wider = torch.cat([case.k_pages, case.k_pages[..., :8]], -1)
     with pytest.raises(ValueError, match="q has shape"):
         replace(case, k_pages=wider, v_pages=wider).run(paged_tree_attention)
@@ -372,6 +375,7 @@ BAD = [
     (ValueError, "ancestors has shape", {"ancestors": lambda a: a[:, :2]}),
     (ValueError, r"ancestors\[0, 2\] has a bit at or above 3", {"ancestors": far_bit}),
     (ValueError, "window is -1", {"options": lambda o: {**o, "window": -1}}),
+    (ValueError, "node_offset is 9", {"options": lambda o: {**o, "node_offset": 2**63 - 1}}),
     (ValueError, "softcap", {"options": lambda o: {**o, "softcap": float("nan")}}),
     (ValueError, r"num_nodes\[0\] is 4", {"options": lambda o: {**o, "num_nodes": i32(4, 0)}}),
     (ValueError, "out has shape", {"options": lambda o: {**o, "out": torch.empty(2, 3, 4, 32)}}),

@@ -229,6 +229,13 @@ def test_bad_arguments_are_named(call, error, message):
         call()
 
 
+def test_rope_append_needs_angles():
+    q, pages, none = torch.zeros(1, 2, 1, 8), torch.zeros(2, 4, 1, 8), torch.zeros(1, 2, 0)
+    table, lens = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="cos has 0 channels; it must be even, above 0"):
+        kernels.rope_append(q, q, q, none, none, pages, pages, table, lens)
+
+
 def test_rope_append_never_writes_outside_the_pages():
     q, k = torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 1, 8)
     cos = torch.zeros(1, 3, 8)

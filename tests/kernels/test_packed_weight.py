@@ -299,6 +299,7 @@ def test_what_cannot_be_packed_or_multiplied_is_refused():
         ({"zeros": True}, "zeros is set with 8 bits"),
         ({"bits": 4, "zeros": True}, r"it must be \[2, "),
         ({"order": torch.full((40,), 40, dtype=torch.int32)}, r"order\[0\] is 40; .* \[0, 40\)"),
+        ({"order": torch.zeros(40, dtype=torch.int32)}, r"order\[1\] is 0; .* must be there once"),
         ({"order": torch.zeros(39, dtype=torch.int32)}, "order has shape"),
     ):
         with pytest.raises(ValueError, match=message):

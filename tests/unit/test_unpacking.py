@@ -90,7 +90,8 @@ def test_modules_that_are_no_linears_are_refused(tmp_path):
     config = json.loads(file.read_text())
     modules = config["quantization_config"]["modules"]
     for wrong, message in (
-        (modules | {"model.layers.0": [4, 32, True]}, "model.layers.0 is packed, and Llama"),
+        (modules | {"model.layers.0": [4, 32, True, False]}, "model.layers.0 is packed, and Llama"),
+        (modules | {"lm_head": [4, 32, True]}, r"lm_head is packed as \[4, 32, True\]; it must"),
         (modules | {"lm_head": [4, 48, True]}, r"lm_head is packed as \[4, 48, True\]; it must"),
         (modules | {"lm_head": [4]}, r"lm_head is packed as \[4\]; it must"),
         (modules | {"lm_head": 3}, "lm_head is packed as 3"),
@@ -99,6 +100,51 @@ def test_modules_that_are_no_linears_are_refused(tmp_path):
         file.write_text(json.dumps(config))
         with pytest.raises(ModelLoadError, match=message):
             HFModel.load(tmp_path / "saved", device="cpu")
+
+
+def test_orders_that_are_damaged_or_not_told_of_are_refused(tmp_path):
+    write_checkpoint(tmp_path / "model", PACKED["gptq, by activation"][0])
+    HFModel.load(tmp_path / "model", device="cpu").model.save_pretrained(tmp_path / "saved")
+    tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    weights, file = tmp_path / "saved" / "model.safetensors", tmp_path / "saved" / "config.json"
+    stored, name = load_file(weights), "model.layers.1.mlp.down_proj"
+    order = stored[f"{name}.order"]
+    for wrong in (order * 0, order - 1, order.long()):
+        save_file(stored | {f"{name}.order": wrong}, weights, {"format": "pt"})
+        with pytest.raises(ModelLoadError, match=rf"{name}.order is no order of 96 inputs"):
+            HFModel.load(tmp_path / "saved", device="cpu")
+    save_file(stored, weights, {"format": "pt"})
+    config = json.loads(file.read_text())
+    modules = config["quantization_config"]["modules"]
+    modules[name] = [*modules[name][:3], False]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match=rf"{name}.order is there, and its config says of no"):
+        HFModel.load(tmp_path / "saved", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("layout", "key", "change", "message"),
+    [
+        ("gptq, by activation", "g_idx", lambda g: g - 1, "g_idx must be the group of each input"),
+        ("packed 4, by activation", "weight_g_idx", lambda g: g - 1, "weight_g_idx must be the"),
+        ("gptq", "g_idx", lambda g: g[None], "g_idx must be the group of each input"),
+        ("gptq", "g_idx", lambda g: g[:0], None),
+    ],
+)
+def test_groups_of_inputs_that_cannot_be_are_named(layout, key, change, message, tmp_path):
+    dense = write_checkpoint(tmp_path, PACKED[layout][0])
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    changed = {k: change(v).contiguous() for k, v in stored.items() if k.endswith(f".{key}")}
+    save_file(stored | changed, file, {"format": "pt"})
+    if message is None:
+        found = dict(HFModel.load(tmp_path, device="cpu").model.named_modules())
+        for name in dense:
+            if isinstance(linear := found.get(name.removesuffix(".weight")), QuantizedLinear):
+                assert torch.equal(unpack(linear.packed), dense[name])
+        return
+    with pytest.raises(ModelLoadError, match=message):
+        HFModel.load(tmp_path, device="cpu")
 
 
 def test_one_layer_that_products_do_not_take_is_dense(tmp_path):

@@ -113,6 +113,8 @@ def kv_gather(
             lies outside the block table or its pages. On CUDA slots that do not exist give zeros.
         TypeError: a dtype does not fit.
     """
+    if max_len < 0:
+        raise ValueError(f"max_len is {max_len}; it must be >= 0")
     if out is None:
         out = empty((len(seq_lens), max_len, *pages.shape[2:]), pages)
     run(pages, "kv_gather", pages, block_table, seq_lens, out)

@@ -158,7 +158,7 @@ def check_page_format(name: str, device: torch.device) -> None:
     """Raises ValueError where pages cannot be of this format."""
     if name == "auto":
         return
-    if name not in PAGE_FORMATS:
+    if not isinstance(name, str) or name not in PAGE_FORMATS:
         raise ValueError(
             f"kv_cache_dtype is {name!r}; it must be auto, {' or '.join(PAGE_FORMATS)}"
         )

@@ -27,7 +27,7 @@ from inferlab.models.generation_defaults import check_file
 from inferlab.models.mapped import unmap
 from inferlab.models.other_formats import settings_of
 from inferlab.models.packed_checkpoint import PackedConfig, checksum
-from inferlab.models.quantized import check_device
+from inferlab.models.quantized import QuantizedLinear, check_device
 from inferlab.models.unpacking import (
     Settings,
     UnknownLayoutError,
@@ -563,7 +563,7 @@ def _hub_folder(name: str, repo: str) -> Path:
 def _load_weights(
     name: str, source: Path | str, dtype: torch.dtype, allow_pickle: bool, **common: Any
 ) -> Any:
-    model, _ = _whole(
+    model, unknown = _whole(
         name,
         lambda: _from_cache_or_hub(
             AutoModelForCausalLM.from_pretrained,
@@ -576,6 +576,11 @@ def _load_weights(
             **common,
         ),
     )
+    modules = dict(model.named_modules())
+    for key in unknown:
+        module, _, part = key.rpartition(".")
+        if part == "order" and isinstance(modules.get(module), QuantizedLinear):
+            raise ModelLoadError(f"{name}: {key} is there, and its config says of no order")
     return model
 
 

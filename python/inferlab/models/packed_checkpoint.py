@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -68,7 +69,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = METHOD
         self.format, self.version, self.tied = format, version, tied
         self.sha256 = sha256 or {}
-        self.modules = {name: _packing(name, of) for name, of in (modules or {}).items()}
+        self.modules = {name: _packing(name, of, version) for name, of in (modules or {}).items()}
 
     @classmethod
     def of(cls, config: Any) -> PackedConfig | None:
@@ -83,11 +84,25 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"its quantization_config cannot be read: {error}") from None
 
 
-def _packing(name: str, of: Any) -> Packing:
-    known = isinstance(of, Sequence) and len(of) in (3, 4)
+def _packing(name: str, of: Any, version: int) -> Packing:
+    known = isinstance(of, Sequence) and len(of) == (3 if version < 3 else 4)
     if known and of[0] in BITS and of[1] in GROUPS:
         return of[0], of[1], bool(of[2]), bool(*of[3:])
     raise ValueError(f"{name} is packed as {of!r}; it must be [bits, group, zeros, ordered]")
+
+
+def check_orders(model: PreTrainedModel) -> None:
+    """Raises ValueError where inputs of a packed weight stand in no order, and names the tensor."""
+    for name, module in model.named_modules():
+        order = module.order if isinstance(module, QuantizedLinear) else None
+        if order is None:
+            continue
+        there = torch.arange(module.in_features)
+        if order.dtype != torch.int32 or not torch.equal(order.sort().values.long(), there):
+            raise ValueError(
+                f"{name}.order is no order of {module.in_features} inputs: it must be int32, each "
+                "number once"
+            )
 
 
 @register_quantizer(METHOD)
@@ -106,6 +121,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             head.num_parameters = 0
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_orders(model)
         self.quantization_config.sha256 = {}  # of these files, not of those it may be saved to
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -180,6 +180,10 @@ def read_weights(
 def _gptq(parts: Parts, settings: Settings) -> Read:
     packed, scales, zeros = parts["qweight"], parts["scales"], parts["qzeros"]
     group_of = parts.get("g_idx")
+    if group_of is not None and group_of.numel() == 0:
+        group_of = None
+    if group_of is not None and (group_of.dim() != 1 or bool((group_of < 0).any())):
+        raise ValueError("g_idx must be the group of each input, from 0 on")
     if group_of is None:
         size = settings.get("group_size", -1)
         inputs = len(scales) * size if size > 0 else len(packed) * 32 // settings["bits"]
@@ -237,8 +241,13 @@ def _compressed(parts: Parts, settings: Settings) -> Read:
     else:
         stored, bits = parts["weight"], 8
     group_of = parts.get("weight_g_idx")
-    if group_of is None or not bool((group_of >= 0).all()):
+    if group_of is not None and bool((group_of == -1).all()):  # as it is made before it is told
         group_of = None
+    if group_of is not None and (group_of.dim() != 1 or bool((group_of < 0).any())):
+        raise ValueError("weight_g_idx must be the group of each input, from 0 on")
+    if group_of is not None:
+        group_of = _out_of_order(group_of, 1 if scale.dim() < 2 else scale.shape[1])
+    else:
         rows, columns = _block(settings, stored.shape, scale.shape)
         groups = -(-stored.shape[1] // columns)
         if rows > 1 or stored.is_floating_point():

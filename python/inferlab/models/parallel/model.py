@@ -59,11 +59,13 @@ class ShardedModel:
         weakref.finalize(self, ranks.drop, key)
 
     @classmethod
-    def load(cls, name: str, size: int, **options: Any) -> ShardedModel:
+    def load(
+        cls, name: str, size: int, *, kv_cache_dtype: str = "auto", **options: Any
+    ) -> ShardedModel:
         """Loads a model onto ``size`` ranks, which are started if they are not there.
 
         Args:
-            options: as of `HFModel.load`, but for ``quantization``.
+            kv_cache_dtype, options: as of `HFModel.load`, but for ``quantization``.
 
         Raises:
             UsageError: another number of ranks is there, or too few devices.
@@ -73,7 +75,7 @@ class ShardedModel:
         ranks = leader(size, ModelPart())
         key = next(_keys)
         ranks.everywhere("load", key, name, size, options, confirmed=True)
-        part = ranks.everywhere("wrap", key, name, confirmed=True)
+        part = ranks.everywhere("wrap", key, name, kv_cache_dtype, confirmed=True)
         return cls(ranks, key, part)
 
     def first_layers(self, layers: int | None) -> ShardedModel:

@@ -31,10 +31,12 @@ class ModelPart:
         """Reads this rank's part of the weights; no rank waits for another meanwhile."""
         self._held[key] = loading.load(name, tensor_parallel=size, **options)
 
-    def wrap(self, key: int, name: str) -> HFModel:
+    def wrap(self, key: int, name: str, kv_cache_dtype: str) -> HFModel:
         """Makes of what was loaded a model over this rank's pages."""
         loaded: loading.LoadedModel = self._held.pop(key)
-        model = HFModel(loaded.model, loaded.tokenizer, name=name, engine="hf")
+        model = HFModel(
+            loaded.model, loaded.tokenizer, name=name, engine="hf", kv_cache_dtype=kv_cache_dtype
+        )
         model.load_notes = loaded.notes
         self._held[key] = model
         return model
