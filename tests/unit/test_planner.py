@@ -420,6 +420,11 @@ def test_it_says_what_it_did():
         "drafted in 1 of 16 steps: 2.11 x is predicted, which was not certain enough before; "
         "1.18 x plain decoding"
     )
+    assert report.describe(1.0)["verdict"] == "drafted in 1 of 16 steps: 1.18 x plain decoding"
+    report.count(0, 1, 30.0, 27.5, steps=15)
+    assert report.describe(1.0)["verdict"] == (
+        "drafting did not pay at batch 1: 1.00 x predicted; 30 of 31 steps decoded plainly"
+    )
     useless = World(acceptance=0.0, draft_ms=20.0)
     controller = CostController(8, useless.costs())
     useless.run(controller, 100, 4)

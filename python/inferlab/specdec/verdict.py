@@ -6,6 +6,10 @@ from collections import Counter
 from typing import Any
 
 
+PAID = 1.02
+"""From this speed-up on drafts are said to have paid, however few steps had some."""
+
+
 class Report:
     """What was decided, and what came of it."""
 
@@ -53,7 +57,7 @@ class Report:
                 f"drafted in {drafted} of {total} steps: {promised:.2f} x is predicted, which was "
                 f"not certain enough before; {gain:.2f} x plain decoding"
             )
-        elif drafted * 2 < total:
+        elif drafted * 2 < total and gain < PAID:
             largest = max(size for (_, size), steps in self._steps.items() if steps)
             verdict = (
                 f"drafting did not pay at batch {largest}: {promised:.2f} x predicted; "
