@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-
 PAID = 1.02
 """From this speed-up on drafts are said to have paid, however few steps had some."""
 
