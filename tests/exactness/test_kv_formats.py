@@ -7,17 +7,12 @@ from functools import cache
 import pytest
 import torch
 
-from helpers.decoding import GREEDY, PAGES, PENALISED, PROMPTS, SAMPLED, draft_of
+from helpers.decoding import GREEDY, PENALISED, PROMPTS, SAMPLED, engine_of
 from helpers.pairwise import pairwise
 from helpers.tiny_models import FAMILIES, MIXTURES, tiny_model
 from inferlab import SpeculativePipeline
 from inferlab.models import FakeLM, ForwardBatch, HFModel
-from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.cost_cache import model_facts
-from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
-from inferlab.specdec.engine import Engine
-from inferlab.specdec.policies import Policy
-from inferlab.specdec.tree import TreeShape
 
 FORMATS = ("int8", "fp8")
 
@@ -25,17 +20,6 @@ FORMATS = ("int8", "fp8")
 @cache
 def target_of(family: str, stored: str, engine: str = "auto") -> HFModel:
     return HFModel(tiny_model(family), kv_cache_dtype=stored, engine=engine)
-
-
-def engine(target: HFModel, drafter: str, tree: bool, max_batch: int) -> Engine:
-    made = None
-    if drafter == "vanilla":
-        shape = TreeShape.regular((3, 2, 1)) if tree else TreeShape.chain(3)
-        draft = draft_of("llama")
-        made = ModelDrafter(draft, draft.new_cache(PAGES), shape)
-    elif drafter == "ngram":
-        made = NgramDrafter(max_depth=4, branches=3 if tree else 1, max_match=2)
-    return Engine(target, target.new_cache(PAGES), Policy(), FixedController(4), made, max_batch)
 
 
 @pairwise(
@@ -48,9 +32,9 @@ def engine(target: HFModel, drafter: str, tree: bool, max_batch: int) -> Engine:
 def test_speculation_changes_no_token(family, stored, drafter, tree, params):
     target = target_of(family, stored)
     asked = [(prompt, params) for prompt in PROMPTS]
-    plain = [r.token_ids for r in engine(target, "none", False, 1).generate(asked)]
+    plain = [r.token_ids for r in engine_of(target, "none", False, 1).generate(asked)]
     for batch in (1, 5):
-        results = engine(target, drafter, tree, batch).generate(asked)
+        results = engine_of(target, drafter, tree, batch).generate(asked)
         assert [r.token_ids for r in results] == plain
 
 

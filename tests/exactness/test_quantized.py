@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.decoding import GREEDY, PAGES, PENALISED, PROMPTS, SAMPLED, draft_of
+from helpers.decoding import GREEDY, PENALISED, PROMPTS, SAMPLED, engine_of
 from helpers.pairwise import pairwise
 from helpers.tiny_models import FAMILIES, MIXTURES, tiny_model
 from inferlab import SpeculativePipeline
@@ -16,12 +16,7 @@ from inferlab.config import ConfigError
 from inferlab.models import EarlyExit, FakeLM, ForwardBatch, HFModel, format_of
 from inferlab.models.experts import is_experts
 from inferlab.models.quantized import FORMATS, QuantizedLinear, check_format, quantize
-from inferlab.specdec.controllers import FixedController
 from inferlab.specdec.cost_cache import model_facts
-from inferlab.specdec.drafters import ModelDrafter, NgramDrafter
-from inferlab.specdec.engine import Engine
-from inferlab.specdec.policies import Policy
-from inferlab.specdec.tree import TreeShape
 
 
 @cache
@@ -29,17 +24,6 @@ def quantized(family: str, quantization: str) -> HFModel:
     model = tiny_model(family)
     quantize(model, quantization)
     return HFModel(model)
-
-
-def engine(target: HFModel, drafter: str, tree: bool, max_batch: int) -> Engine:
-    made = None
-    if drafter == "vanilla":
-        shape = TreeShape.regular((3, 2, 1)) if tree else TreeShape.chain(3)
-        draft = draft_of("llama")
-        made = ModelDrafter(draft, draft.new_cache(PAGES), shape)
-    elif drafter == "ngram":
-        made = NgramDrafter(max_depth=4, branches=3 if tree else 1, max_match=2)
-    return Engine(target, target.new_cache(PAGES), Policy(), FixedController(4), made, max_batch)
 
 
 def logits_of(model: HFModel, tokens: list[int]) -> torch.Tensor:
@@ -60,9 +44,9 @@ def logits_of(model: HFModel, tokens: list[int]) -> torch.Tensor:
 def test_speculation_changes_no_token(family, quantization, drafter, tree, params):
     target = quantized(family, quantization)
     asked = [(prompt, params) for prompt in PROMPTS]
-    plain = [r.token_ids for r in engine(target, "none", False, 1).generate(asked)]
+    plain = [r.token_ids for r in engine_of(target, "none", False, 1).generate(asked)]
     for batch in (1, 5):
-        results = engine(target, drafter, tree, batch).generate(asked)
+        results = engine_of(target, drafter, tree, batch).generate(asked)
         assert [r.token_ids for r in results] == plain
 
 

@@ -62,11 +62,22 @@ def engine(
     max_batch: int = 8,
     device: str = "cpu",
 ) -> Engine:
-    target = target_of(family, device)
+    return engine_of(target_of(family, device), drafter, tree, max_batch, family, device)
+
+
+def engine_of(
+    target: HFModel,
+    drafter: str,
+    tree: bool,
+    max_batch: int,
+    draft_family: str = "llama",
+    device: str = "cpu",
+) -> Engine:
+    """An engine of any target; ``draft_family``: of the draft model, where there is one."""
     made = None
     if drafter == "vanilla":
         shape = TreeShape.regular((3, 2, 1)) if tree else TreeShape.chain(3)
-        draft = draft_of(family, device)
+        draft = draft_of(draft_family, device)
         made = ModelDrafter(draft, draft.new_cache(PAGES), shape)
     elif drafter == "ngram":
         made = NgramDrafter(max_depth=4, branches=3 if tree else 1, max_match=2)

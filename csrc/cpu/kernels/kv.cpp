@@ -55,14 +55,15 @@ void copy_bytes(char* dst, const char* src, int64_t bytes, bool streaming) {
   std::memcpy(dst, src, static_cast<size_t>(bytes));
 }
 
-// Heads of one token of k or v, `stride` elements apart, into its row of a page.
+// Heads of one token of k or v, `stride` elements apart, into its row of a page of 8 bits.
 void write_row(const KvAppendParams& p, const void* heads, int64_t stride, char* row) {
   const int64_t dim = p.head_bytes / dtype_size(p.dtype);
   const int64_t bytes = page_head_bytes(p.format, dim, p.dtype);
   with_dtype(p.dtype, [&](auto zero) {
     const auto* x = static_cast<const decltype(zero)*>(heads);
-    for (int64_t h = 0; h < p.heads; ++h)
+    for (int64_t h = 0; h < p.heads; ++h) {
       write_head(x + h * stride, dim, p.format, row + h * bytes);
+    }
   });
 }
 

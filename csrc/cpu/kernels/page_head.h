@@ -29,20 +29,12 @@ void write_int8(const T* x, int64_t dim, char* to) {
   std::memcpy(to + dim, &scale, sizeof scale);
 }
 
-// `to`: page_head_bytes.
+// `format`: not kSame. `to`: page_head_bytes.
 template <typename T>
 void write_head(const T* x, int64_t dim, PageFormat format, char* to) {
-  switch (format) {
-    case PageFormat::kSame:
-      std::memcpy(to, x, static_cast<size_t>(dim) * sizeof(T));
-      return;
-    case PageFormat::kInt8:
-      return write_int8(x, dim, to);
-    case PageFormat::kE4M3:
-      for (int64_t d = 0; d < dim; ++d) {
-        to[d] = static_cast<char>(from_float<e4m3>(to_float(x[d])).bits);
-      }
-      return;
+  if (format == PageFormat::kInt8) return write_int8(x, dim, to);
+  for (int64_t d = 0; d < dim; ++d) {
+    to[d] = static_cast<char>(from_float<e4m3>(to_float(x[d])).bits);
   }
 }
 

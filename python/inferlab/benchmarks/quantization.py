@@ -63,14 +63,13 @@ class QuantizationMatrix:
         self._plain: dict[str, SpeculativePipeline] = {}
         self._pairs: dict[tuple[str, str], SpeculativePipeline] = {}
         drafts: dict[str, Any] = {}
-        alone = {"draft_mode": "none", "tree": None, "kv_cache_dtype": "auto"}
+        config = config.model_copy(update={"kv_cache_dtype": "auto"})
+        alone = {"draft_mode": "none", "tree": None}
         for target in FORMATS:
             wanted = {**alone, "quantization": target}
             self._plain[target] = SpeculativePipeline(config=config.model_copy(update=wanted))
             for draft in FORMATS if self._has_draft else (NONE,):
-                update = {
-                    "quantization": target, "draft_quantization": draft, "kv_cache_dtype": "auto"
-                }  # fmt: skip
+                update = {"quantization": target, "draft_quantization": draft}
                 pair = SpeculativePipeline(
                     config=config.model_copy(update=update),
                     target=self._plain[target].target,

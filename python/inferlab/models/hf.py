@@ -166,10 +166,11 @@ class HFModel:
         its caches (`kv_cache.PAGE_FORMATS`)."""
         packed = None if quantization == DENSE else quantization
         others = packed if packed in PACKAGES else None
-        check_page_format(kv_cache_dtype, loading.choose_device(device, device_priority))
+        place = loading.choose_device(device, device_priority)
+        check_page_format(kv_cache_dtype, place)
         if packed is not None:
             check = check_format if others is None else check_other_format
-            check(packed, loading.choose_device(device, device_priority))
+            check(packed, place)
         loaded = loading.load(
             name_or_path,
             device=device,

@@ -59,9 +59,9 @@ def can_join(linears: Sequence[Any]) -> bool:
     if not isinstance(first, QuantizedLinear):
         return True
     whole = all(each.out_features % PACKED_OUTPUTS == 0 for each in linears[:-1])
-    orders = [each.order for each in linears]
-    alike = all(order is None for order in orders) or (
-        all(order is not None for order in orders)
-        and all(torch.equal(order, orders[0]) for order in orders)
-    )
-    return whole and alike and len({(each.bits, each.group, each.zeros) for each in linears}) == 1
+    return whole and len({_form(each) for each in linears}) == 1
+
+
+def _form(linear: QuantizedLinear) -> tuple[Any, ...]:
+    order = None if linear.order is None else tuple(linear.order.tolist())
+    return linear.bits, linear.group, linear.zeros, order

@@ -182,8 +182,7 @@ def _gptq(parts: Parts, settings: Settings) -> Read:
     group_of = parts.get("g_idx")
     if group_of is not None and group_of.numel() == 0:
         group_of = None
-    if group_of is not None and (group_of.dim() != 1 or bool((group_of < 0).any())):
-        raise ValueError("g_idx must be the group of each input, from 0 on")
+    _check_groups(group_of, "g_idx")
     if group_of is None:
         size = settings.get("group_size", -1)
         inputs = len(scales) * size if size > 0 else len(packed) * 32 // settings["bits"]
@@ -215,6 +214,11 @@ def _out_of_order(group_of: torch.Tensor | None, groups: int) -> torch.Tensor | 
     return None if even else group_of
 
 
+def _check_groups(group_of: torch.Tensor | None, part: str) -> None:
+    if group_of is not None and (group_of.dim() != 1 or bool((group_of < 0).any())):
+        raise ValueError(f"{part} must be the group of each input, from 0 on")
+
+
 def _awq_order(packed: torch.Tensor) -> torch.Tensor:
     """[n, out / 8] int32 -> [n, out]"""
     halves = _bits_of(packed, 4).view(len(packed), -1, 8)
@@ -243,8 +247,7 @@ def _compressed(parts: Parts, settings: Settings) -> Read:
     group_of = parts.get("weight_g_idx")
     if group_of is not None and bool((group_of == -1).all()):  # as it is made before it is told
         group_of = None
-    if group_of is not None and (group_of.dim() != 1 or bool((group_of < 0).any())):
-        raise ValueError("weight_g_idx must be the group of each input, from 0 on")
+    _check_groups(group_of, "weight_g_idx")
     if group_of is not None:
         group_of = _out_of_order(group_of, 1 if scale.dim() < 2 else scale.shape[1])
     else:
